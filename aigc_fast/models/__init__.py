@@ -1,0 +1,1 @@
+"""Ready fast variants of generative models."""

@@ -1,0 +1,126 @@
+"""Greedy generation, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .decoder_lm import DecoderLM, check_token_ids
+
+
+def generate(
+    model: DecoderLM,
+    token_ids: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    stop_tokens: Sequence[int] = (),
+    cache: KVCache | None = None,
+) -> Tensor:
+    """The most likely continuation of every prompt; arguments as for `stream_tokens`.
+
+    Returns:
+        int64 (batch, new tokens), at most `max_new_tokens` of them, prompts not included.
+    """
+    stream = stream_tokens(model, token_ids, max_new_tokens, stop_tokens=stop_tokens, cache=cache)
+    return torch.stack(list(stream), dim=1)
+
+
+def stream_tokens(
+    model: DecoderLM,
+    token_ids: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    stop_tokens: Sequence[int] = (),
+    cache: KVCache | None = None,
+) -> Iterator[Tensor]:
+    """Yields int64 (batch,) after every step: the most likely next token of each sequence.
+
+    Args:
+        token_ids: the prompts: an integer tensor (batch, seq), or one list of ids per sequence,
+            of any lengths.
+        max_new_tokens: how many tokens to generate at most.
+        stop_tokens: ids that end a sequence. The stop token is yielded; a sequence that has
+            ended goes on yielding the first of them until all have.
+        cache: tokens to continue from, room for `max_new_tokens - 1` more than the prompt
+            included; by default a new one of just that size.
+
+    Raises:
+        TypeError, ValueError: at once, naming the argument at fault.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
+    device = model.norm.weight.device
+    padded, padding = _pad(token_ids, device)
+    check_token_ids(padded, model.config)
+    for token in stop_tokens:
+        if not 0 <= token < model.config.vocab_size:
+            raise ValueError(f"stop_tokens must lie in [0, {model.config.vocab_size}), got {token}")
+
+    batch, seq = padded.shape
+    room = seq + max_new_tokens - 1
+    limit = model.config.max_position_embeddings
+    if cache is not None:
+        cache.check_room(batch, room)
+    elif room > limit:
+        raise ValueError(
+            f"token_ids of length {seq} and max_new_tokens = {max_new_tokens} need {room} "
+            f"positions, max_position_embeddings is {limit}"
+        )
+    else:
+        cache = model.new_cache(batch, room)
+    stop = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
+    return _stream(model, padded, padding, max_new_tokens, stop, cache)
+
+
+# As a decorator, so that the mode holds inside the steps and not in the code that iterates.
+@torch.inference_mode()
+def _stream(
+    model: DecoderLM,
+    token_ids: Tensor,
+    padding: Tensor,
+    max_new_tokens: int,
+    stop: Tensor,
+    cache: KVCache,
+) -> Iterator[Tensor]:
+    batch, seq = token_ids.shape
+    rows = torch.arange(batch, device=token_ids.device)
+    hidden = model.hidden_states(token_ids, cache)[rows, seq - 1 - padding]
+    cache.lengths.sub_(padding)
+    ended = torch.zeros(batch, dtype=torch.bool, device=token_ids.device)
+    for remaining in range(max_new_tokens - 1, -1, -1):
+        next_tokens = model.logits(hidden).argmax(dim=-1)
+        if stop.numel():
+            next_tokens = torch.where(ended, stop[0], next_tokens)
+            ended |= torch.isin(next_tokens, stop)
+        yield next_tokens
+        if remaining == 0 or (stop.numel() and bool(ended.all())):
+            return
+        hidden = model.hidden_states(next_tokens[:, None], cache)[:, 0]
+
+
+def _pad(
+    token_ids: Tensor | Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The prompts as (batch, seq), padded on the right, and the int32 padding of each.
+
+    On the right a causal mask hides the padding, and the cache overwrites it.
+    """
+    if isinstance(token_ids, Tensor):
+        return token_ids.to(device), torch.zeros(
+            token_ids.shape[:1], dtype=torch.int32, device=device
+        )
+    try:
+        rows = [torch.tensor(list(row), device=device) for row in token_ids]
+    except TypeError:
+        raise TypeError("token_ids must be a tensor or one list of ids per sequence") from None
+    if not rows or not all(len(row) for row in rows):
+        raise ValueError("token_ids must hold at least one prompt, and none may be empty")
+    for row in rows:
+        if row.dtype != torch.int64:
+            raise TypeError(f"token_ids must hold integers, got {row.dtype}")
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    padding = torch.tensor([padded.shape[1] - len(row) for row in rows], dtype=torch.int32)
+    return padded, padding.to(device)

@@ -1,0 +1,46 @@
+"""The words in which operators refuse arguments. They read shapes and dtypes, never data."""
+
+from collections.abc import Sequence
+
+import torch
+
+from aigc_fast.ops._registry import FLOATS
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    like: tuple[str, torch.Tensor] | None = None,
+    shape: Sequence[int] | None = None,
+    ndim: int | None = None,
+) -> None:
+    """TypeError or ValueError unless `value` is a strided tensor of that description.
+
+    like: (name, tensor) whose dtype and device `value` must have, in place of `dtypes`.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if like is not None and value.dtype != like[1].dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {like[0]} ({name_of(like[1].dtype)}), "
+            f"got {name_of(value.dtype)}"
+        )
+    if like is None and value.dtype not in dtypes:
+        names = ", ".join(name_of(d) for d in dtypes)
+        raise TypeError(f"{name} must be {names}, got {name_of(value.dtype)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got {value.layout}")
+    if like is not None and value.device != like[1].device:
+        raise ValueError(
+            f"{name} must be on the device of {like[0]} ({like[1].device}), got {value.device}"
+        )
+    if ndim is not None and value.dim() != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
+    if shape is not None and tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")

@@ -1,0 +1,243 @@
+"""How an operator gets its implementations, and which of them a call takes.
+
+An `Op` is one schema with up to four implementations:
+
+    reference   plain PyTorch: the definition, the fall-back, and the fake (meta) kernel
+    cpu         C++, registered by the CPU library under the dispatch key CPU
+    triton      the function of the same name in aigc_fast/kernels/<stem>.py
+    cuda        CUDA C++, registered by the CUDA library in the namespace aigc_fast_cuda
+
+torch's dispatcher chooses by device; on CUDA devices `Op._on_cuda` then prefers CUDA C++ where it
+supports the call, and Triton otherwise.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from aigc_fast import _libraries
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library("aigc_fast", "DEF")  # noqa: TOR901 (lives as long as the process)
+# CUDA C++ has a namespace of its own, so that it and Triton can both be called.
+_cuda_library = torch.library.Library("aigc_fast_cuda", "DEF")  # noqa: TOR901
+
+OPS: dict[str, "Op"] = {}
+# Takes over every call while `backend` or `explain` is at work.
+_intercept: Callable[["Op", tuple], Any] | None = None
+_has_triton = importlib.util.find_spec("triton") is not None
+
+
+class FallbackError(RuntimeError):
+    """AIGC_FAST_STRICT=1 and no compiled kernel supports the call."""
+
+
+def _translated(error: RuntimeError) -> Exception:
+    """The kernel's refusal as the exception it names; any other error as it is."""
+    text = str(error)
+    for kind in (ValueError, TypeError):
+        mark = f"{kind.__name__}: "
+        if mark in text:
+            return kind(text.split(mark, 1)[1].splitlines()[0])
+    return error
+
+
+class Op:
+    """One operator; calling it takes the best implementation that supports the call.
+
+    schema:    torch schema without namespace, e.g. "rms_norm(Tensor x, float eps) -> Tensor"
+    reference: the same maths in plain PyTorch
+    check:     check(*args) raises ValueError or TypeError for arguments the operator refuses; it
+               reads shapes, dtypes and devices, never data
+    stem:      the file in kernels/ that holds the Triton launcher; None if there is none
+    cuda:      cuda(*args) says whether the CUDA C++ kernel supports the call; None if there is none
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        reference: Callable[..., Any],
+        check: Callable[..., None],
+        *,
+        stem: str | None,
+        cuda: Callable[..., bool] | None = None,
+        dtypes: tuple[torch.dtype, ...] = FLOATS,
+    ) -> None:
+        self.name = schema.split("(", 1)[0]
+        self.reference, self.check, self.stem, self.dtypes = reference, check, stem, dtypes
+        self._cuda_supports = cuda
+        self._triton: Callable[..., Any] | None = None
+        _library.define(schema)
+        _library.impl(self.name, self._fall_back, "CompositeExplicitAutograd")
+        _library.impl(self.name, self._on_cuda, "CUDA")
+        self._overload = getattr(torch.ops.aigc_fast, self.name).default
+        if cuda is not None:
+            _cuda_library.define(schema)
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        if _intercept is not None:
+            return _intercept(self, args)
+        try:
+            return self._overload(*args)
+        except RuntimeError as error:
+            # The kernels check for safety; the words come from here, off the fast path.
+            self.check(*args)
+            raise _translated(error) from None
+
+    def choose(self, *args: Any) -> tuple[str, str]:
+        """(implementation, why) of a call with these arguments, nothing being forced."""
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        device, dtype = tensors[0].device.type, tensors[0].dtype
+        if dtype not in self.dtypes:
+            return "reference", f"no compiled kernel takes {dtype}"
+        if device == "cpu":
+            if "cpu" in _libraries.loaded and self.has("cpu"):
+                return "cpu", _libraries.loaded["cpu"].stem
+            return "reference", _libraries.missing.get("cpu", "it has no C++ kernel")
+        if device == "cuda":
+            if self.has("cuda") and self._cuda_supports(*args):  # type: ignore[misc]
+                return "cuda", "the CUDA C++ kernel supports this call"
+            if self.has("triton"):
+                return "triton", "the Triton kernel supports this call"
+            return "reference", "triton is not installed" if self.stem else "it has no GPU kernel"
+        return "reference", f"no compiled kernel runs on {device}"
+
+    def has(self, backend: str) -> bool:
+        """Whether this machine has that implementation."""
+        if backend == "triton":
+            return self.stem is not None and _has_triton
+        if backend == "cpu":
+            return torch._C._dispatch_has_kernel_for_dispatch_key(f"aigc_fast::{self.name}", "CPU")
+        if backend == "cuda":
+            return self._cuda_supports is not None and "cuda" in _libraries.loaded
+        return True
+
+    def call(self, backend: str, *args: Any) -> Any:
+        """Runs this very implementation, or raises RuntimeError where it cannot."""
+        if not self.has(backend):
+            raise RuntimeError(f"{self.name} has no {backend} implementation here")
+        device = _device(args).type
+        if backend == "reference":
+            self.check(*args)
+            return self.reference(*args)
+        if backend == "triton":
+            # On the CPU, Triton's interpreter runs the kernel.
+            if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+                raise RuntimeError("triton on CPU tensors needs TRITON_INTERPRET=1")
+            return self._call_triton(*args)
+        if device != {"cpu": "cpu", "cuda": "cuda"}[backend]:
+            raise RuntimeError(f"{self.name}: backend {backend} got tensors on {device}")
+        return self._call_cuda(*args) if backend == "cuda" else self._overload(*args)
+
+    def _call_cuda(self, *args: Any) -> Any:
+        self.check(*args)
+        return getattr(torch.ops.aigc_fast_cuda, self.name).default(*args)
+
+    def _call_triton(self, *args: Any) -> Any:
+        self.check(*args)
+        if self._triton is None:
+            module = importlib.import_module(f"aigc_fast.kernels.{self.stem}")
+            self._triton = getattr(module, self.name)
+        return self._triton(*args)
+
+    def _on_cuda(self, *args: Any) -> Any:
+        """The implementation under the dispatch key CUDA."""
+        backend, _ = self.choose(*args)
+        with torch.cuda.device(_device(args)):
+            return {
+                "cuda": self._call_cuda,
+                "triton": self._call_triton,
+                "reference": self._fall_back,
+            }[backend](*args)
+
+    def _fall_back(self, *args: Any) -> Any:
+        """The implementation under every other key: reached when no kernel takes the call."""
+        self.check(*args)
+        if os.environ.get("AIGC_FAST_STRICT") == "1":
+            tensor = next(a for a in args if isinstance(a, torch.Tensor))
+            # Shape propagation (compile, export, meta) is no fall-back.
+            if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
+                raise FallbackError(
+                    f"{self.name} would run the reference: {self.choose(*args)[1]} "
+                    "(AIGC_FAST_STRICT=1)"
+                )
+        return self.reference(*args)
+
+
+def _device(args: tuple) -> torch.device:
+    return next(a for a in args if isinstance(a, torch.Tensor)).device
+
+
+@contextlib.contextmanager
+def _intercepting(take: Callable[[Op, tuple], Any]) -> Iterator[None]:
+    global _intercept
+    before, _intercept = _intercept, take
+    try:
+        yield
+    finally:
+        _intercept = before
+
+
+def backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Within the block every operator of the library runs this implementation, in all threads.
+
+    name: "reference", "cpu", "triton" or "cuda". An operator that lacks it raises RuntimeError.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return _intercepting(lambda op, args: op.call(name, *args))
+
+
+class Explanation(NamedTuple):
+    """What `explain` found: the operator, the implementation its call takes, and why."""
+
+    op: str
+    implementation: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.implementation} ({self.reason})"
+
+
+class _Explained(Exception):
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which implementation the call function(*args, **kwargs) would take, and why.
+
+    function: an operator of aigc_fast.ops. Nothing is computed; the arguments are checked.
+    """
+
+    def take(op: Op, op_args: tuple) -> None:
+        op.check(*op_args)
+        raise _Explained(Explanation(op.name, *op.choose(*op_args)))
+
+    try:
+        with _intercepting(take):
+            function(*args, **kwargs)
+    except _Explained as found:
+        return found.explanation
+    raise TypeError(f"function must be an operator of aigc_fast.ops, got {function!r}")
+
+
+def list_ops() -> list[dict[str, Any]]:
+    """Every operator: its name, the implementations this machine has, and their dtypes."""
+    return [
+        {
+            "op": op.name,
+            "implementations": [name for name in BACKENDS if op.has(name)],
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in op.dtypes],
+        }
+        for op in OPS.values()
+    ]

@@ -1,0 +1,123 @@
+// What every CPU kernel needs of a torch tensor, through LibTorch's stable ABI.
+#pragma once
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <aigc_fast/vec.h>
+
+namespace aigc_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Refuses a call. Python turns the message into ValueError or TypeError (ops/_registry.py).
+template <class... Args>
+void require(bool condition, const Args&... message) {
+  if (__builtin_expect(!condition, 0)) {
+    std::ostringstream text;
+    text << "ValueError: ";
+    (text << ... << message);
+    throw std::runtime_error(text.str());
+  }
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  const auto x = a.strides(), y = b.strides();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
+// A new CPU tensor; the C shim costs half of what the dispatcher takes for torch.empty.
+inline Tensor empty_strided(std::vector<int64_t> sizes, std::vector<int64_t> strides,
+                            ScalarType dtype) {
+  AtenTensorHandle handle;
+  const int32_t code = static_cast<int32_t>(dtype);  // the shim's codes are the enum's values
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+inline Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1))
+    strides[i] = stride;
+  return empty_strided(std::move(sizes), std::move(strides), dtype);
+}
+// Same sizes and strides: only for a dense tensor, one that fills its memory without gaps.
+inline Tensor empty_like_dense(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  return empty_strided({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()},
+                       x.scalar_type());
+}
+
+// True if the tensor's elements fill numel() slots of memory, in whatever order of dimensions:
+// contiguous, channels_last and every other permutation.
+inline bool is_dense(const Tensor& x) {
+  if (x.is_contiguous()) return true;
+  const auto sizes = x.sizes(), strides = x.strides();
+  std::vector<int> order;
+  for (int d = 0; d < static_cast<int>(sizes.size()); ++d)
+    if (sizes[d] != 1) order.push_back(d);
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return strides[a] < strides[b]; });
+  int64_t expected = 1;
+  for (int d : order) {
+    if (strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+inline Tensor as_dense(const Tensor& x) { return is_dense(x) ? x : torch::stable::contiguous(x); }
+inline Tensor as_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+// x in the memory order of `like`, which is dense and has the same shape.
+inline Tensor in_order_of(const Tensor& x, const Tensor& like) {
+  if (same_strides(x, like) || (x.is_contiguous() && like.is_contiguous())) return x;
+  Tensor copy = empty_strided({like.sizes().begin(), like.sizes().end()},
+                              {like.strides().begin(), like.strides().end()}, x.scalar_type());
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// Calls f with a value of the tensor's C++ type: dispatch(x, "x", [&]<class T>(T) { ... }).
+template <class F>
+void dispatch(const Tensor& x, const char* name, F&& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(bf16{});
+    case ScalarType::Half:
+      return f(fp16{});
+    case ScalarType::Double:
+      return f(double{});
+    default:
+      require(false, name, " must be float64, float32, bfloat16 or float16");
+  }
+}
+
+// Elements a thread should get at least: below this a second thread costs more than it saves
+// (waking it takes about 4 us).
+constexpr int64_t kGrain = 16384;
+
+}  // namespace aigc_fast

@@ -1,0 +1,81 @@
+// The nine activations of bias_act with their first and second derivatives, element by element.
+#pragma once
+
+#include <aigc_fast/vec.h>
+
+namespace aigc_fast {
+
+// The numbers are part of the operator's schema: aigc_fast/ops/bias_act.py holds the same list.
+enum class Act : int64_t { linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus, swish };
+constexpr int64_t kNumActs = 9;
+
+constexpr double kSeluScale = 1.0507009873554804934193349852946;
+constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
+
+// act(x); alpha is the slope of lrelu and the scale of elu.
+template <Act act, class A>
+AIGC_INLINE Vec<A> activate(Vec<A> x, A alpha) {
+  const Vec<A> zero = {};
+  if constexpr (act == Act::linear) return x;
+  if constexpr (act == Act::relu) return x < 0 ? zero : x;
+  if constexpr (act == Act::lrelu) return x < 0 ? x * alpha : x;
+  if constexpr (act == Act::tanh) return tanh<A>(x);
+  if constexpr (act == Act::sigmoid) return sigmoid<A>(x);
+  if constexpr (act == Act::elu) return x < 0 ? alpha * expm1<A>(x) : x;
+  if constexpr (act == Act::selu)
+    return A(kSeluScale) * (x < 0 ? A(kSeluAlpha) * expm1<A>(x) : x);
+  if constexpr (act == Act::softplus)
+    return max<A>(x, zero) + log1p_unit<A>(exp<A>(-abs<A>(x)));
+  if constexpr (act == Act::swish) return x * sigmoid<A>(x);
+}
+
+// d act / dx
+template <Act act, class A>
+AIGC_INLINE Vec<A> slope(Vec<A> x, A alpha) {
+  const Vec<A> one = broadcast(A(1)), zero = {};
+  if constexpr (act == Act::linear) return one;
+  if constexpr (act == Act::relu) return x > 0 ? one : zero;
+  if constexpr (act == Act::lrelu) return x > 0 ? one : zero + alpha;
+  if constexpr (act == Act::tanh) {
+    const Vec<A> y = tanh<A>(x);
+    return A(1) - y * y;
+  }
+  if constexpr (act == Act::sigmoid) {
+    const Vec<A> y = sigmoid<A>(x);
+    return y * (A(1) - y);
+  }
+  if constexpr (act == Act::elu) return x > 0 ? one : alpha * exp<A>(x);
+  if constexpr (act == Act::selu)
+    return A(kSeluScale) * (x > 0 ? one : A(kSeluAlpha) * exp<A>(x));
+  if constexpr (act == Act::softplus) return sigmoid<A>(x);
+  if constexpr (act == Act::swish) {
+    const Vec<A> s = sigmoid<A>(x);
+    return s * (A(1) + x * (A(1) - s));
+  }
+}
+
+// d^2 act / dx^2
+template <Act act, class A>
+AIGC_INLINE Vec<A> curvature(Vec<A> x, A alpha) {
+  const Vec<A> zero = {};
+  if constexpr (act == Act::tanh) {
+    const Vec<A> y = tanh<A>(x);
+    return A(-2) * y * (A(1) - y * y);
+  } else if constexpr (act == Act::sigmoid || act == Act::softplus) {
+    const Vec<A> y = sigmoid<A>(x);
+    const Vec<A> d = y * (A(1) - y);
+    return act == Act::softplus ? d : d * (A(1) - A(2) * y);
+  } else if constexpr (act == Act::elu) {
+    return x > 0 ? zero : alpha * exp<A>(x);
+  } else if constexpr (act == Act::selu) {
+    return x > 0 ? zero : A(kSeluScale * kSeluAlpha) * exp<A>(x);
+  } else if constexpr (act == Act::swish) {
+    const Vec<A> s = sigmoid<A>(x);
+    const Vec<A> d = s * (A(1) - s);
+    return d * (A(2) + x * (A(1) - A(2) * s));
+  } else {
+    return zero;
+  }
+}
+
+}  // namespace aigc_fast

