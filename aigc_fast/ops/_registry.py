@@ -106,8 +106,10 @@ class Op:
         if device == "cuda":
             if self.has("cuda") and self._cuda_supports(*args):  # type: ignore[misc]
                 return "cuda", "the CUDA C++ kernel supports this call"
-            if self.has("triton"):
+            if self.has("triton") and dtype != torch.float64:
                 return "triton", "the Triton kernel supports this call"
+            if dtype == torch.float64:
+                return "reference", "the GPU kernels take no float64"
             return "reference", "triton is not installed" if self.stem else "it has no GPU kernel"
         return "reference", f"no compiled kernel runs on {device}"
 
@@ -125,9 +127,9 @@ class Op:
         """Runs this very implementation, or raises RuntimeError where it cannot."""
         if not self.has(backend):
             raise RuntimeError(f"{self.name} has no {backend} implementation here")
+        self.check(*args)
         device = _device(args).type
         if backend == "reference":
-            self.check(*args)
             return self.reference(*args)
         if backend == "triton":
             # On the CPU, Triton's interpreter runs the kernel.

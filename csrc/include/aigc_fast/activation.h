@@ -37,8 +37,9 @@ AIGC_INLINE Vec<A> slope(Vec<A> x, A alpha) {
   if constexpr (act == Act::relu) return x > 0 ? one : zero;
   if constexpr (act == Act::lrelu) return x > 0 ? one : zero + alpha;
   if constexpr (act == Act::tanh) {
-    const Vec<A> y = tanh<A>(x);
-    return A(1) - y * y;
+    // 4 e / (1 + e)^2: 1 - y * y cancels where tanh saturates.
+    const Vec<A> e = exp<A>(A(-2) * abs<A>(x)), u = A(1) + e;
+    return A(4) * e / (u * u);
   }
   if constexpr (act == Act::sigmoid) {
     const Vec<A> y = sigmoid<A>(x);
@@ -60,7 +61,7 @@ AIGC_INLINE Vec<A> curvature(Vec<A> x, A alpha) {
   const Vec<A> zero = {};
   if constexpr (act == Act::tanh) {
     const Vec<A> y = tanh<A>(x);
-    return A(-2) * y * (A(1) - y * y);
+    return A(-2) * y * slope<Act::tanh, A>(x, alpha);
   } else if constexpr (act == Act::sigmoid || act == Act::softplus) {
     const Vec<A> y = sigmoid<A>(x);
     const Vec<A> d = y * (A(1) - y);

@@ -1,0 +1,46 @@
+"""Functions that Triton lacks or gives only through libdevice, which its interpreter cannot run.
+
+All take and return fp32. Coefficients: Cephes (S. Moshier), the same as in csrc's vec.h.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fp32(x):
+    """A scalar argument as fp32: Inductor passes Python floats as fp64, at half the speed."""
+    return tl.cast(x, tl.float32)
+
+
+@triton.jit
+def tanh(x):
+    a = tl.abs(x)
+    e = tl.exp(-2.0 * a)
+    far = (1.0 - e) / (1.0 + e)
+    far = tl.where(x < 0, -far, far)
+    # Below 0.625 the difference 1 - e cancels.
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    return tl.where(a < 0.625, p * z * x + x, far)
+
+
+@triton.jit
+def expm1(x):
+    p = 1.9875691500e-4 * x + 1.3981999507e-3
+    p = p * x + 8.3334519073e-3
+    p = p * x + 4.1665795894e-2
+    p = p * x + 1.6666665459e-1
+    p = p * x + 5.0000001201e-1
+    return tl.where(tl.abs(x) < 0.34, p * x * x + x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def softplus(x):
+    # log(1 + e) for e in (0, 1]; what 1 + e rounds away is added back.
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + tl.log(u) + (e - (u - 1.0)) / u

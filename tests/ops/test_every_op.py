@@ -1,0 +1,382 @@
+"""What every operator of the table must do, whatever it computes."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import aigc_fast
+from aigc_fast.ops import _registry
+from tests.op_samples import OPS, OpSamples, Sample
+
+CUDA = torch.cuda.is_available()
+#: (implementation, device); without a GPU, Triton runs in its interpreter on CPU tensors
+IMPLEMENTATIONS = (
+    [("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")]
+    if CUDA
+    else [("cpu", "cpu"), ("triton", "cpu")]
+)
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+#: The interpreter takes about 1 ms for each program of a grid.
+INTERPRETER_ELEMENTS = 20_000
+
+CALLS = [
+    pytest.param(op, sample, id=f"{name}-{sample.name}")
+    for name, op in OPS.items()
+    for sample in op.samples()
+]
+DIFFERENTIABLE = [c for c in CALLS if c.values[0].derivatives and c.values[1].differentiable]
+FIRST = [
+    pytest.param(op, op.samples()[0], id=name) for name, op in OPS.items()
+]  # one call of each operator
+
+
+def map_tensors(value: Any, f: Any) -> Any:
+    """f applied to every tensor inside tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return f(value)
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(v, f) for v in value)
+    if isinstance(value, dict):
+        return {k: map_tensors(v, f) for k, v in value.items()}
+    return value
+
+
+def tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(value, found.append)
+    return found
+
+
+def cast(value: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """A copy with every floating tensor in `dtype`; strides stay."""
+    return map_tensors(
+        value,
+        lambda t: t.detach().clone().to(device, dtype if t.is_floating_point() else t.dtype),
+    )
+
+
+def call(op: OpSamples, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors that the call returns or writes to."""
+    out = op.function(*args, **kwargs)
+    return [*tensors(out), *(args[i] for i in op.mutates)]
+
+
+def worst(got: Tensor, exact: Tensor) -> float:
+    """Largest error where the exact result is finite; elsewhere both must be the same."""
+    got = got.detach().cpu().double()
+    finite = exact.isfinite()
+    torch.testing.assert_close(got[~finite], exact[~finite], rtol=0, atol=0, equal_nan=True)
+    return (got - exact)[finite].abs().max().item() if finite.any() else 0.0
+
+
+def ulp(exact: Tensor, dtype: torch.dtype) -> float:
+    """Spacing of `dtype` at the largest finite value of `exact`."""
+    finite = exact[exact.isfinite()].abs()
+    info = torch.finfo(dtype)
+    largest = min(finite.max().item(), info.max) if finite.numel() else 0.0
+    return max(info.eps * 2.0 ** torch.tensor(largest).log2().floor().item(), info.smallest_normal)
+
+
+def assert_as_good_as_torch(ours: list, plain: list, exact: list, dtype: torch.dtype) -> None:
+    """The rule of this library: at most twice as wrong as plain PyTorch in the same dtype, plus
+    one unit in the last place of the largest value, measured against float64."""
+    assert len(ours) == len(plain) == len(exact)
+    for i, (o, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert o.shape == p.shape and o.dtype == p.dtype, f"output {i}"
+        if not e.is_floating_point():
+            assert torch.equal(o.cpu(), e), f"output {i}"
+            continue
+        # A value beyond the dtype's range is inf in both.
+        e = e.double().cpu()
+        overflow = e.abs() > torch.finfo(dtype).max
+        e = torch.where(overflow, p.detach().double().cpu(), e)
+        # Float64 has no better oracle than float64: both sides carry rounding errors then.
+        units = 16 if dtype == torch.float64 else 1
+        error, limit = worst(o, e), 2 * worst(p, e) + units * ulp(e, dtype)
+        assert error <= limit, f"output {i}: error {error:.3g}, allowed {limit:.3g}"
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[_registry.Op, tuple]]]:
+    """The operator calls made inside the block, with their arguments."""
+    calls: list[tuple[_registry.Op, tuple]] = []
+
+    def take(op: _registry.Op, args: tuple) -> Any:
+        calls.append((op, args))
+        return op._overload(*args)
+
+    with _registry._intercepting(take):
+        yield calls
+
+
+def supported(op: OpSamples, sample: Sample, implementation: str, device: str) -> None:
+    """Skips a call that this implementation does not have or that would take minutes."""
+    args, kwargs = cast((sample.args, sample.kwargs), torch.float32, device)
+    name = aigc_fast.explain(op.function, *args, **kwargs).op
+    if not _registry.OPS[name].has(implementation):
+        pytest.skip(f"{name} has no {implementation} implementation")
+    if implementation == "cuda" and aigc_fast.explain(
+        op.function, *args, **kwargs
+    ).implementation != "cuda":
+        pytest.skip("the CUDA C++ kernel does not support this call")
+    size = sum(t.numel() for t in tensors((args, kwargs)))
+    if implementation == "triton" and device == "cpu" and size > INTERPRETER_ELEMENTS:
+        pytest.skip("too large for Triton's interpreter")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATIONS)
+@pytest.mark.parametrize(("op", "sample"), CALLS)
+def test_matches_reference(op, sample, implementation, device, dtype) -> None:
+    supported(op, sample, implementation, device)
+    if implementation != "cpu" and dtype == torch.float64:
+        pytest.skip("GPU kernels take no float64")
+    with aigc_fast.backend("reference"):
+        # The exact result of the rounded inputs.
+        exact = call(op, *cast(cast((sample.args, sample.kwargs), dtype), torch.float64))
+        plain = call(op, *cast((sample.args, sample.kwargs), dtype))
+    with aigc_fast.backend(implementation):
+        ours = call(op, *cast((sample.args, sample.kwargs), dtype, device))
+    assert_as_good_as_torch(ours, plain, exact, dtype)
+
+
+def strided(t: Tensor) -> Tensor:
+    """Same values, every other element of its memory."""
+    wide = t.new_full((*t.shape, 2), 77)
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+def offset(t: Tensor) -> Tensor:
+    """Same values, one element past an aligned address."""
+    flat = t.new_full((t.numel() + 1,), 77)
+    flat[1:] = t.flatten()
+    return flat[1:].view(t.shape)
+
+
+def permuted(t: Tensor) -> Tensor:
+    """Same values, dimensions in reversed memory order."""
+    return t.permute(*range(t.dim() - 1, -1, -1)).contiguous().permute(*range(t.dim() - 1, -1, -1))
+
+
+@pytest.mark.parametrize("layout", [strided, offset, permuted], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATIONS)
+@pytest.mark.parametrize(("op", "sample"), CALLS)
+def test_any_strides(op, sample, implementation, device, layout) -> None:
+    supported(op, sample, implementation, device)
+    args, kwargs = cast((sample.args, sample.kwargs), torch.float32)
+    with aigc_fast.backend("reference"):
+        exact = call(op, *cast((args, kwargs), torch.float64))
+        plain = call(op, *cast((args, kwargs), torch.float32))
+    laid_out = map_tensors(cast((args, kwargs), torch.float32, device), layout)
+    with aigc_fast.backend(implementation):
+        ours = call(op, *laid_out)
+    assert_as_good_as_torch(ours, plain, exact, torch.float32)
+
+
+@pytest.mark.parametrize(("implementation", "device"), [("reference", "cpu"), *IMPLEMENTATIONS])
+@pytest.mark.parametrize(
+    ("op", "refusal"),
+    [
+        pytest.param(op, refusal, id=f"{name}-{refusal.name}")
+        for name, op in OPS.items()
+        for refusal in op.refusals()
+    ],
+)
+def test_refuses(op, refusal, implementation, device) -> None:
+    args, kwargs = map_tensors((refusal.args, refusal.kwargs), lambda t: t.to(device))
+    with pytest.raises(refusal.error, match=refusal.match), aigc_fast.backend(implementation):
+        op.function(*args, **kwargs)
+    with pytest.raises(refusal.error, match=refusal.match):
+        op.function(*args, **kwargs)
+
+
+# ---- derivatives ----------------------------------------------------------------------------
+
+
+def gradients(op, args, kwargs, upstream) -> list[Tensor]:
+    """Outputs' gradients with respect to every floating input, for upstream(output, index)."""
+    inputs = [t for t in tensors((args, kwargs)) if t.is_floating_point()]
+    for t in inputs:
+        t.requires_grad_()
+    outputs = [t for t in call(op, args, kwargs) if t.requires_grad]
+    grads = [upstream(t, i) for i, t in enumerate(outputs)]
+    found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+
+
+def contiguous_grad(t: Tensor, i: int) -> Tensor:
+    g = torch.randn(t.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9 + i))
+    return g.to(torch.bfloat16).to(t.device, t.dtype)  # the same values in every dtype
+
+
+def expanded_grad(t: Tensor, i: int) -> Tensor:
+    return torch.ones((), dtype=t.dtype, device=t.device).expand(t.shape)
+
+
+def permuted_grad(t: Tensor, i: int) -> Tensor:
+    return permuted(contiguous_grad(t, i))
+
+
+@pytest.mark.parametrize("upstream", [contiguous_grad, expanded_grad, permuted_grad])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATIONS)
+@pytest.mark.parametrize(("op", "sample"), DIFFERENTIABLE)
+def test_gradients_match_reference(op, sample, implementation, device, dtype, upstream) -> None:
+    if upstream is not contiguous_grad and dtype != torch.float32:
+        pytest.skip("strides of gradients are tested in float32")
+    supported(op, sample, implementation, device)
+    rounded = cast((sample.args, sample.kwargs), dtype)
+    with aigc_fast.backend("reference"):
+        exact = gradients(op, *cast(rounded, torch.float64), upstream)
+        plain = gradients(op, *cast(rounded, dtype), upstream)
+    with aigc_fast.backend(implementation):
+        ours = gradients(op, *cast(rounded, dtype, device), upstream)
+    assert_as_good_as_torch(ours, plain, exact, dtype)
+
+
+def as_function(op: OpSamples, sample: Sample) -> tuple[Any, list[Tensor]]:
+    """(f, inputs) with f a function of the floating tensors of the call alone."""
+    args, kwargs = cast((sample.args, sample.kwargs), torch.float64)
+    inputs = [t.requires_grad_() for t in tensors((args, kwargs)) if t.is_floating_point()]
+
+    def f(*values: Tensor) -> Any:
+        replace = dict(zip(map(id, inputs), values, strict=True))
+        a, k = map_tensors((args, kwargs), lambda t: replace.get(id(t), t))
+        return op.function(*a, **k)
+
+    return f, inputs
+
+
+@pytest.mark.parametrize(("op", "sample"), DIFFERENTIABLE)
+def test_gradcheck(op, sample) -> None:
+    f, inputs = as_function(op, sample)
+    assert torch.autograd.gradcheck(f, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(f, inputs) or sum(t.numel() for t in inputs) > 500
+
+
+@pytest.mark.parametrize(("op", "sample"), [c for c in DIFFERENTIABLE if c.values[0].derivatives > 1])
+def test_gradgradcheck(op, sample) -> None:
+    f, inputs = as_function(op, sample)
+    assert torch.autograd.gradgradcheck(f, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize(("op", "sample"), [c for c in CALLS if not c.values[0].derivatives])
+def test_refuses_gradients(op, sample) -> None:
+    args, kwargs = cast((sample.args, sample.kwargs), torch.float32)
+    for t in tensors((args, kwargs)):
+        if t.is_floating_point():
+            t.requires_grad_()
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        op.function(*args, **kwargs)
+    with torch.no_grad():
+        op.function(*args, **kwargs)
+
+
+# ---- torch's own machinery --------------------------------------------------------------------
+
+
+# opcheck compares NaN with NaN and finds them different.
+@pytest.mark.parametrize(("op", "sample"), [c for c in CALLS if "special" not in c.id])
+def test_opcheck(op, sample) -> None:
+    args, kwargs = cast((sample.args, sample.kwargs), torch.float32)
+    with recorded() as calls:
+        if op.derivatives and sample.differentiable:
+            gradients(op, args, kwargs, contiguous_grad)
+        else:
+            op.function(*args, **kwargs)
+    for inner, inner_args in calls:
+        torch.library.opcheck(inner._overload, cast(inner_args, torch.float32))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_compiles_without_graph_break(op, sample, dynamic) -> None:
+    torch._dynamo.reset()
+    args, kwargs = cast((sample.args, sample.kwargs), torch.float32)
+    eager = call(op, *cast((args, kwargs), torch.float32))
+    compiled = torch.compile(
+        lambda *a, **k: op.function(*a, **k), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    out = compiled(*args, **kwargs)
+    got = [*tensors(out), *(args[i] for i in op.mutates)]
+    torch.testing.assert_close(got, eager, rtol=0, atol=0)
+    if op.derivatives:
+        args, kwargs = cast((sample.args, sample.kwargs), torch.float32)
+        f = OpSamples(compiled, op.samples, op.refusals, mutates=op.mutates)
+        got = gradients(f, args, kwargs, contiguous_grad)
+        want = gradients(op, *cast((args, kwargs), torch.float32), contiguous_grad)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_exports(op, sample) -> None:
+    args, kwargs = cast((sample.args, sample.kwargs), torch.float32)
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors_in: Tensor) -> Any:
+            values = iter(tensors_in)
+            a, k = map_tensors((args, kwargs), lambda _: next(values))
+            return op.function(*a, **k)
+
+    inputs = tuple(tensors(cast((args, kwargs), torch.float32)))
+    with torch.no_grad():
+        program = torch.export.export(Module(), inputs)
+        eager = call(op, *cast((args, kwargs), torch.float32))
+        moved = cast(inputs, torch.float32)
+        out = program.module()(*moved)
+    if not op.mutates:
+        torch.testing.assert_close(tensors(out), eager, rtol=0, atol=0)
+    assert any("aigc_fast" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_autocast_leaves_dtypes_alone(op, sample) -> None:
+    plain = call(op, *cast((sample.args, sample.kwargs), torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        under = call(op, *cast((sample.args, sample.kwargs), torch.float32))
+    torch.testing.assert_close(under, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(("op", "sample"), CALLS)
+def test_same_bits_for_any_number_of_threads(op, sample, dtype) -> None:
+    def run() -> list[Tensor]:
+        args, kwargs = cast((sample.args, sample.kwargs), dtype)
+        if op.derivatives and sample.differentiable:
+            return gradients(op, args, kwargs, contiguous_grad)
+        return call(op, args, kwargs)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run()
+        torch.set_num_threads(2)
+        two, again = run(), run()
+    finally:
+        torch.set_num_threads(before)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for a, b, c in zip(one, two, again, strict=True):
+        kind = bits[a.element_size()]
+        assert torch.equal(a.view(kind), b.view(kind)) and torch.equal(b.view(kind), c.view(kind))
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_captured_in_a_cuda_graph(op, sample) -> None:
+    args, kwargs = cast((sample.args, sample.kwargs), torch.float16, "cuda")
+    eager = call(op, *cast((args, kwargs), torch.float16, "cuda"))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(op, *cast((args, kwargs), torch.float16, "cuda"))  # compiles outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(op, args, kwargs)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, eager, rtol=0, atol=0)
