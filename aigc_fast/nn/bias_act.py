@@ -1,0 +1,77 @@
+"""Bias, activation, gain and clamp in one pass, alone or after a matrix product."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aigc_fast import ops
+
+
+class BiasAct(nn.Module):
+    """clip(gain * act(x + bias), -clamp, clamp), with a bias of shape (num_features,).
+
+    dim: the dimension of x that bias runs along.
+    act, alpha, gain, clamp: as for `ops.bias_act`.
+
+    >>> BiasAct(64, act="lrelu", alpha=0.2, gain=1.0)  # nn.LeakyReLU(0.2) and a bias per channel
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        dim: int = 1,
+        act: str = "linear",
+        *,
+        alpha: float | None = None,
+        gain: float | None = None,
+        clamp: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.act, self.alpha, self.gain, self.clamp = dim, act, alpha, gain, clamp
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.bias_act(x, self.bias, self.dim, self.act, self.alpha, self.gain, self.clamp)
+
+    def extra_repr(self) -> str:
+        return f"{self.bias.numel()}, dim={self.dim}, {_describe(self)}"
+
+
+class LinearBiasAct(nn.Linear):
+    """nn.Linear whose bias and activation are one pass over the product: weight, bias as there.
+
+    act, alpha, gain, clamp: as for `ops.bias_act`. The default gain of relu, lrelu and swish is
+    sqrt(2); gain=1.0 gives the function of that name in torch.
+
+    >>> LinearBiasAct(784, 1024, "lrelu", alpha=0.2, gain=1.0)  # nn.Linear, then LeakyReLU(0.2)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        act: str = "linear",
+        *,
+        alpha: float | None = None,
+        gain: float | None = None,
+        clamp: float | None = None,
+        **linear: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, **linear)
+        self.act, self.alpha, self.gain, self.clamp = act, alpha, gain, clamp
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        return ops.bias_act(y, self.bias, -1, self.act, self.alpha, self.gain, self.clamp)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {_describe(self)}"
+
+
+def _describe(module: Any) -> str:
+    options = {name: getattr(module, name) for name in ("act", "alpha", "gain", "clamp")}
+    return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)

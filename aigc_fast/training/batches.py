@@ -1,0 +1,25 @@
+"""Mini-batches of tensors."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def batches(
+    *tensors: Tensor, batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, ...]]:
+    """One epoch: the rows of the tensors in a new order, `batch_size` at a time.
+
+    generator: draws the order, on its own device. The rows that do not fill a batch are left out.
+    """
+    rows = len(tensors[0])
+    if any(len(tensor) != rows for tensor in tensors):
+        raise ValueError(f"tensors must be of one length, got {[len(t) for t in tensors]}")
+    if not 1 <= batch_size <= rows:
+        raise ValueError(f"batch_size must be 1 to {rows}, the rows there are, got {batch_size}")
+    order = torch.randperm(rows, generator=generator, device=generator.device)
+    order = order.to(tensors[0].device)
+    for start in range(0, rows - batch_size + 1, batch_size):
+        chosen = order[start : start + batch_size]
+        yield tuple(tensor[chosen] for tensor in tensors)

@@ -1,0 +1,31 @@
+"""Exponential moving average of a model's weights."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Holds `model`, a copy whose weights follow those of another one at a distance.
+
+    decay: share of the old average that stays at every update. While there have been few updates
+        it is less, (1 + updates) / (10 + updates), so that the start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Moves the average towards the weights of `model`; buffers are copied."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(
+            list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - decay
+        )
+        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)
+        self.updates += 1
