@@ -1,0 +1,115 @@
+"""A small U-Net for small images: it predicts the noise in a noisy image."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aigc_fast import ops
+
+
+def _swish(x: Tensor) -> Tensor:
+    return ops.bias_act(x, None, 1, "swish", gain=1.0)
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """cos and sin of each timestep at dim / 2 frequencies, float32 (batch, dim)."""
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(-math.log(max_period) / (dim // 2) * steps)
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x))) + embedding)))"""
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.embedding = nn.Linear(embedding_dim, out_channels)
+        self.norm2 = nn.GroupNorm(8, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
+        self.skip = (
+            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(_swish(self.norm1(x)))
+        h = h + self.embedding(embedding)[:, :, None, None]
+        return self.skip(x) + self.conv2(_swish(self.norm2(h)))
+
+
+class UNet(nn.Module):
+    """Noise in an image, given the timestep and, where there are classes, the class.
+
+    The image is folded by `patch` (space to depth) on the way in and unfolded on the way out;
+    every level after the first halves it. Each block on the way up reads the output of its
+    counterpart on the way down.
+
+    channels: width of each level, a multiple of 8.
+    blocks: residual blocks of each level, each way.
+    num_classes: class number `num_classes` stands for "any", and is the only one if that is 0.
+    """
+
+    def __init__(
+        self,
+        image_channels: int = 1,
+        channels: Sequence[int] = (32, 64),
+        blocks: int = 1,
+        patch: int = 2,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.patch, self.num_classes = patch, num_classes
+        dim = 4 * channels[0]
+        self.time = nn.Sequential(nn.Linear(channels[0], dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.label = nn.Embedding(num_classes + 1, dim)
+        width = channels[0]
+        self.conv_in = nn.Conv2d(image_channels * patch**2, width, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for out in channels:
+            self.down.append(_level(width, out, blocks, dim))
+            width = out
+        self.middle = ResBlock(width, width, dim)
+        for out in reversed(channels):
+            self.up.append(_level(width, out, blocks, dim, skip=out))
+            width = out
+        self.norm_out = nn.GroupNorm(8, width)
+        self.conv_out = nn.Conv2d(width, image_channels * patch**2, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(self, sample: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+        """sample (batch, channels, height, width), timesteps (batch,) -> noise, shape of sample.
+
+        height and width: multiples of patch * 2 ** (levels - 1).
+        labels: int64 (batch,), or None for "any" throughout.
+        """
+        if labels is None:
+            labels = torch.full_like(timesteps, self.num_classes, dtype=torch.int64)
+        time = timestep_embedding(timesteps, self.time[0].in_features).to(sample.dtype)
+        embedding = F.silu(self.time(time) + self.label(labels))
+
+        h = self.conv_in(F.pixel_unshuffle(sample, self.patch))
+        skips = []
+        for level, stage in enumerate(self.down):
+            if level > 0:
+                h = F.avg_pool2d(h, 2)
+            for block in stage:
+                h = block(h, embedding)
+                skips.append(h)
+        h = self.middle(h, embedding)
+        for level, stage in enumerate(self.up):
+            if level > 0:
+                h = F.interpolate(h, scale_factor=2.0)
+            for block in stage:
+                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        return F.pixel_shuffle(self.conv_out(_swish(self.norm_out(h))), self.patch)
+
+
+def _level(width: int, out: int, blocks: int, dim: int, skip: int = 0) -> nn.ModuleList:
+    widths = [width] + [out] * blocks
+    return nn.ModuleList(ResBlock(w + skip, out, dim) for w in widths[:-1])
