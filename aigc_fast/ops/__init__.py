@@ -2,6 +2,7 @@
 
 from aigc_fast import _libraries
 from aigc_fast.ops.bias_act import bias_act
+from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.gated_mlp import swiglu
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
@@ -15,6 +16,7 @@ __all__ = [
     "append_kv",
     "apply_rotary",
     "bias_act",
+    "decode_attention",
     "rms_norm",
     "swiglu",
 ]
