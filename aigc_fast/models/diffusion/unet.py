@@ -23,13 +23,14 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 class ResBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x))) + embedding)))"""
+    """x + conv(swish(scale * norm(conv(swish(norm(x)))) + shift)), the embedding giving scale and
+    shift of each channel."""
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(8, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.embedding = nn.Linear(embedding_dim, out_channels)
+        self.modulation = nn.Linear(embedding_dim, 2 * out_channels)
         self.norm2 = nn.GroupNorm(8, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
@@ -38,9 +39,9 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(_swish(self.norm1(x)))
-        h = h + self.embedding(embedding)[:, :, None, None]
-        return self.skip(x) + self.conv2(_swish(self.norm2(h)))
+        h = self.norm2(self.conv1(_swish(self.norm1(x))))
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        return self.skip(x) + self.conv2(_swish(torch.addcmul(h + shift, h, scale)))
 
 
 class UNet(nn.Module):
@@ -58,7 +59,7 @@ class UNet(nn.Module):
     def __init__(
         self,
         image_channels: int = 1,
-        channels: Sequence[int] = (32, 64),
+        channels: Sequence[int] = (32, 64, 128),
         blocks: int = 1,
         patch: int = 2,
         num_classes: int = 10,
@@ -85,7 +86,7 @@ class UNet(nn.Module):
     def forward(self, sample: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """sample (batch, channels, height, width), timesteps (batch,) -> noise, shape of sample.
 
-        height and width: multiples of patch * 2 ** (levels - 1).
+        height and width: multiples of patch.
         labels: int64 (batch,), or None for "any" throughout.
         """
         if labels is None:
@@ -97,14 +98,14 @@ class UNet(nn.Module):
         skips = []
         for level, stage in enumerate(self.down):
             if level > 0:
-                h = F.avg_pool2d(h, 2)
+                h = F.avg_pool2d(h, 2, ceil_mode=True)
             for block in stage:
                 h = block(h, embedding)
                 skips.append(h)
         h = self.middle(h, embedding)
         for level, stage in enumerate(self.up):
             if level > 0:
-                h = F.interpolate(h, scale_factor=2.0)
+                h = F.interpolate(h, size=skips[-1].shape[2:])
             for block in stage:
                 h = block(torch.cat([h, skips.pop()], dim=1), embedding)
         return F.pixel_shuffle(self.conv_out(_swish(self.norm_out(h))), self.patch)

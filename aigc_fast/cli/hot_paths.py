@@ -1,0 +1,216 @@
+"""The demo's table: one call of each hot path, three implementations, times and errors."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from aigc_fast import ops
+from aigc_fast._timing import interleaved
+
+from .demo_text import TextResult
+
+EAGER, COMPILE, OURS = "eager PyTorch", "torch.compile", "aigc_fast"
+
+
+@dataclass
+class HotPath:
+    """What plain PyTorch and this library each call, and with what."""
+
+    name: str
+    shape: str
+    plain: Callable[..., Tensor]
+    ours: Callable[..., Tensor]
+    inputs: Sequence[Tensor]
+    #: gradients are taken too, with this one coming in
+    upstream: Tensor | None = None
+
+
+@dataclass
+class Measured:
+    """Seconds a call, and the worst error over the largest value, of each implementation."""
+
+    path: HotPath
+    seconds: dict[str, float]
+    errors: dict[str, float]
+
+
+def decode_attention(device: torch.device, quick: bool) -> HotPath:
+    batch, cached, heads, kv_heads, head_dim = (1, 64, 8, 2, 64) if quick else (8, 2048, 32, 8, 128)
+    random = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=random).bfloat16()
+
+    cache = (batch, cached, kv_heads, head_dim)
+    lengths = torch.full((batch,), cached, dtype=torch.int32, device=device)
+
+    def plain(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key_cache.transpose(1, 2),
+            value_cache.transpose(1, 2),
+            enable_gqa=True,
+        ).transpose(1, 2)
+
+    return HotPath(
+        "decode_attention",
+        f"bf16, batch {batch}, {cached} cached,\n{heads} heads, {kv_heads} kv heads, {head_dim} wide",
+        plain,
+        lambda query, key_cache, value_cache: ops.decode_attention(
+            query, key_cache, value_cache, lengths
+        ),
+        [draw(batch, 1, heads, head_dim), draw(*cache), draw(*cache)],
+    )
+
+
+def scheduler_step(device: torch.device, quick: bool) -> HotPath:
+    shape = (1, 4, 8, 8) if quick else (2, 16, 128, 128)
+    random = torch.Generator(device).manual_seed(0)
+    alpha, sigma, next_alpha, next_sigma, guidance = 0.6, 0.8, 0.8, 0.6, 5.0
+    row = [1 / alpha, -sigma / alpha, 1.0, next_alpha, 0.0, next_sigma, 0.0]
+    # Two formats, so that the reference in fp64 is not held back by a row in fp32.
+    rows = {d: torch.tensor(row, dtype=d, device=device) for d in (torch.float32, torch.float64)}
+
+    def plain(sample: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
+        output = uncond + guidance * (cond - uncond)
+        x0 = ((sample - sigma * output) / alpha).clamp(-1, 1)
+        return next_alpha * x0 + next_sigma * output
+
+    return HotPath(
+        "scheduler_step",
+        f"DDIM with guidance,\nfp32 {shape}",
+        plain,
+        lambda sample, cond, uncond: ops.scheduler_step(
+            sample, cond, rows[sample.dtype], uncond_output=uncond, guidance_scale=guidance
+        ),
+        [torch.randn(shape, device=device, generator=random) for _ in range(3)],
+    )
+
+
+def bias_act(device: torch.device, quick: bool) -> HotPath:
+    shape = (2, 8, 4, 4) if quick else (16, 512, 32, 32)
+    random = torch.Generator(device).manual_seed(0)
+
+    def plain(x: Tensor, bias: Tensor) -> Tensor:
+        return (F.leaky_relu(x + bias[:, None, None], 0.2) * math.sqrt(2)).clamp(-256, 256)
+
+    return HotPath(
+        "bias_act, forward\nand backward",
+        f"lrelu, gain, clamp,\nfp32 {shape}",
+        plain,
+        lambda x, bias: ops.bias_act(x, bias, 1, "lrelu", clamp=256.0),
+        [
+            torch.randn(shape, device=device, generator=random).requires_grad_(),
+            torch.randn(shape[1], device=device, generator=random).requires_grad_(),
+        ],
+        upstream=torch.randn(shape, device=device, generator=random),
+    )
+
+
+PATHS = (decode_attention, scheduler_step, bias_act)
+
+
+def compare(console: Console, device: torch.device, *, quick: bool) -> list[Measured]:
+    return [_measure(console, path(device, quick), device, 0.1 if quick else 3.0) for path in PATHS]
+
+
+def _measure(
+    console: Console, path: HotPath, device: torch.device, seconds: float
+) -> Measured:
+    name = path.name.split(",")[0]
+    calls = {EAGER: _call(path, path.plain), OURS: _call(path, path.ours)}
+    with console.status(f"{name}: compiling what it is compared with"):
+        compiled = _call(path, torch.compile(path.plain, dynamic=False))
+        try:
+            compiled()
+            calls = {EAGER: calls[EAGER], COMPILE: compiled, OURS: calls[OURS]}
+        except Exception as error:  # Inductor needs a C++ compiler and may fail in many ways
+            reason = str(error).strip().splitlines()[0][:200]
+            console.print(f"torch.compile does not work here: {reason}", markup=False)
+    with console.status(f"{name}: measuring"):
+        exact = _call(path, path.plain, torch.float64)()
+        errors = {key: _worst_error(call(), exact) for key, call in calls.items()}
+        measured = Measured(path, interleaved(calls, seconds, device=device), errors)
+    console.print(f"[dim]{name}: done[/]")
+    return measured
+
+
+def _call(
+    path: HotPath, function: Callable[..., Tensor], dtype: torch.dtype | None = None
+) -> Callable[[], list[Tensor]]:
+    """A call without arguments that returns the output and, where wanted, the gradients."""
+    inputs = [x.detach().to(dtype or x.dtype).requires_grad_(x.requires_grad) for x in path.inputs]
+    if path.upstream is None:
+        return lambda: [function(*inputs)]
+    upstream = path.upstream.to(dtype or path.upstream.dtype)
+
+    def forward_and_backward() -> list[Tensor]:
+        y = function(*inputs)
+        return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+    return forward_and_backward
+
+
+def _worst_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Largest error of any element, as a share of the largest value of its tensor."""
+    return max(
+        ((g.double() - e).abs().max() / e.abs().max()).item()
+        for g, e in zip(got, exact, strict=True)
+    )
+
+
+def table(paths: Sequence[Measured], text: TextResult, device: torch.device) -> Table:
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    result = Table(
+        title=f"Median times on this machine ({where})",
+        caption="error: worst of any element against float64, as a share of the largest value",
+        title_justify="left",
+        caption_justify="left",
+    )
+    result.add_column("hot path")
+    result.add_column("implementation")
+    for heading in ("time", "speed-up", "error"):
+        result.add_column(heading, justify="right")
+    for measured in paths:
+        # Name and shape fill the lines beside the implementations.
+        label = f"[bold]{measured.path.name}[/]\n[dim]{measured.path.shape}[/]".split("\n")
+        _add(result, label, measured.seconds, measured.errors)
+    label = ["[bold]SmolLM2-135M, a token[/]", "[dim]greedy, fp32[/]"]
+    same = "same tokens" if text.same_tokens else "[bold red]DIFFERENT[/]"
+    _add(result, label, {EAGER: text.reference, OURS: text.ours}, {OURS: same})
+    return result
+
+
+def _add(
+    result: Table,
+    label: list[str],
+    seconds: dict[str, float],
+    errors: dict[str, float] | dict[str, str],
+) -> None:
+    names = list(seconds)
+    for i in range(max(len(label), len(names))):
+        name = names[i] if i < len(names) else ""
+        error = errors.get(name, "")
+        style = "bold green" if name == OURS else ""
+        result.add_row(
+            label[i] if i < len(label) else "",
+            f"[{style}]{name}[/]" if style else name,
+            _duration(seconds[name]) if name else "",
+            f"{seconds[EAGER] / seconds[name]:.2f}x" if name else "",
+            f"{error:.1e}" if isinstance(error, float) else error,
+            end_section=i + 1 == max(len(label), len(names)),
+        )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"

@@ -1,0 +1,55 @@
+"""The demo's pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+def save_grid(path: Path, images: Tensor, columns: int, *, scale: int = 3, gap: int = 2) -> None:
+    """images: (count, height, width) in [-1, 1], row by row; black is -1."""
+    count, height, width = images.shape
+    rows = -(-count // columns)
+    images = F.pad(images.clamp(-1, 1), (gap, gap, gap, gap, 0, rows * columns - count), value=-1.0)
+    height, width = height + 2 * gap, width + 2 * gap
+    sheet = images.view(rows, columns, height, width).transpose(1, 2)
+    sheet = sheet.reshape(rows * height, columns * width)
+    picture = Image.fromarray(((sheet + 1) * 127.5).round().to(torch.uint8).numpy())
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.LANCZOS).save(
+        path
+    )
+
+
+def save_losses(
+    path: Path, g_losses: Sequence[float], d_losses: Sequence[float], steps: int
+) -> None:
+    """Loss curves over epochs of `steps` steps: every step faintly, the running mean on top."""
+    # The Agg canvas, and no pyplot: no window system is asked for, no global state touched.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        epochs = np.arange(1, len(g_losses) + 1) / steps
+        for name, losses, color in (("G", g_losses, "#d1495b"), ("D", d_losses, "#00798c")):
+            axes.plot(epochs, losses, color=color, alpha=0.2, linewidth=0.8)
+            axes.plot(epochs, _running_mean(losses, steps), color=color, label=f"{name} loss")
+        axes.set(xlabel="epoch", ylabel="binary cross-entropy", ylim=(0, None), xlim=(0, None))
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        figure.savefig(path)
+
+
+def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
+    """Mean of the last `window` values at each place, of fewer at the start."""
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - window, 0)
+    return (total[end] - total[start]) / (end - start)

@@ -1,0 +1,149 @@
+"""Every public operator on a small input against its reference, on whatever runs it here."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import aigc_fast
+from aigc_fast import ops
+
+
+@dataclass
+class Inputs:
+    """Makes the inputs of a call: the same values each time, as float32 holds them."""
+
+    dtype: torch.dtype
+    device: torch.device
+    #: what has been made with a gradient wanted
+    leaves: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        """Standard normal, differentiable."""
+        self.leaves.append(self.constant(*shape).requires_grad_())
+        return self.leaves[-1]
+
+    def constant(self, *shape: int) -> Tensor:
+        """Standard normal."""
+        return torch.randn(shape, generator=self.random).to(self.device, self.dtype)
+
+    def int32(self, *values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+
+def _append_kv(x: Inputs) -> tuple[Tensor, ...]:
+    caches = x.constant(2, 33, 3, 40), x.constant(2, 33, 3, 40)
+    ops.append_kv(x.constant(2, 5, 3, 40), x.constant(2, 5, 3, 40), *caches, x.int32(0, 28))
+    return caches
+
+
+def _apply_rotary(x: Inputs) -> Tensor:
+    angles = x.constant(7, 20)
+    return ops.apply_rotary(x(2, 7, 3, 40), angles.cos(), angles.sin())
+
+
+def _decode_attention(x: Inputs) -> Tensor:
+    cache = (3, 65, 2, 40)
+    lengths = x.int32(65, 0, 17)
+    return ops.decode_attention(x.constant(3, 2, 6, 40), x.constant(*cache), x.constant(*cache), lengths)
+
+
+def _scheduler_step(x: Inputs) -> Tensor:
+    row = torch.tensor([1.5, -0.5, 1.0, 0.8, 0.1, 0.6, 0.2, -0.3]).to(x.device, x.dtype)
+    shape = (3, 4, 7, 5)
+    return ops.scheduler_step(
+        x(*shape), x(*shape), row, noise=x(*shape), history=[x(*shape)], uncond_output=x(*shape),
+        guidance_scale=3.0,
+    )  # fmt: skip
+
+
+#: A call of each public operator of aigc_fast.ops.
+CALLS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
+    "add_noise": lambda x: ops.add_noise(x(3, 4, 7, 5), x(3, 4, 7, 5), x(3), x(3)),
+    "add_rms_norm": lambda x: ops.add_rms_norm(x(5, 127), x(5, 127), x(127), 1e-6),
+    "append_kv": _append_kv,
+    "apply_rotary": _apply_rotary,
+    "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
+    "decode_attention": _decode_attention,
+    "rms_norm": lambda x: ops.rms_norm(x(5, 127), x(127), 1e-6),
+    "scheduler_step": _scheduler_step,
+    "swiglu": lambda x: ops.swiglu(x(5, 127), x(5, 127)),
+}
+
+
+@dataclass
+class Check:
+    """error: largest difference from the reference in float64; allowed: see `check`."""
+
+    op: str
+    device: str
+    implementation: str
+    error: float
+    allowed: float
+    problem: str = ""
+
+    @property
+    def ok(self) -> bool:
+        # Written so that a NaN fails.
+        return not self.problem and self.error <= self.allowed
+
+
+def check_all() -> Iterator[Check]:
+    """Checks every public operator, on the CPU and on the GPU if there is one."""
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    for name in ops.__all__:
+        for device in devices:
+            yield check(name, torch.device(device))
+
+
+def check(name: str, device: torch.device) -> Check:
+    """Results and gradients in float32. The rule: against the reference in float64 the chosen
+    implementation is at most twice as wrong as the reference in float32, plus one unit in the
+    last place of the largest value."""
+    if name not in CALLS:
+        return Check(name, device.type, "", 0, 0, "self_check.py has no call of it")
+    call = CALLS[name]
+    chosen = ""
+    try:
+        chosen = aigc_fast.explain(call, Inputs(torch.float32, device)).implementation
+        ours = _results(call, torch.float32, device)
+        with aigc_fast.backend("reference"):
+            plain = _results(call, torch.float32, device)
+            exact = _results(call, torch.float64, device)
+    except Exception as error:  # a doctor reports what others die of
+        return Check(name, device.type, chosen, 0, 0, f"{type(error).__name__}: {error}")
+    # The one closest to its limit.
+    return max(
+        (
+            Check(name, device.type, chosen, _worst(o, e), 2 * _worst(p, e) + _ulp(e))
+            for o, p, e in zip(ours, plain, exact, strict=True)
+        ),
+        key=lambda found: found.error / found.allowed,
+    )
+
+
+def _results(
+    call: Callable[[Inputs], Tensor | tuple[Tensor, ...]], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Outputs and, where there is a derivative, the gradients of a random sum of them."""
+    inputs = Inputs(dtype, device)
+    outputs = call(inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if not inputs.leaves:
+        return outputs
+    upstream = [inputs.constant(*output.shape) for output in outputs]
+    gradients = torch.autograd.grad(outputs, inputs.leaves, upstream)
+    return [*(output.detach() for output in outputs), *gradients]
+
+
+def _worst(got: Tensor, exact: Tensor) -> float:
+    return (got.double() - exact).abs().max().item()
+
+
+def _ulp(exact: Tensor) -> float:
+    largest = exact.abs().max()
+    return (torch.finfo(torch.float32).eps * 2.0 ** largest.log2().floor()).item()

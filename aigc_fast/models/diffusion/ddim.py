@@ -1,0 +1,71 @@
+"""Sampling with DDIM (Song et al. 2020, arXiv:2010.02502), deterministic."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from aigc_fast import ops
+
+
+def cosine_schedule(num_timesteps: int = 1000) -> tuple[Tensor, Tensor]:
+    """alphas and sigmas, float32 (num_timesteps,), of Nichol & Dhariwal (arXiv:2102.09672)."""
+    time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    signal = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+    alphas_cumprod = torch.cumprod(1 - betas, 0)
+    return alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float()
+
+
+def ddim_rows(alphas: Tensor, sigmas: Tensor, timesteps: Tensor, clip: float = 1.0) -> Tensor:
+    """A row of coefficients for `ops.scheduler_step` for each timestep, of a noise prediction."""
+    alpha, sigma = alphas.double()[timesteps], sigmas.double()[timesteps]
+    # After the last step there is no noise.
+    next_alpha = torch.cat([alpha[1:], alpha.new_ones(1)])
+    next_sigma = torch.cat([sigma[1:], sigma.new_zeros(1)])
+    zero = torch.zeros_like(alpha)
+    limit = torch.full_like(alpha, clip)
+    return torch.stack(
+        [1 / alpha, -sigma / alpha, limit, next_alpha, zero, next_sigma, zero], dim=1
+    ).float()
+
+
+def sample_ddim(
+    model: nn.Module,
+    noise: Tensor,
+    alphas: Tensor,
+    sigmas: Tensor,
+    *,
+    labels: Tensor | None = None,
+    num_steps: int = 30,
+    guidance_scale: float = 1.0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (sample, x0) after every step: where the sample stands, and where it seems to go.
+
+    model: model(sample, timesteps, labels) predicts the noise; with labels and a guidance_scale
+        other than 1 it is asked for class model.num_classes, "any", too.
+    noise: standard normal, the start.
+    """
+    timesteps = torch.linspace(len(alphas) - 1, 0, num_steps).round().long()
+    rows = ddim_rows(alphas.cpu(), sigmas.cpu(), timesteps).to(noise.device)
+    guided = labels is not None and guidance_scale != 1
+    if guided:
+        labels = torch.cat([labels, torch.full_like(labels, model.num_classes)])
+    sample = noise
+    for timestep, row in zip(timesteps.tolist(), rows, strict=True):
+        # No mode may outlive a yield.
+        with torch.no_grad():
+            both = torch.cat([sample, sample]) if guided else sample
+            steps = torch.full((len(both),), timestep, device=noise.device)
+            output = model(both, steps, labels)
+            cond, uncond = output.chunk(2) if guided else (output, None)
+            sample, x0 = ops.scheduler_step(
+                sample,
+                cond,
+                row,
+                uncond_output=uncond,
+                guidance_scale=guidance_scale if guided else 1.0,
+                return_x0=True,
+            )
+        yield sample, x0

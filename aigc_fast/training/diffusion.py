@@ -1,0 +1,102 @@
+"""Training of a model that predicts the noise in a noisy sample."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aigc_fast import ops
+
+from .batches import batches
+from .ema import EMA
+
+
+class DiffusionStep(NamedTuple):
+    """Where training stands after a step. The loss stays on the device until it is read."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: Tensor
+
+    def __str__(self) -> str:
+        return (
+            f"Epoch [{self.epoch}/{self.epochs}], Step [{self.step}/{self.steps}], "
+            f"Loss: {self.loss.item():.4f}"
+        )
+
+
+class DiffusionTrainer:
+    """Trains model(noisy, timesteps, labels) to return the noise in
+    noisy = alpha[timestep] * sample + sigma[timestep] * noise
+    (Ho et al. 2020, arXiv:2006.11239, algorithm 1).
+
+    alphas, sigmas: (num_timesteps,), the noise schedule.
+    total_steps:    the learning rate rises over the first twentieth of these steps and falls to
+                    zero along a cosine until the last.
+    unlabelled:     share of the labels replaced by model.num_classes, "any", so that the model
+                    learns both outputs of classifier-free guidance (arXiv:2207.12598).
+    average:        the model with averaged weights, the one to sample from.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        alphas: Tensor,
+        sigmas: Tensor,
+        *,
+        total_steps: int,
+        lr: float = 2e-3,
+        ema_decay: float = 0.995,
+        unlabelled: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        parameters = list(model.parameters())
+        self.model, self.unlabelled = model, unlabelled
+        self.device = parameters[0].device
+        self.alphas, self.sigmas = alphas.to(self.device), sigmas.to(self.device)
+        self.optimizer = torch.optim.Adam(parameters, lr, fused=True)
+        self.rate = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: _warm_up_and_cosine(step / total_steps)
+        )
+        self.ema = EMA(model, ema_decay)
+        self.random = torch.Generator(self.device).manual_seed(seed)
+
+    @property
+    def average(self) -> nn.Module:
+        return self.ema.model
+
+    def step(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
+        """One update on a batch; returns the loss."""
+        draw = {"device": self.device, "generator": self.random}
+        timesteps = torch.randint(len(self.alphas), (len(samples),), **draw)
+        noise = torch.randn(samples.shape, dtype=samples.dtype, **draw)
+        if labels is not None:
+            hidden = torch.rand(len(samples), **draw) < self.unlabelled
+            labels = labels.masked_fill(hidden, self.model.num_classes)
+        noisy = ops.add_noise(samples, noise, self.alphas[timesteps], self.sigmas[timesteps])
+        loss = F.mse_loss(self.model(noisy, timesteps, labels), noise)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.rate.step()
+        self.ema.update(self.model)
+        return loss.detach()
+
+    def train(
+        self, samples: Tensor, labels: Tensor, *, epochs: int, batch_size: int
+    ) -> Iterator[DiffusionStep]:
+        """Yields after every step; whoever iterates logs, plots, or stops."""
+        steps = len(samples) // batch_size
+        for epoch in range(1, epochs + 1):
+            data = batches(samples, labels, batch_size=batch_size, generator=self.random)
+            for step, (batch, names) in enumerate(data, start=1):
+                yield DiffusionStep(epoch, epochs, step, steps, self.step(batch, names))
+
+
+def _warm_up_and_cosine(done: float) -> float:
+    return min(1.0, 20 * done + 0.01) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
