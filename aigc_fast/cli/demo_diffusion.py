@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
@@ -37,9 +36,8 @@ def run(
     """Trains as many epochs as `seconds` allow, MAX_EPOCHS at most."""
     torch.manual_seed(0)
     images, labels = load_digits()
-    # 32 = 2^5 halves well.
-    samples = F.pad(images[:, None].float() / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
-    samples, labels = samples.to(device), labels.to(device)
+    samples = (images[:, None].float() / 127.5 - 1).to(device)
+    labels = labels.to(device)
     schedule = cosine_schedule()
     # Convolutions are a tenth faster in this layout (and the operators take either).
     model = UNet().to(device, memory_format=torch.channels_last)
@@ -68,7 +66,7 @@ def run(
     start = time.perf_counter()
     names = torch.arange(10, device=device).repeat(1 if quick else 8)
     noise = torch.randn(
-        (len(names), 1, 32, 32), device=device, generator=trainer.random
+        (len(names), 1, 28, 28), device=device, generator=trainer.random
     ).contiguous(memory_format=torch.channels_last)
     stages = [noise]
     num_steps = 3 if quick else SAMPLING_STEPS
@@ -81,7 +79,7 @@ def run(
         f"[dim]{len(names)} digits in {num_steps} DDIM steps, guidance {GUIDANCE_SCALE}: "
         f"{time.perf_counter() - start:.1f} s[/]"
     )
-    stages = torch.stack(stages)[:, :, 0, 2:-2, 2:-2].cpu()
+    stages = torch.stack(stages)[:, :, 0].cpu()
     shown = stages[[i for i in SHOWN if i <= num_steps]]
     strip = shown[:, torch.tensor([2, 3, 5, 8])].transpose(0, 1).flatten(0, 1)
     return DiffusionResult(stages[-1], strip, len(shown))

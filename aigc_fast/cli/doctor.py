@@ -6,6 +6,7 @@ import platform
 import time
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +17,9 @@ from aigc_fast import _libraries
 from .self_check import check_all
 
 
+_SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
 def run(console: Console) -> int:
     """Exit code: 1 if an operator fails its check."""
     start = time.perf_counter()
@@ -24,7 +28,7 @@ def run(console: Console) -> int:
     with console.status("checking every operator against its reference"):
         checks = list(check_all())
     failed = [check for check in checks if not check.ok]
-    table = Table(title="Self-check in float32: results and gradients", title_justify="left")
+    table = _table("Self-check in float32: results and gradients")
     for heading in ("operator", "device", "runs on"):
         table.add_column(heading)
     for heading in ("error", "allowed"):
@@ -104,10 +108,14 @@ def _version(package: str) -> str:
 
 
 def _operators() -> Table:
-    table = Table(title="Operators and their implementations here", title_justify="left")
-    table.add_column("operator")
-    table.add_column("implementations")
-    table.add_column("dtypes")
-    for row in aigc_fast.list_ops():
-        table.add_row(row["op"], ", ".join(row["implementations"]), ", ".join(row["dtypes"]))
+    table = _table("Operators and their implementations here")
+    for heading in ("operator", "implementations", "dtypes"):
+        table.add_column(heading)
+    for row in sorted(aigc_fast.list_ops(), key=lambda row: row["op"]):
+        dtypes = " ".join(_SHORT.get(dtype, dtype) for dtype in row["dtypes"])
+        table.add_row(row["op"], " ".join(row["implementations"]), dtypes)
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=f"\n{title}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -60,7 +61,7 @@ def decode_attention(device: torch.device, quick: bool) -> HotPath:
 
     return HotPath(
         "decode_attention",
-        f"bf16, batch {batch}, {cached} cached,\n{heads} heads, {kv_heads} kv heads, {head_dim} wide",
+        f"bf16, {batch} x {cached} cached\n{heads} heads, {kv_heads} kv, {head_dim}",
         plain,
         lambda query, key_cache, value_cache: ops.decode_attention(
             query, key_cache, value_cache, lengths
@@ -84,7 +85,7 @@ def scheduler_step(device: torch.device, quick: bool) -> HotPath:
 
     return HotPath(
         "scheduler_step",
-        f"DDIM with guidance,\nfp32 {shape}",
+        f"DDIM with guidance\nfp32 {shape}",
         plain,
         lambda sample, cond, uncond: ops.scheduler_step(
             sample, cond, rows[sample.dtype], uncond_output=uncond, guidance_scale=guidance
@@ -101,8 +102,8 @@ def bias_act(device: torch.device, quick: bool) -> HotPath:
         return (F.leaky_relu(x + bias[:, None, None], 0.2) * math.sqrt(2)).clamp(-256, 256)
 
     return HotPath(
-        "bias_act, forward\nand backward",
-        f"lrelu, gain, clamp,\nfp32 {shape}",
+        "bias_act",
+        f"forward and backward\nfp32 {shape}",
         plain,
         lambda x, bias: ops.bias_act(x, bias, 1, "lrelu", clamp=256.0),
         [
@@ -123,9 +124,8 @@ def compare(console: Console, device: torch.device, *, quick: bool) -> list[Meas
 def _measure(
     console: Console, path: HotPath, device: torch.device, seconds: float
 ) -> Measured:
-    name = path.name.split(",")[0]
     calls = {EAGER: _call(path, path.plain), OURS: _call(path, path.ours)}
-    with console.status(f"{name}: compiling what it is compared with"):
+    with console.status(f"{path.name}: compiling what it is compared with"):
         compiled = _call(path, torch.compile(path.plain, dynamic=False))
         try:
             compiled()
@@ -133,11 +133,11 @@ def _measure(
         except Exception as error:  # Inductor needs a C++ compiler and may fail in many ways
             reason = str(error).strip().splitlines()[0][:200]
             console.print(f"torch.compile does not work here: {reason}", markup=False)
-    with console.status(f"{name}: measuring"):
+    with console.status(f"{path.name}: measuring"):
         exact = _call(path, path.plain, torch.float64)()
         errors = {key: _worst_error(call(), exact) for key, call in calls.items()}
         measured = Measured(path, interleaved(calls, seconds, device=device), errors)
-    console.print(f"[dim]{name}: done[/]")
+    console.print(f"[dim]{path.name}: done[/]")
     return measured
 
 
@@ -176,40 +176,37 @@ def table(paths: Sequence[Measured], text: TextResult, device: torch.device) -> 
         caption="error: worst of any element against float64, as a share of the largest value",
         title_justify="left",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_lines=True,
     )
     result.add_column("hot path")
-    result.add_column("implementation")
+    result.add_column("implementation", no_wrap=True)
     for heading in ("time", "speed-up", "error"):
-        result.add_column(heading, justify="right")
+        result.add_column(heading, justify="right", no_wrap=True)
     for measured in paths:
-        # Name and shape fill the lines beside the implementations.
-        label = f"[bold]{measured.path.name}[/]\n[dim]{measured.path.shape}[/]".split("\n")
-        _add(result, label, measured.seconds, measured.errors)
-    label = ["[bold]SmolLM2-135M, a token[/]", "[dim]greedy, fp32[/]"]
-    same = "same tokens" if text.same_tokens else "[bold red]DIFFERENT[/]"
-    _add(result, label, {EAGER: text.reference, OURS: text.ours}, {OURS: same})
+        errors = {name: f"{error:.1e}" for name, error in measured.errors.items()}
+        _add(result, measured.path.name, measured.path.shape, measured.seconds, errors)
+    verdict = {EAGER: "", OURS: "same tokens" if text.same_tokens else "[bold red]DIFFERENT[/]"}
+    seconds = {EAGER: text.reference, OURS: text.ours}
+    _add(result, "SmolLM2-135M", "a token, greedy, fp32", seconds, verdict)
     return result
 
 
 def _add(
-    result: Table,
-    label: list[str],
-    seconds: dict[str, float],
-    errors: dict[str, float] | dict[str, str],
+    table: Table, name: str, shape: str, seconds: dict[str, float], errors: dict[str, str]
 ) -> None:
-    names = list(seconds)
-    for i in range(max(len(label), len(names))):
-        name = names[i] if i < len(names) else ""
-        error = errors.get(name, "")
-        style = "bold green" if name == OURS else ""
-        result.add_row(
-            label[i] if i < len(label) else "",
-            f"[{style}]{name}[/]" if style else name,
-            _duration(seconds[name]) if name else "",
-            f"{seconds[EAGER] / seconds[name]:.2f}x" if name else "",
-            f"{error:.1e}" if isinstance(error, float) else error,
-            end_section=i + 1 == max(len(label), len(names)),
-        )
+    """A row whose cells hold a line for each implementation."""
+    columns = [
+        list(seconds),
+        [_duration(s) for s in seconds.values()],
+        [f"{seconds[EAGER] / s:.2f}x" for s in seconds.values()],
+        [errors[key] for key in seconds],
+    ]
+    emphasised = [
+        "\n".join(f"[bold green]{c}[/]" if key == OURS else c for key, c in zip(seconds, cells))
+        for cells in columns
+    ]
+    table.add_row(f"[bold]{name}[/]\n[dim]{shape}[/]", *emphasised)
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Training of a model that predicts the noise in a noisy sample."""
+"""Training of a diffusion model by v-prediction."""
 
 import math
 from collections.abc import Iterator
@@ -31,9 +31,10 @@ class DiffusionStep(NamedTuple):
 
 
 class DiffusionTrainer:
-    """Trains model(noisy, timesteps, labels) to return the noise in
-    noisy = alpha[timestep] * sample + sigma[timestep] * noise
-    (Ho et al. 2020, arXiv:2006.11239, algorithm 1).
+    """Trains model(noisy, timesteps, labels), where noisy = alpha * sample + sigma * noise at the
+    timestep's alpha and sigma, to return v = alpha * noise - sigma * sample (Salimans & Ho 2022,
+    arXiv:2202.00512). Where there is hardly a signal left, v asks for the sample and not, as the
+    noise would, for a copy of the input.
 
     alphas, sigmas: (num_timesteps,), the noise schedule.
     total_steps:    the learning rate rises over the first twentieth of these steps and falls to
@@ -78,8 +79,10 @@ class DiffusionTrainer:
         if labels is not None:
             hidden = torch.rand(len(samples), **draw) < self.unlabelled
             labels = labels.masked_fill(hidden, self.model.num_classes)
-        noisy = ops.add_noise(samples, noise, self.alphas[timesteps], self.sigmas[timesteps])
-        loss = F.mse_loss(self.model(noisy, timesteps, labels), noise)
+        noisy, velocity = ops.add_noise(
+            samples, noise, self.alphas[timesteps], self.sigmas[timesteps], return_velocity=True
+        )
+        loss = F.mse_loss(self.model(noisy, timesteps, labels), velocity)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -19,16 +19,19 @@ def cosine_schedule(num_timesteps: int = 1000) -> tuple[Tensor, Tensor]:
 
 
 def ddim_rows(alphas: Tensor, sigmas: Tensor, timesteps: Tensor, clip: float = 1.0) -> Tensor:
-    """A row of coefficients for `ops.scheduler_step` for each timestep, of a noise prediction."""
+    """A row of coefficients for `ops.scheduler_step` for each timestep, the model predicting
+    v = alpha * noise - sigma * x0:
+
+        x0 = alpha * sample - sigma * v, noise = sigma * sample + alpha * v
+        next = next_alpha * clamp(x0, -clip, clip) + next_sigma * noise
+    """
     alpha, sigma = alphas.double()[timesteps], sigmas.double()[timesteps]
     # After the last step there is no noise.
     next_alpha = torch.cat([alpha[1:], alpha.new_ones(1)])
     next_sigma = torch.cat([sigma[1:], sigma.new_zeros(1)])
-    zero = torch.zeros_like(alpha)
-    limit = torch.full_like(alpha, clip)
-    return torch.stack(
-        [1 / alpha, -sigma / alpha, limit, next_alpha, zero, next_sigma, zero], dim=1
-    ).float()
+    limit, no_noise = torch.full_like(alpha, clip), torch.zeros_like(alpha)
+    columns = [alpha, -sigma, limit, next_alpha, next_sigma * sigma, next_sigma * alpha, no_noise]
+    return torch.stack(columns, dim=1).float()
 
 
 def sample_ddim(
@@ -43,7 +46,7 @@ def sample_ddim(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (sample, x0) after every step: where the sample stands, and where it seems to go.
 
-    model: model(sample, timesteps, labels) predicts the noise; with labels and a guidance_scale
+    model: model(sample, timesteps, labels) predicts v; with labels and a guidance_scale
         other than 1 it is asked for class model.num_classes, "any", too.
     noise: standard normal, the start.
     """

@@ -1,4 +1,4 @@
-"""A small U-Net for small images: it predicts the noise in a noisy image."""
+"""A small U-Net for small images."""
 
 import math
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Noise in an image, given the timestep and, where there are classes, the class.
+    """An image-sized prediction for a noisy image, its timestep and, where there are any, its class.
 
     The image is folded by `patch` (space to depth) on the way in and unfolded on the way out;
     every level after the first halves it. Each block on the way up reads the output of its
@@ -84,7 +84,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, sample: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
-        """sample (batch, channels, height, width), timesteps (batch,) -> noise, shape of sample.
+        """sample (batch, channels, height, width), timesteps (batch,) -> shape of sample.
 
         height and width: multiples of patch.
         labels: int64 (batch,), or None for "any" throughout.

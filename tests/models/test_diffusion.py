@@ -1,0 +1,100 @@
+"""The small U-Net, the schedule and the DDIM sampler."""
+
+import pytest
+import torch
+
+from aigc_fast.models.diffusion import UNet, cosine_schedule, ddim_rows, sample_ddim
+
+
+def small_unet(**options):
+    return UNet(channels=(8, 16), **options).double()
+
+
+@pytest.mark.parametrize("size", [(28, 28), (32, 20), (2, 6)])
+def test_output_has_the_shape_of_the_sample(size):
+    sample = torch.randn(2, 3, *size, dtype=torch.float64)
+    out = small_unet(image_channels=3)(sample, torch.tensor([0, 999]), torch.tensor([3, 10]))
+    assert out.shape == sample.shape
+
+
+def test_no_labels_means_any():
+    model = small_unet(num_classes=4)
+    torch.nn.init.normal_(model.conv_out.weight)
+    sample, timesteps = torch.randn(2, 1, 28, 28, dtype=torch.float64), torch.tensor([5, 700])
+    any_class = model(sample, timesteps, torch.tensor([4, 4]))
+    torch.testing.assert_close(model(sample, timesteps), any_class)
+    torch.nn.init.normal_(model.label.weight)
+    for block in model.modules():
+        if hasattr(block, "conv2"):
+            torch.nn.init.normal_(block.conv2.weight, std=0.1)
+    one = model(sample, timesteps, torch.tensor([1, 1]))
+    assert not torch.allclose(one, model(sample, timesteps))
+
+
+def test_every_parameter_is_trained():
+    model = small_unet()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    out = model(torch.randn(2, 1, 12, 12, dtype=torch.float64), torch.tensor([5, 700]))
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_the_schedule_keeps_the_variance():
+    alphas, sigmas = cosine_schedule(1000)
+    torch.testing.assert_close(alphas**2 + sigmas**2, torch.ones(1000))
+    assert (alphas.diff() < 0).all() and alphas[0] > 0.99 and alphas[-1] < 0.01
+
+
+class Oracle(torch.nn.Module):
+    """Knows the answer: the v of a data set that holds one image for each class, or their mean."""
+
+    num_classes = 2
+
+    def __init__(self, images, schedule):
+        super().__init__()
+        self.images, (self.alphas, self.sigmas) = images, schedule
+
+    def forward(self, sample, timesteps, labels=None):
+        one = (-1, 1, 1, 1)
+        alpha, sigma = self.alphas[timesteps].view(one), self.sigmas[timesteps].view(one)
+        x0 = self.images[labels if labels is not None else torch.zeros_like(timesteps)]
+        noise = (sample - alpha * x0) / sigma
+        return alpha * noise - sigma * x0
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_ddim_finds_what_the_model_knows(guidance_scale):
+    # Guidance leads from the image of "any" through that of the class and, at 2, as far beyond.
+    images = torch.stack([torch.full((1, 4, 4), v) for v in (-0.5, 0.25, 0.0)])
+    schedule = cosine_schedule()
+    model = Oracle(images, schedule)
+    labels = torch.tensor([0, 1, 1])
+    noise = torch.randn(3, 1, 4, 4)
+    stages = list(
+        sample_ddim(
+            model, noise, *schedule, labels=labels, num_steps=5, guidance_scale=guidance_scale
+        )
+    )
+    assert len(stages) == 5
+    sample, x0 = stages[-1]
+    torch.testing.assert_close(sample, guidance_scale * images[labels], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(x0, sample)
+
+
+def test_ddim_row_is_the_formula():
+    alphas, sigmas = (t.double() for t in cosine_schedule(10))
+    x0, noise = torch.randn(2, 5, dtype=torch.float64) * 0.3
+    row = ddim_rows(alphas, sigmas, torch.tensor([7, 3]))[0].double()
+    sample = alphas[7] * x0 + sigmas[7] * noise
+    velocity = alphas[7] * noise - sigmas[7] * x0
+    a, b, clip, p, q, r, n = row
+    found = a * sample + b * velocity
+    torch.testing.assert_close(found, x0, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        p * found.clamp(-clip, clip) + q * sample + r * velocity,
+        alphas[3] * x0 + sigmas[3] * noise,
+        atol=1e-6,
+        rtol=0,
+    )
+    assert n == 0
