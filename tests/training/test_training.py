@@ -1,0 +1,151 @@
+"""Batches, averages, and the two training steps against their plain definitions."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aigc_fast.models.diffusion import UNet, cosine_schedule
+from aigc_fast.models.gan import MLPDiscriminator, MLPGenerator
+from aigc_fast.training import EMA, DiffusionTrainer, GANTrainer, batches
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_batches_cover_the_rows_once_and_keep_them_together():
+    x = torch.arange(10)
+    found = list(batches(x, 2 * x, batch_size=3, generator=seeded()))
+    assert [len(a) for a, _ in found] == [3, 3, 3]
+    assert all(torch.equal(2 * a, b) for a, b in found)
+    assert len(torch.cat([a for a, _ in found]).unique()) == 9
+    again = list(batches(x, 2 * x, batch_size=3, generator=seeded()))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [0, 11])
+def test_batches_refuse_a_size_that_yields_nothing(batch_size):
+    with pytest.raises(ValueError, match="batch_size must be 1 to 10"):
+        next(batches(torch.arange(10), batch_size=batch_size, generator=seeded()))
+
+
+def test_batches_refuse_tensors_of_different_lengths():
+    with pytest.raises(ValueError, match="of one length"):
+        next(batches(torch.arange(4), torch.arange(5), batch_size=1, generator=seeded()))
+
+
+def test_ema_follows_and_forgets_its_start():
+    model = nn.BatchNorm1d(1, affine=True)
+    ema = EMA(model, decay=0.9)
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+        model.running_mean.fill_(3.0)
+    expected = 1.0
+    for update in range(100):
+        decay = min(0.9, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * 5.0
+        ema.update(model)
+    assert ema.model.weight.item() == pytest.approx(expected, rel=1e-5)
+    assert ema.model.running_mean.item() == 3.0
+    assert not ema.model.weight.requires_grad and not ema.model.training
+
+
+def test_ema_refuses_a_decay_that_never_moves():
+    with pytest.raises(ValueError, match="decay must be in"):
+        EMA(nn.Linear(1, 1), 1.0)
+
+
+def small_gan():
+    torch.manual_seed(0)
+    generator = MLPGenerator((4, 8, 6)).double()
+    return generator, MLPDiscriminator((6, 8, 1)).double()
+
+
+def test_gan_step_is_the_textbook_step(monkeypatch):
+    generator, discriminator = small_gan()
+    ours = GANTrainer(*copy.deepcopy((generator, discriminator)), latent_dim=4)
+    latents = torch.randn(5, 4, dtype=torch.float64)
+    monkeypatch.setattr(ours, "latents", lambda batch: latents)
+    real = torch.randn(5, 6, dtype=torch.float64)
+    g_loss, d_loss = ours.step(real)
+
+    g_adam = torch.optim.Adam(generator.parameters(), 2e-4, (0.5, 0.999))
+    d_adam = torch.optim.Adam(discriminator.parameters(), 2e-4, (0.5, 0.999))
+    bce, one, zero = F.binary_cross_entropy_with_logits, torch.ones(5, 1), torch.zeros(5, 1)
+    fake = generator(latents)
+    plain_d = bce(discriminator(real), one.double())
+    plain_d = plain_d + bce(discriminator(fake.detach()), zero.double())
+    d_adam.zero_grad()
+    plain_d.backward()
+    d_adam.step()
+    plain_g = bce(discriminator(fake), one.double())
+    g_adam.zero_grad()
+    plain_g.backward()
+    g_adam.step()
+
+    torch.testing.assert_close(d_loss, plain_d.detach())
+    torch.testing.assert_close(g_loss, plain_g.detach())
+    for model, plain in ((ours.generator, generator), (ours.discriminator, discriminator)):
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_gan_training_repeats_itself_and_tells_where_it_is():
+    def train():
+        trainer = GANTrainer(*(m.float() for m in small_gan()), latent_dim=4, seed=3)
+        samples = torch.randn(10, 6, generator=seeded())
+        return [str(state) for state in trainer.train(samples, epochs=2, batch_size=4)]
+
+    lines = train()
+    assert lines == train()
+    assert [line.split(", G")[0] for line in lines] == [
+        f"Epoch [{epoch}/2], Step [{step}/2]" for epoch in (1, 2) for step in (1, 2)
+    ]
+    assert "G Loss: 0." in lines[0] and "D Loss: 1." in lines[0]
+
+
+def small_diffusion(**options):
+    torch.manual_seed(0)
+    model = UNet(channels=(8, 16), num_classes=2)
+    return DiffusionTrainer(model, *cosine_schedule(), total_steps=60, **options)
+
+
+def test_diffusion_training_learns_and_repeats_itself():
+    # Two flat images: easily told apart, easily found again.
+    labels = torch.arange(2).repeat(16)
+    samples = (2.0 * labels - 1)[:, None, None, None].expand(-1, 1, 8, 8).contiguous()
+
+    def train():
+        trainer = small_diffusion(lr=5e-3)
+        return trainer, list(trainer.train(samples, labels, epochs=30, batch_size=16))
+
+    trainer, states = train()
+    losses = torch.stack([state.loss for state in states])
+    assert len(losses) == 60
+    assert losses[-10:].mean() < 0.5 * losses[:5].mean()
+    assert str(states[1]).startswith("Epoch [1/30], Step [2/2], Loss: 0.")
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    assert torch.equal(losses, torch.stack([state.loss for state in train()[1]]))
+
+
+def test_diffusion_hides_the_share_of_labels_it_was_told(monkeypatch):
+    trainer = small_diffusion(unlabelled=0.5)
+    seen = []
+    monkeypatch.setattr(
+        trainer, "model", lambda x, t, labels: (seen.append(labels), x.requires_grad_())[1]
+    )
+    trainer.model.num_classes = 2
+    trainer.ema.update = lambda model: None
+    trainer.step(torch.zeros(1000, 1, 2, 2), torch.ones(1000, dtype=torch.int64))
+    assert set(seen[0].tolist()) == {1, 2}
+    assert 400 < (seen[0] == 2).sum() < 600
+
+
+def test_whoever_iterates_may_stop():
+    trainer = GANTrainer(*(m.float() for m in small_gan()), latent_dim=4)
+    states = trainer.train(torch.randn(8, 6), epochs=10**9, batch_size=4)
+    assert [state.step for state in itertools.islice(states, 3)] == [1, 2, 1]
