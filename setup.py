@@ -9,7 +9,7 @@ torch.ops.load_library: they know neither Python nor a torch newer than 2.11.
 
 AIGC_FAST_CUDA=auto|0|1    auto builds the CUDA library where nvcc is found; 1 demands it
 TORCH_CUDA_ARCH_LIST       CUDA architectures, "8.0;9.0a" if unset
-AIGC_FAST_SANITIZE=1       AddressSanitizer and UndefinedBehaviorSanitizer in csrc/cpu
+AIGC_FAST_SANITIZE=1       AddressSanitizer and UndefinedBehaviorSanitizer in csrc/cpu, level avx2
 """
 
 import os
@@ -33,12 +33,17 @@ X86_LEVELS = {
     " -mavx512vnni -mprefer-vector-width=512",
 }
 CPU_LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+SANITIZE = os.environ.get("AIGC_FAST_SANITIZE") == "1"
+if SANITIZE:
+    CPU_LEVELS = {"avx2": X86_LEVELS["avx2"]}
 
 # The uninitialized warnings fire inside GCC 12's own intrinsics headers.
 CXX_FLAGS = (
     "-std=c++20 -O2 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra"
-    " -Wno-unused-parameter -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized -DTORCH_TARGET_VERSION=0x020b000000000000"
+    " -Wno-unused-parameter -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
 )
+# LibTorch 2.11's stable ABI, and nothing newer.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 def find_nvcc() -> str | None:
@@ -55,11 +60,15 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def cuda_archs() -> list[str]:
+    """Architectures in the style of torch's own extensions: "8.0", "9.0a", "9.0+PTX"."""
+    return (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a").replace(" ", ";").split(";")
+
+
 def cuda_arch_flags() -> str:
-    """nvcc -gencode flags; "8.0;9.0a+PTX" style, as torch's own extensions read it."""
+    """nvcc -gencode flags."""
     flags = []
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a"
-    for arch in archs.replace(" ", ";").split(";"):
+    for arch in cuda_archs():
         number = arch.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
@@ -71,8 +80,8 @@ class Library:
     """Where one shared library comes from: sources, a ninja rule each, and the link."""
 
     def __init__(self, name, folder, suffixes, compile_rule, link_rule, flags=""):
-        self.name, self.compile_rule, self.link_rule, self.flags = (
-            name, compile_rule, link_rule, flags)  # fmt: skip
+        self.name, self.flags = name, flags
+        self.compile_rule, self.link_rule = compile_rule, link_rule
         self.sources = sorted(p for s in suffixes for p in (CSRC / folder).glob(f"*{s}"))
 
 
@@ -98,8 +107,8 @@ def ninja_file(build: Path, libs: list[Library]) -> str:
     torch_includes = " ".join(f"-isystem {p}" for p in include_paths())
     torch_link = " ".join(f"-L{p}" for p in library_paths()) + " -ltorch -ltorch_cpu -lc10"
     sanitize = ""
-    if os.environ.get("AIGC_FAST_SANITIZE") == "1":
-        sanitize = "-g -fno-omit-frame-pointer -fsanitize=address,undefined"
+    if SANITIZE:
+        sanitize = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined"
     cxx = os.environ.get("CXX", "g++")
     nvcc = find_nvcc() or "nvcc"
     cuda_libs = Path(nvcc).resolve().parent.parent / "lib64"
@@ -110,9 +119,7 @@ def ninja_file(build: Path, libs: list[Library]) -> str:
             for key, value in {
                 "TORCH_VERSION": torch.__version__,
                 "CPU_LEVELS": ",".join(CPU_LEVELS),
-                "CUDA_ARCHS": (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0,9.0a").replace(";", ",")
-                if find_nvcc()
-                else "",
+                "CUDA_ARCHS": ",".join(cuda_archs()) if find_nvcc() else "",
             }.items()
         ]
     )
@@ -122,7 +129,7 @@ def ninja_file(build: Path, libs: list[Library]) -> str:
 ninja_required_version = 1.5
 builddir = {build}
 rule cxx
-  command = {cxx} {CXX_FLAGS} {sanitize} {paths} {torch_includes} {compile_command}
+  command = {cxx} {CXX_FLAGS} {TORCH_TARGET} {sanitize} {paths} {torch_includes} {compile_command}
   depfile = $out.d
   deps = gcc
 rule cxx_host
@@ -130,8 +137,8 @@ rule cxx_host
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = {nvcc} -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr --threads 2 {cuda_arch_flags()} $
-    -Xcompiler=-fPIC,-fvisibility=hidden -DTORCH_TARGET_VERSION=0x020b000000000000 -DUSE_CUDA $
+  command = {nvcc} -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr --threads 2 $
+    {cuda_arch_flags()} -Xcompiler=-fPIC,-fvisibility=hidden {TORCH_TARGET} -DUSE_CUDA $
     -I{CSRC / "include"} {torch_includes} -Xptxas=-v -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
@@ -161,8 +168,7 @@ class NinjaBuild(build_ext):
         return super().get_ext_filename(fullname)
 
     def run(self):
-        self.ninja_build = ROOT / "build" / (
-            "sanitize" if os.environ.get("AIGC_FAST_SANITIZE") == "1" else "release")  # fmt: skip
+        self.ninja_build = ROOT / "build" / ("sanitize" if SANITIZE else "release")
         self.ninja_build.mkdir(parents=True, exist_ok=True)
         file = self.ninja_build / "build.ninja"
         text = ninja_file(self.ninja_build, libraries())
@@ -181,7 +187,9 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension(lib.name, [str(p.relative_to(ROOT)) for p in lib.sources])
-                 for lib in libraries()],  # fmt: skip
+    ext_modules=[
+        Extension(lib.name, [str(path.relative_to(ROOT)) for path in lib.sources])
+        for lib in libraries()
+    ],
     cmdclass={"build_ext": NinjaBuild},
 )

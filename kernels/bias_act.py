@@ -218,7 +218,8 @@ class _Tiling:
         self.rows = size // max(self.cols, 1)
         self.COLS = min(triton.next_power_of_2(self.cols), _TILE)
         self.ROWS = max(_TILE // self.COLS, 1)
-        self.down, self.across = triton.cdiv(self.rows, self.ROWS), triton.cdiv(self.cols, self.COLS)
+        self.down = triton.cdiv(self.rows, self.ROWS)
+        self.across = triton.cdiv(self.cols, self.COLS)
         self.grid = (self.down * self.across,)
 
     def options(self, bias: Tensor | None) -> dict:

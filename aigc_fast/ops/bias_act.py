@@ -69,9 +69,7 @@ def bias_act(
         dim += x.dim()
     # y = gain * act(x) has the sign of x only for a positive gain and a slope that is not negative.
     options = (dim, number, alpha, gain, clamp, from_sign and gain > 0 and alpha >= 0)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _BiasAct.apply(x, bias, options)
     return _bias_act(x, bias, *options[:5])
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Sample:
     """One call: function(*args, **kwargs)."""
