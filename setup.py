@@ -9,17 +9,22 @@ torch.ops.load_library: they know neither Python nor a torch newer than 2.11.
 
 AIGC_FAST_CUDA=auto|0|1    auto builds the CUDA library where nvcc is found; 1 demands it
 TORCH_CUDA_ARCH_LIST       CUDA architectures, "8.0;9.0a" if unset
+AIGC_FAST_PYTHONS          further interpreters that the wheel shall serve, "python3.10 python3.12":
+                           only the pybind11 module depends on one, and is built once for each
 AIGC_FAST_SANITIZE=1       AddressSanitizer and UndefinedBehaviorSanitizer in csrc/cpu, level avx2
 """
 
+import functools
 import os
 import platform
 import shutil
 import subprocess
-import sysconfig
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -76,6 +81,30 @@ def cuda_arch_flags() -> str:
     return " ".join(flags)
 
 
+@dataclass(frozen=True)
+class Interpreter:
+    """What the pybind11 module needs to know of a Python."""
+
+    include: str
+    suffix: str  # ".cpython-311-x86_64-linux-gnu.so"
+    tag: str  # "cp311"
+
+
+@functools.cache
+def interpreters() -> dict[str, Interpreter]:
+    """This Python and those of AIGC_FAST_PYTHONS, by tag."""
+    ask = (
+        "import sys, sysconfig; print(sysconfig.get_paths()['include'],"
+        " sysconfig.get_config_var('EXT_SUFFIX'), 'cp%d%d' % sys.version_info[:2])"
+    )
+    found = {}
+    for python in [sys.executable, *os.environ.get("AIGC_FAST_PYTHONS", "").split()]:
+        answer = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True)
+        interpreter = Interpreter(*answer.stdout.split())
+        found[interpreter.tag] = interpreter
+    return found
+
+
 class Library:
     """Where one shared library comes from: sources, a ninja rule each, and the link."""
 
@@ -94,7 +123,10 @@ def libraries() -> list[Library]:
     ]
     if nvcc:
         found.append(Library("aigc_fast.lib.cuda", "cuda", [".cu"], "nvcc", "link_cuda"))
-    found.append(Library("aigc_fast._host", "host", [".cpp"], "cxx_host", "link_host"))
+    for tag, python in interpreters().items():
+        include = f"-isystem {python.include}"
+        name = f"aigc_fast._host_{tag}"
+        found.append(Library(name, "host", [".cpp"], "cxx_host", "link_host", include))
     return found
 
 
@@ -113,7 +145,7 @@ def ninja_file(build: Path, libs: list[Library]) -> str:
     nvcc = find_nvcc() or "nvcc"
     cuda_libs = Path(nvcc).resolve().parent.parent / "lib64"
     host_flags = " ".join(
-        [f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"]
+        [f"-isystem {pybind11.get_include()}"]
         + [
             f'-DAIGC_FAST_{key}=\\"{value}\\"'
             for key, value in {
@@ -162,10 +194,13 @@ class NinjaBuild(build_ext):
     """build_ext that leaves the compiling to ninja and only places the results."""
 
     def get_ext_filename(self, fullname):
-        # The operator libraries are no Python modules: no interpreter tag in their names.
-        if fullname.split(".")[-1] != "_host":
-            return fullname.replace(".", os.sep) + ".so"
-        return super().get_ext_filename(fullname)
+        # _host_cp311 takes the suffix of its interpreter; the operator libraries are no modules.
+        *package, name = fullname.split(".")
+        if name.startswith("_host_"):
+            name = "_host" + interpreters()[name.removeprefix("_host_")].suffix
+        else:
+            name += ".so"
+        return os.path.join(*package, name)
 
     def run(self):
         self.ninja_build = ROOT / "build" / ("sanitize" if SANITIZE else "release")
@@ -186,10 +221,18 @@ class NinjaBuild(build_ext):
         shutil.copy2(self.ninja_build / f"{ext.name}.so", target)
 
 
+class Wheel(bdist_wheel):
+    """A wheel that names every interpreter it has a _host for."""
+
+    def get_tag(self):
+        tags = ".".join(sorted(interpreters()))
+        return tags, tags, super().get_tag()[2]
+
+
 setup(
     ext_modules=[
         Extension(lib.name, [str(path.relative_to(ROOT)) for path in lib.sources])
         for lib in libraries()
     ],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Wheel},
 )
