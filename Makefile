@@ -29,7 +29,7 @@ bench: $(VENV)/.build $(VENV)/.test
 
 # A GPU machine brings its own torch: nothing is installed there but the library itself.
 gpu:
-	AIGC_FAST_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	AIGC_FAST_CUDA=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(PYTHON) -m benchmarks.gpu
 
 lint: $(VENV)/.lint $(VENV)/.build
