@@ -2,8 +2,19 @@
 
 from aigc_fast import _libraries
 from aigc_fast.ops.bias_act import bias_act
+from aigc_fast.ops.gated_mlp import swiglu
+from aigc_fast.ops.kv_cache import append_kv
+from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
+from aigc_fast.ops.rotary import apply_rotary
 
 # The schemas stand; now the compiled libraries can register their kernels.
 _libraries.load()
 
-__all__ = ["bias_act"]
+__all__ = [
+    "add_rms_norm",
+    "append_kv",
+    "apply_rotary",
+    "bias_act",
+    "rms_norm",
+    "swiglu",
+]

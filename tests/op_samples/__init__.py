@@ -3,11 +3,15 @@
 One file per stem; the generic tests (tests/ops/test_every_op.py) and the benchmarks read OPS.
 """
 
-from tests.op_samples import bias_act
+from tests.op_samples import bias_act, gated_mlp, kv_cache, rms_norm, rotary
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
 
 OPS: dict[str, OpSamples] = {
     **bias_act.OPS,
+    **rms_norm.OPS,
+    **gated_mlp.OPS,
+    **rotary.OPS,
+    **kv_cache.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]

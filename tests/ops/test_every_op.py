@@ -1,6 +1,7 @@
 """What every operator of the table must do, whatever it computes."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -200,9 +201,15 @@ def test_refuses(op, refusal, implementation, device) -> None:
 # ---- derivatives ----------------------------------------------------------------------------
 
 
+def variables(op, args, kwargs) -> list[Tensor]:
+    """The tensors of a call that take gradients."""
+    args = [a for i, a in enumerate(args) if i not in op.constants]
+    return [t for t in tensors((args, kwargs)) if t.is_floating_point()]
+
+
 def gradients(op, args, kwargs, upstream) -> list[Tensor]:
     """Outputs' gradients with respect to every floating input, for upstream(output, index)."""
-    inputs = [t for t in tensors((args, kwargs)) if t.is_floating_point()]
+    inputs = variables(op, args, kwargs)
     for t in inputs:
         t.requires_grad_()
     outputs = [t for t in call(op, args, kwargs) if t.requires_grad]
@@ -244,7 +251,7 @@ def test_gradients_match_reference(op, sample, implementation, device, dtype, up
 def as_function(op: OpSamples, sample: Sample) -> tuple[Any, list[Tensor]]:
     """(f, inputs) with f a function of the floating tensors of the call alone."""
     args, kwargs = cast((sample.args, sample.kwargs), torch.float64)
-    inputs = [t.requires_grad_() for t in tensors((args, kwargs)) if t.is_floating_point()]
+    inputs = [t.requires_grad_() for t in variables(op, args, kwargs)]
 
     def f(*values: Tensor) -> Any:
         replace = dict(zip(map(id, inputs), values, strict=True))
@@ -309,7 +316,7 @@ def test_compiles_without_graph_break(op, sample, dynamic) -> None:
     torch.testing.assert_close(got, eager, rtol=0, atol=0)
     if op.derivatives:
         args, kwargs = cast((sample.args, sample.kwargs), torch.float32)
-        f = OpSamples(compiled, op.samples, op.refusals, mutates=op.mutates)
+        f = dataclasses.replace(op, function=compiled)
         got = gradients(f, args, kwargs, contiguous_grad)
         want = gradients(op, *cast((args, kwargs), torch.float32), contiguous_grad)
         torch.testing.assert_close(got, want, rtol=0, atol=0)
