@@ -1,20 +1,26 @@
 """The functional API: every operator as a plain function of tensors."""
 
 from aigc_fast import _libraries
+from aigc_fast.ops.add_noise import add_noise
 from aigc_fast.ops.bias_act import bias_act
+from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.gated_mlp import swiglu
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
 from aigc_fast.ops.rotary import apply_rotary
+from aigc_fast.ops.scheduler_step import scheduler_step
 
 # The schemas stand; now the compiled libraries can register their kernels.
 _libraries.load()
 
 __all__ = [
+    "add_noise",
     "add_rms_norm",
     "append_kv",
     "apply_rotary",
     "bias_act",
+    "decode_attention",
     "rms_norm",
+    "scheduler_step",
     "swiglu",
 ]
