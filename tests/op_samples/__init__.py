@@ -3,7 +3,15 @@
 One file per stem; the generic tests (tests/ops/test_every_op.py) and the benchmarks read OPS.
 """
 
-from tests.op_samples import bias_act, gated_mlp, kv_cache, rms_norm, rotary
+from tests.op_samples import (
+    add_noise,
+    bias_act,
+    gated_mlp,
+    kv_cache,
+    rms_norm,
+    rotary,
+    scheduler_step,
+)
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
 
 OPS: dict[str, OpSamples] = {
@@ -12,6 +20,8 @@ OPS: dict[str, OpSamples] = {
     **gated_mlp.OPS,
     **rotary.OPS,
     **kv_cache.OPS,
+    **scheduler_step.OPS,
+    **add_noise.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]

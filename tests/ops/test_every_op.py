@@ -163,7 +163,8 @@ def offset(t: Tensor) -> Tensor:
 
 def permuted(t: Tensor) -> Tensor:
     """Same values, dimensions in reversed memory order."""
-    return t.permute(*range(t.dim() - 1, -1, -1)).contiguous().permute(*range(t.dim() - 1, -1, -1))
+    backwards = tuple(range(t.dim() - 1, -1, -1))
+    return t.permute(backwards).contiguous().permute(backwards)
 
 
 @pytest.mark.parametrize("layout", [strided, offset, permuted], ids=lambda f: f.__name__)

@@ -1,0 +1,280 @@
+"""One denoising step of any linear diffusion solver, guidance included, in one pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._registry import Op
+
+_MAX_HISTORY = 4
+
+
+def scheduler_step(
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor | Sequence[float] | Sequence[Sequence[float]],
+    *,
+    noise: Tensor | None = None,
+    history: Sequence[Tensor] = (),
+    uncond_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    return_x0: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The next sample, or (next sample, x0).
+
+        x0   = clamp(A * sample + B * m, -r, r)
+        next = P * x0 + Q * sample + R * m + N * noise + sum_k H_k * history[k]
+
+    sample:       (batch, ...), float64/32/16 or bfloat16. Its memory order is that of the results.
+    model_output: shape and dtype of sample, as all tensors below. A batch of samples that are
+                  dense one by one (half of a packed output) is read in place.
+    coefficients: the row (A, B, r, P, Q, R, N, H_1, ..., H_k), k = len(history), for all samples,
+                  or (batch, 7 + k) with a row for each. A float32 or float64 tensor on the device
+                  of sample, or Python floats (aigc_fast.schedulers.StepCoefficients names them).
+                  A tensor costs a call 0.75 us less than a list of floats in the schema, makes no
+                  graph of its own for each step under torch.compile, and may change between
+                  replays of a CUDA graph. r may be inf.
+    noise:        standard normal noise, or None for zero.
+    history:      up to four earlier tensors, those that a multistep solver keeps.
+    uncond_output: the unconditional output u of the model; then m = u + guidance_scale *
+                  (model_output - u), else m = model_output.
+    guidance_rescale: phi; m is multiplied with phi * std(model_output) / std(m) + 1 - phi, the
+                  deviations taken over each sample. This reads the outputs once more.
+    return_x0:    whether x0 is returned too, in the dtype of sample.
+
+    Computes in fp32 (fp64 for fp64) and rounds once. Zero times inf is NaN, also for a zero
+    coefficient. Differentiable without end with respect to all tensors but the coefficients; at
+    |x0| = r the derivative is that inside. With guidance_rescale there is no derivative.
+    Bytes that must move: (3 + the number of optional tensors) times sample; backward (4 + the
+    same number, those of uncond_output and x0 counted twice).
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device or number of coefficients.
+
+    Source: the linear solvers (DDPM arXiv:2006.11239, DDIM 2010.02502, DPM-Solver++ 2211.01095);
+    guidance: Ho & Salimans, 2207.12598; rescaling: Lin et al. 2023, 2305.08891, section 3.4.
+    """
+    if not isinstance(coefficients, Tensor):
+        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        coefficients = torch.tensor(coefficients, dtype=dtype, device=sample.device)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad
+        for t in (sample, model_output, coefficients, noise, uncond_output, *history)
+    ):
+        if guidance_rescale != 0:
+            raise RuntimeError(
+                "scheduler_step has no derivative: guidance_rescale must be 0 for gradients, "
+                f"got {guidance_rescale} (or call it under torch.no_grad)"
+            )
+        if coefficients.requires_grad:
+            raise RuntimeError("scheduler_step has no derivative with respect to coefficients")
+        results = _SchedulerStep.apply(
+            sample, model_output, uncond_output, noise, coefficients, guidance_scale, return_x0,
+            *history,
+        )  # fmt: skip
+    else:
+        results = _scheduler_step(
+            sample, model_output, coefficients, noise, history, uncond_output, guidance_scale,
+            guidance_rescale, return_x0,
+        )  # fmt: skip
+    return tuple(results) if return_x0 else results[0]
+
+
+def _columns(coefficients: Tensor, sample: Tensor) -> tuple[torch.dtype, tuple[Tensor, ...]]:
+    """The dtype to compute in, and the columns in it, broadcastable over sample."""
+    dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    if coefficients.dim() == 2:
+        ones = [1] * (sample.dim() - 1)
+        coefficients = coefficients.reshape(coefficients.shape[0], *ones, coefficients.shape[1])
+    return dtype, coefficients.to(dtype).unbind(-1)
+
+
+def _guided(
+    output: Tensor, uncond: Tensor | None, scale: float, rescale: float, dtype: torch.dtype
+) -> Tensor:
+    m = output.to(dtype)
+    if uncond is None:
+        return m
+    cond, u = m, uncond.to(dtype)
+    m = u + scale * (cond - u)
+    if rescale != 0:
+        dims = list(range(1, m.dim()))
+        ratio = cond.std(dims, correction=0, keepdim=True) / m.std(dims, correction=0, keepdim=True)
+        m = m * (rescale * ratio + (1 - rescale))
+    return m
+
+
+def _reference(
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    noise: Tensor | None,
+    history: Sequence[Tensor],
+    uncond_output: Tensor | None,
+    guidance_scale: float,
+    guidance_rescale: float,
+    return_x0: bool,
+) -> list[Tensor]:
+    dtype, (a, b, r, p, q, c, n, *h) = _columns(coefficients, sample)
+    x = sample.to(dtype)
+    m = _guided(model_output, uncond_output, guidance_scale, guidance_rescale, dtype)
+    x0 = (a * x + b * m).clamp(-r, r)
+    y = p * x0 + q * x + c * m
+    if noise is not None:
+        y = y + n * noise.to(dtype)
+    for scale, earlier in zip(h, history, strict=True):
+        y = y + scale * earlier.to(dtype)
+    return [torch.empty_like(sample).copy_(t) for t in ((y, x0) if return_x0 else (y,))]
+
+
+def _reference_backward(
+    grad_output: Tensor,
+    grad_x0: Tensor | None,
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    uncond_output: Tensor | None,
+    guidance_scale: float,
+    has_noise: bool,
+    num_history: int,
+) -> list[Tensor]:
+    dtype, (a, b, r, p, q, c, n, *h) = _columns(coefficients, sample)
+    m = _guided(model_output, uncond_output, guidance_scale, 0.0, dtype)
+    inside = (a * sample.to(dtype) + b * m).abs() <= r
+    g = grad_output.to(dtype)
+    t = p * g if grad_x0 is None else p * g + grad_x0.to(dtype)
+    t = torch.where(inside, t, 0.0)
+    dm = b * t + c * g
+    grads = [a * t + q * g, dm]
+    if uncond_output is not None:
+        grads = [grads[0], dm * guidance_scale, dm * (1 - guidance_scale)]
+    grads += [scale * g for scale in ([n] if has_noise else []) + h]
+    # Out of place: under create_graph these are differentiated again.
+    return [torch.empty_like(sample).copy_(t) for t in grads]
+
+
+def _check(
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    noise: Tensor | None,
+    history: Sequence[Tensor],
+    uncond_output: Tensor | None,
+    guidance_scale: float,
+    guidance_rescale: float,
+    return_x0: bool = False,
+) -> None:
+    check_tensor("sample", sample)
+    check_tensor("model_output", model_output, like=("sample", sample), shape=sample.shape)
+    if noise is not None:
+        check_tensor("noise", noise, like=("sample", sample), shape=sample.shape)
+    if len(history) > _MAX_HISTORY:
+        raise ValueError(f"history must hold at most {_MAX_HISTORY} tensors, got {len(history)}")
+    for k, earlier in enumerate(history):
+        check_tensor(f"history[{k}]", earlier, like=("sample", sample), shape=sample.shape)
+    if uncond_output is not None:
+        check_tensor("uncond_output", uncond_output, like=("sample", sample), shape=sample.shape)
+    elif guidance_scale != 1 or guidance_rescale != 0:
+        raise ValueError(
+            "uncond_output must be given for guidance_scale != 1 or guidance_rescale != 0, got None"
+        )
+    if guidance_rescale != 0 and sample.dim() < 2:
+        raise ValueError(
+            "sample must have more than a batch dimension for guidance_rescale, "
+            f"got shape {tuple(sample.shape)}"
+        )
+    _check_coefficients(coefficients, sample, 7 + len(history))
+
+
+def _check_coefficients(coefficients: Tensor, sample: Tensor, columns: int) -> None:
+    check_tensor("coefficients", coefficients, dtypes=(torch.float32, torch.float64))
+    if tuple(coefficients.shape) not in ((columns,), (*sample.shape[:1], columns)):
+        raise ValueError(
+            f"coefficients must have shape ({columns},) or (batch, {columns}) = "
+            f"({sample.shape[0] if sample.dim() else 1}, {columns}): 7 + len(history) columns; "
+            f"got {tuple(coefficients.shape)}"
+        )
+    if coefficients.device != sample.device:
+        raise ValueError(
+            f"coefficients must be on the device of sample ({sample.device}), "
+            f"got {coefficients.device}"
+        )
+
+
+def _check_backward(
+    grad_output: Tensor,
+    grad_x0: Tensor | None,
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    uncond_output: Tensor | None,
+    guidance_scale: float,
+    has_noise: bool,
+    num_history: int,
+) -> None:
+    history = [sample] * num_history
+    _check(sample, model_output, coefficients, None, history, uncond_output, guidance_scale, 0.0)
+    check_tensor("grad_output", grad_output, like=("sample", sample), shape=sample.shape)
+    if grad_x0 is not None:
+        check_tensor("grad_output", grad_x0, like=("sample", sample), shape=sample.shape)
+
+
+_scheduler_step = Op(
+    "scheduler_step(Tensor sample, Tensor model_output, Tensor coefficients, Tensor? noise,"
+    " Tensor[] history, Tensor? uncond_output, float guidance_scale, float guidance_rescale,"
+    " bool return_x0) -> Tensor[]",
+    _reference,
+    _check,
+    stem="scheduler_step",
+)
+_backward = Op(
+    "scheduler_step_backward(Tensor grad_output, Tensor? grad_x0, Tensor sample,"
+    " Tensor model_output, Tensor coefficients, Tensor? uncond_output, float guidance_scale,"
+    " bool has_noise, int num_history) -> Tensor[]",
+    _reference_backward,
+    _check_backward,
+    stem="scheduler_step",
+)
+
+
+class _SchedulerStep(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        sample: Tensor,
+        model_output: Tensor,
+        uncond_output: Tensor | None,
+        noise: Tensor | None,
+        coefficients: Tensor,
+        guidance_scale: float,
+        return_x0: bool,
+        *history: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(sample, model_output, uncond_output, coefficients)
+        ctx.guidance_scale, ctx.has_noise, ctx.k = guidance_scale, noise is not None, len(history)
+        return tuple(
+            _scheduler_step(
+                sample, model_output, coefficients, noise, history, uncond_output, guidance_scale,
+                0.0, return_x0,
+            )
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_x0: Tensor | None = None) -> tuple:
+        sample, model_output, uncond_output, coefficients = ctx.saved_tensors
+        if grad is None:
+            grad = torch.zeros_like(sample)
+        # Linear in the gradients, so that their derivative is torch's own.
+        run = _reference_backward if torch.is_grad_enabled() else _backward
+        grad_sample, grad_output, *rest = run(
+            grad, grad_x0, sample, model_output, coefficients, uncond_output, ctx.guidance_scale,
+            ctx.has_noise, ctx.k,
+        )  # fmt: skip
+        grad_uncond = None if uncond_output is None else rest.pop(0)
+        grad_noise = rest.pop(0) if ctx.has_noise else None
+        return grad_sample, grad_output, grad_uncond, grad_noise, None, None, None, *rest

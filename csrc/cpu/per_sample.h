@@ -1,0 +1,111 @@
+// Tensors seen as rows, one for each sample of the batch, so that coefficients may differ from
+// sample to sample. A tensor whose samples are laid out as those of the output is read in place
+// whatever lies between them (a half of a packed model output, an expanded batch).
+#pragma once
+
+#include "tensor.h"
+
+namespace aigc_fast {
+
+// Reads one scalar of a floating tensor of any dtype on the fly: there are few of them.
+class Scalars {
+ public:
+  Scalars(const Tensor& x, const char* name) : tensor_(as_contiguous(x)), dtype_(x.scalar_type()) {
+    dispatch(x, name, [](auto) {});  // refuses what is not floating
+  }
+  double operator[](int64_t i) const {
+    if (dtype_ == ScalarType::Float) return data<float>(tensor_)[i];
+    if (dtype_ == ScalarType::Double) return data<double>(tensor_)[i];
+    if (dtype_ == ScalarType::Half) return load_n(data<fp16>(tensor_) + i, 1)[0];
+    return load_n(data<bf16>(tensor_) + i, 1)[0];
+  }
+
+ private:
+  Tensor tensor_;
+  ScalarType dtype_;
+};
+
+template <class T>
+struct RowPointer {
+  T* at = nullptr;
+  int64_t stride = 0;
+};
+
+// The rows of one call, whose results have the strides of torch.empty_like(sample): dense, in its
+// memory order. `order()` is the first result and has the memory order in which all tensors are
+// walked; where samples are interleaved and need different coefficients that is a contiguous one,
+// which finish() copies to what the caller gets.
+class Rows {
+ public:
+  Rows(const Tensor& sample, bool per_sample)
+      : out_(is_dense(sample) ? empty_like_dense(sample) : torch::stable::empty_like(sample)),
+        order_(out_),
+        per_sample_(per_sample) {
+    const int64_t size = sample.numel();
+    const int64_t batch = sample.dim() ? sample.size(0) : 1;
+    outermost_ = batch <= 1 || size == 0 || out_.stride(0) == size / batch;
+    if (!outermost_ && per_sample) {
+      order_ = empty({sample.sizes().begin(), sample.sizes().end()}, sample.scalar_type());
+      outermost_ = true;
+    }
+    rows = outermost_ ? std::max<int64_t>(batch, 1) : 1;
+    inner = size / rows;
+  }
+
+  // x, or a copy of it, such that its rows lie as those of order().
+  Tensor arrange(const Tensor& x) const {
+    bool same = outermost_ || same_strides(x, order_);
+    for (int64_t d = 1; same && d < x.dim(); ++d)
+      same = x.size(d) == 1 || x.stride(d) == order_.stride(d);
+    return same ? x : in_order_of(x, order_);
+  }
+  template <class T>
+  RowPointer<const T> read(const Tensor& x) {
+    return {data<T>(x), stride_of(x)};
+  }
+  template <class T>
+  RowPointer<T> write(const Tensor& x) {
+    return {mutable_data<T>(x), stride_of(x)};
+  }
+  // A further output.
+  Tensor like() const { return empty_like_dense(order_); }
+  const Tensor& order() const { return order_; }
+  Tensor finish(const Tensor& x) const {
+    if (same_strides(order_, out_)) return x;
+    Tensor result = empty_like_dense(out_);
+    torch::stable::copy_(result, x);
+    return result;
+  }
+
+  // f(row, begin, length) for pieces of rows, in parallel. Call after read() and write().
+  template <class F>
+  void for_pieces(F&& f) {
+    if (inner == 0) return;
+    // With the same coefficients everywhere, rows without gaps are one long row.
+    if (!per_sample_ && !gaps_) inner *= rows, rows = 1;
+    const int64_t pieces = (inner + kPiece - 1) / kPiece;
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::min(inner, kPiece));
+    torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t start = u % pieces * kPiece;
+        f(u / pieces, start, std::min(kPiece, inner - start));
+      }
+    });
+  }
+
+  // Elements in a piece: three fp32 tensors of it fit the L1 cache.
+  static constexpr int64_t kPiece = 4096;
+  int64_t rows, inner;
+
+ private:
+  int64_t stride_of(const Tensor& x) {
+    const int64_t stride = rows > 1 ? x.stride(0) : inner;
+    gaps_ |= stride != inner;
+    return stride;
+  }
+
+  Tensor out_, order_;
+  bool per_sample_, outermost_, gaps_ = false;
+};
+
+}  // namespace aigc_fast

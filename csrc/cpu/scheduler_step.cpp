@@ -1,0 +1,228 @@
+// One denoising step: x0 = clamp(A * sample + B * m, -r, r);
+// prev = P * x0 + Q * sample + R * m + N * noise + sum_k H_k * history_k, and its backward.
+// m is the model's output, or of two outputs uncond + scale * (cond - uncond) times a factor.
+#include "per_sample.h"
+
+namespace aigc_fast {
+namespace {
+
+constexpr int kMaxExtras = 5;  // noise and four of history
+
+// A row (A, B, r, P, Q, R, N, H_1, ..., H_k) of the coefficients; `extra` holds those of the
+// noise, if there is noise, and of the history.
+template <class A>
+struct Row {
+  A x0_sample, x0_output, clip, prev_x0, prev_sample, prev_output, extra[kMaxExtras] = {};
+
+  Row(const Scalars& table, int64_t columns, int64_t row, bool has_noise) {
+    const auto at = [&](int64_t i) { return A(table[row * columns + i]); };
+    x0_sample = at(0), x0_output = at(1), clip = at(2);
+    prev_x0 = at(3), prev_sample = at(4), prev_output = at(5);
+    for (int64_t i = has_noise ? 6 : 7, e = 0; i < columns; ++i) extra[e++] = at(i);
+  }
+};
+
+struct Call {
+  const Tensor &sample, &output, &coefficients;
+  const std::optional<Tensor>& uncond;
+  double scale;
+  bool per_sample;
+  int64_t columns;
+
+  Call(const Tensor& sample, const Tensor& output, const Tensor& coefficients,
+       const std::optional<Tensor>& uncond, double scale, double rescale, int64_t num_history)
+      : sample(sample), output(output), coefficients(coefficients), uncond(uncond), scale(scale) {
+    check_like(output, "model_output");
+    if (uncond) check_like(*uncond, "uncond_output");
+    require(uncond || (scale == 1 && rescale == 0), "uncond_output must be given for guidance");
+    const int64_t dim = coefficients.dim();
+    require(num_history >= 0 && num_history <= 4, "history must hold at most 4 tensors");
+    require(dim == 1 || (dim == 2 && sample.dim() && coefficients.size(0) == sample.size(0)),
+            "coefficients must be one row or one row for each sample");
+    columns = coefficients.size(dim - 1);
+    require(columns == 7 + num_history, "coefficients must have 7 + len(history) columns");
+    require(coefficients.scalar_type() == ScalarType::Float ||
+                coefficients.scalar_type() == ScalarType::Double,
+            "coefficients must be float32 or float64");
+    require(rescale == 0 || sample.dim() > 1, "sample must have more than a batch dimension");
+    per_sample = dim == 2;
+  }
+  void check_like(const Tensor& x, const char* name) const {
+    require(same_shape(x, sample) && x.scalar_type() == sample.scalar_type(), name,
+            " must have the shape and dtype of sample");
+  }
+};
+
+// Count, mean and sum of squared deviations, joined as Chan et al. (1979) do.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+  void add(const Moments& o) {
+    const double total = count + o.count, delta = o.mean - mean;
+    squares += o.squares + delta * delta * count * o.count / total;
+    mean += delta * o.count / total;
+    count = total;
+  }
+};
+
+// value(i, lanes) for i < length; the data is in the L1 cache when it is read again.
+template <class A, class F>
+Moments moments(int64_t length, F value) {
+  Vec<A> sum = {}, squares = {};
+  for_vectors<A>(length, [&](int64_t i, auto lanes) { sum += value(i, lanes); });
+  const A mean = sum_lanes<A>(sum) / A(length);
+  for_vectors<A>(length, [&](int64_t i, auto lanes) {
+    Vec<A> d = value(i, lanes) - mean;
+    for (int l = lanes; l < kLanes<A>; ++l) d[l] = 0;
+    squares += d * d;
+  });
+  return {double(length), mean, sum_lanes<A>(squares)};
+}
+
+template <class A>
+AIGC_INLINE Vec<A> guide(Vec<A> cond, Vec<A> uncond, A scale) {
+  return uncond + (cond - uncond) * scale;
+}
+
+// For each sample rescale * std(cond) / std(guided) + 1 - rescale.
+template <class T>
+std::vector<Acc<T>> rescale_factors(Rows& rows, RowPointer<const T> cond, RowPointer<const T> uncond,
+                                    double scale, double rescale) {
+  using A = Acc<T>;
+  const int64_t pieces = (rows.inner + Rows::kPiece - 1) / Rows::kPiece;
+  std::vector<std::pair<Moments, Moments>> partial(rows.rows * pieces);
+  rows.for_pieces([&](int64_t row, int64_t begin, int64_t length) {
+    const T* c = cond.at + row * cond.stride + begin;
+    const T* u = uncond.at + row * uncond.stride + begin;
+    partial[row * pieces + begin / Rows::kPiece] = {
+        moments<A>(length, [=](int64_t i, auto lanes) { return load(c + i, lanes); }),
+        moments<A>(length, [=](int64_t i, auto lanes) {
+          return guide<A>(load(c + i, lanes), load(u + i, lanes), A(scale));
+        })};
+  });
+  std::vector<A> factors(rows.rows);
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    std::pair<Moments, Moments> all;
+    for (int64_t p = 0; p < pieces; ++p) {
+      all.first.add(partial[row * pieces + p].first);
+      all.second.add(partial[row * pieces + p].second);
+    }
+    factors[row] = A(rescale * std::sqrt(all.first.squares / all.second.squares) + 1 - rescale);
+  }
+  return factors;
+}
+
+// [prev] or [prev, x0]
+std::vector<Tensor> scheduler_step(const Tensor& sample_in, const Tensor& output_in,
+                                   const Tensor& coefficients, const std::optional<Tensor>& noise,
+                                   std::vector<Tensor> history,
+                                   const std::optional<Tensor>& uncond_in, double scale,
+                                   double rescale, bool return_x0) {
+  const Call call(sample_in, output_in, coefficients, uncond_in, scale, rescale, history.size());
+  if (noise) {
+    call.check_like(*noise, "noise");
+    history.insert(history.begin(), *noise);
+  }
+  Rows rows(sample_in, call.per_sample || rescale != 0);
+  const Tensor sample = rows.arrange(sample_in), output = rows.arrange(output_in);
+  const Tensor uncond = uncond_in ? rows.arrange(*uncond_in) : output;
+  for (Tensor& h : history) {
+    call.check_like(h, "history");
+    h = rows.arrange(h);
+  }
+  const int extras = history.size();
+  const Scalars table(coefficients, "coefficients");
+  Tensor prev = rows.order(), x0 = return_x0 ? rows.like() : prev;
+  dispatch(sample, "sample", [&]<class T>(T) {
+    using A = Acc<T>;
+    const auto x = rows.read<T>(sample), c = rows.read<T>(output), u = rows.read<T>(uncond);
+    const auto out = rows.write<T>(prev), out_x0 = rows.write<T>(x0);
+    RowPointer<const T> extra[kMaxExtras];
+    for (int e = 0; e < extras; ++e) extra[e] = rows.read<T>(history[e]);
+    std::vector<A> factors;
+    if (rescale != 0) factors = rescale_factors<T>(rows, c, u, scale, rescale);
+    auto run = [&]<bool guided>() {
+      rows.for_pieces([&](int64_t row, int64_t begin, int64_t length) {
+        const Row<A> k(table, call.columns, call.per_sample ? row : 0, noise.has_value());
+        const A s = A(scale), factor = factors.empty() ? A(1) : factors[row];
+        const auto from = [=](auto p) { return p.at + row * p.stride + begin; };
+        const T *xs = from(x), *cs = from(c), *us = from(u), *es[kMaxExtras] = {};
+        for (int e = 0; e < extras; ++e) es[e] = from(extra[e]);
+        T *ys = from(out), *zs = return_x0 ? from(out_x0) : nullptr;
+        for_vectors<A>(length, [=](int64_t i, auto lanes) {
+          const Vec<A> xi = load(xs + i, lanes);
+          Vec<A> m = load(cs + i, lanes);
+          if constexpr (guided) m = guide<A>(m, load(us + i, lanes), s) * factor;
+          Vec<A> zi = xi * k.x0_sample + m * k.x0_output;
+          zi = max<A>(min<A>(zi, broadcast(k.clip)), broadcast(-k.clip));
+          Vec<A> y = zi * k.prev_x0 + xi * k.prev_sample + m * k.prev_output;
+          for (int e = 0; e < extras; ++e) y += load(es[e] + i, lanes) * k.extra[e];
+          store(ys + i, y, lanes);
+          if (zs) store(zs + i, zi, lanes);
+        });
+      });
+    };
+    uncond_in ? run.template operator()<true>() : run.template operator()<false>();
+  });
+  if (return_x0) return {rows.finish(prev), rows.finish(x0)};
+  return {rows.finish(prev)};
+}
+
+// Gradients of sample, model_output, uncond_output (if given), noise (if has_noise), history.
+std::vector<Tensor> scheduler_step_backward(const Tensor& grad_in,
+                                            const std::optional<Tensor>& grad_x0_in,
+                                            const Tensor& sample_in, const Tensor& output_in,
+                                            const Tensor& coefficients,
+                                            const std::optional<Tensor>& uncond_in, double scale,
+                                            bool has_noise, int64_t num_history) {
+  const Call call(sample_in, output_in, coefficients, uncond_in, scale, 0, num_history);
+  call.check_like(grad_in, "grad_output");
+  if (grad_x0_in) call.check_like(*grad_x0_in, "grad_output");
+  Rows rows(sample_in, call.per_sample);
+  const Tensor sample = rows.arrange(sample_in), output = rows.arrange(output_in);
+  const Tensor uncond = uncond_in ? rows.arrange(*uncond_in) : output;
+  const Tensor grad = rows.arrange(grad_in);
+  const Tensor grad_x0 = grad_x0_in ? rows.arrange(*grad_x0_in) : grad;
+  const int first = uncond_in ? 3 : 2, extras = has_noise + num_history;
+  std::vector<Tensor> grads{rows.order()};
+  while (static_cast<int>(grads.size()) < first + extras) grads.push_back(rows.like());
+  const Scalars table(coefficients, "coefficients");
+  dispatch(sample, "sample", [&]<class T>(T) {
+    using A = Acc<T>;
+    const auto x = rows.read<T>(sample), c = rows.read<T>(output), u = rows.read<T>(uncond);
+    const auto g = rows.read<T>(grad), g_x0 = rows.read<T>(grad_x0);
+    RowPointer<T> out[3 + kMaxExtras];
+    for (size_t i = 0; i < grads.size(); ++i) out[i] = rows.write<T>(grads[i]);
+    rows.for_pieces([&](int64_t row, int64_t begin, int64_t length) {
+      const Row<A> k(table, call.columns, call.per_sample ? row : 0, has_noise);
+      const A s = A(scale);
+      const bool guided = uncond_in.has_value(), has_x0 = grad_x0_in.has_value();
+      const auto from = [=](auto p) { return p.at + row * p.stride + begin; };
+      const T *xs = from(x), *cs = from(c), *us = from(u), *gs = from(g), *hs = from(g_x0);
+      T* to[3 + kMaxExtras] = {};
+      for (int i = 0; i < first + extras; ++i) to[i] = from(out[i]);
+      for_vectors<A>(length, [=](int64_t i, auto lanes) {
+        const Vec<A> xi = load(xs + i, lanes), gi = load(gs + i, lanes);
+        Vec<A> m = load(cs + i, lanes);
+        if (guided) m = guide<A>(m, load(us + i, lanes), s);
+        Vec<A> t = gi * k.prev_x0;
+        if (has_x0) t += load(hs + i, lanes);
+        t = abs<A>(xi * k.x0_sample + m * k.x0_output) <= k.clip ? t : Vec<A>{};
+        const Vec<A> dm = t * k.x0_output + gi * k.prev_output;
+        store(to[0] + i, t * k.x0_sample + gi * k.prev_sample, lanes);
+        store(to[1] + i, guided ? dm * s : dm, lanes);
+        if (guided) store(to[2] + i, dm * (A(1) - s), lanes);
+        for (int e = 0; e < extras; ++e) store(to[first + e] + i, gi * k.extra[e], lanes);
+      });
+    });
+  });
+  for (Tensor& t : grads) t = rows.finish(t);
+  return grads;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
+  m.impl("scheduler_step", TORCH_BOX(&scheduler_step));
+  m.impl("scheduler_step_backward", TORCH_BOX(&scheduler_step_backward));
+}
+
+}  // namespace
+}  // namespace aigc_fast

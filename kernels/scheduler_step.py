@@ -1,0 +1,236 @@
+"""One denoising step and its backward: the formulas stand in aigc_fast/ops/scheduler_step.py.
+
+One program takes BLOCK elements of one sample. `e0` to `e4` are the noise, if there is noise, and
+the history; column FIRST + i of the coefficients belongs to e_i.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .math import fp32
+from .per_sample import BLOCK, Rows, load, locate, store
+
+#: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
+BUDGET = {"_forward": (96, 0), "_backward": (96, 0), "_moments": (64, 64), "_factors": (96, 64)}
+
+
+@triton.jit
+def _coefficient(ptr, row, stride, i: tl.constexpr):
+    return tl.load(ptr + row * stride + i)
+
+
+@triton.jit
+def _output(output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale,
+            GUIDED: tl.constexpr):  # fmt: skip
+    m = load(output_ptr, row, output_stride, at, mask)
+    if GUIDED:
+        u = load(uncond_ptr, row, uncond_stride, at, mask)
+        m = u + scale * (m - u)
+    return m
+
+
+@triton.jit
+def _add(y, ptr, coefficients_ptr, row, coefficients_stride, column: tl.constexpr, inner, at, mask):
+    return y + _coefficient(coefficients_ptr, row, coefficients_stride, column) * load(
+        ptr, row, inner, at, mask
+    )
+
+
+@triton.jit
+def _forward(
+    sample_ptr, output_ptr, uncond_ptr, factors_ptr, coefficients_ptr, e0, e1, e2, e3, e4,
+    next_ptr, x0_ptr, inner, sample_stride, output_stride, uncond_stride, coefficients_stride,
+    scale, GUIDED: tl.constexpr, RESCALED: tl.constexpr, FIRST: tl.constexpr,
+    EXTRAS: tl.constexpr, RETURN_X0: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, at, mask = locate(inner, BLOCK)
+    k, ks = coefficients_ptr, coefficients_stride
+    x = load(sample_ptr, row, sample_stride, at, mask)
+    m = _output(output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, fp32(scale),
+                GUIDED)  # fmt: skip
+    if RESCALED:
+        m *= tl.load(factors_ptr + row)
+    x0 = _coefficient(k, row, ks, 0) * x + _coefficient(k, row, ks, 1) * m
+    r = _coefficient(k, row, ks, 2)
+    x0 = tl.where(x0 > r, r, tl.where(x0 < -r, -r, x0))  # keeps NaN
+    y = _coefficient(k, row, ks, 3) * x0 + _coefficient(k, row, ks, 4) * x
+    y += _coefficient(k, row, ks, 5) * m
+    if EXTRAS > 0:
+        y = _add(y, e0, k, row, ks, FIRST, inner, at, mask)
+    if EXTRAS > 1:
+        y = _add(y, e1, k, row, ks, FIRST + 1, inner, at, mask)
+    if EXTRAS > 2:
+        y = _add(y, e2, k, row, ks, FIRST + 2, inner, at, mask)
+    if EXTRAS > 3:
+        y = _add(y, e3, k, row, ks, FIRST + 3, inner, at, mask)
+    if EXTRAS > 4:
+        y = _add(y, e4, k, row, ks, FIRST + 4, inner, at, mask)
+    store(next_ptr, row, inner, at, mask, y)
+    if RETURN_X0:
+        store(x0_ptr, row, inner, at, mask, x0)
+
+
+@triton.jit
+def _scaled(ptr, g, coefficients_ptr, row, coefficients_stride, column: tl.constexpr, inner, at,
+            mask):  # fmt: skip
+    store(ptr, row, inner, at, mask,
+          g * _coefficient(coefficients_ptr, row, coefficients_stride, column))  # fmt: skip
+
+
+@triton.jit
+def _backward(
+    grad_ptr, grad_x0_ptr, sample_ptr, output_ptr, uncond_ptr, coefficients_ptr, d_sample_ptr,
+    d_output_ptr, d_uncond_ptr, e0, e1, e2, e3, e4, inner, grad_stride, grad_x0_stride,
+    sample_stride, output_stride, uncond_stride, coefficients_stride, scale,
+    GUIDED: tl.constexpr, HAS_X0: tl.constexpr, FIRST: tl.constexpr, EXTRAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, at, mask = locate(inner, BLOCK)
+    k, ks = coefficients_ptr, coefficients_stride
+    scale = fp32(scale)
+    x = load(sample_ptr, row, sample_stride, at, mask)
+    m = _output(output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale, GUIDED)
+    g = load(grad_ptr, row, grad_stride, at, mask)
+    a, b = _coefficient(k, row, ks, 0), _coefficient(k, row, ks, 1)
+    t = _coefficient(k, row, ks, 3) * g
+    if HAS_X0:
+        t += load(grad_x0_ptr, row, grad_x0_stride, at, mask)
+    t = tl.where(tl.abs(a * x + b * m) <= _coefficient(k, row, ks, 2), t, 0.0)
+    store(d_sample_ptr, row, inner, at, mask, a * t + _coefficient(k, row, ks, 4) * g)
+    dm = b * t + _coefficient(k, row, ks, 5) * g
+    if GUIDED:
+        store(d_output_ptr, row, inner, at, mask, scale * dm)
+        store(d_uncond_ptr, row, inner, at, mask, (1.0 - scale) * dm)
+    else:
+        store(d_output_ptr, row, inner, at, mask, dm)
+    if EXTRAS > 0:
+        _scaled(e0, g, k, row, ks, FIRST, inner, at, mask)
+    if EXTRAS > 1:
+        _scaled(e1, g, k, row, ks, FIRST + 1, inner, at, mask)
+    if EXTRAS > 2:
+        _scaled(e2, g, k, row, ks, FIRST + 2, inner, at, mask)
+    if EXTRAS > 3:
+        _scaled(e3, g, k, row, ks, FIRST + 3, inner, at, mask)
+    if EXTRAS > 4:
+        _scaled(e4, g, k, row, ks, FIRST + 4, inner, at, mask)
+
+
+# ---- guidance rescale -------------------------------------------------------------------------
+
+
+@triton.jit
+def _block_moments(x, mask, count):
+    """Mean and sum of squared deviations; x is 0 outside the mask."""
+    mean = tl.sum(x, 0) / count
+    d = tl.where(mask, x - mean, 0.0)
+    return mean, tl.sum(d * d, 0)
+
+
+@triton.jit
+def _moments(output_ptr, uncond_ptr, moments_ptr, inner, output_stride, uncond_stride, scale,
+             BLOCK: tl.constexpr):  # fmt: skip
+    """(mean, squares) of the conditional and of the guided output, for each block."""
+    row, at, mask = locate(inner, BLOCK)
+    c = load(output_ptr, row, output_stride, at, mask)
+    g = _output(output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, fp32(scale),
+                True)  # fmt: skip
+    count = tl.sum(mask.to(tl.float32), 0)
+    out = moments_ptr + tl.program_id(0).to(tl.int64) * 4
+    mean, squares = _block_moments(c, mask, count)
+    tl.store(out, mean)
+    tl.store(out + 1, squares)
+    mean, squares = _block_moments(g, mask, count)
+    tl.store(out + 2, mean)
+    tl.store(out + 3, squares)
+
+
+@triton.jit
+def _total(moments_ptr, block, count, live, inner):
+    """The sum of squared deviations of a whole sample from those of its blocks."""
+    mean = tl.load(moments_ptr + block * 4, live, 0.0)
+    squares = tl.load(moments_ptr + block * 4 + 1, live, 0.0)
+    d = mean - tl.sum(mean * count, 0) / inner
+    return tl.sum(squares + count * d * d, 0)
+
+
+@triton.jit
+def _factors(moments_ptr, factors_ptr, inner, rescale, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One program adds up one sample."""
+    row = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(inner, BLOCK)
+    block = tl.arange(0, LENGTH)
+    live = block < blocks
+    count = tl.where(live, tl.minimum(inner - block * BLOCK, BLOCK), 0).to(tl.float32)
+    cond = _total(moments_ptr + row * blocks * 4, block, count, live, inner)
+    guided = _total(moments_ptr + row * blocks * 4 + 2, block, count, live, inner)
+    rescale = fp32(rescale)
+    tl.store(factors_ptr + row, rescale * tl.sqrt(cond / guided) + 1.0 - rescale)
+
+
+# ---- launchers --------------------------------------------------------------------------------
+
+
+def _table(coefficients: Tensor) -> tuple[Tensor, int]:
+    """The coefficients in fp32, and the elements from one sample's row to the next."""
+    coefficients = coefficients.float().contiguous()
+    return coefficients, coefficients.shape[1] if coefficients.dim() == 2 else 0
+
+
+def _five(tensors: list[Tensor]) -> list[Tensor | None]:
+    return [*tensors, *[None] * (5 - len(tensors))]
+
+
+def _rescale_factors(
+    rows: Rows, output: Tensor, uncond: Tensor, scale: float, rescale: float
+) -> Tensor:
+    blocks = triton.cdiv(rows.inner, BLOCK)
+    moments = output.new_empty((rows.batch * blocks, 4), dtype=torch.float32)
+    factors = output.new_empty(rows.batch, dtype=torch.float32)
+    _moments[rows.grid](output, uncond, moments, rows.inner, rows.stride(output),
+                        rows.stride(uncond), float(scale), BLOCK=BLOCK)  # fmt: skip
+    _factors[(rows.batch,)](moments, factors, rows.inner, float(rescale),
+                            LENGTH=triton.next_power_of_2(blocks), BLOCK=BLOCK)  # fmt: skip
+    return factors
+
+
+def scheduler_step(
+    sample, model_output, coefficients, noise, history, uncond_output, guidance_scale,
+    guidance_rescale, return_x0,
+) -> list[Tensor]:  # fmt: skip
+    rows = Rows(sample)
+    x, m, u = map(rows.arrange, (sample, model_output, uncond_output))
+    extras = [rows.dense(t) for t in (noise, *history) if t is not None]
+    results = [rows.result() for _ in range(1 + return_x0)]
+    if rows.size:
+        table, table_stride = _table(coefficients)
+        factors = None
+        if guidance_rescale != 0:
+            factors = _rescale_factors(rows, m, u, guidance_scale, guidance_rescale)
+        _forward[rows.grid](
+            x, m, u, factors, table, *_five(extras), results[0], results[1] if return_x0 else None,
+            rows.inner, rows.stride(x), rows.stride(m), rows.stride(u), table_stride,
+            float(guidance_scale), GUIDED=u is not None, RESCALED=factors is not None,
+            FIRST=7 if noise is None else 6, EXTRAS=len(extras), RETURN_X0=return_x0, BLOCK=BLOCK,
+        )  # fmt: skip
+    return rows.finish(results)
+
+
+def scheduler_step_backward(
+    grad, grad_x0, sample, model_output, coefficients, uncond_output, guidance_scale, has_noise,
+    num_history,
+) -> list[Tensor]:  # fmt: skip
+    rows = Rows(sample)
+    g, g_x0, x, m, u = map(rows.arrange, (grad, grad_x0, sample, model_output, uncond_output))
+    guided, extras = u is not None, int(has_noise) + num_history
+    results = [rows.result() for _ in range(2 + guided + extras)]
+    if rows.size:
+        table, table_stride = _table(coefficients)
+        _backward[rows.grid](
+            g, g_x0, x, m, u, table, results[0], results[1], results[2] if guided else None,
+            *_five(results[2 + guided :]), rows.inner, *map(rows.stride, (g, g_x0, x, m, u)),
+            table_stride, float(guidance_scale), GUIDED=guided, HAS_X0=g_x0 is not None,
+            FIRST=6 if has_noise else 7, EXTRAS=extras, BLOCK=BLOCK,
+        )  # fmt: skip
+    return rows.finish(results)
