@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aigc_fast import ops
 from tests.op_samples import OPS
+
+OP = OPS["bias_act"]
 
 
 def eager(x, bias, dim, act, *, clamp):
@@ -15,6 +16,6 @@ def eager(x, bias, dim, act, *, clamp):
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sample", OPS["bias_act"].large(), ids=lambda s: s.name)
+@pytest.mark.parametrize("sample", OP.large(), ids=lambda s: s.name)
 def bench_bias_act(measure, sample, dtype, direction) -> None:
-    measure(sample, dtype, ours=ops.bias_act, eager=eager, backward=direction != "forward")
+    measure(OP, sample, dtype, eager=eager, backward=direction != "forward")

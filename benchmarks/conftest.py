@@ -1,19 +1,28 @@
 """One benchmark is one call of one operator: checked against float64, then eager PyTorch,
 torch.compile and ours timed in turns in one process."""
 
+import dataclasses
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import aigc_fast
 from aigc_fast._timing import interleaved
 from benchmarks.machine import DEVICE, bandwidth
-from tests.op_samples import Sample
-from tests.ops.test_every_op import assert_as_good_as_torch, cast, contiguous_grad, tensors, worst
+from tests.op_samples import OpSamples, Sample
+from tests.ops.test_every_op import (
+    assert_as_good_as_torch,
+    call,
+    cast,
+    contiguous_grad,
+    gradients,
+    tensors,
+    worst,
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,41 +35,42 @@ class Measure:
 
     benchmark: Any
     quick: bool
+    upstream: dict = field(default_factory=dict)
 
     def __call__(
         self,
+        op: OpSamples,
         sample: Sample,
         dtype: torch.dtype,
         *,
-        ours: Callable[..., Any],
         eager: Callable[..., Any],
         backward: bool = False,
         reads_only: bool = False,
         bytes_moved: int | None = None,
-        peers: dict[str, Callable[..., Any]] | None = None,
-    ) -> dict[str, float]:
-        """Medians in seconds of eager, compile, ours and the peers, for the same arguments.
+    ) -> None:
+        """Times the call as eager PyTorch, torch.compile and ours.
 
         eager:       the best plain PyTorch for the call; torch.compile compiles it
+        backward:    forward and backward, with respect to every input
         reads_only:  compare with the read bandwidth (attention), not with that of a copy
         bytes_moved: bytes that must move; default: every input once and every output once
         """
         args, kwargs = cast((sample.args, sample.kwargs), dtype, DEVICE)
-        inputs = [t for t in tensors((args, kwargs)) if t.is_floating_point()]
-        variants = {"eager": eager, "compile": torch.compile(eager), "ours": ours, **(peers or {})}
-        exact = self._run(eager, *cast((args, kwargs), torch.float64), backward)
-        plain = self._run(eager, args, kwargs, backward)
-        mine = self._run(ours, args, kwargs, backward)
+        run = self._gradients if backward else self._outputs
+        plain_op = dataclasses.replace(op, function=eager)
+        exact = [t.double().cpu() for t in run(plain_op, *cast((args, kwargs), torch.float64))]
+        plain, mine = run(plain_op, args, kwargs), run(op, args, kwargs)
         # No speed-up is printed for a wrong result.
-        assert_as_good_as_torch(mine, plain, [t.cpu() for t in exact], dtype)
-        calls = {
-            name: lambda f=f: self._run(f, args, kwargs, backward) for name, f in variants.items()
-        }
+        assert_as_good_as_torch(mine, plain, exact, dtype)
+        compiled_op = dataclasses.replace(op, function=torch.compile(eager))
+        variants = {"eager": plain_op, "compile": compiled_op, "ours": op}
+        calls = {n: lambda v=v: run(v, args, kwargs) for n, v in variants.items()}
         times = interleaved(calls, seconds=0.5 if self.quick else 3.0)
         if bytes_moved is None:
-            bytes_moved = sum(t.nbytes for t in [*inputs, *mine])
-            if backward:  # the incoming gradient, and the inputs or the output read again
-                bytes_moved += 2 * sum(t.nbytes for t in self._run(ours, args, kwargs, False))
+            outputs = self._outputs(op, args, kwargs)
+            bytes_moved = sum(t.nbytes for t in [*tensors((args, kwargs)), *outputs])
+            if backward:  # then the upstream gradients, the inputs again, and their gradients
+                bytes_moved *= 2
         kind = "read" if reads_only else "copy"
         self.benchmark.extra_info.update(
             dtype=str(dtype).removeprefix("torch."),
@@ -68,33 +78,29 @@ class Measure:
             seconds=times,
             eager_over_ours=times["eager"] / times["ours"],
             compile_over_ours=times["compile"] / times["ours"],
-            **{f"{peer}_over_ours": times[peer] / times["ours"] for peer in peers or {}},
             bytes=bytes_moved,
             gigabytes_per_second=bytes_moved / times["ours"] / 1e9,
             bandwidth=kind,
             fraction_of_bandwidth=bytes_moved / times["ours"] / bandwidth(bytes_moved, kind),
             extra_memory={n: self._memory(calls[n]) for n in ("eager", "ours")},
-            error={
-                "eager": max(worst(p, e.cpu().double()) for p, e in zip(plain, exact, strict=True)),
-                "ours": max(worst(o, e.cpu().double()) for o, e in zip(mine, exact, strict=True)),
-            },
+            error={"eager": _worst(plain, exact), "ours": _worst(mine, exact)},
         )
         self.benchmark.pedantic(calls["ours"], rounds=3 if self.quick else 10, warmup_rounds=1)
-        return times
 
-    def _run(self, f: Callable[..., Any], args: tuple, kwargs: dict, backward: bool) -> list:
-        """The call's outputs, or with `backward` the gradients of its floating inputs."""
-        if not backward:
-            with torch.no_grad():
-                return tensors(f(*args, **kwargs))
-        inputs = [t for t in tensors((args, kwargs)) if t.is_floating_point()]
-        for t in inputs:
-            t.requires_grad_()
-        outputs = tensors(f(*args, **kwargs))
-        if not hasattr(self, "_upstream"):
-            self._upstream: list[Tensor] = [contiguous_grad(t, i) for i, t in enumerate(outputs)]
-        grads = [g.to(o.dtype) for g, o in zip(self._upstream, outputs, strict=True)]
-        return list(torch.autograd.grad(outputs, inputs, grads, allow_unused=False))
+    @staticmethod
+    def _outputs(op: OpSamples, args: tuple, kwargs: dict) -> list[Tensor]:
+        with torch.no_grad():
+            return call(op, args, kwargs)
+
+    def _gradients(self, op: OpSamples, args: tuple, kwargs: dict) -> list[Tensor]:
+        return gradients(op, args, kwargs, self._upstream_of)
+
+    def _upstream_of(self, output: Tensor, i: int) -> Tensor:
+        """The same upstream gradient in every call, made once."""
+        key = (i, output.dtype)
+        if key not in self.upstream:
+            self.upstream[key] = contiguous_grad(output, i)
+        return self.upstream[key]
 
     def _memory(self, call: Callable[[], Any]) -> int:
         """Most bytes that the call holds at a time, its outputs included."""
@@ -120,10 +126,11 @@ def measure(benchmark, request) -> Measure:
 
 
 @pytest.fixture(autouse=True)
-def _compiled_kernels() -> None:
-    """A benchmark of the reference under our name would be a lie."""
-    import os
-
-    os.environ["AIGC_FAST_STRICT"] = "1"
+def _only_kernels(monkeypatch) -> None:
+    """A fall-back is an error: the reference's time under our name would be a lie."""
+    monkeypatch.setenv("AIGC_FAST_STRICT", "1")
     torch._dynamo.reset()
-    assert aigc_fast.list_ops()
+
+
+def _worst(got: list[Tensor], exact: list[Tensor]) -> float:
+    return max(worst(g, e) for g, e in zip(got, exact, strict=True))

@@ -38,7 +38,16 @@ def main() -> None:
     passed = [
         step(
             "tests on the device",
-            [python, "-m", "pytest", "-q", "tests/ops", "-k", "cuda and not cpu-cpu", "--maxfail=30"],
+            [
+                python,
+                "-m",
+                "pytest",
+                "-q",
+                "tests/ops",
+                "-k",
+                "cuda and not cpu-cpu",
+                "--maxfail=30",
+            ],
             200,
         )
     ]
