@@ -9,17 +9,22 @@ torch.ops.load_library: they know neither Python nor a torch newer than 2.11.
 
 AIGC_FAST_CUDA=auto|0|1    auto builds the CUDA library where nvcc is found; 1 demands it
 TORCH_CUDA_ARCH_LIST       CUDA architectures, "8.0;9.0a" if unset
-AIGC_FAST_SANITIZE=1       AddressSanitizer and UndefinedBehaviorSanitizer in csrc/cpu
+AIGC_FAST_PYTHONS          further interpreters that the wheel shall serve, "python3.10 python3.12":
+                           only the pybind11 module depends on one, and is built once for each
+AIGC_FAST_SANITIZE=1       AddressSanitizer and UndefinedBehaviorSanitizer in csrc/cpu, level avx2
 """
 
+import functools
 import os
 import platform
 import shutil
 import subprocess
-import sysconfig
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -33,12 +38,17 @@ X86_LEVELS = {
     " -mavx512vnni -mprefer-vector-width=512",
 }
 CPU_LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+SANITIZE = os.environ.get("AIGC_FAST_SANITIZE") == "1"
+if SANITIZE:
+    CPU_LEVELS = {"avx2": X86_LEVELS["avx2"]}
 
 # The uninitialized warnings fire inside GCC 12's own intrinsics headers.
 CXX_FLAGS = (
     "-std=c++20 -O2 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra"
-    " -Wno-unused-parameter -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized -DTORCH_TARGET_VERSION=0x020b000000000000"
+    " -Wno-unused-parameter -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
 )
+# LibTorch 2.11's stable ABI, and nothing newer.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 def find_nvcc() -> str | None:
@@ -55,11 +65,15 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def cuda_archs() -> list[str]:
+    """Architectures in the style of torch's own extensions: "8.0", "9.0a", "9.0+PTX"."""
+    return (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a").replace(" ", ";").split(";")
+
+
 def cuda_arch_flags() -> str:
-    """nvcc -gencode flags; "8.0;9.0a+PTX" style, as torch's own extensions read it."""
+    """nvcc -gencode flags."""
     flags = []
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a"
-    for arch in archs.replace(" ", ";").split(";"):
+    for arch in cuda_archs():
         number = arch.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
@@ -67,12 +81,36 @@ def cuda_arch_flags() -> str:
     return " ".join(flags)
 
 
+@dataclass(frozen=True)
+class Interpreter:
+    """What the pybind11 module needs to know of a Python."""
+
+    include: str
+    suffix: str  # ".cpython-311-x86_64-linux-gnu.so"
+    tag: str  # "cp311"
+
+
+@functools.cache
+def interpreters() -> dict[str, Interpreter]:
+    """This Python and those of AIGC_FAST_PYTHONS, by tag."""
+    ask = (
+        "import sys, sysconfig; print(sysconfig.get_paths()['include'],"
+        " sysconfig.get_config_var('EXT_SUFFIX'), 'cp%d%d' % sys.version_info[:2])"
+    )
+    found = {}
+    for python in [sys.executable, *os.environ.get("AIGC_FAST_PYTHONS", "").split()]:
+        answer = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True)
+        interpreter = Interpreter(*answer.stdout.split())
+        found[interpreter.tag] = interpreter
+    return found
+
+
 class Library:
     """Where one shared library comes from: sources, a ninja rule each, and the link."""
 
     def __init__(self, name, folder, suffixes, compile_rule, link_rule, flags=""):
-        self.name, self.compile_rule, self.link_rule, self.flags = (
-            name, compile_rule, link_rule, flags)  # fmt: skip
+        self.name, self.flags = name, flags
+        self.compile_rule, self.link_rule = compile_rule, link_rule
         self.sources = sorted(p for s in suffixes for p in (CSRC / folder).glob(f"*{s}"))
 
 
@@ -85,7 +123,10 @@ def libraries() -> list[Library]:
     ]
     if nvcc:
         found.append(Library("aigc_fast.lib.cuda", "cuda", [".cu"], "nvcc", "link_cuda"))
-    found.append(Library("aigc_fast._host", "host", [".cpp"], "cxx_host", "link_host"))
+    for tag, python in interpreters().items():
+        include = f"-isystem {python.include}"
+        name = f"aigc_fast._host_{tag}"
+        found.append(Library(name, "host", [".cpp"], "cxx_host", "link_host", include))
     return found
 
 
@@ -98,21 +139,19 @@ def ninja_file(build: Path, libs: list[Library]) -> str:
     torch_includes = " ".join(f"-isystem {p}" for p in include_paths())
     torch_link = " ".join(f"-L{p}" for p in library_paths()) + " -ltorch -ltorch_cpu -lc10"
     sanitize = ""
-    if os.environ.get("AIGC_FAST_SANITIZE") == "1":
-        sanitize = "-g -fno-omit-frame-pointer -fsanitize=address,undefined"
+    if SANITIZE:
+        sanitize = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined"
     cxx = os.environ.get("CXX", "g++")
     nvcc = find_nvcc() or "nvcc"
     cuda_libs = Path(nvcc).resolve().parent.parent / "lib64"
     host_flags = " ".join(
-        [f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"]
+        [f"-isystem {pybind11.get_include()}"]
         + [
             f'-DAIGC_FAST_{key}=\\"{value}\\"'
             for key, value in {
                 "TORCH_VERSION": torch.__version__,
                 "CPU_LEVELS": ",".join(CPU_LEVELS),
-                "CUDA_ARCHS": (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0,9.0a").replace(";", ",")
-                if find_nvcc()
-                else "",
+                "CUDA_ARCHS": ",".join(cuda_archs()) if find_nvcc() else "",
             }.items()
         ]
     )
@@ -122,7 +161,7 @@ def ninja_file(build: Path, libs: list[Library]) -> str:
 ninja_required_version = 1.5
 builddir = {build}
 rule cxx
-  command = {cxx} {CXX_FLAGS} {sanitize} {paths} {torch_includes} {compile_command}
+  command = {cxx} {CXX_FLAGS} {TORCH_TARGET} {sanitize} {paths} {torch_includes} {compile_command}
   depfile = $out.d
   deps = gcc
 rule cxx_host
@@ -130,8 +169,8 @@ rule cxx_host
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = {nvcc} -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr --threads 2 {cuda_arch_flags()} $
-    -Xcompiler=-fPIC,-fvisibility=hidden -DTORCH_TARGET_VERSION=0x020b000000000000 -DUSE_CUDA $
+  command = {nvcc} -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr --threads 2 $
+    {cuda_arch_flags()} -Xcompiler=-fPIC,-fvisibility=hidden {TORCH_TARGET} -DUSE_CUDA $
     -I{CSRC / "include"} {torch_includes} -Xptxas=-v -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
@@ -155,14 +194,16 @@ class NinjaBuild(build_ext):
     """build_ext that leaves the compiling to ninja and only places the results."""
 
     def get_ext_filename(self, fullname):
-        # The operator libraries are no Python modules: no interpreter tag in their names.
-        if fullname.split(".")[-1] != "_host":
-            return fullname.replace(".", os.sep) + ".so"
-        return super().get_ext_filename(fullname)
+        # _host_cp311 takes the suffix of its interpreter; the operator libraries are no modules.
+        *package, name = fullname.split(".")
+        if name.startswith("_host_"):
+            name = "_host" + interpreters()[name.removeprefix("_host_")].suffix
+        else:
+            name += ".so"
+        return os.path.join(*package, name)
 
     def run(self):
-        self.ninja_build = ROOT / "build" / (
-            "sanitize" if os.environ.get("AIGC_FAST_SANITIZE") == "1" else "release")  # fmt: skip
+        self.ninja_build = ROOT / "build" / ("sanitize" if SANITIZE else "release")
         self.ninja_build.mkdir(parents=True, exist_ok=True)
         file = self.ninja_build / "build.ninja"
         text = ninja_file(self.ninja_build, libraries())
@@ -180,8 +221,18 @@ class NinjaBuild(build_ext):
         shutil.copy2(self.ninja_build / f"{ext.name}.so", target)
 
 
+class Wheel(bdist_wheel):
+    """A wheel that names every interpreter it has a _host for."""
+
+    def get_tag(self):
+        tags = ".".join(sorted(interpreters()))
+        return tags, tags, super().get_tag()[2]
+
+
 setup(
-    ext_modules=[Extension(lib.name, [str(p.relative_to(ROOT)) for p in lib.sources])
-                 for lib in libraries()],  # fmt: skip
-    cmdclass={"build_ext": NinjaBuild},
+    ext_modules=[
+        Extension(lib.name, [str(path.relative_to(ROOT)) for path in lib.sources])
+        for lib in libraries()
+    ],
+    cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Wheel},
 )

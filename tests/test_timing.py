@@ -3,30 +3,31 @@
 import time
 
 import pytest
+import torch
 
 from aigc_fast._timing import interleaved
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA events see no sleep")
 
-def test_functions_take_turns_and_each_is_first_equally_often():
+
+def test_functions_take_turns():
     order = []
     calls = {name: lambda name=name: (order.append(name), time.sleep(1e-3)) for name in "abc"}
-    interleaved(calls, seconds=0.03)
-    rounds = order[9:]  # three calls of each to warm up
-    assert len(rounds) >= 15
-    assert "".join(rounds[:12]) == "abcbcacababc"
+    interleaved(calls, seconds=0, rounds=4)
+    assert "".join(order).endswith("abc" * 4)
 
 
 def test_medians_are_those_of_one_call():
-    times = interleaved(
-        {"short": lambda: None, "long": lambda: time.sleep(2e-3)}, seconds=0.05
-    )
+    times = interleaved({"short": lambda: None, "long": lambda: time.sleep(2e-3)}, seconds=0.05)
     assert list(times) == ["short", "long"]
-    assert times["short"] < 1e-5
-    assert times["long"] >= 2e-3
+    assert times["short"] < 1e-4
+    assert 2e-3 <= times["long"] < 1
 
 
-def test_every_function_is_measured_however_short_the_time():
-    assert interleaved({"a": lambda: time.sleep(1e-3)}, seconds=0)["a"] >= 1e-3
+def test_short_calls_are_repeated_within_a_turn():
+    count = []
+    interleaved({"a": lambda: count.append(1)}, seconds=0, rounds=5)
+    assert len(count) > 50
 
 
 def test_an_error_comes_through():

@@ -136,7 +136,7 @@ def _measure(
     with console.status(f"{path.name}: measuring"):
         exact = _call(path, path.plain, torch.float64)()
         errors = {key: _worst_error(call(), exact) for key, call in calls.items()}
-        measured = Measured(path, interleaved(calls, seconds, device=device), errors)
+        measured = Measured(path, interleaved(calls, seconds=seconds), errors)
     console.print(f"[dim]{path.name}: done[/]")
     return measured
 

@@ -26,9 +26,9 @@ from aigc_fast import _libraries
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-_library = torch.library.Library("aigc_fast", "DEF")  # noqa: TOR901 (lives as long as the process)
+_library = torch.library.Library("aigc_fast", "DEF")
 # CUDA C++ has a namespace of its own, so that it and Triton can both be called.
-_cuda_library = torch.library.Library("aigc_fast_cuda", "DEF")  # noqa: TOR901
+_cuda_library = torch.library.Library("aigc_fast_cuda", "DEF")
 
 OPS: dict[str, "Op"] = {}
 # Takes over every call while `backend` or `explain` is at work.

@@ -54,9 +54,10 @@ def bias_act(
 
     Source: the operation of StyleGAN2 (Karras et al. 2020, arXiv:1912.04958) and its defaults.
     """
-    if act not in ACTIVATIONS:
+    known = ACTIVATIONS.get(act)
+    if known is None:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    number, default_alpha, default_gain, from_sign = ACTIVATIONS[act]
+    number, default_alpha, default_gain, from_sign = known
     if alpha is None:
         alpha = default_alpha
     elif default_alpha == 0:
@@ -67,13 +68,11 @@ def bias_act(
         clamp = math.inf
     if dim < 0:
         dim += x.dim()
-    # y = gain * act(x) has the sign of x only for a positive gain and a slope that is not negative.
-    options = (dim, number, alpha, gain, clamp, from_sign and gain > 0 and alpha >= 0)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _BiasAct.apply(x, bias, options)
-    return _bias_act(x, bias, *options[:5])
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        # y has the sign of x only for a positive gain and a slope that is not negative.
+        from_output = from_sign and gain > 0 and alpha >= 0
+        return _BiasAct.apply(x, bias, (dim, number, alpha, gain, clamp, from_output))
+    return _bias_act(x, bias, dim, number, alpha, gain, clamp)
 
 
 def _reference(

@@ -59,9 +59,7 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> None:
     angles = (x.dtype,) if x.dtype == torch.float64 else (torch.float32, x.dtype)
     if isinstance(cos, Tensor) and cos.dtype not in angles:
         names = " or ".join(dict.fromkeys(map(name_of, angles)))
-        raise TypeError(
-            f"cos must be {names} for x of {name_of(x.dtype)}, got {name_of(cos.dtype)}"
-        )
+        raise TypeError(f"cos must be {names}, got {name_of(cos.dtype)}")
     check_tensor("cos", cos)
     batch, seq, _, head_dim = x.shape
     if cos.device != x.device:

@@ -45,9 +45,9 @@ inline Bytes unpack_int4(const Bytes& packed) {
 }
 
 inline void bind_packing(py::module_& m) {
-  m.def("pack_int4", &pack_int4, py::arg("codes").noconvert(),
+  m.def("pack_int4", &pack_int4, py::arg("codes"),
         "uint8 (rows, columns) of 0..15 -> uint8 (rows, columns / 2), low nibble first");
-  m.def("unpack_int4", &unpack_int4, py::arg("packed").noconvert(), "the inverse of pack_int4");
+  m.def("unpack_int4", &unpack_int4, py::arg("packed"), "the inverse of pack_int4");
 }
 
 }  // namespace aigc_fast

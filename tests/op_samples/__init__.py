@@ -3,13 +3,25 @@
 One file per stem; the generic tests (tests/ops/test_every_op.py) and the benchmarks read OPS.
 """
 
-from tests.op_samples import add_noise, bias_act, scheduler_step
+from tests.op_samples import (
+    add_noise,
+    bias_act,
+    gated_mlp,
+    kv_cache,
+    rms_norm,
+    rotary,
+    scheduler_step,
+)
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
 
 OPS: dict[str, OpSamples] = {
-    **add_noise.OPS,
     **bias_act.OPS,
+    **rms_norm.OPS,
+    **gated_mlp.OPS,
+    **rotary.OPS,
+    **kv_cache.OPS,
     **scheduler_step.OPS,
+    **add_noise.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]

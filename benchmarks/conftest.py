@@ -1,0 +1,136 @@
+"""One benchmark is one call of one operator: checked against float64, then eager PyTorch,
+torch.compile and ours timed in turns in one process."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aigc_fast._timing import interleaved
+from benchmarks.machine import DEVICE, bandwidth
+from tests.op_samples import OpSamples, Sample
+from tests.ops.test_every_op import (
+    assert_as_good_as_torch,
+    call,
+    cast,
+    contiguous_grad,
+    gradients,
+    tensors,
+    worst,
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="all suites in two minutes: fewer calls")
+
+
+@dataclass
+class Measure:
+    """The fixture `measure`: times one case and notes what it found beside it."""
+
+    benchmark: Any
+    quick: bool
+    upstream: dict = field(default_factory=dict)
+
+    def __call__(
+        self,
+        op: OpSamples,
+        sample: Sample,
+        dtype: torch.dtype,
+        *,
+        eager: Callable[..., Any],
+        backward: bool = False,
+        reads_only: bool = False,
+        bytes_moved: int | None = None,
+    ) -> None:
+        """Times the call as eager PyTorch, torch.compile and ours.
+
+        eager:       the best plain PyTorch for the call; torch.compile compiles it
+        backward:    forward and backward, with respect to every input
+        reads_only:  compare with the read bandwidth (attention), not with that of a copy
+        bytes_moved: bytes that must move; default: every input once and every output once
+        """
+        args, kwargs = cast((sample.args, sample.kwargs), dtype, DEVICE)
+        run = self._gradients if backward else self._outputs
+        plain_op = dataclasses.replace(op, function=eager)
+        exact = [t.double().cpu() for t in run(plain_op, *cast((args, kwargs), torch.float64))]
+        plain, mine = run(plain_op, args, kwargs), run(op, args, kwargs)
+        # No speed-up is printed for a wrong result.
+        assert_as_good_as_torch(mine, plain, exact, dtype)
+        compiled_op = dataclasses.replace(op, function=torch.compile(eager))
+        variants = {"eager": plain_op, "compile": compiled_op, "ours": op}
+        calls = {n: lambda v=v: run(v, args, kwargs) for n, v in variants.items()}
+        times = interleaved(calls, seconds=0.5 if self.quick else 3.0)
+        if bytes_moved is None:
+            outputs = self._outputs(op, args, kwargs)
+            bytes_moved = sum(t.nbytes for t in [*tensors((args, kwargs)), *outputs])
+            if backward:  # then the upstream gradients, the inputs again, and their gradients
+                bytes_moved *= 2
+        kind = "read" if reads_only else "copy"
+        self.benchmark.extra_info.update(
+            dtype=str(dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            seconds=times,
+            eager_over_ours=times["eager"] / times["ours"],
+            compile_over_ours=times["compile"] / times["ours"],
+            bytes=bytes_moved,
+            gigabytes_per_second=bytes_moved / times["ours"] / 1e9,
+            bandwidth=kind,
+            fraction_of_bandwidth=bytes_moved / times["ours"] / bandwidth(bytes_moved, kind),
+            extra_memory={n: self._memory(calls[n]) for n in ("eager", "ours")},
+            error={"eager": _worst(plain, exact), "ours": _worst(mine, exact)},
+        )
+        self.benchmark.pedantic(calls["ours"], rounds=3 if self.quick else 10, warmup_rounds=1)
+
+    @staticmethod
+    def _outputs(op: OpSamples, args: tuple, kwargs: dict) -> list[Tensor]:
+        with torch.no_grad():
+            return call(op, args, kwargs)
+
+    def _gradients(self, op: OpSamples, args: tuple, kwargs: dict) -> list[Tensor]:
+        return gradients(op, args, kwargs, self._upstream_of)
+
+    def _upstream_of(self, output: Tensor, i: int) -> Tensor:
+        """The same upstream gradient in every call, made once."""
+        key = (i, output.dtype)
+        if key not in self.upstream:
+            self.upstream[key] = contiguous_grad(output, i)
+        return self.upstream[key]
+
+    def _memory(self, call: Callable[[], Any]) -> int:
+        """Most bytes that the call holds at a time, its outputs included."""
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            return torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(profile_memory=True) as profile:
+            call()
+        held = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        return peak
+
+
+@pytest.fixture
+def measure(benchmark, request) -> Measure:
+    return Measure(benchmark, request.config.getoption("--quick"))
+
+
+@pytest.fixture(autouse=True)
+def _only_kernels(monkeypatch) -> None:
+    """A fall-back is an error: the reference's time under our name would be a lie."""
+    monkeypatch.setenv("AIGC_FAST_STRICT", "1")
+    torch._dynamo.reset()
+
+
+def _worst(got: list[Tensor], exact: list[Tensor]) -> float:
+    return max(worst(g, e) for g, e in zip(got, exact, strict=True))

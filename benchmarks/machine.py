@@ -1,0 +1,63 @@
+"""What this machine is and how fast its memory is."""
+
+import functools
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from aigc_fast import _libraries
+from aigc_fast._timing import interleaved
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def processor() -> str:
+    """Name of the GPU, or of the CPU with its threads and instruction-set level."""
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*:\s*(.*)", info.read_text())):
+        name = found[1]
+    return f"{name}, {torch.get_num_threads()} threads, {_libraries.cpu_level()}"
+
+
+def slug() -> str:
+    """The processor as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+
+
+def describe() -> dict[str, str]:
+    """What a reader needs to judge a figure."""
+    import triton
+
+    import aigc_fast
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    return {
+        "processor": processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "aigc_fast": aigc_fast.__version__,
+        "commit": commit,
+    }
+
+
+@functools.cache
+def bandwidth(size: int, kind: str) -> float:
+    """Bytes per second of a plain pass over `size` bytes: "read" (a sum) or "copy" (read, write).
+
+    The copy allocates its output, as an operator does.
+    """
+    x = torch.ones(max(size // (4 if kind == "read" else 8), 1), device=DEVICE)
+    call = x.sum if kind == "read" else x.clone
+    return size / interleaved({kind: call}, seconds=0.3)[kind]

@@ -1,0 +1,107 @@
+"""Runs the suites and writes benchmarks/results/<machine>.json and .png.
+
+python -m benchmarks.report [--quick] [family ...]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.machine import describe, slug
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def run_suites(families: list[str], quick: bool) -> list[dict]:
+    """The benchmarks of pytest-benchmark's report: name, parameters, what `measure` noted."""
+    names = families or sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+    files = [HERE / f"bench_{name}.py" for name in names]
+    for file in files:
+        if not file.exists():
+            raise SystemExit(f"no such suite: {file.name}")
+    with tempfile.NamedTemporaryFile(suffix=".json") as report:
+        run = subprocess.run(
+            [
+                *(sys.executable, "-m", "pytest", *map(str, files), "--benchmark-enable", "-q"),
+                *("-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"),
+                *("-p", "no:cacheprovider", f"--benchmark-json={report.name}"),
+                *("--benchmark-columns=median,rounds", *(["--quick"] if quick else [])),
+            ],
+            cwd=HERE.parent,
+        )
+        if run.returncode:
+            raise SystemExit(run.returncode)
+        rows = json.loads(Path(report.name).read_text())["benchmarks"]
+    return [
+        {"name": r["name"].removeprefix("bench_"), "params": r["params"], **r["extra_info"]}
+        for r in rows
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    """The ratios, one line a benchmark."""
+    lines = [f"{'benchmark':72} {'eager/ours':>10} {'compile/ours':>12} {'of limit':>9}"]
+    for row in rows:
+        if "eager_over_ours" in row:
+            lines.append(
+                f"{row['name'][:72]:72} {row['eager_over_ours']:>9.2f}x"
+                f" {row['compile_over_ours']:>11.2f}x {row['fraction_of_bandwidth']:>8.0%}"
+            )
+        elif "microseconds" in row:
+            micro = row["microseconds"]
+            lines.append(
+                f"{row['name'][:72]:72} {micro['ours']:.2f} us, aten.mul {micro['aten.mul']:.2f} us"
+            )
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], title: str, path: Path) -> None:
+    """Bars of the speed relative to eager PyTorch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if "eager_over_ours" in row][::-1]
+    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.42 * len(rows)), layout="constrained")
+    for offset, (name, colour) in enumerate(
+        [("ours", "#d1495b"), ("compile", "#8d96a3"), ("eager", "#cfd4da")]
+    ):
+        values = [row["seconds"]["eager"] / row["seconds"][name] for row in rows]
+        places = [i + 0.27 * (offset - 1) for i in range(len(rows))]
+        label = {"compile": "torch.compile", "eager": "eager PyTorch"}.get(name, "aigc_fast")
+        bars = axes.barh(places, values, height=0.25, color=colour, label=label)
+        if name == "ours":
+            axes.bar_label(bars, [f"{v:.1f}x" for v in values], padding=3, fontsize=8)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+    axes.set_xlabel("speed relative to eager PyTorch (higher is better)")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", help="for instance bias_act; default: all")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    rows = run_suites(options.families, options.quick)
+    machine = describe()
+    print(table(rows))
+    if options.families or options.quick:
+        return  # a part of the picture is not the picture
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{slug()}.json"
+    path.write_text(json.dumps({"machine": machine, "benchmarks": rows}, indent=1) + "\n")
+    draw(rows, f"{machine['processor']} · torch {machine['torch']}", path.with_suffix(".png"))
+    print(f"wrote {path.relative_to(HERE.parent)} and its picture")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Rotary position embedding. One program turns HEADS heads of one token, which share the angles;
+x may have any strides outside of a head."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
+BUDGET = {"_rotate": (96, 0)}
+
+_TILE = 2048
+
+
+@triton.jit
+def _rotate(
+    x_ptr, cos_ptr, sin_ptr, y_ptr, seq, heads, head_dim, half,
+    x_batch, x_token, x_head, cos_batch, cos_token, sin_batch, sin_token,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    batch, position = token // seq, token % seq
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    in_heads = head < heads
+    x_ptr += batch * x_batch + position * x_token + head.to(tl.int64) * x_head
+    y_ptr += (token * heads + head) * head_dim
+    i = tl.arange(0, HALF)[None, :]
+    at = cos_ptr + batch * cos_batch + position * cos_token + i
+    cos = tl.load(at, i < half, 0.0).to(tl.float32)
+    at = sin_ptr + batch * sin_batch + position * sin_token + i
+    sin = tl.load(at, i < half, 0.0).to(tl.float32)
+    if INVERSE:
+        sin = -sin
+    dtype = y_ptr.dtype.element_ty
+    if INTERLEAVED:
+        j = tl.arange(0, 2 * HALF)[None, :]
+        mask = in_heads & (j < 2 * half)
+        x = tl.load(x_ptr + j, mask, 0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (HEADS, HALF, 2)))
+        y = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (HEADS, 2 * HALF))
+        tl.store(y_ptr + j, y.to(dtype), mask)
+    else:
+        mask = in_heads & (i < half)
+        a = tl.load(x_ptr + i, mask, 0.0).to(tl.float32)
+        b = tl.load(x_ptr + half + i, mask, 0.0).to(tl.float32)
+        tl.store(y_ptr + i, (a * cos - b * sin).to(dtype), mask)
+        tl.store(y_ptr + half + i, (b * cos + a * sin).to(dtype), mask)
+    if REST:
+        j = 2 * half + tl.arange(0, REST)[None, :]
+        mask = in_heads & (j < head_dim)
+        tl.store(y_ptr + j, tl.load(x_ptr + j, mask), mask)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(table: Tensor) -> tuple[int, int]:
+    return (table.stride(0) if table.dim() == 3 else 0, table.stride(-2))
+
+
+def apply_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
+) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not y.numel():
+        return y
+    x, cos, sin = _dense_rows(x), _dense_rows(cos), _dense_rows(sin)
+    batch, seq, heads, head_dim = x.shape
+    half = cos.shape[-1]
+    rest = head_dim - 2 * half
+    HALF = triton.next_power_of_2(max(half, 1))
+    HEADS = min(triton.next_power_of_2(heads), max(1, _TILE // (2 * HALF)))
+    grid = (batch * seq, triton.cdiv(heads, HEADS))
+    _rotate[grid](x, cos, sin, y, seq, heads, head_dim, half, *x.stride()[:3], *_strides(cos),
+                  *_strides(sin), INTERLEAVED=interleaved, INVERSE=inverse, HEADS=HEADS, HALF=HALF,
+                  REST=triton.next_power_of_2(rest) if rest else 0)  # fmt: skip
+    return y

@@ -1,0 +1,52 @@
+import torch
+
+from aigc_fast import ops
+from tests.op_samples.sample import OpSamples, Refusal, Sample, rand
+
+#: (rows, width) of decoding, prompts and training
+SHAPES = [(1, 1536), (1, 14336), (16, 5632), (64, 1536), (256, 8192), (1024, 1536), (4096, 5632)]
+
+
+def _samples() -> list[Sample]:
+    special = torch.tensor(
+        [0.0, -0.0, 1e-30, -80.0, 80.0, -100.0, 100.0, 1e4, torch.inf, -torch.inf, torch.nan]
+    ).double()
+    packed = rand(2, 5, 38)
+    return [
+        Sample("rows", (rand(2, 3, 17), rand(2, 3, 17, seed=1))),
+        Sample("halves", packed.chunk(2, -1)),
+        Sample("tiny_halves", tuple(rand(7, 2).chunk(2, -1))),
+        Sample("cut_in_both", (packed[:, 1:4, :19], rand(2, 3, 19))),
+        Sample("vector", (rand(127), rand(127, seed=1))),
+        Sample("one", (rand(1, 1), rand(1, 1, seed=1))),
+        Sample("no_rows", (rand(0, 3, 8), rand(0, 3, 8))),
+        Sample("no_columns", (rand(3, 0), rand(3, 0))),
+        Sample("expanded", (rand(1, 19).expand(4, 19), rand(4, 19)), differentiable=False),
+        Sample("special", (special, torch.ones(11).double()), differentiable=False),
+        Sample("long", (rand(8197), rand(8197, seed=1)), differentiable=False),
+        Sample("long_halves", tuple(rand(2, 4000).chunk(2, -1)), differentiable=False),
+        Sample("threads", tuple(rand(9, 20000).chunk(2, -1)), differentiable=False),
+    ]
+
+
+def _refusals() -> list[Refusal]:
+    x = rand(2, 4)
+    return [
+        Refusal("dtype", (x.to(torch.int32), x), TypeError, "gate must be float64"),
+        Refusal("no_dimension", (rand(), rand()), ValueError, "gate must have at least 1 dim"),
+        Refusal("up_dtype", (x, x.float()), TypeError, "up must have the dtype of gate"),
+        Refusal("up_shape", (x, rand(4)), ValueError, r"up must have shape \(2, 4\)"),
+        Refusal("sparse", (x.to_sparse(), x), TypeError, "gate must be a strided tensor"),
+    ]
+
+
+OPS = {
+    "swiglu": OpSamples(
+        ops.swiglu,
+        _samples,
+        _refusals,
+        large=lambda: [
+            Sample(f"{rows}x{width}", rand(rows, 2 * width).chunk(2, -1)) for rows, width in SHAPES
+        ],
+    ),
+}

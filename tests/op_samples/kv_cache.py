@@ -1,0 +1,80 @@
+import torch
+from torch import Tensor
+
+from aigc_fast import ops
+from tests.op_samples.sample import OpSamples, Refusal, Sample, rand
+
+
+def _call(
+    batch: int, q_len: int, capacity: int, heads: int, head_dim: int, positions: list[int]
+) -> tuple[Tensor, ...]:
+    shape = (heads, head_dim)
+    return (
+        rand(batch, q_len, *shape),
+        rand(batch, q_len, *shape, seed=1),
+        rand(batch, capacity, *shape, seed=2),
+        rand(batch, capacity, *shape, seed=3),
+        torch.tensor(positions, dtype=torch.int32),
+    )
+
+
+def _samples() -> list[Sample]:
+    key, value, key_cache, value_cache, positions = _call(2, 3, 8, 2, 5, [1, 5])
+    packed = rand(2, 3, 6, 5)
+    layers = rand(4, 2, 8, 2, 5)  # (key or value of two layers, ...)
+    by_head = rand(2, 2, 8, 5).transpose(1, 2)  # memory order (batch, heads, capacity, head_dim)
+    return [
+        Sample("tokens", (key, value, key_cache, value_cache, positions)),
+        Sample("int64", (key, value, key_cache, value_cache, positions.long())),
+        Sample("packed", (packed[:, :, 2:4], packed[:, :, 4:], key_cache, value_cache, positions)),
+        Sample("layers", (key, value, layers[1], layers[3], positions)),
+        Sample("by_head", (key, value, by_head, by_head.clone(), positions)),
+        Sample("whole", _call(1, 4, 4, 3, 17, [0])),
+        Sample("one", _call(3, 1, 9, 3, 64, [8, 0, 4])),
+        Sample("no_tokens", _call(2, 0, 4, 1, 8, [4, 0])),
+        Sample("no_batch", _call(0, 2, 4, 1, 8, [])),
+        Sample("threads", _call(4, 50, 60, 3, 64, [0, 3, 9, 10])),
+    ]
+
+
+def _refusals() -> list[Refusal]:
+    key, value, key_cache, value_cache, positions = good = _call(2, 3, 8, 2, 5, [1, 5])
+
+    def bad(name: str, error: type[Exception], match: str, **changes: Tensor) -> Refusal:
+        names = ("key", "value", "key_cache", "value_cache", "positions")
+        args = tuple(changes.get(n, t) for n, t in zip(names, good, strict=True))
+        return Refusal(name, args, error, match)
+
+    return [
+        bad("dtype", TypeError, "key must be float64", key=key.int()),
+        bad("dimensions", ValueError, "key must have 4 dimensions", key=key[0]),
+        bad("value_dtype", TypeError, "value must have the dtype of key", value=value.half()),
+        bad("value_shape", ValueError, r"value must have shape \(2, 3, 2, 5\)", value=value[:, :2]),
+        bad("cache_dtype", TypeError, "key_cache must have the", key_cache=key_cache.half()),
+        bad("cache_dim", ValueError, "key_cache must have 4 dim", key_cache=key_cache[0]),
+        bad("cache_heads", ValueError, "key_cache must have shape", key_cache=key_cache[:, :, :1]),
+        bad("capacity", ValueError, "value_cache must have shape", value_cache=value_cache[:, :7]),
+        bad("expanded", ValueError, "key_cache must not be an expanded tensor",
+            key_cache=key_cache[:, :1].expand(2, 8, 2, 5)),
+        bad("too_long", ValueError, "key must have at most capacity = 2 tokens, got 3",
+            key_cache=key_cache[:, :2], value_cache=value_cache[:, :2]),
+        bad("positions_dtype", TypeError, "positions must be int32", positions=positions.short()),
+        bad("positions_shape", ValueError, r"positions must have shape \(2,\)",
+            positions=positions[:1]),
+    ]  # fmt: skip
+
+
+OPS = {
+    "append_kv": OpSamples(
+        ops.append_kv,
+        _samples,
+        _refusals,
+        large=lambda: [
+            Sample("1x1x3x64", _call(1, 1, 2048, 3, 64, [1000])),
+            Sample("8x1x8x128", _call(8, 1, 2048, 8, 128, [100 * b for b in range(8)])),
+            Sample("1x512x8x128", _call(1, 512, 2048, 8, 128, [0])),
+        ],
+        derivatives=0,
+        mutates=(2, 3),
+    ),
+}
