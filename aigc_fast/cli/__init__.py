@@ -10,7 +10,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("typer", "rich", "click"):
             raise
-        print("aigc-fast needs the packages typer and rich: pip install typer rich", file=sys.stderr)
+        print(
+            "aigc-fast needs the packages typer and rich: pip install typer rich", file=sys.stderr
+        )
         raise SystemExit(2) from None
     app()
 

@@ -16,7 +16,6 @@ from aigc_fast import _libraries
 
 from .self_check import check_all
 
-
 _SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -44,7 +43,9 @@ def run(console: Console) -> int:
         console.print(f"{check.op} on {check.device}: {reason}", markup=False)
     seconds = time.perf_counter() - start
     if failed:
-        console.print(f"[bold red]{len(failed)} of {len(checks)} checks failed[/] ({seconds:.1f} s)")
+        console.print(
+            f"[bold red]{len(failed)} of {len(checks)} checks failed[/] ({seconds:.1f} s)"
+        )
         return 1
     console.print(f"[green]all {len(checks)} checks passed[/] ({seconds:.1f} s)")
     return 0
@@ -71,7 +72,10 @@ def _machine() -> list[tuple[str, str]]:
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         rows.append(
-            (f"GPU {i}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
+            (
+                f"GPU {i}",
+                f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}",
+            )
         )
     return rows
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from aigc_fast._timing import interleaved
 
 from .demo_text import TextResult
 
-EAGER, COMPILE, OURS = "eager PyTorch", "torch.compile", "aigc_fast"
+EAGER, COMPILE, OURS, REFERENCE = "eager PyTorch", "torch.compile", "aigc_fast", "reference"
 
 
 @dataclass
@@ -25,8 +26,8 @@ class HotPath:
 
     name: str
     shape: str
-    plain: Callable[..., Tensor]
-    ours: Callable[..., Tensor]
+    plain: Callable[..., Any]
+    ours: Callable[..., Any]
     inputs: Sequence[Tensor]
     #: gradients are taken too, with this one coming in
     upstream: Tensor | None = None
@@ -118,13 +119,14 @@ PATHS = (decode_attention, scheduler_step, bias_act)
 
 
 def compare(console: Console, device: torch.device, *, quick: bool) -> list[Measured]:
-    return [_measure(console, path(device, quick), device, 0.1 if quick else 3.0) for path in PATHS]
+    return [_measure(console, path(device, quick), 0.1 if quick else 3.0) for path in PATHS]
 
 
-def _measure(
-    console: Console, path: HotPath, device: torch.device, seconds: float
-) -> Measured:
-    calls = {EAGER: _call(path, path.plain), OURS: _call(path, path.ours)}
+def _measure(console: Console, path: HotPath, seconds: float) -> Measured:
+    calls: dict[str, Callable[[], Any]] = {
+        EAGER: _call(path, path.plain),
+        OURS: _call(path, path.ours),
+    }
     with console.status(f"{path.name}: compiling what it is compared with"):
         compiled = _call(path, torch.compile(path.plain, dynamic=False))
         try:
@@ -142,7 +144,7 @@ def _measure(
 
 
 def _call(
-    path: HotPath, function: Callable[..., Tensor], dtype: torch.dtype | None = None
+    path: HotPath, function: Callable[..., Any], dtype: torch.dtype | None = None
 ) -> Callable[[], list[Tensor]]:
     """A call without arguments that returns the output and, where wanted, the gradients."""
     inputs = [x.detach().to(dtype or x.dtype).requires_grad_(x.requires_grad) for x in path.inputs]
@@ -186,8 +188,8 @@ def table(paths: Sequence[Measured], text: TextResult, device: torch.device) -> 
     for measured in paths:
         errors = {name: f"{error:.1e}" for name, error in measured.errors.items()}
         _add(result, measured.path.name, measured.path.shape, measured.seconds, errors)
-    verdict = {EAGER: "", OURS: "same tokens" if text.same_tokens else "[bold red]DIFFERENT[/]"}
-    seconds = {EAGER: text.reference, OURS: text.ours}
+    verdict = {REFERENCE: "", OURS: "same tokens" if text.same_tokens else "[bold red]DIFFERENT[/]"}
+    seconds = {REFERENCE: text.reference, OURS: text.ours}
     _add(result, "SmolLM2-135M", "a token, greedy, fp32", seconds, verdict)
     return result
 
@@ -195,15 +197,20 @@ def table(paths: Sequence[Measured], text: TextResult, device: torch.device) -> 
 def _add(
     table: Table, name: str, shape: str, seconds: dict[str, float], errors: dict[str, str]
 ) -> None:
-    """A row whose cells hold a line for each implementation."""
+    """A row whose cells hold a line for each implementation; the first is what the others are
+    compared with."""
+    first, *_ = seconds.values()
     columns = [
         list(seconds),
         [_duration(s) for s in seconds.values()],
-        [f"{seconds[EAGER] / s:.2f}x" for s in seconds.values()],
+        [f"{first / s:.2f}x" for s in seconds.values()],
         [errors[key] for key in seconds],
     ]
     emphasised = [
-        "\n".join(f"[bold green]{c}[/]" if key == OURS else c for key, c in zip(seconds, cells))
+        "\n".join(
+            f"[bold green]{c}[/]" if key == OURS else c
+            for key, c in zip(seconds, cells, strict=True)
+        )
         for cells in columns
     ]
     table.add_row(f"[bold]{name}[/]\n[dim]{shape}[/]", *emphasised)

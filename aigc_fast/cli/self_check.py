@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 import aigc_fast
 from aigc_fast import ops
+
+Result: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 @dataclass
@@ -35,24 +38,26 @@ class Inputs:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
 
-def _append_kv(x: Inputs) -> tuple[Tensor, ...]:
+def _append_kv(x: Inputs) -> Result:
     caches = x.constant(2, 33, 3, 40), x.constant(2, 33, 3, 40)
     ops.append_kv(x.constant(2, 5, 3, 40), x.constant(2, 5, 3, 40), *caches, x.int32(0, 28))
     return caches
 
 
-def _apply_rotary(x: Inputs) -> Tensor:
+def _apply_rotary(x: Inputs) -> Result:
     angles = x.constant(7, 20)
     return ops.apply_rotary(x(2, 7, 3, 40), angles.cos(), angles.sin())
 
 
-def _decode_attention(x: Inputs) -> Tensor:
+def _decode_attention(x: Inputs) -> Result:
     cache = (3, 65, 2, 40)
     lengths = x.int32(65, 0, 17)
-    return ops.decode_attention(x.constant(3, 2, 6, 40), x.constant(*cache), x.constant(*cache), lengths)
+    return ops.decode_attention(
+        x.constant(3, 2, 6, 40), x.constant(*cache), x.constant(*cache), lengths
+    )
 
 
-def _scheduler_step(x: Inputs) -> Tensor:
+def _scheduler_step(x: Inputs) -> Result:
     row = torch.tensor([1.5, -0.5, 1.0, 0.8, 0.1, 0.6, 0.2, -0.3]).to(x.device, x.dtype)
     shape = (3, 4, 7, 5)
     return ops.scheduler_step(
@@ -62,7 +67,7 @@ def _scheduler_step(x: Inputs) -> Tensor:
 
 
 #: A call of each public operator of aigc_fast.ops.
-CALLS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
+CALLS: dict[str, Callable[[Inputs], Result]] = {
     "add_noise": lambda x: ops.add_noise(x(3, 4, 7, 5), x(3, 4, 7, 5), x(3), x(3)),
     "add_rms_norm": lambda x: ops.add_rms_norm(x(5, 127), x(5, 127), x(127), 1e-6),
     "append_kv": _append_kv,
@@ -127,12 +132,12 @@ def check(name: str, device: torch.device) -> Check:
 
 
 def _results(
-    call: Callable[[Inputs], Tensor | tuple[Tensor, ...]], dtype: torch.dtype, device: torch.device
+    call: Callable[[Inputs], Result], dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
     """Outputs and, where there is a derivative, the gradients of a random sum of them."""
     inputs = Inputs(dtype, device)
-    outputs = call(inputs)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    found = call(inputs)
+    outputs = [found] if isinstance(found, Tensor) else list(found)
     if not inputs.leaves:
         return outputs
     upstream = [inputs.constant(*output.shape) for output in outputs]

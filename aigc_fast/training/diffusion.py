@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +39,9 @@ class DiffusionTrainer:
     alphas, sigmas: (num_timesteps,), the noise schedule.
     total_steps:    the learning rate rises over the first twentieth of these steps and falls to
                     zero along a cosine until the last.
-    unlabelled:     share of the labels replaced by model.num_classes, "any", so that the model
-                    learns both outputs of classifier-free guidance (arXiv:2207.12598).
+    null_label:     the class that stands for "any"; a share `unlabelled` of the labels is
+                    replaced by it, so that the model learns both outputs of classifier-free
+                    guidance (arXiv:2207.12598).
     average:        the model with averaged weights, the one to sample from.
     """
 
@@ -53,11 +54,12 @@ class DiffusionTrainer:
         total_steps: int,
         lr: float = 2e-3,
         ema_decay: float = 0.995,
+        null_label: int | None = None,
         unlabelled: float = 0.1,
         seed: int = 0,
     ) -> None:
         parameters = list(model.parameters())
-        self.model, self.unlabelled = model, unlabelled
+        self.model, self.null_label, self.unlabelled = model, null_label, unlabelled
         self.device = parameters[0].device
         self.alphas, self.sigmas = alphas.to(self.device), sigmas.to(self.device)
         self.optimizer = torch.optim.Adam(parameters, lr, fused=True)
@@ -73,12 +75,12 @@ class DiffusionTrainer:
 
     def step(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
         """One update on a batch; returns the loss."""
-        draw = {"device": self.device, "generator": self.random}
+        draw: dict[str, Any] = {"device": self.device, "generator": self.random}
         timesteps = torch.randint(len(self.alphas), (len(samples),), **draw)
         noise = torch.randn(samples.shape, dtype=samples.dtype, **draw)
-        if labels is not None:
+        if labels is not None and self.null_label is not None:
             hidden = torch.rand(len(samples), **draw) < self.unlabelled
-            labels = labels.masked_fill(hidden, self.model.num_classes)
+            labels = labels.masked_fill(hidden, self.null_label)
         noisy, velocity = ops.add_noise(
             samples, noise, self.alphas[timesteps], self.sigmas[timesteps], return_velocity=True
         )

@@ -49,8 +49,6 @@ def test_the_schedule_keeps_the_variance():
 class Oracle(torch.nn.Module):
     """Knows the answer: the v of a data set that holds one image for each class, or their mean."""
 
-    num_classes = 2
-
     def __init__(self, images, schedule):
         super().__init__()
         self.images, (self.alphas, self.sigmas) = images, schedule
@@ -73,7 +71,13 @@ def test_ddim_finds_what_the_model_knows(guidance_scale):
     noise = torch.randn(3, 1, 4, 4)
     stages = list(
         sample_ddim(
-            model, noise, *schedule, labels=labels, num_steps=5, guidance_scale=guidance_scale
+            model,
+            noise,
+            *schedule,
+            labels=labels,
+            null_label=2,
+            num_steps=5,
+            guidance_scale=guidance_scale,
         )
     )
     assert len(stages) == 5

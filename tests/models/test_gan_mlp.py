@@ -1,5 +1,7 @@
 """The MLP GAN against the plain torch sequence of the same weights."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from aigc_fast.models.gan import MLPDiscriminator, MLPGenerator
 
 def plain(sizes, last):
     layers = []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers[:-1], *last)
 

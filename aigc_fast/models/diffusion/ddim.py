@@ -41,34 +41,33 @@ def sample_ddim(
     sigmas: Tensor,
     *,
     labels: Tensor | None = None,
+    null_label: int | None = None,
     num_steps: int = 30,
     guidance_scale: float = 1.0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (sample, x0) after every step: where the sample stands, and where it seems to go.
 
-    model: model(sample, timesteps, labels) predicts v; with labels and a guidance_scale
-        other than 1 it is asked for class model.num_classes, "any", too.
+    model: model(sample, timesteps, labels) predicts v.
     noise: standard normal, the start.
+    null_label: the class that stands for "any"; where it is given, the model is asked for it too,
+        and the prediction is the label's, guidance_scale times as far from it.
     """
     timesteps = torch.linspace(len(alphas) - 1, 0, num_steps).round().long()
     rows = ddim_rows(alphas.cpu(), sigmas.cpu(), timesteps).to(noise.device)
-    guided = labels is not None and guidance_scale != 1
-    if guided:
-        labels = torch.cat([labels, torch.full_like(labels, model.num_classes)])
-    sample = noise
+    if labels is not None and null_label is not None:
+        labels = torch.cat([labels, torch.full_like(labels, null_label)])
+    sample, copies = noise, 1 if null_label is None else 2
     for timestep, row in zip(timesteps.tolist(), rows, strict=True):
-        # No mode may outlive a yield.
-        with torch.no_grad():
-            both = torch.cat([sample, sample]) if guided else sample
-            steps = torch.full((len(both),), timestep, device=noise.device)
-            output = model(both, steps, labels)
-            cond, uncond = output.chunk(2) if guided else (output, None)
+        with torch.no_grad():  # no longer than the step: it must not outlive a yield
+            model_input = torch.cat([sample] * copies)
+            steps = torch.full((len(model_input),), timestep, device=noise.device)
+            output, *uncond = model(model_input, steps, labels).chunk(copies)
             sample, x0 = ops.scheduler_step(
                 sample,
-                cond,
+                output,
                 row,
-                uncond_output=uncond,
-                guidance_scale=guidance_scale if guided else 1.0,
+                uncond_output=uncond[0] if uncond else None,
+                guidance_scale=guidance_scale,
                 return_x0=True,
             )
         yield sample, x0

@@ -35,7 +35,9 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
         self.skip = (
-            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """An image-sized prediction for a noisy image, its timestep and, where there are any, its class.
+    """From a noisy image, its timestep and its class, if any, to a prediction of its size.
 
     The image is folded by `patch` (space to depth) on the way in and unfolded on the way out;
     every level after the first halves it. Each block on the way up reads the output of its
@@ -65,20 +67,22 @@ class UNet(nn.Module):
         num_classes: int = 10,
     ) -> None:
         super().__init__()
-        self.patch, self.num_classes = patch, num_classes
-        dim = 4 * channels[0]
+        self.patch, self.blocks, self.num_classes = patch, blocks, num_classes
+        self.time_features, dim = channels[0], 4 * channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim)
         width = channels[0]
         self.conv_in = nn.Conv2d(image_channels * patch**2, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for out in channels:
-            self.down.append(_level(width, out, blocks, dim))
-            width = out
+            for _ in range(blocks):
+                self.down.append(ResBlock(width, out, dim))
+                width = out
         self.middle = ResBlock(width, width, dim)
         for out in reversed(channels):
-            self.up.append(_level(width, out, blocks, dim, skip=out))
-            width = out
+            for _ in range(blocks):
+                self.up.append(ResBlock(width + out, out, dim))
+                width = out
         self.norm_out = nn.GroupNorm(8, width)
         self.conv_out = nn.Conv2d(width, image_channels * patch**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -91,26 +95,19 @@ class UNet(nn.Module):
         """
         if labels is None:
             labels = torch.full_like(timesteps, self.num_classes, dtype=torch.int64)
-        time = timestep_embedding(timesteps, self.time[0].in_features).to(sample.dtype)
+        time = timestep_embedding(timesteps, self.time_features).to(sample.dtype)
         embedding = F.silu(self.time(time) + self.label(labels))
 
         h = self.conv_in(F.pixel_unshuffle(sample, self.patch))
         skips = []
-        for level, stage in enumerate(self.down):
-            if level > 0:
+        for i, block in enumerate(self.down):
+            if i > 0 and i % self.blocks == 0:
                 h = F.avg_pool2d(h, 2, ceil_mode=True)
-            for block in stage:
-                h = block(h, embedding)
-                skips.append(h)
+            h = block(h, embedding)
+            skips.append(h)
         h = self.middle(h, embedding)
-        for level, stage in enumerate(self.up):
-            if level > 0:
+        for i, block in enumerate(self.up):
+            if i > 0 and i % self.blocks == 0:
                 h = F.interpolate(h, size=skips[-1].shape[2:])
-            for block in stage:
-                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
         return F.pixel_shuffle(self.conv_out(_swish(self.norm_out(h))), self.patch)
-
-
-def _level(width: int, out: int, blocks: int, dim: int, skip: int = 0) -> nn.ModuleList:
-    widths = [width] + [out] * blocks
-    return nn.ModuleList(ResBlock(w + skip, out, dim) for w in widths[:-1])
