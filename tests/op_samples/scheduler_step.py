@@ -98,6 +98,6 @@ OPS = {
             _call(
                 "rescaled", 2, 16, 128, 128, guided=True, guidance_scale=7.5, guidance_rescale=0.7
             ),
-        ],  # fmt: skip
+        ],
     ),
 }
