@@ -17,7 +17,7 @@
 namespace aigc_fast {
 namespace {
 
-constexpr int64_t kBlock = 64;   // keys between two looks at the running maximum
+constexpr int64_t kBlock = 32;   // keys between two looks at the running maximum
 constexpr int64_t kSplit = 256;  // keys of a unit, for up to kRows rows
 constexpr int64_t kRows = 32;    // rows of a unit
 
@@ -41,6 +41,7 @@ AIGC_INLINE void load_pair(const T* p, V& a, V& b) {
 
 template <class T, class V = Vec<Acc<T>>>
 AIGC_INLINE void load_pair(const T* p, int64_t n, V& a, V& b) {
+  if (n == 2 * kLanes<Acc<T>>) return load_pair(p, a, b);
   T buffer[2 * kLanes<Acc<T>>] = {};
   std::memcpy(static_cast<void*>(buffer), p, n * sizeof(T));
   load_pair(buffer, a, b);
@@ -114,8 +115,8 @@ AIGC_INLINE Vec<A> exp_of_negative(Vec<A> x) {
     Vec<float> r = x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
     const Vec<float> y = exp_tail(r) + r + 1.0f;
-    const I scaled = reinterpret_cast<I>(y) + (reinterpret_cast<I>(shifted) << 23);
-    return x < -87.0f ? Vec<float>{} : x == x ? reinterpret_cast<Vec<float>>(scaled) : x;
+    const I power = (reinterpret_cast<I>(shifted) << 23) + 0x3f800000;  // 2^n
+    return x < -87.0f ? Vec<float>{} : y * reinterpret_cast<Vec<float>>(power);
   }
 }
 
@@ -162,23 +163,29 @@ class Attention {
   int64_t query_size() const { return pairs_ * 2 * R * L; }
   int64_t result_size() const { return query_size() + 2 * L; }
 
-  // Results of the rows [first, last) of a head over the keys [begin, end).
+  const T* key(int64_t b, int64_t head, int64_t index) const {
+    return keys_.data + b * keys_.batch + head * keys_.head + index * keys_.seq;
+  }
+
+  // Results of the rows [first, last) of a head over the keys [begin, end). `after` is where the
+  // thread will read next.
   void attend(int64_t b, int64_t head, int64_t first, int64_t last, int64_t length, int64_t begin,
-              int64_t end, A* query, A* result) const {
-    const T* keys = keys_.data + b * keys_.batch + head * keys_.head;
-    const T* values = values_.data + b * values_.batch + head * values_.head;
+              int64_t end, const T* after, A* query, A* result) const {
     for (int64_t row = first; row < last; row += R) {
       load_query(b, head, row, last, query + (row - first) / R * query_size());
       A* tile = result + (row - first) / R * result_size();
       std::fill_n(tile, result_size(), A(0));
       store(tile + query_size(), broadcast(-std::numeric_limits<A>::infinity()));
     }
+    const T* values = values_.data + b * values_.batch + head * values_.head;
     for (int64_t start = begin; start < end; start += kBlock) {
       const int64_t stop = std::min(end, start + kBlock);
-      for (int64_t row = first; row < last; row += R) {
+      Block block{key(b, head, start), values + start * values_.seq,
+                  stop < end ? key(b, head, stop) : after, start, stop, true};
+      for (int64_t row = first; row < last; row += R, block.is_new = false) {
         const int64_t tile = (row - first) / R;
-        add_block(keys, values, row, std::min(last, row + R), length, start, stop,
-                  query + tile * query_size(), result + tile * result_size());
+        add_block(block, row, std::min(last, row + R), length, query + tile * query_size(),
+                  result + tile * result_size());
       }
     }
   }
@@ -219,6 +226,12 @@ class Attention {
   }
 
  private:
+  struct Block {
+    const T *keys, *values, *next;  // next: the keys to read after this block
+    int64_t start, stop;
+    bool is_new;  // not yet in the cache
+  };
+
   static V finite_or_zero(V v) { return v == -std::numeric_limits<A>::infinity() ? V{} : v; }
 
   void load_query(int64_t b, int64_t head, int64_t row, int64_t last, A* tile) const {
@@ -237,33 +250,33 @@ class Attention {
   }
 
   // One block of keys for one tile of rows.
-  void add_block(const T* keys, const T* values, int64_t row, int64_t last, int64_t length,
-                 int64_t start, int64_t stop, const A* query, A* result) const {
-    // Each lane's limit, relative to the block.
-    Bits<A> limits[L];
-    for (int lane = 0; lane < L; ++lane) {
-      const int64_t r = row + lane % R;
-      const int64_t seen = r < last ? s_.visible(length, r / s_.group()) : 0;
-      limits[lane] = std::clamp<int64_t>(std::min(seen, stop) - start, 0, kBlock) - lane / R;
-    }
-    const int64_t count = std::clamp<int64_t>(
-        std::min(s_.visible(length, (last - 1) / s_.group()), stop) - start, 0, kBlock);
-    if (count == 0) return;
-    typedef Vec<Bits<A>> I;
-    I limit;
-    std::memcpy(&limit, limits, sizeof limit);
-    keys += start * keys_.seq;
-    values += start * values_.seq;
+  void add_block(const Block& block, int64_t row, int64_t last, int64_t length, const A* query,
+                 A* result) const {
+    const int64_t fewest = s_.visible(length, row / s_.group());
+    const int64_t most = s_.visible(length, (last - 1) / s_.group());
+    const int64_t count = std::min(most, block.stop) - block.start;
+    if (count <= 0) return;
 
     alignas(64) A scores[kBlock * R];
     const V lowest = broadcast(-std::numeric_limits<A>::infinity());
     V top = lowest;
     for (int64_t k = 0; k < count; k += K) {
-      const I key = I{} + static_cast<Bits<A>>(k);
-      V score = dot_products(query, keys + k * keys_.seq, count - k) * scale_;
-      score = key < limit ? score : lowest;
+      if (block.is_new)
+        for (int i = 0; i < K; ++i) prefetch(block.values + (k + i) * values_.seq);
+      const V score = dot_products(query, block.keys + k * keys_.seq, count - k) * scale_;
       store(scores + k * R, score);
       top = max<A>(top, score);
+    }
+    // Where rows see different numbers of keys, or a tile has no key left.
+    if (const int64_t padded = (count + K - 1) / K * K; block.start + padded > fewest) {
+      top = lowest;
+      for (int64_t k = 0; k < padded; k += K) {
+        for (int lane = 0; lane < L; ++lane) {
+          const int64_t seen = s_.visible(length, std::min(row + lane % R, last - 1) / s_.group());
+          if (block.start + k + lane / R >= seen) scores[k * R + lane] = lowest[0];
+        }
+        top = max<A>(top, load(scores + k * R));
+      }
     }
     top = over_keys<A, R>(top, max<A>);
     const V before = load(result + query_size());
@@ -284,16 +297,23 @@ class Attention {
     constexpr int P = kPairs;
     const int64_t whole = s_.head_dim / (2 * L);
     int64_t p = 0;
-    for (; p + P <= whole; p += P) add_values<P>(scores, values, count, p, 0, decays, result);
-    for (; p < whole; ++p) add_values<1>(scores, values, count, p, 0, decays, result);
-    if (p < pairs_) add_values<1>(scores, values, count, p, s_.head_dim % (2 * L), decays, result);
+    for (; p + P <= whole; p += P) add_values<P>(scores, block, count, p, 0, decays, result);
+    for (; p < whole; ++p) add_values<1>(scores, block, count, p, 0, decays, result);
+    if (p < pairs_) add_values<1>(scores, block, count, p, s_.head_dim % (2 * L), decays, result);
+  }
+
+  // Always inlined: GCC 12 drops calls of a function that does nothing else.
+  AIGC_INLINE void prefetch(const T* row) const {
+    const char* p = reinterpret_cast<const char*>(row);
+    for (size_t i = 0; i < s_.head_dim * sizeof(T); i += 64) __builtin_prefetch(p + i, 0, 3);
   }
 
   // The products of K keys with the R queries of a tile: lane k * R + r. Keys past `count` are
   // replaced by the last one; their scores are masked.
   V dot_products(const A* query, const T* keys, int64_t count) const {
     const T* key[K];
-    for (int k = 0; k < K; ++k) key[k] = keys + std::min<int64_t>(k, count - 1) * keys_.seq;
+    key[0] = keys;
+    for (int k = 1; k < K; ++k) key[k] = key[k - 1] + (k < count ? keys_.seq : 0);
     V sums[L] = {};
     auto add = [&](const A* q, auto load) {
       V even[K], odd[K];
@@ -303,7 +323,10 @@ class Attention {
       for (int r = 0; r < R; ++r) {
         const V a = aigc_fast::load(q + r * L), b = aigc_fast::load(q + (R + r) * L);
 #pragma GCC unroll 16
-        for (int k = 0; k < K; ++k) sums[k * R + r] += a * even[k] + b * odd[k];
+        for (int k = 0; k < K; ++k) {
+          sums[k * R + r] += a * even[k];
+          sums[k * R + r] += b * odd[k];
+        }
       }
     };
     const int64_t whole = s_.head_dim / (2 * L) * (2 * L), rest = s_.head_dim - whole;
@@ -316,7 +339,7 @@ class Attention {
 
   // Adds probabilities * values for P pairs of head_dim; `rest` elements of the last pair if not 0.
   template <int P>
-  void add_values(const A* probabilities, const T* values, int64_t count, int64_t pair,
+  void add_values(const A* probabilities, const Block& block, int64_t count, int64_t pair,
                   int64_t rest, const A* decays, A* result) const {
     V sums[2 * P][R];
     A* out = result + pair * 2 * R * L;
@@ -324,8 +347,10 @@ class Attention {
     for (int j = 0; j < 2 * P; ++j)
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) sums[j][r] = load(out + (j * R + r) * L) * decays[r];
-    values += pair * 2 * L;
+    const T* values = block.values + pair * 2 * L;
+    const bool fetch = pair == 0 && block.is_new ;
     for (int64_t k = 0; k < count; ++k, values += values_.seq) {
+      if (fetch) prefetch(block.next + k * keys_.seq);
 #pragma GCC unroll 16
       for (int j = 0; j < P; ++j) {
         V a, b;
@@ -391,12 +416,15 @@ void run(const Shape& s, const Attention<T, R>& attention, const std::vector<int
     const auto query = allocate(tiles * attention.query_size());
     for (int64_t u = begin; u < end; ++u) {
       const auto [b, i, h, c] = units[u];
+      const Unit& next = units[std::min(u + 1, end - 1)];
       attention.attend(b, h, c * kRows, std::min(rows, (c + 1) * kRows), lengths[b], i * split,
-                       std::min(lengths[b], (i + 1) * split), query.get(), results.get() + u * size);
+                       std::min(lengths[b], (i + 1) * split),
+                       attention.key(next.b, next.head, next.split * split), query.get(),
+                       results.get() + u * size);
     }
   });
   const int64_t heads = s.kv_heads * chunks;
-  torch::stable::parallel_for(0, s.batch * heads, 64, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, s.batch * heads, 16, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
       const int64_t b = u / heads, h = u % heads / chunks, c = u % chunks;
       const int64_t start = c * kRows, stop = std::min(rows, start + kRows);
