@@ -3,11 +3,12 @@
 One file per stem; the generic tests (tests/ops/test_every_op.py) and the benchmarks read OPS.
 """
 
-from tests.op_samples import bias_act
+from tests.op_samples import bias_act, decode_attention
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
 
 OPS: dict[str, OpSamples] = {
     **bias_act.OPS,
+    **decode_attention.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]
