@@ -2,7 +2,6 @@
 torch.compile and ours timed in turns in one process."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -38,6 +38,7 @@ inline Rows as_rows(const Tensor& x) {
 
 // A new contiguous tensor of the shape and dtype of x.
 inline Tensor empty_like_rows(const Tensor& x) {
+  if (x.is_contiguous()) return empty_like_dense(x);
   const auto sizes = x.sizes();
   return empty({sizes.begin(), sizes.end()}, x.scalar_type());
 }
@@ -50,6 +51,7 @@ AIGC_INLINE std::array<A, N> sums_over(int64_t width, F&& f) {
   Vec<A> sums[chains][N] = {};
   int64_t i = 0;
   for (; i + chains * lanes <= width; i += chains * lanes)
+#pragma GCC unroll 4  // else the sums stay in memory
     for (int k = 0; k < chains; ++k)
       f(i + k * lanes, std::integral_constant<int, lanes>{}, sums[k]);
   for_vectors<A>(width - i, [&](int64_t j, auto n) { f(i + j, n, sums[0]); });

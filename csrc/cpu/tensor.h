@@ -39,26 +39,24 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
 }
 
 // A new CPU tensor; the C shim costs half of what the dispatcher takes for torch.empty.
-inline Tensor empty_strided(std::vector<int64_t> sizes, std::vector<int64_t> strides,
-                            ScalarType dtype) {
+template <class Sizes, class Strides>
+Tensor empty_strided(const Sizes& sizes, const Strides& strides, ScalarType dtype) {
   AtenTensorHandle handle;
   const int32_t code = static_cast<int32_t>(dtype);  // the shim's codes are the enum's values
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
-inline Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1))
     strides[i] = stride;
-  return empty_strided(std::move(sizes), std::move(strides), dtype);
+  return empty_strided(sizes, strides, dtype);
 }
 // Same sizes and strides: only for a dense tensor, one that fills its memory without gaps.
 inline Tensor empty_like_dense(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  return empty_strided({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()},
-                       x.scalar_type());
+  return empty_strided(x.sizes(), x.strides(), x.scalar_type());
 }
 
 // True if the tensor's elements fill numel() slots of memory, in whatever order of dimensions:
@@ -84,8 +82,7 @@ inline Tensor as_contiguous(const Tensor& x) {
 // x in the memory order of `like`, which is dense and has the same shape.
 inline Tensor in_order_of(const Tensor& x, const Tensor& like) {
   if (same_strides(x, like) || (x.is_contiguous() && like.is_contiguous())) return x;
-  Tensor copy = empty_strided({like.sizes().begin(), like.sizes().end()},
-                              {like.strides().begin(), like.strides().end()}, x.scalar_type());
+  Tensor copy = empty_strided(like.sizes(), like.strides(), x.scalar_type());
   torch::stable::copy_(copy, x);
   return copy;
 }

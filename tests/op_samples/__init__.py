@@ -6,6 +6,7 @@ One file per stem; the generic tests (tests/ops/test_every_op.py) and the benchm
 from tests.op_samples import (
     add_noise,
     bias_act,
+    decode_attention,
     gated_mlp,
     kv_cache,
     rms_norm,
@@ -20,6 +21,7 @@ OPS: dict[str, OpSamples] = {
     **gated_mlp.OPS,
     **rotary.OPS,
     **kv_cache.OPS,
+    **decode_attention.OPS,
     **scheduler_step.OPS,
     **add_noise.OPS,
 }

@@ -38,7 +38,9 @@ def _refusals() -> list[Refusal]:
     return [
         Refusal("dtype", (x.int(), x, a, a), TypeError, "sample must be float64"),
         Refusal("noise_dtype", (x, x.float(), a, a), TypeError, "noise must have the dtype"),
-        Refusal("noise_shape", (x, rand(2, 4), a, a), ValueError, r"noise must have shape \(2, 3\)"),
+        Refusal(
+            "noise_shape", (x, rand(2, 4), a, a), ValueError, r"noise must have shape \(2, 3\)"
+        ),
         Refusal("alpha", (x, x, rand(3), a), ValueError, r"alpha must have shape \(2,\)"),
         Refusal("sigma", (x, x, a, rand(2, 1)), ValueError, r"sigma must have shape \(2,\)"),
         Refusal("sigma_dtype", (x, x, a, a.int()), TypeError, "sigma must be float64"),

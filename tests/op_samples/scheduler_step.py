@@ -95,8 +95,9 @@ OPS = {
             _call("ddim", 2, 16, 128, 128),
             _call("dpm++_2m", 2, 16, 128, 128, row=FREE, history=1, return_x0=True),
             _call("guided", 2, 16, 128, 128, guided=True, guidance_scale=7.5),
-            _call("rescaled", 2, 16, 128, 128, guided=True, guidance_scale=7.5,
-                  guidance_rescale=0.7),
-        ],  # fmt: skip
+            _call(
+                "rescaled", 2, 16, 128, 128, guided=True, guidance_scale=7.5, guidance_rescale=0.7
+            ),
+        ],
     ),
 }

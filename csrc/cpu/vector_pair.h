@@ -1,0 +1,118 @@
+// Vectors in pairs, sums over the lanes of many vectors at once, and exp of what is not positive:
+// the arithmetic under attention.h.
+#pragma once
+
+#include <utility>
+
+#include <aigc_fast/vec.h>
+
+namespace aigc_fast {
+
+// 2 * lanes elements from p, in the order that takes the fewest instructions: query, keys and
+// values all come this way, and store_pair restores the order. For bf16: even, then odd elements.
+template <class T, class V = Vec<Acc<T>>>
+AIGC_INLINE void load_pair(const T* p, V& a, V& b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
+    U32 raw;
+    std::memcpy(&raw, p, sizeof raw);
+    a = reinterpret_cast<V>(raw << 16);
+    b = reinterpret_cast<V>(raw & 0xffff0000u);
+  } else {
+    a = load(p);
+    b = load(p + kLanes<Acc<T>>);
+  }
+}
+
+// Only the first n elements; the others are zero. Never touches memory past p + n.
+template <class T, class V = Vec<Acc<T>>>
+AIGC_INLINE void load_pair(const T* p, int64_t n, V& a, V& b) {
+  if (n == 2 * kLanes<Acc<T>>) return load_pair(p, a, b);
+  T buffer[2 * kLanes<Acc<T>>] = {};
+#if defined(__AVX512BW__)  // 4 times as fast as a memcpy of unknown length
+  const char* bytes = reinterpret_cast<const char*>(p);
+  int64_t left = n * sizeof(T);
+  for (size_t i = 0; i < sizeof buffer && left > 0; i += 64, left -= 64) {
+    const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+    const __m512i part = _mm512_maskz_loadu_epi8(mask, bytes + i);
+    std::memcpy(reinterpret_cast<char*>(buffer) + i, &part, sizeof part);
+  }
+#else
+  std::memcpy(static_cast<void*>(buffer), p, n * sizeof(T));
+#endif
+  load_pair(buffer, a, b);
+}
+
+template <class T, class V = Vec<Acc<T>>>
+AIGC_INLINE void store_pair(T* p, V a, V b, int64_t n) {
+  constexpr int lanes = kLanes<Acc<T>>;
+  T buffer[2 * lanes];
+  store(buffer, a);
+  store(buffer + lanes, b);
+  if constexpr (std::is_same_v<T, bf16>) {
+    T mixed[2 * lanes];
+    for (int i = 0; i < lanes; ++i) {
+      mixed[2 * i] = buffer[i];
+      mixed[2 * i + 1] = buffer[lanes + i];
+    }
+    std::memcpy(buffer, mixed, sizeof buffer);
+  }
+  std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
+}
+
+// ---- lanes ------------------------------------------------------------------------------------
+
+template <int step, class V, int... i>
+AIGC_INLINE V add_halves(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int n = sizeof...(i);
+  return __builtin_shufflevector(a, b, (i & step ? n + i : i)...) +
+         __builtin_shufflevector(a, b, (i & step ? n + (i ^ step) : i ^ step)...);
+}
+
+// Lane i of the result is the sum of the lanes of v[i].
+template <class A, int step = kLanes<A> / 2>
+AIGC_INLINE Vec<A> sum_each(Vec<A>* v) {
+  if constexpr (step == 0) {
+    return v[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < step; ++i)
+      v[i] = add_halves<step>(v[i], v[i + step], std::make_integer_sequence<int, kLanes<A>>{});
+    return sum_each<A, step / 2>(v);
+  }
+}
+
+template <int step, class V, int... i>
+AIGC_INLINE V swap_lanes(V v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (i ^ step)...);
+}
+
+// Combines the lanes that hold the same row: lane % R.
+template <class A, int R, int step = kLanes<A> / 2, class F>
+AIGC_INLINE Vec<A> over_keys(Vec<A> v, F f) {
+  if constexpr (step < R) {
+    return v;
+  } else {
+    v = f(v, swap_lanes<step>(v, std::make_integer_sequence<int, kLanes<A>>{}));
+    return over_keys<A, R, step / 2>(v, f);
+  }
+}
+
+// e^x for x <= 0; 0 below -87, where the true value is no normal number any more.
+template <class A>
+AIGC_INLINE Vec<A> exp_of_negative(Vec<A> x) {
+  if constexpr (std::is_same_v<A, double>) {
+    return exp<double>(x);
+  } else {
+    typedef Vec<int32_t> I;
+    const Vec<float> shifted = x * 1.44269504089f + 12582912.0f;
+    const Vec<float> n = shifted - 12582912.0f;
+    Vec<float> r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    const Vec<float> y = exp_tail(r) + r + 1.0f;
+    const I power = (reinterpret_cast<I>(shifted) << 23) + 0x3f800000;  // 2^n
+    return x < -87.0f ? Vec<float>{} : y * reinterpret_cast<Vec<float>>(power);
+  }
+}
+
+}  // namespace aigc_fast

@@ -1,0 +1,168 @@
+"""softmax(scale * Q K^T) V over a key/value cache.
+
+Split-KV: a program takes one (sequence, key/value head, block of query rows, split of the keys) and
+leaves a normalised result with its logarithm; a second kernel merges the splits. The rows are
+the query heads of a group and their new tokens, so that keys and values are read once for all of
+them; they fill up a tile of at least 16, what tensor cores take. The host never looks at the
+lengths: every sequence is cut into the same number of splits, each as long as its own length asks.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .math import fp32
+
+#: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
+BUDGET = {"_attend": (255, 81952), "_merge": (64, 1024)}
+
+# The interpreter's bf16 products are wrong, so that there all operands become fp32.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _attend(
+    query_ptr, key_ptr, value_ptr, lengths_ptr, out_ptr, lse_ptr,
+    query_batch, query_seq, query_head, key_batch, key_seq, key_head,
+    value_batch, value_seq, value_head, lengths_stride,
+    q_len, heads, kv_heads, group, head_dim, capacity, row_blocks, splits, scale,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, IN_FP32: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0) % splits
+    block = tl.program_id(0) // splits % row_blocks
+    head = tl.program_id(0) // splits // row_blocks % kv_heads
+    b = (tl.program_id(0) // splits // row_blocks // kv_heads).to(tl.int64)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    position, query_head_index = rows // group, head * group + rows % group
+    is_row = position < q_len
+    dims = tl.arange(0, DIM)
+    is_dim = (dims < head_dim)[None, :]
+
+    length = tl.load(lengths_ptr + b * lengths_stride)
+    length = tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
+    visible = length - q_len + position + 1
+    size = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
+    begin = split * size
+    # The last row of the block sees the most.
+    end = tl.minimum(tl.minimum(begin + size, length), tl.max(tl.where(is_row, visible, 0), 0))
+
+    query = tl.load(
+        query_ptr + b * query_batch
+        + (position.to(tl.int64) * query_seq + query_head_index.to(tl.int64) * query_head)[:, None]
+        + dims[None, :],
+        is_row[:, None] & is_dim, 0.0,
+    )  # fmt: skip
+    if IN_FP32:
+        query = query.to(tl.float32)
+    key_ptr += b * key_batch + head.to(tl.int64) * key_head
+    value_ptr += b * value_batch + head.to(tl.int64) * value_head
+    factor = fp32(scale) * _LOG2_E
+
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, DIM], tl.float32)
+    for start in range(begin, end, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        at = keys.to(tl.int64)[:, None]
+        mask = (keys < end)[:, None] & is_dim
+        key = tl.load(key_ptr + at * key_seq + dims[None, :], mask, 0.0)
+        value = tl.load(value_ptr + at * value_seq + dims[None, :], mask, 0.0)
+        if IN_FP32:
+            key, value = key.to(tl.float32), value.to(tl.float32)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
+        seen = (keys[None, :] < visible[:, None]) & (keys < end)[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = tl.exp2(top - base)
+        p = tl.exp2(scores - base[:, None])
+        total = total * decay + tl.sum(p, 1)
+        result = result * decay[:, None]
+        result = tl.dot(p.to(value.dtype), value, result, input_precision="ieee")
+        top = new_top
+
+    total_or_one = tl.where(total == 0, 1.0, total)
+    lse = tl.where(total == 0, float("-inf"), top * _LN_2 + tl.log(total_or_one))
+    at = ((b * q_len + position) * heads + query_head_index) * splits + split
+    tl.store(lse_ptr + at, lse, is_row)
+    result = (result / total_or_one[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at[:, None] * head_dim + dims[None, :], result, is_row[:, None] & is_dim)
+
+
+@triton.jit
+def _merge(
+    parts_ptr, part_lse_ptr, out_ptr, lse_ptr, head_dim, splits,
+    SPLITS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    split, dims = tl.arange(0, SPLITS), tl.arange(0, DIM)
+    part_lse = tl.load(part_lse_ptr + row * splits + split, split < splits, float("-inf"))
+    top = tl.max(part_lse, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(part_lse - base), 0)
+    total_or_one = tl.where(total == 0, 1.0, total)
+    result = tl.zeros([DIM], tl.float32)
+    for i in range(splits):
+        lse = tl.load(part_lse_ptr + row * splits + i)
+        part = tl.load(parts_ptr + (row * splits + i) * head_dim + dims, dims < head_dim, 0.0)
+        result += part * tl.exp(lse - base)
+    result = (result / total_or_one).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * head_dim + dims, result, dims < head_dim)
+    tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), base + tl.log(total_or_one)))
+
+
+# ---- launcher ---------------------------------------------------------------------------------
+
+
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def decode_attention(query, key_cache, value_cache, cache_lengths, scale) -> tuple[Tensor, Tensor]:
+    batch, q_len, heads, head_dim = query.shape
+    capacity, kv_heads = key_cache.shape[1:3]
+    out = query.new_empty(query.shape)
+    lse = query.new_empty((batch, q_len, heads), dtype=torch.float32)
+    if not lse.numel():
+        return out, lse
+    query, key_cache, value_cache = map(_with_contiguous_rows, (query, key_cache, value_cache))
+    rows = heads // kv_heads * q_len
+    DIM = max(triton.next_power_of_2(head_dim), 16)
+    # The largest tiles that fit the registers: fp32 products take no tensor cores.
+    wide = query.dtype == torch.float32
+    ROWS = min(max(triton.next_power_of_2(rows), 16), 16 if wide else 64 if DIM <= 128 else 32)
+    KEYS = 16 if wide else min(max(8192 // DIM, 16), 64)
+    row_blocks = triton.cdiv(rows, ROWS)
+    programs = batch * kv_heads * row_blocks
+    splits = triton.cdiv(2 * _processors(query.device), programs)
+    splits = max(min(splits, triton.cdiv(capacity, 2 * KEYS), 64), 1)
+    if splits == 1:
+        parts, part_lse = out, lse
+    else:
+        parts = query.new_empty((*lse.shape, splits, head_dim), dtype=torch.float32)
+        part_lse = parts.new_empty((*lse.shape, splits))
+    _attend[(programs * splits,)](
+        query, key_cache, value_cache, cache_lengths, parts, part_lse,
+        *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
+        cache_lengths.stride(0), q_len, heads, kv_heads, heads // kv_heads, head_dim, capacity,
+        row_blocks, splits, head_dim**-0.5 if scale is None else float(scale),
+        ROWS=ROWS, KEYS=KEYS, DIM=DIM, IN_FP32=_INTERPRETED,
+        num_warps=4 if DIM <= 128 else 8, num_stages=2,
+    )  # fmt: skip
+    if splits > 1:
+        _merge[(lse.numel(),)](
+            parts, part_lse, out, lse, head_dim, splits,
+            SPLITS=triton.next_power_of_2(splits), DIM=DIM, num_warps=1 if DIM <= 128 else 2,
+        )  # fmt: skip
+    return out, lse
