@@ -102,7 +102,6 @@ def ninja_file(build: Path, libs: list[Library]) -> str:
         sanitize = "-g -fno-omit-frame-pointer -fsanitize=address,undefined"
     cxx = os.environ.get("CXX", "g++")
     nvcc = find_nvcc() or "nvcc"
-    cuda_libs = Path(nvcc).resolve().parent.parent / "lib64"
     host_flags = " ".join(
         [f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"]
         + [
@@ -138,7 +137,7 @@ rule nvcc
 rule link
   command = {cxx} -shared {sanitize} $in -o $out {torch_link}
 rule link_cuda
-  command = {cxx} -shared $in -o $out {torch_link} -L{cuda_libs} -lcudart_static -lrt -ldl -lpthread
+  command = {nvcc} -shared -cudart=static -Xlinker=--no-as-needed $in -o $out {torch_link}
 rule link_host
   command = {cxx} -shared $in -o $out
 """
