@@ -143,7 +143,6 @@ def ninja_file(build: Path, libs: list[Library]) -> str:
         sanitize = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined"
     cxx = os.environ.get("CXX", "g++")
     nvcc = find_nvcc() or "nvcc"
-    cuda_libs = Path(nvcc).resolve().parent.parent / "lib64"
     host_flags = " ".join(
         [f"-isystem {pybind11.get_include()}"]
         + [
@@ -177,7 +176,7 @@ rule nvcc
 rule link
   command = {cxx} -shared {sanitize} $in -o $out {torch_link}
 rule link_cuda
-  command = {cxx} -shared $in -o $out {torch_link} -L{cuda_libs} -lcudart_static -lrt -ldl -lpthread
+  command = {nvcc} -shared -cudart=static -Xlinker=--no-as-needed $in -o $out {torch_link}
 rule link_host
   command = {cxx} -shared $in -o $out
 """

@@ -145,7 +145,7 @@ def decode_attention(query, key_cache, value_cache, cache_lengths, scale) -> tup
     KEYS = 16 if wide else min(max(8192 // DIM, 16), 64)
     row_blocks = triton.cdiv(rows, ROWS)
     programs = batch * kv_heads * row_blocks
-    splits = triton.cdiv(2 * _processors(query.device), programs)
+    splits = 2 * _processors(query.device) // programs  # in one round
     splits = max(min(splits, triton.cdiv(capacity, 2 * KEYS), 64), 1)
     if splits == 1:
         parts, part_lse = out, lse

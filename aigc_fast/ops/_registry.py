@@ -138,7 +138,10 @@ class Op:
             return self._call_triton(*args)
         if device != {"cpu": "cpu", "cuda": "cuda"}[backend]:
             raise RuntimeError(f"{self.name}: backend {backend} got tensors on {device}")
-        return self._call_cuda(*args) if backend == "cuda" else self._overload(*args)
+        try:
+            return self._call_cuda(*args) if backend == "cuda" else self._overload(*args)
+        except RuntimeError as error:
+            raise _translated(error) from None
 
     def _call_cuda(self, *args: Any) -> Any:
         self.check(*args)

@@ -135,10 +135,36 @@ def _check(
         )
 
 
+def _cuda_supports(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_lengths: Tensor,
+    scale: float | None,
+) -> bool:  # fmt: skip
+    """Up to 8 query rows a key/value head, and caches whose rows are whole 16-byte pieces.
+
+    More rows are worth tensor cores, which the Triton kernel uses.
+    """
+    _, q_len, heads, head_dim = query.shape
+    piece = 16 // query.element_size()
+    return (
+        query.dtype != torch.float64
+        and 0 < heads // key_cache.shape[2] * q_len <= 8
+        and head_dim <= 256
+        and head_dim % piece == 0
+        and key_cache.shape[1] < 2**30
+        and all(
+            cache.stride(3) == 1
+            and all(stride % piece == 0 for stride in cache.stride()[:3])
+            and cache.data_ptr() % 16 == 0
+            for cache in (key_cache, value_cache)
+        )
+    )
+
+
 _decode_attention = Op(
     "decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths,"
     " float? scale) -> (Tensor, Tensor)",
     _reference,
     _check,
     stem="decode_attention",
+    cuda=_cuda_supports,
 )
