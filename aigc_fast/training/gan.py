@@ -68,7 +68,8 @@ class GANTrainer:
 
     def latents(self, batch_size: int) -> Tensor:
         """Standard normal (batch_size, latent_dim), the next ones of the trainer's seed."""
-        return torch.randn(batch_size, self.latent_dim, device=self.device, generator=self.random)
+        like = self.g_parameters[0]
+        return like.new_empty(batch_size, self.latent_dim).normal_(generator=self.random)
 
     def step(self, real: Tensor) -> tuple[Tensor, Tensor]:
         """One update of each network on a batch of real samples; returns (g_loss, d_loss)."""
