@@ -16,7 +16,9 @@ app = typer.Typer(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo_output"),
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pictures.")] = Path(
+        "demo_output"
+    ),
     quick: Annotated[bool, typer.Option(help="A few steps of everything, in seconds.")] = False,
 ) -> None:
     """Text, a GAN and a diffusion model through the compiled kernels, in under three minutes."""

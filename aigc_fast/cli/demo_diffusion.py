@@ -14,8 +14,8 @@ from aigc_fast.training import DiffusionTrainer
 
 from .demo_gan import progress_bar
 
-BATCH = 64
-# Enough for good digits; a CPU gets through about eight in a minute.
+BATCH = 32
+# Enough for good digits; two CPU cores get through about eight in a minute.
 MAX_EPOCHS = 40
 SAMPLING_STEPS = 30
 GUIDANCE_SCALE = 2.0

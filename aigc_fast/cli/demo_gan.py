@@ -12,7 +12,7 @@ from aigc_fast.io import load_digits
 from aigc_fast.models.gan import MLPDiscriminator, MLPGenerator
 from aigc_fast.training import GANTrainer
 
-BATCH = 128
+BATCH = 64
 
 
 @dataclass
@@ -31,7 +31,7 @@ def run(console: Console, device: torch.device, *, epochs: int, seconds: float) 
     images, _ = load_digits()
     samples = (images.flatten(1).float() / 127.5 - 1).to(device)
     generator, discriminator = MLPGenerator().to(device), MLPDiscriminator().to(device)
-    trainer = GANTrainer(generator, discriminator, generator.latent_dim)
+    trainer = GANTrainer(generator, discriminator, generator.latent_dim, instance_noise=0.5)
 
     history: list[tuple[Tensor, Tensor]] = []
     start = time.perf_counter()
@@ -50,7 +50,7 @@ def run(console: Console, device: torch.device, *, epochs: int, seconds: float) 
 
     with torch.no_grad():
         digits = trainer.average(trainer.latents(96)).view(-1, 28, 28).cpu()
-    g_losses, d_losses = torch.tensor(history).T.tolist()
+    g_losses, d_losses = (torch.stack(losses).tolist() for losses in zip(*history, strict=True))
     return GANResult(digits, g_losses, d_losses, len(samples) // BATCH)
 
 

@@ -40,10 +40,7 @@ def run(console: Console, device: torch.device, *, tokens: int) -> TextResult:
     for piece in tokenizer.decode_stream(ours):
         console.print(piece, end="", markup=False, soft_wrap=True)
     console.print()
-    with (
-        console.status("the same with the reference implementations"),
-        aigc_fast.backend("reference"),
-    ):
+    with console.status("the same with the reference"), aigc_fast.backend("reference"):
         reference = _Clocked(stream_tokens(model, [prompt], tokens, stop_tokens=stop))
         same = list(reference) == ours.tokens
     console.print(

@@ -53,7 +53,7 @@ class DiffusionTrainer:
         *,
         total_steps: int,
         lr: float = 2e-3,
-        ema_decay: float = 0.995,
+        ema_decay: float = 0.997,
         null_label: int | None = None,
         unlabelled: float = 0.1,
         seed: int = 0,

@@ -35,6 +35,9 @@ class GANTrainer:
     (Goodfellow et al. 2014, arXiv:1406.2661; the optimiser's numbers are DCGAN's,
     arXiv:1511.06434).
 
+    instance_noise: standard deviation of noise added to all that the discriminator sees
+        (arXiv:1610.04490), so that it judges shapes and not single pixels. On 5,000 digits 0.5
+        brought ten kinds of digits where without it most were ones.
     average: the generator with averaged weights, the one to sample from.
     """
 
@@ -46,9 +49,11 @@ class GANTrainer:
         *,
         lr: float = 2e-4,
         betas: tuple[float, float] = (0.5, 0.999),
+        instance_noise: float = 0.0,
         ema_decay: float = 0.995,
         seed: int = 0,
     ) -> None:
+        self.instance_noise = instance_noise
         self.generator, self.discriminator, self.latent_dim = generator, discriminator, latent_dim
         self.g_parameters = list(generator.parameters())
         self.g_optimizer = torch.optim.Adam(self.g_parameters, lr, betas, fused=True)
@@ -63,20 +68,21 @@ class GANTrainer:
 
     def latents(self, batch_size: int) -> Tensor:
         """Standard normal (batch_size, latent_dim), the next ones of the trainer's seed."""
-        return torch.randn(batch_size, self.latent_dim, device=self.device, generator=self.random)
+        like = self.g_parameters[0]
+        return like.new_empty(batch_size, self.latent_dim).normal_(generator=self.random)
 
     def step(self, real: Tensor) -> tuple[Tensor, Tensor]:
         """One update of each network on a batch of real samples; returns (g_loss, d_loss)."""
         batch = len(real)
         fake = self.generator(self.latents(batch))
         # Real and fake in one batch: half as many matrix products, each twice as large.
-        logits = self.discriminator(torch.cat([real, fake.detach()]))
+        logits = self._judge(torch.cat([real, fake.detach()]))
         d_loss = 2 * F.binary_cross_entropy_with_logits(logits, self._targets(batch, logits))
         self.d_optimizer.zero_grad()
         d_loss.backward()
         self.d_optimizer.step()
 
-        logits = self.discriminator(fake)
+        logits = self._judge(fake)
         g_loss = F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
         self.g_optimizer.zero_grad()
         # The discriminator's own gradients are not wanted here, so they are not computed.
@@ -92,6 +98,12 @@ class GANTrainer:
             data = batches(samples, batch_size=batch_size, generator=self.random)
             for step, (real,) in enumerate(data, start=1):
                 yield GANStep(epoch, epochs, step, steps, *self.step(real))
+
+    def _judge(self, samples: Tensor) -> Tensor:
+        if self.instance_noise:
+            noise = torch.empty_like(samples).normal_(generator=self.random)
+            samples = torch.add(samples, noise, alpha=self.instance_noise)
+        return self.discriminator(samples)
 
     def _targets(self, batch: int, logits: Tensor) -> Tensor:
         """Ones for the real half, zeros for the other."""

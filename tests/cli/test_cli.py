@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -29,7 +30,7 @@ def test_doctor_says_what_is_there_and_checks_every_operator():
 
 
 def test_doctor_checks_gradients_too():
-    x = self_check.Inputs(self_check.torch.float32, self_check.torch.device("cpu"))
+    x = self_check.Inputs(torch.float32, torch.device("cpu"))
     results = self_check._results(self_check.CALLS["rms_norm"], x.dtype, x.device)
     assert [tuple(r.shape) for r in results] == [(5, 127), (5, 127), (127,)]
 
@@ -74,7 +75,7 @@ def test_a_small_demo(tmp_path):
         pytest.skip("the demo's packages are not installed")
     result = run("demo", "--quick", "--output", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
-    assert re.search(r"Epoch \[1/1\], Step \[\d+/39\], G Loss: \d+\.\d{4}, D Loss: ", result.output)
+    assert re.search(r"Epoch \[1/1\], Step \[\d+/78\], G Loss: \d+\.\d{4}, D Loss: ", result.output)
     assert "the same in both" in result.output
     for row in ("decode_attention", "scheduler_step", "bias_act", "SmolLM2-135M"):
         assert row in result.output
@@ -82,6 +83,30 @@ def test_a_small_demo(tmp_path):
         assert result.output.count(implementation) >= 3
     pictures = {"gan_digits", "gan_losses", "diffusion_digits", "diffusion_strip"}
     assert {file.stem for file in (tmp_path / "out").glob("*.png")} == pictures
+
+
+def test_the_demo_fails_where_the_tokens_differ(monkeypatch, tmp_path):
+    if demo.missing_packages():
+        pytest.skip("the demo's packages are not installed")
+    from aigc_fast.cli import demo_diffusion, demo_gan, demo_text, hot_paths
+
+    digits = torch.zeros(10, 28, 28)
+    parts = {
+        demo_text: demo_text.TextResult(1e-3, 2e-3, same_tokens=False),
+        demo_gan: demo_gan.GANResult(digits, [0.7], [1.4], 39),
+        demo_diffusion: demo_diffusion.DiffusionResult(digits, digits, 5),
+    }
+    for module, result in parts.items():
+        monkeypatch.setattr(module, "run", lambda *_, result=result, **__: result)
+    monkeypatch.setattr(hot_paths, "compare", lambda *_, **__: [])
+    result = run("demo", "--output", str(tmp_path))
+    assert result.exit_code == 1
+    assert "different tokens" in result.output and "DIFFERENT" in result.output
+
+
+def test_the_demo_needs_a_folder_for_its_pictures(tmp_path):
+    (tmp_path / "file").touch()
+    assert run("demo", "--output", str(tmp_path / "file")).exit_code == 2
 
 
 def test_bench_outside_of_a_checkout(monkeypatch):
