@@ -49,7 +49,7 @@ def run(console: Console, output: Path, *, quick: bool) -> int:
     console.rule("[bold]Text: SmolLM2-135M-Instruct, greedy, fp32")
     text = demo_text.run(console, device, tokens=8 if quick else 96)
     console.rule("[bold]GAN: two MLPs on 5,000 handwritten digits")
-    gan = demo_gan.run(console, device, epochs=1 if quick else 50, seconds=45)
+    gan = demo_gan.run(console, device, epochs=1 if quick else 50, seconds=40)
     pictures.save_grid(output / "gan_digits.png", gan.digits, columns=12)
     pictures.save_losses(output / "gan_losses.png", gan.g_losses, gan.d_losses, gan.steps)
     console.rule("[bold]Diffusion: a small U-Net on the same digits, DDIM")

@@ -1,7 +1,7 @@
 """Training of a diffusion model by v-prediction."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +37,9 @@ class DiffusionTrainer:
     noise would, for a copy of the input.
 
     alphas, sigmas: (num_timesteps,), the noise schedule.
-    total_steps:    the learning rate rises over the first twentieth of these steps and falls to
-                    zero along a cosine until the last.
+    done:           done(step) is the share of the training, 0 to 1, that lies behind at a step,
+                    such as `lambda step: step / 1000`. The learning rate rises over the first
+                    twentieth and falls along a cosine to zero.
     null_label:     the class that stands for "any"; a share `unlabelled` of the labels is
                     replaced by it, so that the model learns both outputs of classifier-free
                     guidance (arXiv:2207.12598).
@@ -51,7 +52,7 @@ class DiffusionTrainer:
         alphas: Tensor,
         sigmas: Tensor,
         *,
-        total_steps: int,
+        done: Callable[[int], float],
         lr: float = 2e-3,
         ema_decay: float = 0.997,
         null_label: int | None = None,
@@ -64,7 +65,7 @@ class DiffusionTrainer:
         self.alphas, self.sigmas = alphas.to(self.device), sigmas.to(self.device)
         self.optimizer = torch.optim.Adam(parameters, lr, fused=True)
         self.rate = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: _warm_up_and_cosine(step / total_steps)
+            self.optimizer, lambda step: _warm_up_and_cosine(min(done(step), 1.0))
         )
         self.ema = EMA(model, ema_decay)
         self.random = torch.Generator(self.device).manual_seed(seed)
@@ -104,4 +105,4 @@ class DiffusionTrainer:
 
 
 def _warm_up_and_cosine(done: float) -> float:
-    return min(1.0, 20 * done + 0.01) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    return min(1.0, 20 * done + 0.01) * (1 + math.cos(math.pi * done)) / 2
