@@ -24,9 +24,9 @@ missing: dict[str, str] = {}
 
 def cpu_level() -> str:
     """Level of csrc/cpu for this machine; AIGC_FAST_CPU=avx512|avx2|baseline forces one."""
-    from aigc_fast import _host
+    from aigc_fast._host import cpu_features
 
-    features = _host.cpu_features()
+    features = cpu_features()
     wish = os.environ.get("AIGC_FAST_CPU")
     if wish is None:
         return next(

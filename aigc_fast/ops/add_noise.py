@@ -111,8 +111,8 @@ class _AddNoise(Function):
         return grad_sample, grad_noise, grad_alpha.to(alpha.dtype), grad_sigma.to(sigma.dtype), None
 
 
-def _dot(a: Tensor | None, b: Tensor | None) -> Tensor | float:
-    """The inner product of each sample, in fp32 or fp64."""
+def _dot(a: Tensor | None, b: Tensor | None) -> Any:
+    """The inner product of each sample, in fp32 or fp64; 0 for an absent tensor."""
     if a is None or b is None:
         return 0.0
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32

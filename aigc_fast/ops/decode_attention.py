@@ -117,16 +117,16 @@ def _check(
     batch, _, heads, head_dim = query.shape
     kv_heads = key_cache.shape[2]
     if key_cache.shape[0] != batch:
-        raise ValueError(f"key_cache must have the batch of query, {batch}, got {key_cache.shape[0]}")
+        raise ValueError(
+            f"key_cache must have the batch of query, {batch}, got {key_cache.shape[0]}"
+        )
     if key_cache.shape[3] != head_dim or head_dim == 0:
         raise ValueError(
             "key_cache must have the head_dim of query, at least 1, "
             f"got {key_cache.shape[3]} and {head_dim}"
         )
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"query must have a multiple of key_cache's {kv_heads} heads, got {heads}"
-        )
+        raise ValueError(f"query must have a multiple of key_cache's {kv_heads} heads, got {heads}")
     check_tensor("cache_lengths", cache_lengths, dtypes=(torch.int32, torch.int64), shape=(batch,))
     if cache_lengths.device != query.device:
         raise ValueError(

@@ -45,10 +45,10 @@ def _reference(
     if key.device.type == "cpu":
         bad = (positions < 0) | (positions > capacity - q_len)
         if bad.any():
-            b = int(bad.nonzero()[0])
+            first = int(bad.nonzero()[0])
             raise ValueError(
                 f"positions must lie in [0, capacity - q_len] = [0, {capacity - q_len}], "
-                f"got {int(positions[b])} for sequence {b}"
+                f"got {int(positions[first])} for sequence {first}"
             )
     slots = positions.long()[:, None] + torch.arange(q_len, device=key.device)
     b, i = ((slots >= 0) & (slots < capacity)).nonzero(as_tuple=True)

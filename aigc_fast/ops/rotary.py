@@ -61,13 +61,12 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> None:
         names = " or ".join(dict.fromkeys(map(name_of, angles)))
         raise TypeError(f"cos must be {names}, got {name_of(cos.dtype)}")
     check_tensor("cos", cos)
-    batch, seq, _, head_dim = x.shape
+    batch, seq, _heads, head_dim = x.shape
     if cos.device != x.device:
         raise ValueError(f"cos must be on the device of x ({x.device}), got {cos.device}")
     if cos.dim() not in (2, 3) or cos.shape[:-1] not in ((seq,), (batch, seq)):
         raise ValueError(
-            f"cos must have shape ({seq}, r / 2) or ({batch}, {seq}, r / 2), "
-            f"got {tuple(cos.shape)}"
+            f"cos must have shape ({seq}, r / 2) or ({batch}, {seq}, r / 2), got {tuple(cos.shape)}"
         )
     if 2 * cos.shape[-1] > head_dim:
         raise ValueError(

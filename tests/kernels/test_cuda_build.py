@@ -41,7 +41,18 @@ def test_no_spills(source: Path, arch: str, nvcc: str, cuobjdump: str, tmp_path:
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
     target = "-DTORCH_TARGET_VERSION=0x020b000000000000"
     done = subprocess.run(
-        [nvcc, "-cubin", f"-arch={arch}", "-Xptxas=-v", *flags, target, *includes, source, "-o", cubin],
+        [
+            nvcc,
+            "-cubin",
+            f"-arch={arch}",
+            "-Xptxas=-v",
+            *flags,
+            target,
+            *includes,
+            source,
+            "-o",
+            cubin,
+        ],
         capture_output=True,
         text=True,
     )

@@ -15,6 +15,8 @@ from tests.ops.test_every_op import assert_as_good_as_torch
 
 HERE = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_POINTERS = "query keys values lengths out lse parts parts_lse"
+_INTS = "q_len heads kv_heads head_dim capacity splits"
 _LONGS = (
     "query_batch query_seq query_head query_dim key_batch key_seq key_head value_batch value_seq"
     " value_head lengths_stride batch"
@@ -25,9 +27,9 @@ class Arguments(ctypes.Structure):
     """struct DecodeAttention"""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "query keys values lengths out lse parts parts_lse".split()),
+        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
         *((name, ctypes.c_int64) for name in _LONGS.split()),
-        *((name, ctypes.c_int) for name in "q_len heads kv_heads head_dim capacity splits".split()),
+        *((name, ctypes.c_int) for name in _INTS.split()),
         ("lengths_are_long", ctypes.c_bool),
         ("scale", ctypes.c_float),
     ]  # fmt: skip
@@ -117,10 +119,12 @@ def test_strides(library) -> None:
 
 
 def test_lengths_are_clamped(library) -> None:
-    query, keys, values = torch.randn(3, 2, 2, 64), torch.randn(3, 9, 1, 64), torch.randn(3, 9, 1, 64)
+    query, keys, values = (
+        torch.randn(3, 2, 2, 64),
+        torch.randn(3, 9, 1, 64),
+        torch.randn(3, 9, 1, 64),
+    )
     got = run(library, query, keys, values, torch.tensor([-3, 100, 2**40]))
     with aigc_fast.backend("reference"):
-        want = ops.decode_attention(
-            query, keys, values, torch.tensor([0, 9, 9]), return_lse=True
-        )
+        want = ops.decode_attention(query, keys, values, torch.tensor([0, 9, 9]), return_lse=True)
     torch.testing.assert_close(got, want)

@@ -59,9 +59,15 @@ def _refusals() -> list[Refusal]:
         refusal("batch", ValueError, "key_cache must have the batch", query=rand(3, 1, 4, 8)),
         refusal("head_dim", ValueError, "key_cache must have the head_dim", query=rand(2, 1, 4, 7)),
         refusal("heads", ValueError, "query must have a multiple", query=rand(2, 1, 3, 8)),
-        refusal("lengths_dtype", TypeError, "cache_lengths must be int32", lengths=lengths.double()),
-        refusal("lengths_shape", ValueError, r"cache_lengths must have shape \(2,\)",
-                lengths=lengths[:1]),  # fmt: skip
+        refusal(
+            "lengths_dtype", TypeError, "cache_lengths must be int32", lengths=lengths.double()
+        ),
+        refusal(
+            "lengths_shape",
+            ValueError,
+            r"cache_lengths must have shape \(2,\)",
+            lengths=lengths[:1],
+        ),
     ]
 
 

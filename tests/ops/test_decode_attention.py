@@ -96,7 +96,9 @@ def test_parts_of_a_cache_merge_by_their_logarithms(implementation, device) -> N
         implementation, device, query, keys[:, 25:], values[:, 25:], lengths - 25
     )
     lse = torch.logaddexp(first_lse, second_lse)
-    merged = first * (first_lse - lse).exp()[..., None] + second * (second_lse - lse).exp()[..., None]
+    merged = (
+        first * (first_lse - lse).exp()[..., None] + second * (second_lse - lse).exp()[..., None]
+    )
     torch.testing.assert_close(merged, whole)
     torch.testing.assert_close(lse, whole_lse)
 
@@ -128,7 +130,10 @@ def test_causal_rows_are_single_steps(implementation, device) -> None:
 )
 def test_long_caches(batch, q_len, heads, kv_heads, head_dim, lengths, dtype) -> None:
     """Many blocks, splits and chunks of rows, with a peaked softmax."""
-    args = *inputs(batch, q_len, heads, kv_heads, head_dim, max(lengths), dtype), torch.tensor(lengths)
+    args = (
+        *inputs(batch, q_len, heads, kv_heads, head_dim, max(lengths), dtype),
+        torch.tensor(lengths),
+    )
     wide = [x.double() if x.is_floating_point() else x for x in args]
     exact = run("reference", "cpu", *wide, scale=0.5)
     plain = run("reference", "cpu", *args, scale=0.5)
@@ -165,7 +170,9 @@ def test_reads_views_in_place(implementation, device) -> None:
     query = torch.randn(2, 2, 9, 32)[:, :, :6]
     lengths = torch.tensor([40, 31])
     got = run(implementation, device, query, keys, values, lengths)
-    want = run("reference", "cpu", query.contiguous(), keys.contiguous(), values.contiguous(), lengths)
+    want = run(
+        "reference", "cpu", query.contiguous(), keys.contiguous(), values.contiguous(), lengths
+    )
     torch.testing.assert_close(got, want)
     shared = keys[:1].expand(2, -1, -1, -1)
     got = run(implementation, device, query, shared, shared, lengths)
