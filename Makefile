@@ -12,7 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/include/*/*.h)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/include/*/*.h)
+CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
 .PHONY: demo test bench gpu lint format build clean
 .DELETE_ON_ERROR:
@@ -36,12 +37,12 @@ lint: $(VENV)/.lint $(VENV)/.build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy aigc_fast
-	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format --quiet .
-	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu,$(SOURCES))
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info aigc_fast/lib aigc_fast/_host*.so demo_output

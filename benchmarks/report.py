@@ -51,6 +51,8 @@ def table(rows: list[dict]) -> str:
                 f"{row['name'][:72]:72} {row['eager_over_ours']:>9.2f}x"
                 f" {row['compile_over_ours']:>11.2f}x {row['fraction_of_bandwidth']:>8.0%}"
             )
+        elif "diffusers_over_ours" in row:
+            lines.append(f"{row['name'][:72]:72} diffusers/ours {row['diffusers_over_ours']:.2f}x")
         elif "microseconds" in row:
             micro = row["microseconds"]
             lines.append(
