@@ -41,7 +41,7 @@ def _add(y, ptr, coefficients_ptr, row, coefficients_stride, column: tl.constexp
 @triton.jit
 def _forward(
     sample_ptr, output_ptr, uncond_ptr, factors_ptr, coefficients_ptr, e0, e1, e2, e3, e4,
-    next_ptr, x0_ptr, inner, sample_stride, output_stride, uncond_stride, coefficients_stride,
+    prev_ptr, x0_ptr, inner, sample_stride, output_stride, uncond_stride, coefficients_stride,
     scale, GUIDED: tl.constexpr, RESCALED: tl.constexpr, FIRST: tl.constexpr,
     EXTRAS: tl.constexpr, RETURN_X0: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def _forward(
         y = _add(y, e3, k, row, ks, FIRST + 3, inner, at, mask)
     if EXTRAS > 4:
         y = _add(y, e4, k, row, ks, FIRST + 4, inner, at, mask)
-    store(next_ptr, row, inner, at, mask, y)
+    store(prev_ptr, row, inner, at, mask, y)
     if RETURN_X0:
         store(x0_ptr, row, inner, at, mask, x0)
 
