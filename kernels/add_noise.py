@@ -37,10 +37,10 @@ def add_noise(
     sample, noise = rows.arrange(sample), rows.arrange(noise)
     noisy = rows.result()
     velocity = rows.result() if return_velocity else None
+    strides = rows.strides(sample, noise, per_sample=True)
     if rows.size:
         _add_noise[rows.grid](
             sample, noise, alpha.contiguous(), sigma.contiguous(), noisy, velocity, rows.inner,
-            rows.stride(sample), rows.stride(noise), HAS_NOISE=noise is not None,
-            HAS_VELOCITY=return_velocity, BLOCK=BLOCK,
+            *strides, HAS_NOISE=noise is not None, HAS_VELOCITY=return_velocity, BLOCK=BLOCK,
         )  # fmt: skip
     return rows.finish([noisy] if velocity is None else [noisy, velocity])

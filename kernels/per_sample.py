@@ -43,7 +43,10 @@ class Rows:
         self._order = self._out if outermost else torch.empty_like(
             sample, memory_format=torch.contiguous_format
         )  # fmt: skip
-        self.grid = (self.batch * triton.cdiv(self.inner, BLOCK),)
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.batch * triton.cdiv(self.inner, BLOCK),)
 
     def arrange(self, x: Tensor | None) -> Tensor | None:
         """x, or a copy of it, such that its samples lie as those of the results."""
@@ -51,16 +54,20 @@ class Rows:
             return x
         return torch.empty_like(self._order).copy_(x)
 
-    def stride(self, x: Tensor | None) -> int:
-        """Elements from one sample of x to the next."""
-        return 0 if x is None or x.dim() == 0 else x.stride(0)
-
     def dense(self, x: Tensor) -> Tensor:
         """Like arrange, and with no gaps between samples."""
         x = self.arrange(x)
-        if self.batch <= 1 or self.stride(x) == self.inner:
+        if self.batch <= 1 or x.stride(0) == self.inner:
             return x
         return torch.empty_like(self._order).copy_(x)
+
+    def strides(self, *tensors: Tensor | None, per_sample: bool) -> list[int]:
+        """Elements from one sample to the next in each tensor. Where nothing differs from sample
+        to sample, a batch without gaps becomes one long row."""
+        strides = [x.stride(0) if x is not None and x.dim() else self.inner for x in tensors]
+        if not per_sample and all(stride == self.inner for stride in strides):
+            self.batch, self.inner = 1, self.size
+        return strides
 
     def result(self) -> Tensor:
         return torch.empty_like(self._order)

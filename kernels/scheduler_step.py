@@ -41,7 +41,7 @@ def _add(y, ptr, coefficients_ptr, row, coefficients_stride, column: tl.constexp
 @triton.jit
 def _forward(
     sample_ptr, output_ptr, uncond_ptr, factors_ptr, coefficients_ptr, e0, e1, e2, e3, e4,
-    next_ptr, x0_ptr, inner, sample_stride, output_stride, uncond_stride, coefficients_stride,
+    prev_ptr, x0_ptr, inner, sample_stride, output_stride, uncond_stride, coefficients_stride,
     scale, GUIDED: tl.constexpr, RESCALED: tl.constexpr, FIRST: tl.constexpr,
     EXTRAS: tl.constexpr, RETURN_X0: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def _forward(
         y = _add(y, e3, k, row, ks, FIRST + 3, inner, at, mask)
     if EXTRAS > 4:
         y = _add(y, e4, k, row, ks, FIRST + 4, inner, at, mask)
-    store(next_ptr, row, inner, at, mask, y)
+    store(prev_ptr, row, inner, at, mask, y)
     if RETURN_X0:
         store(x0_ptr, row, inner, at, mask, x0)
 
@@ -183,13 +183,12 @@ def _five(tensors: list[Tensor]) -> list[Tensor | None]:
 
 
 def _rescale_factors(
-    rows: Rows, output: Tensor, uncond: Tensor, scale: float, rescale: float
+    rows: Rows, output: Tensor, uncond: Tensor, strides: list[int], scale: float, rescale: float
 ) -> Tensor:
     blocks = triton.cdiv(rows.inner, BLOCK)
     moments = output.new_empty((rows.batch * blocks, 4), dtype=torch.float32)
     factors = output.new_empty(rows.batch, dtype=torch.float32)
-    _moments[rows.grid](output, uncond, moments, rows.inner, rows.stride(output),
-                        rows.stride(uncond), float(scale), BLOCK=BLOCK)  # fmt: skip
+    _moments[rows.grid](output, uncond, moments, rows.inner, *strides, float(scale), BLOCK=BLOCK)
     _factors[(rows.batch,)](moments, factors, rows.inner, float(rescale),
                             LENGTH=triton.next_power_of_2(blocks), BLOCK=BLOCK)  # fmt: skip
     return factors
@@ -203,16 +202,18 @@ def scheduler_step(
     x, m, u = map(rows.arrange, (sample, model_output, uncond_output))
     extras = [rows.dense(t) for t in (noise, *history) if t is not None]
     results = [rows.result() for _ in range(1 + return_x0)]
+    table, table_stride = _table(coefficients)
+    rescaled = guidance_rescale != 0
+    strides = rows.strides(x, m, u, per_sample=rescaled or table_stride > 0)
     if rows.size:
-        table, table_stride = _table(coefficients)
         factors = None
-        if guidance_rescale != 0:
-            factors = _rescale_factors(rows, m, u, guidance_scale, guidance_rescale)
+        if rescaled:
+            factors = _rescale_factors(rows, m, u, strides[1:], guidance_scale, guidance_rescale)
         _forward[rows.grid](
             x, m, u, factors, table, *_five(extras), results[0], results[1] if return_x0 else None,
-            rows.inner, rows.stride(x), rows.stride(m), rows.stride(u), table_stride,
-            float(guidance_scale), GUIDED=u is not None, RESCALED=factors is not None,
-            FIRST=7 if noise is None else 6, EXTRAS=len(extras), RETURN_X0=return_x0, BLOCK=BLOCK,
+            rows.inner, *strides, table_stride, float(guidance_scale), GUIDED=u is not None,
+            RESCALED=rescaled, FIRST=7 if noise is None else 6, EXTRAS=len(extras),
+            RETURN_X0=return_x0, BLOCK=BLOCK,
         )  # fmt: skip
     return rows.finish(results)
 
@@ -225,12 +226,13 @@ def scheduler_step_backward(
     g, g_x0, x, m, u = map(rows.arrange, (grad, grad_x0, sample, model_output, uncond_output))
     guided, extras = u is not None, int(has_noise) + num_history
     results = [rows.result() for _ in range(2 + guided + extras)]
+    table, table_stride = _table(coefficients)
+    strides = rows.strides(g, g_x0, x, m, u, per_sample=table_stride > 0)
     if rows.size:
-        table, table_stride = _table(coefficients)
         _backward[rows.grid](
             g, g_x0, x, m, u, table, results[0], results[1], results[2] if guided else None,
-            *_five(results[2 + guided :]), rows.inner, *map(rows.stride, (g, g_x0, x, m, u)),
-            table_stride, float(guidance_scale), GUIDED=guided, HAS_X0=g_x0 is not None,
+            *_five(results[2 + guided :]), rows.inner, *strides, table_stride,
+            float(guidance_scale), GUIDED=guided, HAS_X0=g_x0 is not None,
             FIRST=6 if has_noise else 7, EXTRAS=extras, BLOCK=BLOCK,
         )  # fmt: skip
     return rows.finish(results)

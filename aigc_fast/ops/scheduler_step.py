@@ -25,10 +25,10 @@ def scheduler_step(
     guidance_rescale: float = 0.0,
     return_x0: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The next sample, or (next sample, x0).
+    """The sample at the previous timestep, or (that sample, x0).
 
         x0   = clamp(A * sample + B * m, -r, r)
-        next = P * x0 + Q * sample + R * m + N * noise + sum_k H_k * history[k]
+        prev = P * x0 + Q * sample + R * m + N * noise + sum_k H_k * history[k]
 
     sample:       (batch, ...), float64/32/16 or bfloat16. Its memory order is that of the results.
     model_output: shape and dtype of sample, as all tensors below. A batch of samples that are

@@ -9,7 +9,7 @@ def _call(*shape: int, name: str = "", **kwargs) -> Sample:
     angle = rand(batch, seed=2).abs()
     args = (rand(*shape), rand(*shape, seed=1), angle.cos(), angle.sin())
     name = name or "x".join(map(str, shape))
-    return Sample(name, args, kwargs, differentiable=args[0].numel() < 5000)
+    return Sample(name, args, kwargs, differentiable=args[0].numel() < 500)
 
 
 def _samples() -> list[Sample]:

@@ -17,7 +17,7 @@ def _call(name, *shape, row=ROW, noise=False, history=0, guided=False, **kwargs)
     if guided:
         kwargs["uncond_output"] = u
     row = row[: 7 + history] if isinstance(row[0], float) else tuple(r[: 7 + history] for r in row)
-    differentiable = x.numel() < 2000 and "guidance_rescale" not in kwargs
+    differentiable = x.numel() < 500 and "guidance_rescale" not in kwargs
     return Sample(name, (x, m, row), {**kwargs, "history": h}, differentiable)
 
 
