@@ -3,6 +3,10 @@
 import ctypes
 import os
 
+# libgomp's threads spin between operators; where another process has the core, that costs a
+# time slice each. Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -8,7 +8,8 @@ from rich.console import Console
 from torch import Tensor
 
 from aigc_fast.io import load_digits
-from aigc_fast.models.diffusion import UNet, cosine_schedule, sample_ddim
+from aigc_fast.models.diffusion import UNet, sample_images
+from aigc_fast.schedulers import DDIMScheduler
 from aigc_fast.training import DiffusionTrainer
 
 from .demo_gan import progress_bar
@@ -42,18 +43,24 @@ def run(console: Console, device: torch.device, *, seconds: float, quick: bool) 
         samples, labels = samples[::16], labels[::16]
     # Convolutions are a tenth faster in this layout (and the operators take either).
     model = UNet().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trainer = _train(console, model, samples, labels, 1 if quick else MAX_EPOCHS, seconds)
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+    trainer = _train(
+        console, model, scheduler, samples, labels, 1 if quick else MAX_EPOCHS, seconds
+    )
 
     start = time.perf_counter()
     num_steps = 3 if quick else SAMPLING_STEPS
     names = torch.arange(10, device=device).repeat(1 if quick else 8)
     noise = torch.randn(len(names), 1, 28, 28, device=device, generator=trainer.random)
     stages = [noise]
-    for sample, _ in sample_ddim(
+    for sample, _ in sample_images(
         trainer.average,
         noise.contiguous(memory_format=torch.channels_last),
-        trainer.alphas,
-        trainer.sigmas,
+        scheduler,
         labels=names,
         null_label=model.num_classes,
         num_steps=num_steps,
@@ -71,7 +78,13 @@ def run(console: Console, device: torch.device, *, seconds: float, quick: bool) 
 
 
 def _train(
-    console: Console, model: UNet, samples: Tensor, labels: Tensor, epochs: int, seconds: float
+    console: Console,
+    model: UNet,
+    scheduler: DDIMScheduler,
+    samples: Tensor,
+    labels: Tensor,
+    epochs: int,
+    seconds: float,
 ) -> DiffusionTrainer:
     """Trains for `epochs`, or for `seconds` where that is shorter."""
     steps = len(samples) // BATCH
@@ -81,7 +94,9 @@ def _train(
         """By steps or by the clock, so that the learning rate reaches zero either way."""
         return max(step / (epochs * steps), (time.perf_counter() - start) / seconds)
 
-    trainer = DiffusionTrainer(model, *cosine_schedule(), done=done, null_label=model.num_classes)
+    trainer = DiffusionTrainer(
+        model, scheduler.alphas_cumprod, done=done, null_label=model.num_classes
+    )
     count = 0
     with progress_bar(console) as progress:
         task = progress.add_task("training", total=epochs * steps)

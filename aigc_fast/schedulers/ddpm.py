@@ -19,7 +19,9 @@ class DDPMScheduler(Scheduler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("variance_type", self.variance_type, ("fixed_small", "fixed_small_log", "fixed_large"))
+        one_of(
+            "variance_type", self.variance_type, ("fixed_small", "fixed_small_log", "fixed_large")
+        )
 
     def coefficients(self, history: int) -> StepCoefficients:
         """Equations 6, 7 and 15, with as many timesteps left out as the schedule does."""

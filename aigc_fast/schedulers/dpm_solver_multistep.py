@@ -48,6 +48,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         clipped = torch.searchsorted(half_log_snr.flip(0), self.lambda_min_clipped)
         last = self.num_train_timesteps - int(clipped)
         n = num_inference_steps
+        timesteps: np.ndarray
         match self.timestep_spacing:
             case "linspace":
                 timesteps = np.linspace(0, last - 1, n + 1).round()[:0:-1]

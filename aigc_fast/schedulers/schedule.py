@@ -44,6 +44,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 def space_timesteps(spacing: str, train_steps: int, steps: int, offset: int = 0) -> np.ndarray:
     """`steps` of `train_steps` timesteps, falling (table 2 of arXiv:2305.08891)."""
+    timesteps: np.ndarray
     if spacing == "linspace":
         timesteps = np.linspace(0, train_steps - 1, steps).round()[::-1]
     elif spacing == "leading":

@@ -128,7 +128,8 @@ class Scheduler:
 
     def set_begin_index(self, begin_index: int) -> None:
         """The next step is that of timesteps[begin_index], with no history."""
-        self._next, self._history = begin_index, ()
+        self._next = begin_index
+        self._history: tuple[Tensor, ...] = ()
 
     def step(
         self,

@@ -36,7 +36,7 @@ class DiffusionTrainer:
     arXiv:2202.00512). Where there is hardly a signal left, v asks for the sample and not, as the
     noise would, for a copy of the input.
 
-    alphas, sigmas: (num_timesteps,), the noise schedule.
+    alphas_cumprod: (num_timesteps,), a scheduler's: alpha^2 at each timestep; sigma^2 is the rest.
     done:           done(step) is the share of the training, 0 to 1, that lies behind at a step,
                     such as `lambda step: step / 1000`. The learning rate rises over the first
                     twentieth and falls along a cosine to zero.
@@ -49,8 +49,7 @@ class DiffusionTrainer:
     def __init__(
         self,
         model: nn.Module,
-        alphas: Tensor,
-        sigmas: Tensor,
+        alphas_cumprod: Tensor,
         *,
         done: Callable[[int], float],
         lr: float = 2e-3,
@@ -62,7 +61,8 @@ class DiffusionTrainer:
         parameters = list(model.parameters())
         self.model, self.null_label, self.unlabelled = model, null_label, unlabelled
         self.device = parameters[0].device
-        self.alphas, self.sigmas = alphas.to(self.device), sigmas.to(self.device)
+        self.alphas = alphas_cumprod.sqrt().to(self.device)
+        self.sigmas = (1 - alphas_cumprod).sqrt().to(self.device)
         self.optimizer = torch.optim.Adam(parameters, lr, fused=True)
         self.rate = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: _warm_up_and_cosine(min(done(step), 1.0))

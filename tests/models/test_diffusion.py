@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from aigc_fast.models.diffusion import UNet, cosine_schedule, ddim_rows, sample_ddim
+from aigc_fast.models.diffusion import UNet, sample_images
+from aigc_fast.schedulers import DDIMScheduler
 
 
 def small_unet(**options):
@@ -40,18 +41,13 @@ def test_every_parameter_is_trained():
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
-def test_the_schedule_keeps_the_variance():
-    alphas, sigmas = cosine_schedule(1000)
-    torch.testing.assert_close(alphas**2 + sigmas**2, torch.ones(1000))
-    assert (alphas.diff() < 0).all() and alphas[0] > 0.99 and alphas[-1] < 0.01
-
-
 class Oracle(torch.nn.Module):
     """Knows the answer: the v of a data set that holds one image for each class, or their mean."""
 
-    def __init__(self, images, schedule):
+    def __init__(self, images, alphas_cumprod):
         super().__init__()
-        self.images, (self.alphas, self.sigmas) = images, schedule
+        self.images = images
+        self.alphas, self.sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def forward(self, sample, timesteps, labels=None):
         one = (-1, 1, 1, 1)
@@ -65,15 +61,15 @@ class Oracle(torch.nn.Module):
 def test_ddim_finds_what_the_model_knows(guidance_scale):
     # Guidance leads from the image of "any" through that of the class and, at 2, as far beyond.
     images = torch.stack([torch.full((1, 4, 4), v) for v in (-0.5, 0.25, 0.0)])
-    schedule = cosine_schedule()
-    model = Oracle(images, schedule)
+    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    model = Oracle(images, scheduler.alphas_cumprod)
     labels = torch.tensor([0, 1, 1])
     noise = torch.randn(3, 1, 4, 4)
     stages = list(
-        sample_ddim(
+        sample_images(
             model,
             noise,
-            *schedule,
+            scheduler,
             labels=labels,
             null_label=2,
             num_steps=5,
@@ -84,21 +80,3 @@ def test_ddim_finds_what_the_model_knows(guidance_scale):
     sample, x0 = stages[-1]
     torch.testing.assert_close(sample, guidance_scale * images[labels], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(x0, sample)
-
-
-def test_ddim_row_is_the_formula():
-    alphas, sigmas = (t.double() for t in cosine_schedule(10))
-    x0, noise = torch.randn(2, 5, dtype=torch.float64) * 0.3
-    row = ddim_rows(alphas, sigmas, torch.tensor([7, 3]))[0].double()
-    sample = alphas[7] * x0 + sigmas[7] * noise
-    velocity = alphas[7] * noise - sigmas[7] * x0
-    a, b, clip, p, q, r, n = row
-    found = a * sample + b * velocity
-    torch.testing.assert_close(found, x0, atol=1e-6, rtol=0)
-    torch.testing.assert_close(
-        p * found.clamp(-clip, clip) + q * sample + r * velocity,
-        alphas[3] * x0 + sigmas[3] * noise,
-        atol=1e-6,
-        rtol=0,
-    )
-    assert n == 0

@@ -1,6 +1,6 @@
 """Diffusion models."""
 
-from .ddim import cosine_schedule, ddim_rows, sample_ddim
+from .sampling import sample_images
 from .unet import UNet
 
-__all__ = ["UNet", "cosine_schedule", "ddim_rows", "sample_ddim"]
+__all__ = ["UNet", "sample_images"]
