@@ -12,7 +12,7 @@ import torch
 
 gguf = pytest.importorskip("gguf")
 
-from aigc_fast.io import load_tokenizer, read_gguf  # noqa: E402
+from aigc_fast.io import load_tokenizer, read_gguf
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}{{ eos_token }}"
 MATRICES = {
