@@ -1,0 +1,141 @@
+"""The loop of the schedulers: order, history, guidance, refusals."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aigc_fast import ops
+from aigc_fast.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+ALL = [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler]
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def run(scheduler, steps=6, start=0):
+    generator = torch.Generator().manual_seed(3)
+    sample = torch.randn(2, 3, 4, 5, generator=generator)
+    for t in scheduler.timesteps.tolist()[start:steps]:
+        sample = scheduler.step(torch.sin(sample), t, sample, generator)
+    return sample
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_step_is_one_operator_and_reads_no_scalar(cls) -> None:
+    scheduler = cls()
+    scheduler.set_timesteps(5)
+    sample = torch.randn(2, 3, 4, 5)
+    for t in scheduler.timesteps.tolist():
+        with Recorder() as recorder:
+            sample = scheduler.step(sample, t, sample)
+        assert [n for n in recorder.called if not n.startswith("aten::randn")] == [
+            "aigc_fast::scheduler_step"
+        ]
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_timesteps_on_another_device_are_not_read(cls) -> None:
+    """As on a GPU: the steps are taken in order."""
+    scheduler = cls()
+    scheduler.set_timesteps(6)
+    want = run(scheduler)
+    scheduler.set_begin_index(0)
+    generator = torch.Generator().manual_seed(3)
+    sample = torch.randn(2, 3, 4, 5, generator=generator)
+    for t in scheduler.timesteps.to("meta"):
+        sample = scheduler.step(torch.sin(sample), t, sample, generator)
+    assert torch.equal(sample, want)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_runs_again_without_set_timesteps(cls) -> None:
+    scheduler = cls()
+    scheduler.set_timesteps(6)
+    first = run(scheduler)
+    run(scheduler, 3)  # breaks off
+    assert torch.equal(run(scheduler), first)
+
+
+def test_history_starts_anew_in_the_middle() -> None:
+    scheduler = DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(6)
+    middle = run(scheduler, start=3)
+    scheduler.set_timesteps(6)
+    scheduler.set_begin_index(3)
+    assert torch.equal(run(scheduler, start=3), middle)
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDPMScheduler])
+def test_a_timestep_for_each_sample(cls) -> None:
+    scheduler = cls(**({"eta": 0.5} if cls is DDIMScheduler else {}))
+    scheduler.set_timesteps(10)
+    sample, output = torch.randn(2, 3, 4, 5)
+    timesteps = scheduler.timesteps[[2, 9, 5]]
+    together = scheduler.step(output, timesteps, sample, torch.Generator().manual_seed(1))
+    noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(1))
+    for i, t in enumerate(timesteps.tolist()):
+        row = scheduler._rows[0][scheduler.timesteps.tolist().index(t)]
+        alone = ops.scheduler_step(sample[i], output[i], row, noise=noise[i])
+        torch.testing.assert_close(together[i], alone)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_guidance_in_the_step(cls) -> None:
+    guided, plain = cls(), cls()
+    sample, cond, uncond = torch.randn(3, 2, 3, 4, 5, dtype=torch.float64)
+    for scheduler in (guided, plain):
+        scheduler.set_timesteps(4)
+    for t in plain.timesteps.tolist():
+        generators = [torch.Generator().manual_seed(t) for _ in range(2)]
+        a, a_x0 = guided.step(
+            cond, t, sample, generators[0],
+            uncond_output=uncond, guidance_scale=3.0, return_x0=True,
+        )  # fmt: skip
+        output = uncond + 3.0 * (cond - uncond)
+        b, b_x0 = plain.step(output, t, sample, generators[1], return_x0=True)
+        torch.testing.assert_close((a, a_x0), (b, b_x0))
+
+
+def test_gradients_flow_through_a_trajectory() -> None:
+    scheduler = DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(3)
+    weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def final(weight):
+        sample = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
+        for t in scheduler.timesteps.tolist():
+            sample = scheduler.step(torch.tanh(weight * sample), t, sample)
+        return sample
+
+    assert torch.autograd.gradcheck(final, weight)
+
+
+def test_refusals() -> None:
+    x = torch.randn(2, 3)
+    scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="timestep must be one of the 0 of set_timesteps"):
+        scheduler.step(x, 1, x)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="timestep must be one of the 4 of set_timesteps, got 3"):
+        scheduler.step(x, 3, x)
+    with pytest.raises(ValueError, match=r"num_inference_steps must be in \[1, 1000\], got 0"):
+        scheduler.set_timesteps(0)
+    for wrong in (
+        {"prediction_type": "score"},
+        {"timestep_spacing": "random"},
+        {"beta_schedule": "cosine"},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            DDIMScheduler(**wrong)
+    with pytest.raises(ValueError, match="solver_order must be one of 1, 2, got 3"):
+        DPMSolverMultistepScheduler(solver_order=3)
+    with pytest.raises(ValueError, match="variance_type must be one of"):
+        DDPMScheduler(variance_type="learned")
