@@ -15,7 +15,7 @@ from aigc_fast.training import DiffusionTrainer
 from .demo_gan import progress_bar
 
 BATCH = 32
-# Enough for good digits; two CPU cores get through about eight in a minute.
+# A limit for GPUs; on a CPU the clock comes first. Eight gave legible digits.
 MAX_EPOCHS = 30
 SAMPLING_STEPS = 30
 GUIDANCE_SCALE = 2.0

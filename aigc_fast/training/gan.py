@@ -36,8 +36,8 @@ class GANTrainer:
     arXiv:1511.06434).
 
     instance_noise: standard deviation of noise added to all that the discriminator sees
-        (arXiv:1610.04490), so that it judges shapes and not single pixels. On 5,000 digits 0.5
-        brought ten kinds of digits where without it most were ones.
+        (arXiv:1610.04490), so that it judges shapes and not single pixels. On 5,000 digits, after
+        2,700 steps, 0.5 gave most kinds of digits where without it most samples were ones.
     average: the generator with averaged weights, the one to sample from.
     """
 
