@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from aigc_fast.ops import _registry
 from tests.op_samples import OPS
-from tests.ops.test_every_op import call, cast, contiguous_grad, gradients, tensors
+from tests.ops.test_every_op import call, cast, contiguous_grad, gradients, variables
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -80,12 +80,16 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def twice(op: Any, args: tuple, kwargs: dict) -> None:
     """Forward, backward and double backward."""
-    inputs = [t.requires_grad_() for t in tensors((args, kwargs)) if t.is_floating_point()]
+    inputs = [t.requires_grad_() for t in variables(op, args, kwargs)]
     outputs = call(op, args, kwargs)
     first = torch.autograd.grad(
-        outputs, inputs, [contiguous_grad(t, 0) for t in outputs], create_graph=True
+        outputs,
+        inputs,
+        [contiguous_grad(t, 0) for t in outputs],
+        create_graph=True,
+        allow_unused=True,
     )
-    first = [t for t in first if t.requires_grad]
+    first = [t for t in first if t is not None and t.requires_grad]
     if first:
         torch.autograd.grad(first, inputs, first, allow_unused=True)
 
