@@ -141,7 +141,9 @@ def decode_attention(query, key_cache, value_cache, cache_lengths, scale) -> tup
     DIM = max(triton.next_power_of_2(head_dim), 16)
     # The largest tiles that fit the registers: fp32 products take no tensor cores.
     wide = query.dtype == torch.float32
-    ROWS = min(max(triton.next_power_of_2(rows), 16), 16 if wide else 64 if DIM <= 128 else 32)
+    # Odd head_dims are loaded element by element, with an address for each in registers.
+    narrow = DIM <= 128 and head_dim % 16 == 0
+    ROWS = min(max(triton.next_power_of_2(rows), 16), 16 if wide else 64 if narrow else 32)
     KEYS = 16 if wide else min(max(8192 // DIM, 16), 64)
     row_blocks = triton.cdiv(rows, ROWS)
     programs = batch * kv_heads * row_blocks
@@ -158,7 +160,7 @@ def decode_attention(query, key_cache, value_cache, cache_lengths, scale) -> tup
         cache_lengths.stride(0), q_len, heads, kv_heads, heads // kv_heads, head_dim, capacity,
         row_blocks, splits, head_dim**-0.5 if scale is None else float(scale),
         ROWS=ROWS, KEYS=KEYS, DIM=DIM, IN_FP32=_INTERPRETED,
-        num_warps=4 if DIM <= 128 else 8, num_stages=2,
+        num_warps=4 if narrow else 8, num_stages=2,
     )  # fmt: skip
     if splits > 1:
         _merge[(lse.numel(),)](

@@ -70,8 +70,12 @@ class Attention {
     const T* values = values_.data + b * values_.batch + head * values_.head;
     for (int64_t start = begin; start < end; start += kBlock) {
       const int64_t stop = std::min(end, start + kBlock);
-      Block block{key(b, head, start), values + start * values_.seq,
-                  stop < end ? key(b, head, stop) : after, start, stop, true};
+      Block block{key(b, head, start),
+                  values + start * values_.seq,
+                  stop < end ? key(b, head, stop) : after,
+                  start,
+                  stop,
+                  true};
       for (int64_t row = first; row < last; row += R, block.is_new = false) {
         const int64_t tile = (row - first) / R;
         add_block(block, row, std::min(last, row + R), length, query + tile * query_size(),

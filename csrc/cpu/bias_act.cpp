@@ -38,7 +38,7 @@ void for_elements(Layout l, const T* bias, T* bias_grad, F f) {
     if (bias_grad) std::memset(static_cast<void*>(bias_grad), 0, l.channels * sizeof(T));
     return;
   }
-  std::vector<A> partial;   // [chunk][channel]
+  std::vector<A> partial;  // [chunk][channel]
   std::vector<double> sums(bias_grad ? l.channels : 0);
   if (l.inner == 1) {
     const int64_t rows = l.size / l.channels;
@@ -151,24 +151,25 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy_in, const Tensor& 
     const T *grad = data<T>(dy), *s = data<T>(saved);
     T* out = mutable_data<T>(dx);
     with_act(act, [&]<Act a>(std::integral_constant<Act, a>) {
-      for_elements<T>(
-          l, bias ? data<T>(*bias) : nullptr, bias ? mutable_data<T>(dbias) : nullptr,
-          [=](int64_t i, auto lanes, Vec<A> b) {
-            const Vec<A> at = load(s + i, lanes) + (from_output ? Vec<A>{} : b);
-            const Vec<A> v = load(grad + i, lanes) * derivative<a, A>(at, from_output, p);
-            store(out + i, v, lanes);
-            return v;
-          });
+      for_elements<T>(l, bias ? data<T>(*bias) : nullptr, bias ? mutable_data<T>(dbias) : nullptr,
+                      [=](int64_t i, auto lanes, Vec<A> b) {
+                        const Vec<A> at = load(s + i, lanes) + (from_output ? Vec<A>{} : b);
+                        const Vec<A> v =
+                            load(grad + i, lanes) * derivative<a, A>(at, from_output, p);
+                        store(out + i, v, lanes);
+                        return v;
+                      });
     });
   });
   return {dx, dbias};
 }
 
 // dx is linear in dy: the gradient of <gg, dx> is (gg * dy/dx, gg * dy * d2y/dx2, its bias sum).
-std::tuple<Tensor, Tensor, Tensor> bias_act_double_backward(
-    const Tensor& gg_in, const Tensor& dy_in, const Tensor& x_in,
-    const std::optional<Tensor>& bias_in, int64_t dim, int64_t act, double alpha, double gain,
-    double limit) {
+std::tuple<Tensor, Tensor, Tensor> bias_act_double_backward(const Tensor& gg_in,
+                                                            const Tensor& dy_in, const Tensor& x_in,
+                                                            const std::optional<Tensor>& bias_in,
+                                                            int64_t dim, int64_t act, double alpha,
+                                                            double gain, double limit) {
   const Tensor x = as_dense(x_in);
   require(same_shape(dy_in, x) && same_shape(gg_in, x), "gradients must have the shape of x");
   require(dy_in.scalar_type() == x.scalar_type() && gg_in.scalar_type() == x.scalar_type(),

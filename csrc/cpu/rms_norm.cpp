@@ -12,12 +12,14 @@ namespace {
 // on the shape alone, so that the sum comes out the same for any number of threads.
 constexpr int64_t kMaxBlocks = 64, kMinBlockRows = 4;
 
-int64_t grain_of(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
+int64_t grain_of(int64_t width) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
+}
 
 void check(const Tensor& x, const Tensor& weight) {
   require(x.dim() > 0, "x must have at least 1 dimension");
-  require(weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1),
-          "weight must have shape (", x.size(x.dim() - 1), ",)");
+  require(weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1), "weight must have shape (",
+          x.size(x.dim() - 1), ",)");
   require(weight.scalar_type() == x.scalar_type(), "weight must have the dtype of x");
 }
 

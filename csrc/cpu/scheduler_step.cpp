@@ -85,8 +85,8 @@ AIGC_INLINE Vec<A> guide(Vec<A> cond, Vec<A> uncond, A scale) {
 
 // For each sample rescale * std(cond) / std(guided) + 1 - rescale.
 template <class T>
-std::vector<Acc<T>> rescale_factors(Rows& rows, RowPointer<const T> cond, RowPointer<const T> uncond,
-                                    double scale, double rescale) {
+std::vector<Acc<T>> rescale_factors(Rows& rows, RowPointer<const T> cond,
+                                    RowPointer<const T> uncond, double scale, double rescale) {
   using A = Acc<T>;
   const int64_t pieces = (rows.inner + Rows::kPiece - 1) / Rows::kPiece;
   std::vector<std::pair<Moments, Moments>> partial(rows.rows * pieces);

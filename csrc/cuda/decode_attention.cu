@@ -19,8 +19,7 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& query, const Tensor& k
           "key_cache and cache_lengths must have the batch and head_dim of query");
   require(kv_heads > 0 && heads % kv_heads == 0 && heads / kv_heads * q_len <= kMaxRows,
           "a key/value head must have at most ", kMaxRows, " query rows");
-  require(keys.scalar_type() == query.scalar_type() &&
-              values.scalar_type() == query.scalar_type(),
+  require(keys.scalar_type() == query.scalar_type() && values.scalar_type() == query.scalar_type(),
           "the caches must have the dtype of query");
   const auto length_type = lengths.scalar_type();
   require(length_type == ScalarType::Int || length_type == ScalarType::Long,

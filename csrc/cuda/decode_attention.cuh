@@ -32,14 +32,14 @@ constexpr int kWarps = 4, kStages = 2, kMaxRows = 8, kMaxHeadDim = 256, kMaxSpli
 // ROWS: query rows of a key/value head, rounded up to 1, 4 or 8; DIM: head_dim, to a power of two.
 template <class T, int DIM, int ROWS>
 struct DecodeShape {
-  static constexpr int kElements = ROWS <= 4 ? 16 : 8;    // of head_dim, a lane; x ROWS registers
-  static constexpr int kPieces = kElements / kPiece<T>;   // 16-byte pieces of a key, a lane
-  static constexpr int kLanes = DIM / kElements;          // lanes of a group
-  static constexpr int kGroups = 32 / kLanes;             // keys at once, a warp
-  static constexpr int kBatch = kPieces <= 2 ? 4 : 2;     // keys a group scores together
-  static constexpr int kKeys = kWarps * kBatch * kGroups; // keys of a stage, a block
-  static constexpr int kStage = 2 * kBatch * kPieces * 32;             // pieces, a warp
-  static constexpr int kShared = kWarps * kStages * kStage * 16;       // bytes
+  static constexpr int kElements = ROWS <= 4 ? 16 : 8;      // of head_dim, a lane; x ROWS registers
+  static constexpr int kPieces = kElements / kPiece<T>;     // 16-byte pieces of a key, a lane
+  static constexpr int kLanes = DIM / kElements;            // lanes of a group
+  static constexpr int kGroups = 32 / kLanes;               // keys at once, a warp
+  static constexpr int kBatch = kPieces <= 2 ? 4 : 2;       // keys a group scores together
+  static constexpr int kKeys = kWarps * kBatch * kGroups;   // keys of a stage, a block
+  static constexpr int kStage = 2 * kBatch * kPieces * 32;  // pieces, a warp
+  static constexpr int kShared = kWarps * kStages * kStage * 16;  // bytes
   static_assert(ROWS * DIM * 4 <= kStages * kStage * 16, "a warp's result fits in its stages");
   static_assert(kLanes >= 4 && kLanes <= 32);
 };
@@ -102,8 +102,7 @@ struct RunningResult {
     sum[r] = sum[r] * mine + other_sum * other;
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e)
-      value[r][e] =
-          value[r][e] * mine + __shfl_xor_sync(kAllLanes, value[r][e], lane_mask) * other;
+      value[r][e] = value[r][e] * mine + __shfl_xor_sync(kAllLanes, value[r][e], lane_mask) * other;
   }
 };
 
@@ -211,8 +210,8 @@ __global__ void __launch_bounds__(kWarps * 32) attend_kernel(const DecodeAttenti
                                my_stages + (step + 1) % kStages * S::kStage);
     commit_copies();
     wait_copies<1>();
-    add_stage<T, DIM, ROWS>(my_stages + step % kStages * S::kStage, query,
-                            first + step * S::kKeys, limit, result);
+    add_stage<T, DIM, ROWS>(my_stages + step % kStages * S::kStage, query, first + step * S::kKeys,
+                            limit, result);
   }
   wait_copies<0>();
 
@@ -285,7 +284,8 @@ __global__ void __launch_bounds__(kWarps * 32) merge_kernel(const DecodeAttentio
                  static_cast<T*>(p.out) + row * p.head_dim + lane + 32 * j);
 }
 
-// ---- choice of kernel ----------------------------------------------------------------------------
+// ---- choice of kernel
+// ----------------------------------------------------------------------------
 
 // The fewest splits, of at least 128 keys, that leave few multiprocessors idle in the last round
 // of two blocks each.

@@ -106,10 +106,10 @@ def main(arch: int, names: list[str]) -> None:
             samples = op.samples() if arch == 90 else op.samples()[::8]
             for sample in samples:
                 args, kwargs = cast((sample.args, sample.kwargs), torch.bfloat16)
-                if op.derivatives > 1 and sample.differentiable:
-                    twice(op, args, kwargs)
-                elif op.derivatives and sample.differentiable:
+                if op.derivatives and sample.differentiable:
                     gradients(op, args, kwargs, contiguous_grad)
+                    if op.derivatives > 1:
+                        twice(op, *cast((sample.args, sample.kwargs), torch.bfloat16))
                 else:
                     with torch.no_grad():
                         call(op, args, kwargs)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from aigc_fast import ops
-from tests.op_samples.scheduler_step import FREE, ROW
 from tests.op_samples.sample import rand
+from tests.op_samples.scheduler_step import FREE, ROW
 
 
 def test_rows_may_be_numbers_or_tensors_of_two_dtypes() -> None:

@@ -22,10 +22,8 @@ AIGC_INLINE Vec<A> activate(Vec<A> x, A alpha) {
   if constexpr (act == Act::tanh) return tanh<A>(x);
   if constexpr (act == Act::sigmoid) return sigmoid<A>(x);
   if constexpr (act == Act::elu) return x < 0 ? alpha * expm1<A>(x) : x;
-  if constexpr (act == Act::selu)
-    return A(kSeluScale) * (x < 0 ? A(kSeluAlpha) * expm1<A>(x) : x);
-  if constexpr (act == Act::softplus)
-    return max<A>(x, zero) + log1p_unit<A>(exp<A>(-abs<A>(x)));
+  if constexpr (act == Act::selu) return A(kSeluScale) * (x < 0 ? A(kSeluAlpha) * expm1<A>(x) : x);
+  if constexpr (act == Act::softplus) return max<A>(x, zero) + log1p_unit<A>(exp<A>(-abs<A>(x)));
   if constexpr (act == Act::swish) return x * sigmoid<A>(x);
 }
 
@@ -46,8 +44,7 @@ AIGC_INLINE Vec<A> slope(Vec<A> x, A alpha) {
     return y * (A(1) - y);
   }
   if constexpr (act == Act::elu) return x > 0 ? one : alpha * exp<A>(x);
-  if constexpr (act == Act::selu)
-    return A(kSeluScale) * (x > 0 ? one : A(kSeluAlpha) * exp<A>(x));
+  if constexpr (act == Act::selu) return A(kSeluScale) * (x > 0 ? one : A(kSeluAlpha) * exp<A>(x));
   if constexpr (act == Act::softplus) return sigmoid<A>(x);
   if constexpr (act == Act::swish) {
     const Vec<A> s = sigmoid<A>(x);
