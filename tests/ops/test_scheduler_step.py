@@ -59,7 +59,7 @@ def test_refuses_derivatives_that_it_does_not_have() -> None:
 
 def test_gradient_of_one_result_alone() -> None:
     x, m = rand(2, 3).requires_grad_(), rand(2, 3, seed=1).requires_grad_()
-    a, b, r, p, q, c, *_ = FREE
+    a, b, _r, p, q, c, *_ = FREE
     prev, x0 = ops.scheduler_step(x, m, FREE[:7], return_x0=True)
     ones = torch.ones_like(x)
     got = torch.autograd.grad(x0.sum(), (x, m), retain_graph=True)
