@@ -9,7 +9,7 @@ from tests.op_samples import OPS
 OP = OPS["decode_attention"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("sample", OP.large(), ids=lambda s: s.name)
 def bench_decode_attention(measure, sample, dtype) -> None:
     query, key_cache, _, lengths = sample.args

@@ -96,11 +96,14 @@ def main() -> None:
     rows = run_suites(options.families, options.quick)
     machine = describe()
     print(table(rows))
-    if options.families or options.quick:
+    if options.families:
         return  # a part of the picture is not the picture
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{slug()}.json"
-    path.write_text(json.dumps({"machine": machine, "benchmarks": rows}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"machine": machine, "quick": options.quick, "benchmarks": rows}, indent=1)
+        + "\n"
+    )
     draw(rows, f"{machine['processor']} · torch {machine['torch']}", path.with_suffix(".png"))
     print(f"wrote {path.relative_to(HERE.parent)} and its picture")
 
