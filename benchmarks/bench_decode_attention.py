@@ -1,5 +1,7 @@
 """decode_attention over caches in use, beside torch's scaled_dot_product_attention."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,12 @@ OP = OPS["decode_attention"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("sample", OP.large(), ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "sample",
+    # torch returns no log-sum-exp: neither do we.
+    [dataclasses.replace(s, kwargs={}) for s in OP.large()],
+    ids=lambda s: s.name,
+)
 def bench_decode_attention(measure, sample, dtype) -> None:
     query, key_cache, _, lengths = sample.args
     assert query.shape[1] == 1
