@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 # Tests check the implementation they name; a silent fall-back would check the reference.
 os.environ.setdefault("AIGC_FAST_STRICT", "1")
 
-# glibc fills every new allocation with 0x7f bytes (3.4e38 in fp32 and bf16, NaN in fp16 ), so that
+# glibc fills every new allocation with 0x7f bytes (3.4e38 in fp32 and bf16, NaN in fp16), so that
 # an element that a kernel forgets to write shows as an absurd value.
 _M_PERTURB = -6
 ctypes.CDLL(None).mallopt(_M_PERTURB, 0x80)
