@@ -1,15 +1,14 @@
 """What this machine is and how fast its memory is."""
 
-import functools
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from aigc_fast import _libraries
-from aigc_fast._timing import interleaved
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -52,12 +51,10 @@ def describe() -> dict[str, str]:
     }
 
 
-@functools.cache
-def bandwidth(size: int, kind: str) -> float:
-    """Bytes per second of a plain pass over `size` bytes: "read" (a sum) or "copy" (read, write).
+def plain_pass(size: int, kind: str) -> Callable[[], torch.Tensor]:
+    """A pass over `size` bytes that does nothing else: "read" (a sum) or "copy" (read, write).
 
     The copy allocates its output, as an operator does.
     """
     x = torch.ones(max(size // (4 if kind == "read" else 8), 1), device=DEVICE)
-    call = x.sum if kind == "read" else x.clone
-    return size / interleaved({kind: call}, seconds=0.3)[kind]
+    return x.sum if kind == "read" else x.clone

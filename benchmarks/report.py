@@ -17,7 +17,7 @@ RESULTS = HERE / "results"
 
 
 def run_suites(families: list[str], quick: bool) -> list[dict]:
-    """The benchmarks of pytest-benchmark's report: name, parameters, what `measure` noted."""
+    """The benchmarks of pytest-benchmark's report: name, and what `measure` noted."""
     names = families or sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
     files = [HERE / f"bench_{name}.py" for name in names]
     for file in files:
@@ -36,10 +36,7 @@ def run_suites(families: list[str], quick: bool) -> list[dict]:
         if run.returncode:
             raise SystemExit(run.returncode)
         rows = json.loads(Path(report.name).read_text())["benchmarks"]
-    return [
-        {"name": r["name"].removeprefix("bench_"), "params": r["params"], **r["extra_info"]}
-        for r in rows
-    ]
+    return [{"name": r["name"].removeprefix("bench_"), **r["extra_info"]} for r in rows]
 
 
 def table(rows: list[dict]) -> str:
@@ -49,7 +46,7 @@ def table(rows: list[dict]) -> str:
         if "eager_over_ours" in row:
             lines.append(
                 f"{row['name'][:72]:72} {row['eager_over_ours']:>9.2f}x"
-                f" {row['compile_over_ours']:>11.2f}x {row['fraction_of_bandwidth']:>8.0%}"
+                f" {row['compile_over_ours']:>11.2f}x {row['fraction_of_limit']:>8.0%}"
             )
         elif "diffusers_over_ours" in row:
             lines.append(f"{row['name'][:72]:72} diffusers/ours {row['diffusers_over_ours']:.2f}x")

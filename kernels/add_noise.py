@@ -31,7 +31,11 @@ def _add_noise(
 
 
 def add_noise(
-    sample: Tensor, noise: Tensor | None, alpha: Tensor, sigma: Tensor, return_velocity: bool
+    sample: Tensor,
+    noise: Tensor | None,
+    alpha: Tensor,
+    sigma: Tensor,
+    return_velocity: bool = False,
 ) -> list[Tensor]:
     rows = Rows(sample)
     sample, noise = rows.arrange(sample), rows.arrange(noise)

@@ -240,19 +240,23 @@ class _Tiling:
         return partial.view(-1, self.channels, self.across).sum((0, 2)).to(x.dtype)
 
 
-def bias_act(x, bias, dim, act, alpha, gain, clamp) -> Tensor:
+def _limit(clamp: float | None) -> float:
+    return float("inf") if clamp is None else float(clamp)
+
+
+def bias_act(x, bias, act, gain=1.0, dim=1, clamp=None, alpha=0.2) -> Tensor:
     x = _dense(x)
     y = torch.empty_like(x)
     if x.numel():
         t = _Tiling(x, bias, dim)
         b = None if bias is None else bias.contiguous()
         _forward[t.grid](x, b, y, t.rows, t.cols, t.channels, float(alpha), float(gain),
-                         float(clamp), ACT=act, **t.options(bias))  # fmt: skip
+                         _limit(clamp), ACT=act, **t.options(bias))  # fmt: skip
     return y
 
 
 def bias_act_backward(
-    dy, saved, bias, dim, act, alpha, gain, clamp, from_output
+    dy, saved, bias, act, gain, dim, clamp, alpha, from_output
 ) -> tuple[Tensor, Tensor]:
     saved = _dense(saved)
     dy = _in_order_of(dy, saved)
@@ -263,13 +267,13 @@ def bias_act_backward(
     b = None if bias is None else bias.contiguous()
     partial = t.partial_sums(saved, bias)
     _backward[t.grid](dy, saved, b, dx, partial, t.rows, t.cols, t.channels, float(alpha),
-                      float(gain), float(clamp), ACT=act, FROM_OUTPUT=from_output,
+                      float(gain), _limit(clamp), ACT=act, FROM_OUTPUT=from_output,
                       **t.options(bias))  # fmt: skip
     return dx, t.bias_grad(partial, saved, bias)
 
 
 def bias_act_double_backward(
-    gg, dy, x, bias, dim, act, alpha, gain, clamp
+    gg, dy, x, bias, act, gain, dim, clamp, alpha
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = _dense(x)
     gg, dy = _in_order_of(gg, x), _in_order_of(dy, x)
@@ -280,6 +284,6 @@ def bias_act_double_backward(
     b = None if bias is None else bias.contiguous()
     partial = t.partial_sums(x, bias)
     _double_backward[t.grid](gg, dy, x, b, grad_dy, grad_x, partial, t.rows, t.cols, t.channels,
-                             float(alpha), float(gain), float(clamp), ACT=act,
+                             float(alpha), float(gain), _limit(clamp), ACT=act,
                              **t.options(bias))  # fmt: skip
     return grad_dy, grad_x, t.bias_grad(partial, x, bias)

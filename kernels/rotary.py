@@ -60,7 +60,9 @@ def _strides(table: Tensor) -> tuple[int, int]:
     return (table.stride(0) if table.dim() == 3 else 0, table.stride(-2))
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+def apply_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, inverse: bool = False
+) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not y.numel():
         return y

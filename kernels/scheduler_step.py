@@ -4,31 +4,21 @@ One program takes BLOCK elements of one sample. `e0` to `e4` are the noise, if t
 the history; column FIRST + i of the coefficients belongs to e_i.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .guidance import guided_output, rescale_factors
 from .math import fp32
 from .per_sample import BLOCK, Rows, load, locate, store
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
-BUDGET = {"_forward": (112, 0), "_backward": (96, 0), "_moments": (64, 64), "_factors": (96, 64)}
+BUDGET = {"_forward": (96, 0), "_backward": (96, 0)}
 
 
 @triton.jit
 def _coefficient(ptr, row, stride, i: tl.constexpr):
     return tl.load(ptr + row * stride + i)
-
-
-@triton.jit
-def _output(output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale,
-            GUIDED: tl.constexpr):  # fmt: skip
-    m = load(output_ptr, row, output_stride, at, mask)
-    if GUIDED:
-        u = load(uncond_ptr, row, uncond_stride, at, mask)
-        m = u + scale * (m - u)
-    return m
 
 
 @triton.jit
@@ -48,8 +38,10 @@ def _forward(
     row, at, mask = locate(inner, BLOCK)
     k, ks = coefficients_ptr, coefficients_stride
     x = load(sample_ptr, row, sample_stride, at, mask)
-    m = _output(output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, fp32(scale),
-                GUIDED)  # fmt: skip
+    scale = fp32(scale)
+    m = guided_output(
+        output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale, GUIDED
+    )
     if RESCALED:
         m *= tl.load(factors_ptr + row)
     x0 = _coefficient(k, row, ks, 0) * x + _coefficient(k, row, ks, 1) * m
@@ -73,10 +65,11 @@ def _forward(
 
 
 @triton.jit
-def _scaled(ptr, g, coefficients_ptr, row, coefficients_stride, column: tl.constexpr, inner, at,
-            mask):  # fmt: skip
-    store(ptr, row, inner, at, mask,
-          g * _coefficient(coefficients_ptr, row, coefficients_stride, column))  # fmt: skip
+def _scaled(
+    ptr, g, coefficients_ptr, row, coefficients_stride, column: tl.constexpr, inner, at, mask
+):
+    y = g * _coefficient(coefficients_ptr, row, coefficients_stride, column)
+    store(ptr, row, inner, at, mask, y)
 
 
 @triton.jit
@@ -91,7 +84,9 @@ def _backward(
     k, ks = coefficients_ptr, coefficients_stride
     scale = fp32(scale)
     x = load(sample_ptr, row, sample_stride, at, mask)
-    m = _output(output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale, GUIDED)
+    m = guided_output(
+        output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale, GUIDED
+    )
     g = load(grad_ptr, row, grad_stride, at, mask)
     a, b = _coefficient(k, row, ks, 0), _coefficient(k, row, ks, 1)
     t = _coefficient(k, row, ks, 3) * g
@@ -117,58 +112,6 @@ def _backward(
         _scaled(e4, g, k, row, ks, FIRST + 4, inner, at, mask)
 
 
-# ---- guidance rescale -------------------------------------------------------------------------
-
-
-@triton.jit
-def _block_moments(x, mask, count):
-    """Mean and sum of squared deviations; x is 0 outside the mask."""
-    mean = tl.sum(x, 0) / count
-    d = tl.where(mask, x - mean, 0.0)
-    return mean, tl.sum(d * d, 0)
-
-
-@triton.jit
-def _moments(output_ptr, uncond_ptr, moments_ptr, inner, output_stride, uncond_stride, scale,
-             BLOCK: tl.constexpr):  # fmt: skip
-    """(mean, squares) of the conditional and of the guided output, for each block."""
-    row, at, mask = locate(inner, BLOCK)
-    c = load(output_ptr, row, output_stride, at, mask)
-    g = _output(output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, fp32(scale),
-                True)  # fmt: skip
-    count = tl.sum(mask.to(tl.float32), 0)
-    out = moments_ptr + tl.program_id(0).to(tl.int64) * 4
-    mean, squares = _block_moments(c, mask, count)
-    tl.store(out, mean)
-    tl.store(out + 1, squares)
-    mean, squares = _block_moments(g, mask, count)
-    tl.store(out + 2, mean)
-    tl.store(out + 3, squares)
-
-
-@triton.jit
-def _total(moments_ptr, block, count, live, inner):
-    """The sum of squared deviations of a whole sample from those of its blocks."""
-    mean = tl.load(moments_ptr + block * 4, live, 0.0)
-    squares = tl.load(moments_ptr + block * 4 + 1, live, 0.0)
-    d = mean - tl.sum(mean * count, 0) / inner
-    return tl.sum(squares + count * d * d, 0)
-
-
-@triton.jit
-def _factors(moments_ptr, factors_ptr, inner, rescale, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One program adds up one sample."""
-    row = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(inner, BLOCK)
-    block = tl.arange(0, LENGTH)
-    live = block < blocks
-    count = tl.where(live, tl.minimum(inner - block * BLOCK, BLOCK), 0).to(tl.float32)
-    cond = _total(moments_ptr + row * blocks * 4, block, count, live, inner)
-    guided = _total(moments_ptr + row * blocks * 4 + 2, block, count, live, inner)
-    rescale = fp32(rescale)
-    tl.store(factors_ptr + row, rescale * tl.sqrt(cond / guided) + 1.0 - rescale)
-
-
 # ---- launchers --------------------------------------------------------------------------------
 
 
@@ -182,21 +125,9 @@ def _five(tensors: list[Tensor]) -> list[Tensor | None]:
     return [*tensors, *[None] * (5 - len(tensors))]
 
 
-def _rescale_factors(
-    rows: Rows, output: Tensor, uncond: Tensor, strides: list[int], scale: float, rescale: float
-) -> Tensor:
-    blocks = triton.cdiv(rows.inner, BLOCK)
-    moments = output.new_empty((rows.batch * blocks, 4), dtype=torch.float32)
-    factors = output.new_empty(rows.batch, dtype=torch.float32)
-    _moments[rows.grid](output, uncond, moments, rows.inner, *strides, float(scale), BLOCK=BLOCK)
-    _factors[(rows.batch,)](moments, factors, rows.inner, float(rescale),
-                            LENGTH=triton.next_power_of_2(blocks), BLOCK=BLOCK)  # fmt: skip
-    return factors
-
-
 def scheduler_step(
-    sample, model_output, coefficients, noise, history, uncond_output, guidance_scale,
-    guidance_rescale, return_x0,
+    sample, model_output, coefficients, history, noise=None, uncond_output=None,
+    guidance_scale=1.0, guidance_rescale=0.0, return_x0=False,
 ) -> list[Tensor]:  # fmt: skip
     rows = Rows(sample)
     x, m, u = map(rows.arrange, (sample, model_output, uncond_output))
@@ -208,7 +139,7 @@ def scheduler_step(
     if rows.size:
         factors = None
         if rescaled:
-            factors = _rescale_factors(rows, m, u, strides[1:], guidance_scale, guidance_rescale)
+            factors = rescale_factors(rows, m, u, strides[1:], guidance_scale, guidance_rescale)
         _forward[rows.grid](
             x, m, u, factors, table, *_five(extras), results[0], results[1] if return_x0 else None,
             rows.inner, *strides, table_stride, float(guidance_scale), GUIDED=u is not None,

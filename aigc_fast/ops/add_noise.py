@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
+from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._registry import Op
 
@@ -36,14 +36,20 @@ def add_noise(
     if torch.is_grad_enabled() and (
         sample.requires_grad or noise.requires_grad or alpha.requires_grad or sigma.requires_grad
     ):
-        results = _AddNoise.apply(sample, noise, alpha, sigma, return_velocity)
+        results = _AddNoise.call(sample, noise, alpha, sigma, return_velocity)
+    elif return_velocity:
+        results = _add_noise(sample, noise, alpha, sigma, True)
     else:
-        results = _add_noise(sample, noise, alpha, sigma, return_velocity)
+        results = _add_noise(sample, noise, alpha, sigma)
     return tuple(results) if return_velocity else results[0]
 
 
 def _reference(
-    sample: Tensor, noise: Tensor | None, alpha: Tensor, sigma: Tensor, return_velocity: bool
+    sample: Tensor,
+    noise: Tensor | None,
+    alpha: Tensor,
+    sigma: Tensor,
+    return_velocity: bool = False,
 ) -> list[Tensor]:
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
     ones = [1] * (sample.dim() - 1)
@@ -55,7 +61,11 @@ def _reference(
 
 
 def _check(
-    sample: Tensor, noise: Tensor | None, alpha: Tensor, sigma: Tensor, return_velocity: bool
+    sample: Tensor,
+    noise: Tensor | None,
+    alpha: Tensor,
+    sigma: Tensor,
+    return_velocity: bool = False,
 ) -> None:
     check_tensor("sample", sample)
     if sample.dim() == 0:
@@ -71,15 +81,15 @@ def _check(
 
 
 _add_noise = Op(
-    "add_noise(Tensor sample, Tensor? noise, Tensor alpha, Tensor sigma, bool return_velocity)"
-    " -> Tensor[]",
+    "add_noise(Tensor sample, Tensor? noise, Tensor alpha, Tensor sigma,"
+    " bool return_velocity=False) -> Tensor[]",
     _reference,
     _check,
     stem="add_noise",
 )
 
 
-class _AddNoise(Function):
+class _AddNoise(OpFunction):
     """The map (sample, noise) -> (noisy, velocity); with -sigma it is its own adjoint."""
 
     @staticmethod
@@ -99,7 +109,7 @@ class _AddNoise(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_velocity: Tensor | None = None) -> tuple:
         alpha, sigma, *inputs = ctx.saved_tensors
-        run = _AddNoise.apply if torch.is_grad_enabled() else _add_noise
+        run = _AddNoise.call if torch.is_grad_enabled() else _add_noise
         grad_sample, grad_noise = run(grad, grad_velocity, alpha, -sigma, True)
         if not inputs:
             return grad_sample, grad_noise, None, None, None

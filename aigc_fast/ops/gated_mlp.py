@@ -5,8 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
+from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._registry import Op
 
@@ -27,7 +27,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Source: Shazeer 2020, arXiv:2002.05202.
     """
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _SwiGLU.apply(gate, up)
+        return _SwiGLU.call(gate, up)
     return _swiglu(gate, up)
 
 
@@ -62,7 +62,7 @@ _backward = Op(
 )
 
 
-class _SwiGLU(Function):
+class _SwiGLU(OpFunction):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)

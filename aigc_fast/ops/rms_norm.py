@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
+from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._registry import Op
 
@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _RMSNorm.apply(x, weight, eps)
+        return _RMSNorm.call(x, weight, eps)
     return _rms_norm(x, weight, eps)
 
 
@@ -46,7 +46,7 @@ def add_rms_norm(
     if torch.is_grad_enabled() and (
         x.requires_grad or residual.requires_grad or weight.requires_grad
     ):
-        return _AddRMSNorm.apply(x, residual, weight, eps)
+        return _AddRMSNorm.call(x, residual, weight, eps)
     return _add_rms_norm(x, residual, weight, eps)
 
 
@@ -126,7 +126,7 @@ def _gradients(
     return dx, dweight if weight_grad else None
 
 
-class _RMSNorm(Function):
+class _RMSNorm(OpFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.eps = eps
@@ -139,7 +139,7 @@ class _RMSNorm(Function):
         return *_gradients(dy, None, x, weight, ctx.eps, ctx.needs_input_grad[1]), None
 
 
-class _AddRMSNorm(Function):
+class _AddRMSNorm(OpFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple:
         normed, new_residual = _add_rms_norm(x, residual, weight, eps)

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
+from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._registry import Op
 
@@ -61,9 +61,13 @@ def scheduler_step(
     if not isinstance(coefficients, Tensor):
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         coefficients = torch.tensor(coefficients, dtype=dtype, device=sample.device)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad
-        for t in (sample, model_output, coefficients, noise, uncond_output, *history)
+    if torch.is_grad_enabled() and (
+        sample.requires_grad
+        or model_output.requires_grad
+        or coefficients.requires_grad
+        or (noise is not None and noise.requires_grad)
+        or (uncond_output is not None and uncond_output.requires_grad)
+        or (history and any(earlier.requires_grad for earlier in history))
     ):
         if guidance_rescale != 0:
             raise RuntimeError(
@@ -72,15 +76,19 @@ def scheduler_step(
             )
         if coefficients.requires_grad:
             raise RuntimeError("scheduler_step has no derivative with respect to coefficients")
-        results = _SchedulerStep.apply(
+        results = _SchedulerStep.call(
             sample, model_output, uncond_output, noise, coefficients, guidance_scale, return_x0,
             *history,
         )  # fmt: skip
-    else:
+    elif return_x0 or uncond_output is not None or guidance_scale != 1 or guidance_rescale != 0:
         results = _scheduler_step(
-            sample, model_output, coefficients, noise, history, uncond_output, guidance_scale,
+            sample, model_output, coefficients, history, noise, uncond_output, guidance_scale,
             guidance_rescale, return_x0,
         )  # fmt: skip
+    elif noise is not None:
+        results = _scheduler_step(sample, model_output, coefficients, history, noise)
+    else:
+        results = _scheduler_step(sample, model_output, coefficients, history)
     return tuple(results) if return_x0 else results[0]
 
 
@@ -112,12 +120,12 @@ def _reference(
     sample: Tensor,
     model_output: Tensor,
     coefficients: Tensor,
-    noise: Tensor | None,
     history: Sequence[Tensor],
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    guidance_rescale: float,
-    return_x0: bool,
+    noise: Tensor | None = None,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    return_x0: bool = False,
 ) -> list[Tensor]:
     dtype, (a, b, r, p, q, c, n, *h) = _columns(coefficients, sample)
     x = sample.to(dtype)
@@ -161,11 +169,11 @@ def _check(
     sample: Tensor,
     model_output: Tensor,
     coefficients: Tensor,
-    noise: Tensor | None,
     history: Sequence[Tensor],
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    guidance_rescale: float,
+    noise: Tensor | None = None,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
     return_x0: bool = False,
 ) -> None:
     check_tensor("sample", sample)
@@ -217,16 +225,16 @@ def _check_backward(
     num_history: int,
 ) -> None:
     history = [sample] * num_history
-    _check(sample, model_output, coefficients, None, history, uncond_output, guidance_scale, 0.0)
+    _check(sample, model_output, coefficients, history, None, uncond_output, guidance_scale)
     check_tensor("grad_output", grad_output, like=("sample", sample), shape=sample.shape)
     if grad_x0 is not None:
         check_tensor("grad_output", grad_x0, like=("sample", sample), shape=sample.shape)
 
 
 _scheduler_step = Op(
-    "scheduler_step(Tensor sample, Tensor model_output, Tensor coefficients, Tensor? noise,"
-    " Tensor[] history, Tensor? uncond_output, float guidance_scale, float guidance_rescale,"
-    " bool return_x0) -> Tensor[]",
+    "scheduler_step(Tensor sample, Tensor model_output, Tensor coefficients, Tensor[] history,"
+    " Tensor? noise=None, Tensor? uncond_output=None, float guidance_scale=1.0,"
+    " float guidance_rescale=0.0, bool return_x0=False) -> Tensor[]",
     _reference,
     _check,
     stem="scheduler_step",
@@ -241,7 +249,7 @@ _backward = Op(
 )
 
 
-class _SchedulerStep(Function):
+class _SchedulerStep(OpFunction):
     @staticmethod
     def forward(
         ctx: Any,
@@ -259,7 +267,7 @@ class _SchedulerStep(Function):
         ctx.guidance_scale, ctx.has_noise, ctx.k = guidance_scale, noise is not None, len(history)
         return tuple(
             _scheduler_step(
-                sample, model_output, coefficients, noise, history, uncond_output, guidance_scale,
+                sample, model_output, coefficients, history, noise, uncond_output, guidance_scale,
                 0.0, return_x0,
             )
         )  # fmt: skip

@@ -81,6 +81,11 @@ struct Params {
   A alpha, gain, limit;
 };
 
+template <class A>
+A limit_of(const std::optional<double>& clamp) {
+  return clamp ? A(*clamp) : std::numeric_limits<A>::infinity();
+}
+
 // Calls body(act) with the activation as a compile-time constant.
 template <class F>
 void with_act(int64_t act, F&& body) {
@@ -103,14 +108,14 @@ AIGC_INLINE Vec<A> derivative(Vec<A> saved, bool from_output, Params<A> p) {
   return abs<A>(y) > p.limit ? zero : slope<act, A>(saved, p.alpha) * p.gain;
 }
 
-Tensor bias_act(const Tensor& x_in, const std::optional<Tensor>& bias_in, int64_t dim, int64_t act,
-                double alpha, double gain, double limit) {
+Tensor bias_act(const Tensor& x_in, const std::optional<Tensor>& bias_in, int64_t act, double gain,
+                int64_t dim, std::optional<double> clamp, double alpha) {
   const Tensor x = as_dense(x_in);
   const Layout l = layout_of(x, bias_in, dim);
   Tensor y = empty_like_dense(x);
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
-    const Params<A> p{A(alpha), A(gain), A(limit)};
+    const Params<A> p{A(alpha), A(gain), limit_of<A>(clamp)};
     std::optional<Tensor> bias;
     if (bias_in) bias = as_contiguous(*bias_in);
     const T* in = data<T>(x);
@@ -130,9 +135,9 @@ Tensor bias_act(const Tensor& x_in, const std::optional<Tensor>& bias_in, int64_
 
 // (dx, dbias): dx = dy * dy/dx; dbias = dx summed over all dimensions but `dim`, or empty.
 std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy_in, const Tensor& saved_in,
-                                             const std::optional<Tensor>& bias_in, int64_t dim,
-                                             int64_t act, double alpha, double gain, double limit,
-                                             bool from_output) {
+                                             const std::optional<Tensor>& bias_in, int64_t act,
+                                             double gain, int64_t dim, std::optional<double> clamp,
+                                             double alpha, bool from_output) {
   const Tensor saved = as_dense(saved_in);
   require(same_shape(dy_in, saved), "grad_output must have the shape of the saved tensor");
   require(dy_in.scalar_type() == saved.scalar_type(), "grad_output must have the dtype of x");
@@ -144,8 +149,8 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy_in, const Tensor& 
     using A = Acc<T>;
     // Clamped outputs hold the limit as T rounds it.
     T rounded;
-    store_n(&rounded, broadcast(A(limit)), 1);
-    const Params<A> p{A(alpha), A(gain), from_output ? load_n(&rounded, 1)[0] : A(limit)};
+    store_n(&rounded, broadcast(limit_of<A>(clamp)), 1);
+    const Params<A> p{A(alpha), A(gain), from_output ? load_n(&rounded, 1)[0] : limit_of<A>(clamp)};
     std::optional<Tensor> bias;
     if (bias_in) bias = as_contiguous(*bias_in);
     const T *grad = data<T>(dy), *s = data<T>(saved);
@@ -168,8 +173,9 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy_in, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor> bias_act_double_backward(const Tensor& gg_in,
                                                             const Tensor& dy_in, const Tensor& x_in,
                                                             const std::optional<Tensor>& bias_in,
-                                                            int64_t dim, int64_t act, double alpha,
-                                                            double gain, double limit) {
+                                                            int64_t act, double gain, int64_t dim,
+                                                            std::optional<double> clamp,
+                                                            double alpha) {
   const Tensor x = as_dense(x_in);
   require(same_shape(dy_in, x) && same_shape(gg_in, x), "gradients must have the shape of x");
   require(dy_in.scalar_type() == x.scalar_type() && gg_in.scalar_type() == x.scalar_type(),
@@ -180,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_double_backward(const Tensor& gg_in,
   Tensor dbias = empty({bias_in ? l.channels : 0}, x.scalar_type());
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
-    const Params<A> p{A(alpha), A(gain), A(limit)};
+    const Params<A> p{A(alpha), A(gain), limit_of<A>(clamp)};
     std::optional<Tensor> bias;
     if (bias_in) bias = as_contiguous(*bias_in);
     const T *grad = data<T>(dy), *v = data<T>(gg), *in = data<T>(x);

@@ -113,8 +113,8 @@ std::vector<Acc<T>> rescale_factors(Rows& rows, RowPointer<const T> cond,
 
 // [prev] or [prev, x0]
 std::vector<Tensor> scheduler_step(const Tensor& sample_in, const Tensor& output_in,
-                                   const Tensor& coefficients, const std::optional<Tensor>& noise,
-                                   std::vector<Tensor> history,
+                                   const Tensor& coefficients, std::vector<Tensor> history,
+                                   const std::optional<Tensor>& noise,
                                    const std::optional<Tensor>& uncond_in, double scale,
                                    double rescale, bool return_x0) {
   const Call call(sample_in, output_in, coefficients, uncond_in, scale, rescale, history.size());

@@ -1,7 +1,7 @@
 import torch
 
 from aigc_fast import ops
-from aigc_fast.ops.bias_act import ACTIVATIONS
+from aigc_fast.ops._activations import ACTIVATIONS
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
 
 
