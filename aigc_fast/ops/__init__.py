@@ -2,10 +2,12 @@
 
 from aigc_fast import _libraries
 from aigc_fast.ops.add_noise import add_noise
+from aigc_fast.ops._quantized_format import dequantize_weight, pack_weight, quantize_weight
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.gated_mlp import swiglu
 from aigc_fast.ops.kv_cache import append_kv
+from aigc_fast.ops.quantized_linear import quantized_linear
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
 from aigc_fast.ops.rotary import apply_rotary
 from aigc_fast.ops.scheduler_step import scheduler_step
@@ -20,6 +22,10 @@ __all__ = [
     "apply_rotary",
     "bias_act",
     "decode_attention",
+    "dequantize_weight",
+    "pack_weight",
+    "quantize_weight",
+    "quantized_linear",
     "rms_norm",
     "scheduler_step",
     "swiglu",

@@ -1,0 +1,113 @@
+"""The layout of quantised weights, in and out of it, in plain PyTorch.
+
+A weight (out_features, in_features) of b-bit codes becomes uint8 (tiles, groups, bytes): one tile
+for 16 rows, in it one block for each group of columns, in that the codes of the 16 rows, their 16
+scales and, for asymmetric weights, their 16 minimums, both fp16. Four columns of a row are four
+bytes, so that 64 bytes are 16 rows; 4-bit codes hold the columns 0..3 of each 8 in the low nibbles,
+4..7 in the high ones. A row of a tile is then one stream for whoever multiplies it.
+"""
+
+import torch
+from torch import Tensor
+
+TILE = 16
+
+
+def pack_weight(codes: Tensor, scales: Tensor, minimums: Tensor | None, bits: int) -> Tensor:
+    """The packed weight of codes (out_features, in_features).
+
+    codes:    uint8, in [0, 2^bits); the code of zero is 2^(bits - 1), or, where there are
+              minimums, codes count from the minimum: weight = code * scale + minimum.
+    scales:   (out_features, groups), kept as float16; groups are equal runs of columns.
+    minimums: the shape of scales, or None.
+    bits:     4 or 8.
+
+    Returns uint8 (ceil(out_features / 16), groups, bytes). in_features that are no multiple of the
+    run of columns (8 for 4 bits, 4 for 8) are padded within a single group.
+
+    Raises ValueError for shapes that do not fit together.
+    """
+    rows, columns = codes.shape
+    groups = scales.shape[1]
+    run = 32 // bits
+    if scales.shape[0] != rows or groups == 0 or (groups > 1 and columns % (groups * run)):
+        raise ValueError(
+            f"scales must be (out_features, groups) = ({rows}, groups), groups dividing in_features"
+            f" = {columns} in multiples of {run}; got {tuple(scales.shape)}"
+        )
+    if minimums is not None and minimums.shape != scales.shape:
+        raise ValueError(
+            f"minimums must have the shape of scales {tuple(scales.shape)}, "
+            f"got {tuple(minimums.shape)}"
+        )
+    zero = 0 if minimums is not None else 1 << (bits - 1)
+    width = columns // groups if groups > 1 else -(-columns // run) * run
+    tiles = -(-rows // TILE)
+    whole = codes.new_full((tiles * TILE, groups * width), zero)
+    whole[:rows, :columns] = codes
+    # (tile, row, group, run, half, 4) -> (tile, group, run, row, 4, half)
+    parts = whole.view(tiles, TILE, groups, width // run, run // 4, 4).permute(0, 2, 3, 1, 5, 4)
+    packed = parts[..., 0] if bits == 8 else parts[..., 0] | parts[..., 1] << 4
+    block = [packed.reshape(tiles, groups, -1)]
+    for values in (scales, minimums):
+        if values is not None:
+            halves = values.new_zeros((tiles * TILE, groups), dtype=torch.float16)
+            halves[:rows] = values
+            halves = halves.view(tiles, TILE, groups).transpose(1, 2).contiguous()
+            block.append(halves.view(torch.uint8))
+    return torch.cat(block, dim=2)
+
+
+def dequantize_weight(
+    packed: Tensor, bits: int, group_size: int, out_features: int, in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """The weight (out_features, in_features) as numbers: code * scale + minimum, or
+    (code - 2^(bits - 1)) * scale, in float32 (float64 for float64), then rounded to `dtype`."""
+    tiles, groups, _ = packed.shape
+    run = 32 // bits
+    size = TILE * group_size * bits // 8
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = packed[..., :size].reshape(tiles, groups, group_size // run, TILE, 4)
+    parts = [codes] if bits == 8 else [codes & 15, codes >> 4]
+    # (tile, group, run, row, half, 4) -> (tile, row, group, column)
+    values = torch.stack(parts, dim=4).permute(0, 3, 1, 2, 4, 5)
+    values = values.reshape(tiles, TILE, groups, group_size).to(accumulate)
+    halves = packed[..., size:].contiguous().view(torch.float16).to(accumulate)
+    halves = halves.view(tiles, groups, -1, TILE).permute(2, 0, 3, 1).unsqueeze(-1)
+    if halves.shape[0] == 2:
+        values = values * halves[0] + halves[1]
+    else:
+        values = (values - (1 << (bits - 1))) * halves[0]
+    return values.reshape(tiles * TILE, -1)[:out_features, :in_features].to(dtype)
+
+
+def quantize_weight(
+    weight: Tensor, bits: int, group_size: int | None = None, *, symmetric: bool = True
+) -> Tensor:
+    """Rounds a weight to the nearest code, group by group, and packs it.
+
+    weight:     (out_features, in_features), floating.
+    bits:       4 or 8.
+    group_size: columns that share a scale; None is all of them (one scale a row).
+    symmetric:  scale = max|w| / (2^(bits - 1) - 1), else from the minimum to the maximum.
+    """
+    rows, columns = weight.shape
+    group_size = group_size or columns
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits}")
+    if columns % group_size:
+        raise ValueError(f"group_size must divide in_features = {columns}, got {group_size}")
+    grouped = weight.float().view(rows, -1, group_size)
+    if symmetric:
+        middle = 1 << (bits - 1)
+        scales = (grouped.abs().amax(-1) / (middle - 1)).half()
+        step = scales.float().unsqueeze(-1)
+        codes = (grouped / step).nan_to_num(0, 0, 0).round().clamp(1 - middle, middle - 1) + middle
+        return pack_weight(codes.view(rows, columns).to(torch.uint8), scales, None, bits)
+    low, high = grouped.aminmax(dim=-1)
+    scales, minimums = ((high - low) / ((1 << bits) - 1)).half(), low.half()
+    step = scales.float().unsqueeze(-1)
+    codes = ((grouped - minimums.float().unsqueeze(-1)) / step).nan_to_num(0, 0, 0)
+    codes = codes.round().clamp(0, (1 << bits) - 1)
+    return pack_weight(codes.view(rows, columns).to(torch.uint8), scales, minimums, bits)

@@ -1,0 +1,112 @@
+"""A linear layer whose weight is kept as 4- or 8-bit codes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._quantized_format import TILE, dequantize_weight
+from aigc_fast.ops._registry import Op
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    quantize_activations: bool = False,
+) -> Tensor:
+    """y = x @ W.T + bias, W the weight that the codes stand for.
+
+    x:            (..., in_features), float64/32/16 or bfloat16.
+    weight:       uint8 (ceil(out_features / 16), groups, bytes) from `pack_weight` or
+                  `quantize_weight`: codes of `bits` bits with an fp16 scale for each row and group
+                  of columns, and an fp16 minimum where the weight is asymmetric.
+    bias:         (out_features,), dtype of x, or None.
+    bits:         4 or 8.
+    group_size:   columns that share a scale: a multiple of 8 for 4 bits, of 4 for 8 bits.
+    out_features: rows of W; the last tile may be padded.
+    quantize_activations: also round x to int8, each group by its own scale max|x| / 127, and
+                  multiply integers. Faster on CPUs, where it is what llama.cpp does; the error is
+                  that of the rounding, about 0.4% of the largest product of a group.
+
+    Returns (..., out_features) in the dtype of x. Sums in fp32 (fp64 for fp64); products of codes
+    are exact. Bytes that must move: the weight, once for all rows of x.
+
+    Raises TypeError or ValueError for a wrong dtype, shape or device, RuntimeError if a gradient
+    is asked for: there is no derivative.
+
+    Source: the group-wise formats of GGUF (ggml, Q4_0, Q4_1, Q8_0) with rows interleaved.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise RuntimeError(
+            "quantized_linear has no derivative: call it under torch.no_grad(), or train with the "
+            "weight of dequantize_weight"
+        )
+    return _quantized_linear(x, weight, bias, bits, group_size, out_features, quantize_activations)
+
+
+def _reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bits: int, group_size: int, out_features: int,
+    quantize_activations: bool,
+) -> Tensor:  # fmt: skip
+    dense = dequantize_weight(weight, bits, group_size, out_features, x.shape[-1], x.dtype)
+    if quantize_activations:
+        x = _rounded(x, group_size)
+    return F.linear(x, dense, bias)
+
+
+def _rounded(x: Tensor, group_size: int) -> Tensor:
+    """x as int8 codes of each group would give it back."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    padded = F.pad(wide, (0, -x.shape[-1] % group_size))
+    grouped = padded.unflatten(-1, (-1, group_size))
+    top = grouped.abs().amax(-1, keepdim=True)
+    codes = (grouped * (127 / top)).nan_to_num(0, 0, 0).round()
+    return (codes * (top / 127)).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bits: int, group_size: int, out_features: int,
+    quantize_activations: bool,
+) -> None:  # fmt: skip
+    check_tensor("x", x)
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits}")
+    run = 32 // bits
+    if not 0 < group_size <= 65536 or group_size % run:
+        raise ValueError(
+            f"group_size must be a multiple of {run} up to 65536 for {bits} bits, got {group_size}"
+        )
+    if out_features < 1:
+        raise ValueError(f"out_features must be positive, got {out_features}")
+    check_tensor("weight", weight, dtypes=(torch.uint8,), ndim=3)
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on the device of x ({x.device}), got {weight.device}")
+    tiles, groups, size = weight.shape
+    block = TILE * (group_size * bits // 8 + 2)
+    if tiles != -(-out_features // TILE) or size not in (block, block + 2 * TILE):
+        raise ValueError(
+            f"weight must have shape ({-(-out_features // TILE)}, groups, {block} or "
+            f"{block + 2 * TILE}) for {out_features} out_features and groups of {group_size} "
+            f"{bits}-bit codes, got {tuple(weight.shape)}"
+        )
+    if x.dim() == 0 or not (groups - 1) * group_size < x.shape[-1] <= groups * group_size:
+        raise ValueError(
+            f"x must have the in_features of weight, {groups * group_size} or up to "
+            f"{group_size - 1} fewer, got shape {tuple(x.shape)}"
+        )
+    if bias is not None:
+        check_tensor("bias", bias, like=("x", x), shape=(out_features,))
+
+
+_quantized_linear = Op(
+    "quantized_linear(Tensor x, Tensor weight, Tensor? bias, int bits, int group_size,"
+    " int out_features, bool quantize_activations) -> Tensor",
+    _reference,
+    _check,
+    stem="quantized_linear",
+)
