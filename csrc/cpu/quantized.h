@@ -27,64 +27,96 @@ struct QuantizedFormat {
   int zero() const { return has_minimum ? 0 : 1 << (bits - 1); }
 };
 
-// Rows of activations as int8 codes, each group with its own scale.
-class QuantizedRows {
- public:
-  QuantizedRows(const QuantizedFormat& f, int64_t rows)
-      : format_(f),
-        codes_(rows * f.columns()),
-        scales_(rows * f.groups),
-        sums_(rows * f.groups),
-        starts_(rows * f.groups) {}
+// The format of a weight tensor (tiles, groups, bytes).
+inline QuantizedFormat format_of(const Tensor& weight, int64_t bits, int64_t group_size,
+                                 int64_t out_features) {
+  require(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
+  require(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte,
+          "weight must be uint8 of 3 dimensions");
+  const int64_t run = 32 / bits;
+  require(group_size > 0 && group_size % run == 0 && group_size <= 65536,
+          "group_size must be a multiple of ", run, " up to 65536, got ", group_size);
+  QuantizedFormat f{bits, weight.size(1), group_size, true};
+  f.has_minimum = weight.size(2) == f.block_bytes();
+  require(weight.size(2) == f.block_bytes(), "weight must have ", f.block_bytes(), " or ",
+          f.block_bytes() + 2 * kTileRows, " bytes a block, got ", weight.size(2));
+  require(out_features > 0 && weight.size(0) == (out_features + kTileRows - 1) / kTileRows,
+          "weight must have out_features / 16 tiles");
+  return f;
+}
 
-  // code = round(x * 127 / max|x|) in each group.
-  template <class T>
-  void quantize(int64_t row, const T* x, int64_t size) {
-    const int64_t length = format_.group_size;
-    for (int64_t g = 0; g < format_.groups; ++g) {
-      const T* in = x + g * length;
-      const int64_t count = std::clamp<int64_t>(size - g * length, 0, length);
-      int8_t* out = codes_.data() + row * format_.columns() + g * length;
-      Vec<float> top = {};
-      for_vectors<float>(count, [&](int64_t i, auto n) {
-        top = max<float>(top, abs<float>(as_float(in + i, n)));
-      });
-      float largest = 0;
-      for (int i = 0; i < kLanes<float>; ++i) largest = std::max(largest, top[i]);
-      const float factor = largest > 0 ? 127 / largest : 0.0f;
-      int32_t sum = 0;
-      Vec<int32_t> sums = {};
-      for_vectors<float>(count, [&](int64_t i, auto n) {
-        const Vec<int32_t> code = round_to_int(as_float(in + i, n) * factor);
-        sums += code;
-        store_codes(out + i, code, n);
-      });
-      std::fill(out + count, out + length, 0);
-      for (int i = 0; i < kLanes<float>; ++i) sum += sums[i];
-      const int64_t at = row * format_.groups + g;
-      scales_[at] = largest / 127;
-      sums_[at] = scales_[at] * static_cast<float>(sum);
-      starts_[at] = -format_.zero() * sum;
+// Rows of activations: as int8 codes, each group with its own scale, or as they are.
+class Activations {
+ public:
+  explicit Activations(bool as_codes) : as_codes_(as_codes) {}
+
+  void reset(const QuantizedFormat& f, int64_t rows) {
+    format_ = f;
+    sums_.resize(rows * f.groups);
+    if (as_codes_) {
+      codes_.resize(rows * f.columns());
+      scales_.resize(rows * f.groups);
+      starts_.resize(rows * f.groups);
+    } else {
+      floats_.resize(rows * f.columns());
     }
   }
 
+  template <class T>
+  void set(int64_t row, const T* x, int64_t size) {
+    for (int64_t g = 0; g < format_.groups; ++g) {
+      const int64_t begin = g * format_.group_size;
+      const int64_t count = std::clamp<int64_t>(size - begin, 0, format_.group_size);
+      as_codes_ ? set_codes(row, g, x + begin, count) : set_floats(row, g, x + begin, count);
+    }
+  }
+
+  bool as_codes() const { return as_codes_; }
+  const float* floats(int64_t row) const { return floats_.data() + row * format_.columns(); }
   const int8_t* codes(int64_t row) const { return codes_.data() + row * format_.columns(); }
   const float* scales(int64_t row) const { return scales_.data() + row * format_.groups; }
-  // The sum of the codes, in units of x.
+  // The sums of the groups.
   const float* sums(int64_t row) const { return sums_.data() + row * format_.groups; }
   // What a sum of products starts from, so that codes count from their zero.
   const int32_t* starts(int64_t row) const { return starts_.data() + row * format_.groups; }
 
  private:
-  template <class T, class N>
-  static Vec<float> as_float(const T* p, N n) {
-    if constexpr (std::is_same_v<T, double>) {
-      Vec<float> v = {};
-      for (int i = 0; i < static_cast<int>(n); ++i) v[i] = static_cast<float>(p[i]);
-      return v;
-    } else {
-      return load(p, n);
-    }
+  // code = round(x * 127 / max|x|).
+  template <class T>
+  void set_codes(int64_t row, int64_t g, const T* x, int64_t count) {
+    int8_t* out = codes_.data() + row * format_.columns() + g * format_.group_size;
+    Vec<float> top = {};
+    for_vectors<float>(
+        count, [&](int64_t i, auto n) { top = max<float>(top, abs<float>(load(x + i, n))); });
+    float largest = 0;
+    for (int i = 0; i < kLanes<float>; ++i) largest = std::max(largest, top[i]);
+    const float factor = largest > 0 ? 127 / largest : 0.0f;
+    Vec<int32_t> sums = {};
+    for_vectors<float>(count, [&](int64_t i, auto n) {
+      const Vec<int32_t> code = round_to_int(load(x + i, n) * factor);
+      sums += code;
+      store_codes(out + i, code, n);
+    });
+    std::fill(out + count, out + format_.group_size, 0);
+    int32_t sum = 0;
+    for (int i = 0; i < kLanes<float>; ++i) sum += sums[i];
+    const int64_t at = row * format_.groups + g;
+    scales_[at] = largest / 127;
+    sums_[at] = scales_[at] * static_cast<float>(sum);
+    starts_[at] = -format_.zero() * sum;
+  }
+
+  template <class T>
+  void set_floats(int64_t row, int64_t g, const T* x, int64_t count) {
+    float* out = floats_.data() + row * format_.columns() + g * format_.group_size;
+    Vec<float> sum = {};
+    for_vectors<float>(count, [&](int64_t i, auto n) {
+      const Vec<float> v = load(x + i, n);
+      sum += v;
+      store(out + i, v, n);
+    });
+    std::fill(out + count, out + format_.group_size, 0.0f);
+    sums_[row * format_.groups + g] = sum_lanes<float>(sum);
   }
 
   // To the nearest, ties to even.
@@ -111,9 +143,10 @@ class QuantizedRows {
     for (int i = 0; i < static_cast<int>(n); ++i) p[i] = static_cast<int8_t>(code[i]);
   }
 
-  QuantizedFormat format_;
+  bool as_codes_;
+  QuantizedFormat format_{};
   std::vector<int8_t> codes_;
-  std::vector<float> scales_, sums_;
+  std::vector<float> floats_, scales_, sums_;
   std::vector<int32_t> starts_;
 };
 
@@ -152,7 +185,7 @@ AIGC_INLINE void load_bytes(const uint8_t* p, I32* v) {
 
 // 16 outputs for each of the M rows from `first` on: out[m * 16 + i].
 template <int bits, bool has_minimum, int group_size, int M>
-void tile_times_codes(const QuantizedFormat& f, const uint8_t* block, const QuantizedRows& x,
+void tile_times_codes(const QuantizedFormat& f, const uint8_t* block, const Activations& x,
                       int64_t first, float* out) {
   Vec<float> result[M][kParts] = {};
   const int64_t code_bytes = group_size ? kTileRows * group_size * bits / 8 : f.code_bytes();
@@ -202,13 +235,13 @@ void tile_times_codes(const QuantizedFormat& f, const uint8_t* block, const Quan
     for (int i = 0; i < kParts; ++i) store(out + m * kTileRows + i * kLanes<float>, result[m][i]);
 }
 
-// The same for activations as they are: x holds M rows `columns` apart, zero beyond in_features,
-// totals the sums of their groups.
-// Codes count from the middle of their range, so that no large terms cancel.
+// The same for activations as they are. Codes count from the middle of their range, so that no
+// large terms cancel.
 template <int bits, bool has_minimum, int group_size, int M>
-void tile_times_floats(const QuantizedFormat& f, const uint8_t* block, const float* x,
-                       const float* totals, float* out) {
+void tile_times_floats(const QuantizedFormat& f, const uint8_t* block,
+                       const Activations& activations, int64_t first, float* out) {
   constexpr int middle = 1 << (bits - 1), mask = (1 << bits) - 1;
+  const float *x = activations.floats(first), *totals = activations.sums(first);
   constexpr int chains = M == 1 ? 4 : 2;  // of additions, so that none waits for the one before
   Vec<float> result[M][kParts] = {};
   const int64_t code_bytes = group_size ? kTileRows * group_size * bits / 8 : f.code_bytes();
@@ -267,11 +300,40 @@ AIGC_INLINE void with_format(const QuantizedFormat& f, F&& call) {
               : with_minimum(std::integral_constant<int, 8>{});
 }
 
-// Calls f(first, M) for runs of 8, 4, 2 and 1 rows, M a compile-time constant.
-template <int M = 8, class F>
+// Calls f(first, M) for runs of at most M rows, halving M for the rest, M a compile-time constant.
+template <int M, class F>
 AIGC_INLINE void for_row_runs(int64_t rows, F&& f, int64_t first = 0) {
   for (; first + M <= rows; first += M) f(first, std::integral_constant<int, M>{});
   if constexpr (M > 1) for_row_runs<M / 2>(rows, f, first);
+}
+
+// The products of the tiles [begin, end) with all rows: finish(row, tile, results) gets the 16
+// outputs of one row. A tile is read from memory once for all of them.
+template <class F>
+void multiply_tiles(const QuantizedFormat& f, const uint8_t* blocks, const Activations& x,
+                    int64_t rows, int64_t begin, int64_t end, F&& finish) {
+  with_format(f, [&](auto bits, auto has_minimum, auto group_size) {
+    for (int64_t t = begin; t < end; ++t) {
+      const uint8_t* block = blocks + t * f.tile_bytes();
+      auto run = [&]<int M>(int64_t first, std::integral_constant<int, M>, auto multiply) {
+        float results[M * kTileRows];
+        multiply(results);
+        for (int m = 0; m < M; ++m) finish(first + m, t, results + m * kTileRows);
+      };
+      if (x.as_codes())
+        for_row_runs<8>(rows, [&]<int M>(int64_t first, std::integral_constant<int, M> m) {
+          run(first, m, [&](float* out) {
+            tile_times_codes<bits, has_minimum, group_size, M>(f, block, x, first, out);
+          });
+        });
+      else
+        for_row_runs<4>(rows, [&]<int M>(int64_t first, std::integral_constant<int, M> m) {
+          run(first, m, [&](float* out) {
+            tile_times_floats<bits, has_minimum, group_size, M>(f, block, x, first, out);
+          });
+        });
+    }
+  });
 }
 
 }  // namespace aigc_fast

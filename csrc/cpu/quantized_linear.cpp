@@ -7,51 +7,48 @@
 namespace aigc_fast {
 namespace {
 
-QuantizedFormat format_of(const Tensor& x, const Tensor& weight, int64_t bits, int64_t group_size,
-                          int64_t out_features) {
-  require(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
-  require(x.dim() > 0 && weight.dim() == 3, "weight must have 3 dimensions, x at least 1");
-  require(weight.scalar_type() == ScalarType::Byte, "weight must be uint8");
-  const int64_t run = 32 / bits;
-  require(group_size > 0 && group_size % run == 0 && group_size <= 65536,
-          "group_size must be a multiple of ", run, " up to 65536, got ", group_size);
-  QuantizedFormat f{bits, weight.size(1), group_size, true};
-  f.has_minimum = weight.size(2) == f.block_bytes();
-  require(weight.size(2) == f.block_bytes(), "weight must have ", f.block_bytes(), " or ",
-          f.block_bytes() - 2 * kTileRows, " bytes a block, got ", weight.size(2));
-  require(weight.size(0) == (out_features + kTileRows - 1) / kTileRows && out_features > 0,
-          "weight must have out_features / 16 tiles");
-  const int64_t in_features = x.size(-1);
-  require(in_features > f.columns() - group_size && in_features <= f.columns(),
-          "x must have in_features of weight, at most ", f.columns(), ", got ", in_features);
-  return f;
-}
-
 // In double, one weight at a time: the oracle's precision, not its speed.
-template <class F>
 void tile_times_doubles(const QuantizedFormat& f, const uint8_t* block, const double* x,
-                        double* out, F&& code) {
+                        double* out) {
+  const auto code = [&](int64_t r, int64_t k) -> int {
+    if (f.bits == 8) return block[k / 4 * 64 + r * 4 + k % 4];
+    return block[k / 8 * 64 + r * 4 + k % 4] >> k % 8 / 4 * 4 & 15;
+  };
+  const auto half = [&](int64_t i) {
+    fp16 v;
+    std::memcpy(static_cast<void*>(&v), block + f.code_bytes() + 2 * i, sizeof v);
+    return static_cast<double>(v.value);
+  };
   std::fill_n(out, kTileRows, 0.0);
   for (int64_t g = 0; g < f.groups; ++g, block += f.block_bytes(), x += f.group_size)
     for (int64_t r = 0; r < kTileRows; ++r) {
-      const auto half = [&](int64_t i) {
-        fp16 v;
-        std::memcpy(static_cast<void*>(&v), block + f.code_bytes() + 2 * i, 2);
-        return static_cast<double>(v.value);
-      };
       double products = 0, total = 0;
       for (int64_t k = 0; k < f.group_size; ++k) {
-        products += (code(block, r, k) - f.zero()) * x[k];
+        products += (code(r, k) - f.zero()) * x[k];
         total += x[k];
       }
       out[r] += half(r) * products + (f.has_minimum ? half(kTileRows + r) * total : 0);
     }
 }
 
+// What int8 codes of each group give back.
+void round_to_codes(std::vector<double>& x, int64_t group_size) {
+  for (auto group = x.begin(); group < x.end(); group += group_size) {
+    double top = 0;
+    for (int64_t k = 0; k < group_size; ++k) top = std::max(top, std::abs(group[k]));
+    for (int64_t k = 0; k < group_size && top > 0; ++k)
+      group[k] = std::nearbyint(group[k] * (127 / top)) * (top / 127);
+  }
+}
+
 Tensor quantized_linear(const Tensor& x_in, const Tensor& weight_in,
                         const std::optional<Tensor>& bias_in, int64_t bits, int64_t group_size,
                         int64_t out_features, bool quantize_activations) {
-  QuantizedFormat f = format_of(x_in, weight_in, bits, group_size, out_features);
+  const QuantizedFormat f = format_of(weight_in, bits, group_size, out_features);
+  require(x_in.dim() > 0, "x must have at least 1 dimension");
+  const int64_t in_features = x_in.size(-1);
+  require(in_features > f.columns() - group_size && in_features <= f.columns(),
+          "x must have in_features of weight, at most ", f.columns(), ", got ", in_features);
   const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
   std::optional<Tensor> bias;
   if (bias_in) {
@@ -60,7 +57,7 @@ Tensor quantized_linear(const Tensor& x_in, const Tensor& weight_in,
             "bias must have shape (", out_features, ",) and the dtype of x");
     bias = as_contiguous(*bias_in);
   }
-  const int64_t in_features = x.size(-1), rows = x.numel() / in_features;
+  const int64_t rows = x.numel() / in_features;
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = out_features;
   Tensor y = empty(sizes, x.scalar_type());
@@ -86,60 +83,21 @@ Tensor quantized_linear(const Tensor& x_in, const Tensor& weight_in,
       double results[kTileRows];
       for (int64_t row = 0; row < rows; ++row) {
         std::copy_n(in + row * in_features, in_features, wide.begin());
-        if (quantize_activations)
-          for (int64_t g = 0; g < f.groups; ++g) {
-            double* v = wide.data() + g * group_size;
-            double top = 0;
-            for (int64_t k = 0; k < group_size; ++k) top = std::max(top, std::abs(v[k]));
-            for (int64_t k = 0; k < group_size && top > 0; ++k)
-              v[k] = std::nearbyint(v[k] * (127 / top)) * (top / 127);
-          }
+        if (quantize_activations) round_to_codes(wide, group_size);
         for (int64_t t = 0; t < tiles; ++t) {
-          tile_times_doubles(f, blocks + t * f.tile_bytes(), wide.data(), results,
-                             [&](const uint8_t* block, int64_t r, int64_t k) -> int {
-                               if (bits == 8) return block[k / 4 * 64 + r * 4 + k % 4];
-                               return block[k / 8 * 64 + r * 4 + k % 4] >> k % 8 / 4 * 4 & 15;
-                             });
+          tile_times_doubles(f, blocks + t * f.tile_bytes(), wide.data(), results);
           finish(row, t, results);
         }
       }
-    } else if (quantize_activations) {
-      QuantizedRows codes(f, rows);
-      torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / f.columns()),
-                                  [&](int64_t begin, int64_t end) {
-                                    for (int64_t r = begin; r < end; ++r)
-                                      codes.quantize(r, in + r * in_features, in_features);
-                                  });
-      with_format(f, [&](auto width, auto minimum, auto group) {
-        torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-          for (int64_t t = begin; t < end; ++t)
-            for_row_runs(rows, [&]<int M>(int64_t first, std::integral_constant<int, M>) {
-              float results[M * kTileRows];
-              tile_times_codes<width, minimum, group, M>(f, blocks + t * f.tile_bytes(), codes,
-                                                         first, results);
-              for (int m = 0; m < M; ++m) finish(first + m, t, results + m * kTileRows);
-            });
-        });
-      });
     } else {
-      std::vector<float> wide(rows * f.columns()), totals(rows * f.groups);
-      for (int64_t r = 0; r < rows; ++r)
-        for_vectors<float>(in_features, [&](int64_t i, auto n) {
-          store(wide.data() + r * f.columns() + i, load(in + r * in_features + i, n), n);
-        });
-      for (int64_t g = 0; g < rows * f.groups; ++g)
-        for (int64_t k = 0; k < group_size; ++k) totals[g] += wide[g * group_size + k];
-      with_format(f, [&](auto width, auto minimum, auto group) {
-        torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-          for (int64_t t = begin; t < end; ++t)
-            for_row_runs<4>(rows, [&]<int M>(int64_t first, std::integral_constant<int, M>) {
-              float results[M * kTileRows];
-              tile_times_floats<width, minimum, group, M>(
-                  f, blocks + t * f.tile_bytes(), wide.data() + first * f.columns(),
-                  totals.data() + first * f.groups, results);
-              for (int m = 0; m < M; ++m) finish(first + m, t, results + m * kTileRows);
-            });
-        });
+      Activations activations(quantize_activations);
+      activations.reset(f, rows);
+      const int64_t some_rows = std::max<int64_t>(1, kGrain / f.columns());
+      torch::stable::parallel_for(0, rows, some_rows, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) activations.set(r, in + r * in_features, in_features);
+      });
+      torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+        multiply_tiles(f, blocks, activations, rows, begin, end, finish);
       });
     }
   });
