@@ -444,7 +444,7 @@ def test_bad_config(changes, message):
         ({"attention.head_count": "nine"}, "must be of type int, got str"),
         ({"attention.layer_norm_rms_epsilon": -1.0}, "rms_norm_eps must be positive"),
         ({"rope.dimension_count": 4}, "rope.dimension_count must be the head size 10, got 4"),
-        ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type is not supported"),
+        ({"rope.scaling.type": "longrope"}, "llama.rope.scaling.type is 'longrope'"),
     ],
 )
 def test_unfit_gguf_gives_one_clear_error(tmp_path, changes, message):
