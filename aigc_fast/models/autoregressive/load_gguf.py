@@ -111,9 +111,8 @@ def _read_config(file: GGUFFile, name: str, architecture: Architecture) -> Decod
             f"{fields['head_dim']}, got {rotary_dim}"
         )
     scaling = _read_scaling(file, name, fields["max_position_embeddings"])
-    if scaling is not None and scaling.kind == "yarn":
-        reach = int(min(scaling.factor * scaling.original_length, 2**62))
-        fields["max_position_embeddings"] = max(fields["max_position_embeddings"], reach)
+    if scaling is not None:
+        fields["max_position_embeddings"] = max(fields["max_position_embeddings"], scaling.reach)
     try:
         return DecoderConfig(**fields, rotary_dim=rotary_dim, rope_scaling=scaling)
     except ValueError as error:
@@ -122,23 +121,22 @@ def _read_config(file: GGUFFile, name: str, architecture: Architecture) -> Decod
 
 def _read_scaling(file: GGUFFile, name: str, length: int) -> RopeScaling | None:
     scale, kind = f"{name}.rope.scale_linear", f"{name}.rope.scaling.type"
-    options: dict[str, Any]
+    options: dict[str, Any] = {"original_length": length}
     if "rope_freqs.weight" in file.tensors:  # what llama.cpp's converter makes of `llama3`
         divisors = file.tensors["rope_freqs.weight"].dequantize().flatten().tolist()
-        options = {"kind": "divisors", "divisors": tuple(divisors)}
+        options |= {"kind": "divisors", "divisors": tuple(divisors)}
     elif scale in file.metadata:
-        options = {"kind": "linear", "factor": file.get(scale, float)}
+        options |= {"kind": "linear", "factor": file.get(scale, float)}
     elif file.metadata.get(kind, "none") == "none":
         return None
     else:
-        options = {"kind": file.get(kind, str)}
+        options["kind"] = file.get(kind, str)
         if options["kind"] not in ("linear", "yarn"):
             raise ValueError(f"{file.path}: {kind} is {options['kind']!r}, which is not supported")
         options["factor"] = file.get(f"{name}.rope.scaling.factor", float)
         original = f"{name}.rope.scaling.original_context_length"
-        options["original_length"] = (
-            file.get(original, int) if original in file.metadata else length
-        )
+        if original in file.metadata:
+            options["original_length"] = file.get(original, int)
     try:
         return RopeScaling(**options)
     except ValueError as error:

@@ -114,7 +114,8 @@ def _prefix(folder: HFFolder, architecture: Architecture) -> str:
     """What the names in this folder lack: a model saved without its head has no `model.`."""
     name = f"{architecture.names['token_embd']}.weight"
     prefix = name.split(".", 1)[0] + "."
-    return prefix if name not in folder.tensors and name.removeprefix(prefix) in folder.tensors else ""
+    bare = name not in folder.tensors and name.removeprefix(prefix) in folder.tensors
+    return prefix if bare else ""
 
 
 def read_hf_config(config: Config, architecture: Architecture, most_layers: int) -> DecoderConfig:
@@ -222,10 +223,8 @@ def _rope_fields(config: Config, fields: Fields) -> Fields:
             "attention_factor": _yarn_attention_factor(get, options["factor"]),
         }
     scaling = RopeScaling(kind, **options)
-    if kind != "llama3":
-        # These files give the length before the scaling; Llama 3's give the one after.
-        reach = int(min(scaling.factor * scaling.original_length, 2**62))
-        found["max_position_embeddings"] = max(length, reach)
+    # But for Llama 3, files mostly give the length before the scaling.
+    found["max_position_embeddings"] = max(length, scaling.reach)
     return found | {"rope_scaling": scaling}
 
 

@@ -69,6 +69,12 @@ class RopeScaling:
                 f"{self.low_freq_factor} and {self.high_freq_factor}"
             )
 
+    @property
+    def reach(self) -> int:
+        """The longest sequence after the scaling, by its factor (0 where the factor has no say)."""
+        stretched = self.kind in ("linear", "dynamic", "yarn")
+        return int(min(self.factor * self.original_length, 2**62)) if stretched else 0
+
     def stretches(self, length: int) -> bool:
         """Whether the frequencies of a sequence of that length are its own (dynamic scaling)."""
         return self.kind == "dynamic" and length > self.original_length
