@@ -56,9 +56,9 @@ def read_hf_folder(path: str | os.PathLike[str]) -> HFFolder:
     """
     folder = Path(path)
     config = read_json(folder / "config.json")
-    if (folder / _INDEX).exists():
+    if (folder / _INDEX).is_file():
         return HFFolder(str(folder), config, _open_shards(folder))
-    if not (folder / _SINGLE).exists():
+    if not (folder / _SINGLE).is_file():
         pickled = next(iter(sorted(folder.glob("*.bin"))), None)
         if pickled is not None:
             raise ValueError(
@@ -121,3 +121,5 @@ def _open(path: Path) -> dict[str, Any]:
         return dict.fromkeys(file.keys(), file)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a sound safetensors file: {error}") from None
+    except OSError as error:  # safetensors leaves the name out
+        raise OSError(f"{path}: {error}") from None

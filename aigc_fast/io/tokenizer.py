@@ -1,15 +1,19 @@
-"""The tokenizer and the chat template that a GGUF file carries."""
+"""The tokenizer and the chat template that a GGUF file or a Hugging Face folder carries."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .gguf import GGUFFile, read_gguf
+from .hf_folder import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,9 +39,14 @@ class TextTokenizer:
     chat_template: str | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text; names of special tokens in it become those tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """The token ids of a text; names of special tokens in it become those tokens.
+
+        Args:
+            add_special_tokens: with what the tokenizer puts around a text, such as `<bos>`. A
+                chat template has written it already.
+        """
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some token ids, without special tokens."""
@@ -60,19 +69,25 @@ class TextTokenizer:
             messages: such as `[{"role": "user", "content": "Hello"}]`.
 
         Raises:
-            ValueError: the file has no template, or the template fails on these messages.
+            ValueError: there is no template, or the template fails on these messages.
         """
         if self.chat_template is None:
-            raise ValueError(f"{self.path}: metadata key 'tokenizer.chat_template' is missing")
+            raise ValueError(f"{self.path}: there is no chat template")
         from jinja2.exceptions import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
-        # The options and the two globals that templates are written for by convention.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # The options and the globals that templates are written for by convention.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent
+        )
         try:
             return environment.from_string(self.chat_template).render(
                 messages=messages, add_generation_prompt=True, **self.special_tokens
@@ -83,14 +98,84 @@ class TextTokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
-    """Builds the byte-level BPE tokenizer that a GGUF file describes.
+    """Builds the tokenizer of a model on disk.
+
+    Args:
+        path: a GGUF file with a byte-level BPE tokenizer, or a folder with a tokenizer.json.
 
     Raises:
-        OSError: the file cannot be opened.
-        ValueError: the file is unsound, or its tokenizer is of a kind not known here.
+        OSError: a file cannot be opened.
+        ValueError: a file is unsound, or its tokenizer is of a kind not known here.
         ImportError: the package `tokenizers` is not installed.
     """
-    return _build(read_gguf(path))
+    return _read_folder(Path(path)) if os.path.isdir(path) else _build(read_gguf(path))
+
+
+def _read_folder(folder: Path) -> TextTokenizer:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError("this needs the package tokenizers: pip install tokenizers") from error
+
+    source = folder / "tokenizer.json"
+    content = source.read_bytes()
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the package raises the base class itself
+        raise ValueError(f"{source}: not a sound tokenizer: {error}") from None
+
+    config_path = folder / "tokenizer_config.json"
+    config = read_json(config_path) if config_path.exists() else {}
+    special: dict[str, str] = {}
+    for name in ("bos_token", "eos_token"):
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise ValueError(f"{config_path}: {name!r} must be a string, got {token!r}")
+        if token is not None:
+            special[name] = token
+    stop = _folder_stop_tokens(folder, tokenizer.get_vocab_size())
+    if not stop and (eos := tokenizer.token_to_id(special.get("eos_token", ""))) is not None:
+        stop = {eos}
+    return TextTokenizer(
+        path=str(folder),
+        tokenizer=tokenizer,
+        stop_tokens=tuple(sorted(stop)),
+        chat_template=_folder_chat_template(folder, config),
+        special_tokens=special,
+    )
+
+
+def _folder_stop_tokens(folder: Path, vocab_size: int) -> set[int]:
+    """`eos_token_id`, a number or a list, of the first file that has it."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        found = read_json(path).get("eos_token_id") if path.exists() else None
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        for token_id in ids:
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"{path}: 'eos_token_id' must be token ids below {vocab_size}, got {found!r}"
+                )
+        return set(ids)
+    return set()
+
+
+def _folder_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # named templates; `default` is the one for conversations
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(
+            f"{folder}: 'chat_template' must be a string, got {type(template).__name__}"
+        )
+    return template
 
 
 def _build(file: GGUFFile) -> TextTokenizer:

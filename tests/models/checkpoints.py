@@ -39,15 +39,17 @@ MODELS = {
     "gemma2": ("gemma2", dict(sliding_window=6, query_pre_attn_scalar=20)),
     "gemma2 untied, no caps": (
         "gemma2",
-        dict(
-            tie_word_embeddings=False, attn_logit_softcapping=None, final_logit_softcapping=None
-        ),
+        dict(tie_word_embeddings=False, attn_logit_softcapping=None, final_logit_softcapping=None),
     ),
     "gpt2": ("gpt2", {}),
     "gpt2 untied": ("gpt2", dict(tie_word_embeddings=False, n_inner=90)),
     "stablelm": (
         "stablelm",
-        dict(head_dim=None, use_qkv_bias=True, rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
+        dict(
+            head_dim=None,
+            use_qkv_bias=True,
+            rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5),
+        ),
     ),
 }
 

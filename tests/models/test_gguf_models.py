@@ -75,7 +75,7 @@ def test_stored_types_load(storage, tmp_path):
     changes = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4)
     hf = hf_model(hf_config("qwen2", **changes))
     model = DecoderLM.from_pretrained(write_gguf(tmp_path / "model.gguf", hf, kind))
-    for name, weight in hf.state_dict().items():
+    for weight in hf.state_dict().values():
         if weight.ndim == 2:
             stored = gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind)
             weight.copy_(torch.from_numpy(stored))

@@ -42,8 +42,8 @@ class Architecture:
         fixed: fields that are the same in every model of the kind.
         derive: fields that follow from those read.
         expected: keys of config.json that must have that value, where they are there.
-        slides: whether a layer has the sliding window, where config.json has no `layer_types`;
-            None in an architecture without windows.
+        slides: whether a layer has the sliding window, of its number and config.json's
+            max_window_layers; `layer_types` goes before it. None: there are no windows.
         window, use_window: the defaults of config.json's sliding_window, use_sliding_window.
         transposed: transformers stores the matrices of the layers as (in, out).
         offset_norms: transformers stores the weights of the norms less one.
@@ -57,7 +57,7 @@ class Architecture:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     derive: Callable[[Fields], Fields] = lambda fields: {}
     expected: Mapping[str, Any] = field(default_factory=dict)
-    slides: Callable[[int, Mapping[str, Any]], bool] | None = None
+    slides: Callable[[int, int], bool] | None = None
     window: int | None = None
     use_window: bool = True
     transposed: bool = False
@@ -174,10 +174,6 @@ def _gpt2_derived(fields: Fields) -> Fields:
     return {"num_kv_heads": fields["num_heads"], "head_dim": _head_dim(fields)}
 
 
-def _late_layers(layer: int, config: Mapping[str, Any]) -> bool:
-    return layer >= config.get("max_window_layers", 28)
-
-
 _LLAMA = Architecture(
     names=_LLAMA_NAMES,
     config=_LLAMA_CONFIG | _BIAS | {"mlp_bias": Key("mlp_bias", False)},
@@ -189,7 +185,7 @@ _QWEN2 = replace(
     _LLAMA,
     config=_LLAMA_CONFIG,
     fixed={"qkv_bias": True},
-    slides=_late_layers,
+    slides=lambda layer, first: layer >= first,
     window=4096,
     use_window=False,
     paired_rotary=False,
@@ -197,9 +193,7 @@ _QWEN2 = replace(
 
 ARCHITECTURES = {
     "llama": _LLAMA,
-    "mistral": replace(
-        _LLAMA, config=_LLAMA_CONFIG, slides=lambda layer, config: True, window=4096
-    ),
+    "mistral": replace(_LLAMA, config=_LLAMA_CONFIG, slides=lambda layer, first: True, window=4096),
     "qwen2": _QWEN2,
     "qwen3": replace(
         _QWEN2,
@@ -213,7 +207,7 @@ ARCHITECTURES = {
         fixed={"activation": "geglu_tanh", "post_norms": True},
         derive=_gemma2_derived,
         expected={"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": None},
-        slides=lambda layer, config: layer % 2 == 0,
+        slides=lambda layer, first: layer % 2 == 0,
         window=4096,
         offset_norms=True,
     ),

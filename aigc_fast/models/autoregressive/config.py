@@ -77,6 +77,7 @@ class DecoderConfig:
             limit = 2**63 if type(value) is int else math.inf
             if type(value) in (int, float) and not 0 < value < limit:
                 raise ValueError(f"{field.name} must be positive and finite, got {value}")
+        self._check_sizes()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}"
@@ -96,6 +97,17 @@ class DecoderConfig:
         if self.rotary_dim is None:
             object.__setattr__(self, "rotary_dim", self.head_dim)
         self._check_rotary(self.rotary_dim or self.head_dim)
+
+    def _check_sizes(self) -> None:
+        """Keeps the number of elements of every weight within what a tensor can count."""
+        heads = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        widest = max(self.vocab_size, heads, 2 * self.intermediate_size)
+        if self.learned_positions:
+            widest = max(widest, self.max_position_embeddings)
+        if widest * self.hidden_size >= 2**62:
+            raise ValueError(
+                f"a weight of {widest} by hidden_size = {self.hidden_size} has too many elements"
+            )
 
     def _check_rotary(self, rotary_dim: int) -> None:
         if rotary_dim % 2 or rotary_dim > self.head_dim:

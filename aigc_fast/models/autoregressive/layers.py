@@ -130,19 +130,17 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
 
-        def norm(wanted: bool = True) -> Norm | None:
-            return Norm(config, config.hidden_size, config.norm) if wanted else None
+        def norm() -> Norm:
+            return Norm(config, config.hidden_size, config.norm)
 
         self.attention_norm = norm()
         self.attention = Attention(config, layer)
-        self.post_attention_norm = norm(config.post_norms)
+        self.post_attention_norm = norm() if config.post_norms else None
         self.mlp_norm = norm()
         self.mlp = MLP(config)
-        self.post_mlp_norm = norm(config.post_norms)
+        self.post_mlp_norm = norm() if config.post_norms else None
 
-    def forward(
-        self, hidden: Tensor, residual: Tensor | None, step: Step
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
         hidden, residual = self.attention_norm(hidden, residual)
         hidden = self.attention(hidden, step)
         if self.post_attention_norm is not None:

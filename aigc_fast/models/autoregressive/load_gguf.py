@@ -102,7 +102,7 @@ def _read_config(file: GGUFFile, name: str, architecture: Architecture) -> Decod
     # Qwen's converter writes no window, and llama.cpp gives it none.
     if window and slides is not None and architecture.use_window:
         fields["windows"] = tuple(
-            window if slides(layer, {}) else None for layer in range(fields["num_layers"])
+            window if slides(layer, 0) else None for layer in range(fields["num_layers"])
         )
     rotary_dim = get(Key("rope.dimension_count", fields["head_dim"]), int, fields)
     if architecture.paired_rotary and rotary_dim != fields["head_dim"]:

@@ -127,7 +127,7 @@ def read_hf_config(config: Config, architecture: Architecture, most_layers: int)
     Raises:
         ValueError: something is missing, unfit or not supported.
     """
-    for name, value in (architecture.expected | {"quantization_config": None}).items():
+    for name, value in {"quantization_config": None, **architecture.expected}.items():
         if (found := config.get(name, value)) != value:
             raise ValueError(f"{name} is {found!r}; only {value!r} is supported")
     fields: Fields = dict(architecture.fixed)
@@ -172,8 +172,12 @@ def _windows(config: Config, architecture: Architecture, layers: int) -> tuple[i
     window = _checked("sliding_window", window, "int")
     kinds = config.get("layer_types")
     if kinds is None:
-        slides = [architecture.slides(layer, config) for layer in range(layers)]
-    elif isinstance(kinds, list) and set(map(str, kinds)) <= {"sliding_attention", "full_attention"}:
+        first = _checked("max_window_layers", config.get("max_window_layers", 28), "int")
+        slides = [architecture.slides(layer, first) for layer in range(layers)]
+    elif isinstance(kinds, list) and set(map(str, kinds)) <= {
+        "sliding_attention",
+        "full_attention",
+    }:
         slides = [kind == "sliding_attention" for kind in kinds]
     else:
         raise ValueError("'layer_types' must be a list of 'sliding_attention', 'full_attention'")
@@ -205,7 +209,7 @@ def _rope_fields(config: Config, fields: Fields) -> Fields:
         return found
     if kind not in ("linear", "dynamic", "yarn", "llama3"):
         raise ValueError(f"rope_type is {kind!r}, which is not supported")
-    options: Fields = {"factor": get("factor", None), "original_length": length}
+    options: Fields = {"kind": kind, "factor": get("factor", None), "original_length": length}
     if options["factor"] is None:
         raise ValueError("rope_parameters: 'factor' is missing")
     if kind in ("yarn", "llama3"):
@@ -222,7 +226,7 @@ def _rope_fields(config: Config, fields: Fields) -> Fields:
             "truncate": get("truncate", True, "bool"),
             "attention_factor": _yarn_attention_factor(get, options["factor"]),
         }
-    scaling = RopeScaling(kind, **options)
+    scaling = RopeScaling(**options)
     # But for Llama 3, files mostly give the length before the scaling.
     found["max_position_embeddings"] = max(length, scaling.reach)
     return found | {"rope_scaling": scaling}

@@ -116,7 +116,9 @@ def inverse_frequencies(config: DecoderConfig, length: int) -> Tensor:
         return plain / scaling.factor
     if scaling.kind == "divisors":
         return plain / torch.tensor(scaling.divisors, dtype=torch.float64)
-    keep = _yarn_keep(dim, base, scaling) if scaling.kind == "yarn" else _llama3_keep(plain, scaling)
+    keep = (
+        _yarn_keep(dim, base, scaling) if scaling.kind == "yarn" else _llama3_keep(plain, scaling)
+    )
     return plain * keep + plain / scaling.factor * (1 - keep)
 
 
