@@ -34,18 +34,31 @@ def attend(
         (batch, q_len, num_heads, head_dim) in the dtype of query.
     """
     length = keys.shape[1]
-    if softcap is not None or (window is not None and window < length):
-        return _plain(query, keys, values, ends, scale, window or length, softcap)
-    if ends is not None:
+    if window is not None and window >= length:
+        window = None
+    if ends is not None and window is None and softcap is None:
         return ops.decode_attention(query, keys, values, ends, scale=scale)
-    return F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        is_causal=True,
-        scale=scale,
-        enable_gqa=query.shape[2] != keys.shape[2],
-    ).transpose(1, 2)
+    if ends is None and softcap is None:
+        return F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=None if window is None else _visible(query, length, None, window),
+            is_causal=window is None,
+            scale=scale,
+            enable_gqa=query.shape[2] != keys.shape[2],
+        ).transpose(1, 2)
+    return _plain(query, keys, values, ends, scale, window or length, softcap)
+
+
+def _visible(query: Tensor, length: int, ends: Tensor | None, window: int) -> Tensor:
+    """Which entries each query sees: bool (q_len, length), or (batch, 1, q_len, length)."""
+    own = torch.arange(query.shape[1], device=query.device)
+    if ends is not None:
+        own = own + (ends[:, None, None] - query.shape[1])
+    own = own[..., None]
+    entry = torch.arange(length, device=query.device)
+    return (entry <= own) & (entry > own - window)
 
 
 def _plain(
@@ -57,24 +70,18 @@ def _plain(
     window: int,
     softcap: float | None,
 ) -> Tensor:
-    """Plain PyTorch, for what ops.decode_attention does not take: a window and a softcap.
+    """Plain PyTorch, for what neither of the others takes: a window over a cache, and a softcap.
 
     It reads the whole cache, and holds q_len * length scores of every head.
     """
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    q_len, head_dim = query.shape[1], query.shape[3]
     grouped = query.to(wide).unflatten(2, (keys.shape[2], -1))
     scores = torch.einsum("bikgd,bjkd->bkgij", grouped, keys.to(wide))
-    scores = scores * (head_dim**-0.5 if scale is None else scale)
+    scores = scores * (query.shape[3] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    own = torch.arange(q_len, device=query.device)
-    if ends is not None:
-        own = own + (ends[:, None] - q_len)
-    own = own[..., None]  # the entry of each query's own token: (q_len, 1) or (batch, q_len, 1)
-    entry = torch.arange(keys.shape[1], device=query.device)
-    visible = (entry <= own) & (entry > own - window)
-    visible = visible[:, None, None] if ends is not None else visible
+    visible = _visible(query, keys.shape[1], ends, window)
+    visible = visible if ends is None else visible[:, None]
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     out = torch.einsum("bkgij,bjkd->bikgd", weights, values.to(wide))
     return out.flatten(2, 3).to(query.dtype)
