@@ -137,8 +137,20 @@ def test_config_that_is_not_json(folder, content):
 
 @pytest.mark.parametrize(
     "shard",
-    ["../other.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x.safetensors", "", "..", 3]
-    + ["c:x.safetensors", "x.bin", None, ["x.safetensors"], "x\0.safetensors"],
+    [
+        "../other.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        "c:x.safetensors",
+        "x\0.safetensors",
+        "x.bin",
+        "..",
+        "",
+        None,
+        3,
+        ["x.safetensors"],
+    ],
 )
 def test_an_index_cannot_name_files_elsewhere(shards, shard):
     (shards.parent / "other.safetensors").write_bytes(b"not to be read")
