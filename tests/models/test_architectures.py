@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aigc_fast.models.autoregressive import DecoderLM
+from aigc_fast.models.autoregressive import DecoderLM, generate
 from aigc_fast.models.autoregressive.architectures import ARCHITECTURES
 from aigc_fast.models.autoregressive.load_hf import read_hf_config
 
@@ -73,3 +73,20 @@ def test_gradients_flow_to_every_weight(name):
     expected = hf.get_input_embeddings().weight.grad
     error = (model.embed_tokens.weight.grad - expected).abs().max()
     assert error <= 1e-4 * expected.abs().max()  # transformers' norms are float32
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3", "gemma2", "gpt2"])
+def test_prompts_of_different_lengths_are_independent(name, tmp_path):
+    model_type, changes = MODELS[name]
+    hf = hf_model(hf_config(model_type, **changes))
+    hf.save_pretrained(tmp_path)
+    model = DecoderLM.from_pretrained(tmp_path, dtype=torch.float64)
+    prompts = [[5], list(range(12)), [16, 0, 9]]
+    expected = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        with torch.no_grad():
+            for _ in range(10):
+                tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        expected.append(tokens[len(prompt) :])
+    assert generate(model, prompts, 10).tolist() == expected
