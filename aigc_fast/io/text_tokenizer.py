@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+@contextmanager
+def sound(path: str) -> Iterator[None]:
+    """Makes a ValueError of whatever the package tokenizers raises.
+
+    That is Exception itself, or, where its Rust code panics on a hostile file, a BaseException.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{path}: not a sound tokenizer: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -36,11 +51,13 @@ class TextTokenizer:
             add_special_tokens: with what the tokenizer puts around a text, such as `<bos>`. A
                 chat template has written it already.
         """
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        with sound(self.path):
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some token ids, without special tokens."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        with sound(self.path):
+            return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def decode_stream(self, token_ids: Iterable[int]) -> Iterator[str]:
         """The text piece by piece, as the ids arrive; a piece never cuts a character."""
@@ -48,7 +65,8 @@ class TextTokenizer:
 
         decoder = DecodeStream(skip_special_tokens=True)
         for token_id in token_ids:
-            piece = decoder.step(self.tokenizer, token_id)
+            with sound(self.path):
+                piece = decoder.step(self.tokenizer, token_id)
             if piece:
                 yield piece
 

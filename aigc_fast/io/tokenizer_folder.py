@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .hf_folder import read_json
-from .text_tokenizer import TextTokenizer
+from .text_tokenizer import TextTokenizer, sound
 
 
 def read_folder_tokenizer(folder: Path) -> TextTokenizer:
@@ -18,10 +18,8 @@ def read_folder_tokenizer(folder: Path) -> TextTokenizer:
 
     source = folder / "tokenizer.json"
     content = source.read_bytes()
-    try:
+    with sound(str(source)):
         tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the package raises the base class itself
-        raise ValueError(f"{source}: not a sound tokenizer: {error}") from None
 
     config_path = folder / "tokenizer_config.json"
     config = read_json(config_path) if config_path.exists() else {}

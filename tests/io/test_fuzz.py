@@ -21,7 +21,9 @@ pytest.importorskip("safetensors")
 import numpy as np
 from safetensors.torch import save_file
 
+from aigc_fast.io import load_tokenizer
 from aigc_fast.models.autoregressive import DecoderLM
+from tests.io.test_tokenizer_folder import write_folder as write_folder_tokenizer
 
 FILES = 10_100  # of each format
 BOUND = 256 << 20  # bytes of address space; the files have some ten thousand
@@ -234,3 +236,22 @@ def damaged_part(rng, path, content):
     elif rng.random() < 0.5:
         return json.dumps(damage_json(rng, json.loads(content))).encode()
     return damage(rng, content, header)
+
+
+def test_damaged_tokenizers(folder):
+    """Some of these make the Rust code of the package tokenizers panic."""
+    path = write_folder_tokenizer(folder) / "tokenizer.json"
+    content = path.read_bytes()
+    fields, rng, loaded = json.loads(content), random.Random(0), 0
+    for _ in range(3000):
+        if rng.random() < 0.6:
+            path.write_bytes(json.dumps(damage_json(rng, fields)).encode())
+        else:
+            path.write_bytes(damage(rng, content, len(content)))
+        try:
+            tokenizer = load_tokenizer(folder)
+            tokenizer.decode(tokenizer.encode("hello a</s>b é"))
+            loaded += 1
+        except (ValueError, OSError) as error:
+            assert str(folder) in str(error)
+    assert 0 < loaded < 3000

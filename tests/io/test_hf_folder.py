@@ -127,6 +127,14 @@ def test_unfit_config_gives_one_clear_error(folder, changes, message):
     refused(folder, message)
 
 
+@pytest.mark.parametrize("off", [None, False, {}])
+def test_what_is_off_may_be_said(folder, off):
+    edit(folder / "config.json")
+    content = json.loads((folder / "config.json").read_text()) | {"quantization_config": off}
+    (folder / "config.json").write_text(json.dumps(content))
+    DecoderLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"\xff\xfe", b"[" * 10**5, b"[1]", b'{"a": 1' + b"0" * 5000]
 )

@@ -73,6 +73,8 @@ def _metadata(config):
         found["rope.scaling.type"] = rope["rope_type"]
         found["rope.scaling.factor"] = rope["factor"]
         found["rope.scaling.original_context_length"] = rope.get("original_max_position_embeddings")
+        for field in ("beta_fast", "beta_slow"):
+            found[f"rope.scaling.yarn_{field}"] = rope.get(field)
     return found
 
 

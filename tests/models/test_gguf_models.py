@@ -48,11 +48,7 @@ def assert_agrees(hf, tmp_path):
 
 @pytest.mark.parametrize("name", ["linear", "yarn", "yarn borders", "llama3"])
 def test_rope_scaling_agrees_with_transformers(name, tmp_path):
-    rope = {"beta_fast": None, "beta_slow": None, "truncate": None} if "borders" in name else {}
-    hf = hf_model(scaled_config(name, rope=rope))
-    if "borders" in name:
-        hf.config.rope_parameters.pop("truncate")
-    assert_agrees(hf, tmp_path)
+    assert_agrees(hf_model(scaled_config(name, rope={"truncate": True})), tmp_path)
 
 
 def test_old_linear_scaling(tmp_path):
@@ -87,6 +83,14 @@ def test_stored_types_load(storage, tmp_path):
     "changes, message",
     [
         ({"rope.scaling.type": "longrope"}, "rope.scaling.type is 'longrope'"),
+        (
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 2.0,
+                "rope.scaling.attn_factor": 0.5,
+            },
+            "rope.scaling.attn_factor is not supported",
+        ),
         ({"rope.scaling.type": "yarn"}, "'llama.rope.scaling.factor' is missing"),
         ({"rope.scaling.type": "linear", "rope.scaling.factor": -2.0}, "must be positive"),
         ({"attention.sliding_window": "all"}, "must be of type int, got str"),

@@ -137,6 +137,12 @@ def _read_scaling(file: GGUFFile, name: str, length: int) -> RopeScaling | None:
         original = f"{name}.rope.scaling.original_context_length"
         if original in file.metadata:
             options["original_length"] = file.get(original, int)
+        for end in ("attn_factor", "yarn_log_multiplier", "yarn_ext_factor", "yarn_attn_factor"):
+            if f"{name}.rope.scaling.{end}" in file.metadata:
+                raise ValueError(f"{file.path}: {name}.rope.scaling.{end} is not supported")
+        for field in ("beta_fast", "beta_slow"):
+            if (key := f"{name}.rope.scaling.yarn_{field}") in file.metadata:
+                options[field] = file.get(key, float)
     try:
         return RopeScaling(**options)
     except ValueError as error:

@@ -128,7 +128,8 @@ def read_hf_config(config: Config, architecture: Architecture, most_layers: int)
         ValueError: something is missing, unfit or not supported.
     """
     for name, value in {"quantization_config": None, **architecture.expected}.items():
-        if (found := config.get(name, value)) != value:
+        # What is off may be false, null or empty.
+        if (found := config.get(name, value)) != value and (found or value):
             raise ValueError(f"{name} is {found!r}; only {value!r} is supported")
     fields: Fields = dict(architecture.fixed)
     for field, key in architecture.config.items():
