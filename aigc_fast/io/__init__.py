@@ -2,6 +2,16 @@
 
 from .digits import load_digits
 from .gguf import GGUFFile, GGUFTensor, read_gguf
+from .hf_folder import HFFolder, read_hf_folder
 from .tokenizer import TextTokenizer, load_tokenizer
 
-__all__ = ["GGUFFile", "GGUFTensor", "TextTokenizer", "load_digits", "load_tokenizer", "read_gguf"]
+__all__ = [
+    "GGUFFile",
+    "GGUFTensor",
+    "HFFolder",
+    "TextTokenizer",
+    "load_digits",
+    "load_tokenizer",
+    "read_gguf",
+    "read_hf_folder",
+]

@@ -251,8 +251,8 @@ def test_tokenizer(sound):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"tokenizer.ggml.model": "llama"}, "only 'gpt2' is supported"),
-        ({"tokenizer.ggml.pre": "qwen2"}, "only 'smollm' is supported"),
+        ({"tokenizer.ggml.model": "bert"}, "only 'gpt2' and 'llama' are supported"),
+        ({"tokenizer.ggml.pre": "falcon"}, "tokenizer.ggml.pre is 'falcon'; supported are"),
         ({"tokenizer.ggml.tokens": None}, "'tokenizer.ggml.tokens' is missing"),
         ({"tokenizer.ggml.tokens": 3}, "must be of type list, got int"),
         ({"tokenizer.ggml.tokens": ["l", "l"]}, "holds a token twice"),

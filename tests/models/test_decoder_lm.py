@@ -16,6 +16,7 @@ from aigc_fast.models.autoregressive import (
     generate,
     stream_tokens,
 )
+from tests.models.checkpoints import assert_error_ratio, step_by_step
 
 CONFIGS = {
     "grouped": DecoderConfig(
@@ -128,27 +129,6 @@ def oracle(config, state, token_ids):
         gate, up = linear(y, f"{at}.mlp.gate_proj"), linear(y, f"{at}.mlp.up_proj")
         x = x + linear(gate * gate.sigmoid() * up, f"{at}.mlp.down_proj")
     return linear(norm(x, "model.norm"), "lm_head")
-
-
-def assert_error_ratio(ours, theirs, exact):
-    """At most twice as wrong as transformers in the same dtype, plus one ulp of the largest."""
-    largest = exact.abs().max().item()
-    eps = torch.finfo(ours.dtype).eps
-    ulp = eps * 2.0 ** math.floor(math.log2(largest))
-    our_error = (ours.double() - exact).abs().max().item()
-    their_error = (theirs.double() - exact).abs().max().item()
-    assert our_error <= 2 * their_error + ulp, (our_error, their_error, ulp)
-    # That the oracle computes the same model: else both would be wrong, and alike.
-    assert their_error <= max(eps, 1e-7) ** 0.5 * largest
-
-
-def step_by_step(model, token_ids, *chunks):
-    """The logits from a cache, fed in chunks of the given sizes, then token by token."""
-    seq = token_ids.shape[1]
-    sizes = [*chunks, *[1] * (seq - sum(chunks))]
-    cache = model.new_cache(len(token_ids), seq)
-    with torch.inference_mode():
-        return torch.cat([model(part, cache) for part in token_ids.split(sizes, 1)], dim=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -444,7 +424,7 @@ def test_bad_config(changes, message):
         ({"attention.head_count": "nine"}, "must be of type int, got str"),
         ({"attention.layer_norm_rms_epsilon": -1.0}, "rms_norm_eps must be positive"),
         ({"rope.dimension_count": 4}, "rope.dimension_count must be the head size 10, got 4"),
-        ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type is not supported"),
+        ({"rope.scaling.type": "longrope"}, "llama.rope.scaling.type is 'longrope'"),
     ],
 )
 def test_unfit_gguf_gives_one_clear_error(tmp_path, changes, message):

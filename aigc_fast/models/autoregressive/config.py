@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from .rope import RopeScaling
+
+Norm = Literal["rms", "layer"]
+Activation = Literal["swiglu", "geglu_tanh", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder of the Llama type: RMS norms, rotary embedding, grouped heads, gated MLP.
+    """A decoder-only transformer. The defaults are those of Llama.
 
     Attributes:
         vocab_size: number of tokens.
@@ -19,9 +25,23 @@ class DecoderConfig:
         head_dim: width of a head, even.
         intermediate_size: width of the MLP.
         rope_theta: base of the rotary frequencies.
-        rms_norm_eps: added to the mean square in every norm.
-        max_position_embeddings: the longest sequence the model was trained for.
+        rms_norm_eps: added to the mean square (in a layer norm, to the variance) in every norm.
+        max_position_embeddings: the longest sequence the model takes, scaling included.
         tie_word_embeddings: the output projection is the embedding itself.
+        norm: RMS norm, or layer norm with a bias.
+        post_norms: attention and MLP have a norm behind them too, not only before.
+        qk_norm: an RMS norm over each head of query and key, before the rotation.
+        activation: silu(gate) * up, gelu(gate) * up, or gelu without a gate; tanh approximation.
+        qkv_bias, output_bias, mlp_bias: which projections have a bias.
+        learned_positions: an embedding of the position instead of the rotation.
+        rotary_dim: the leading features of a head that rotate, even; None is all of them.
+        rope_scaling: how the rotary frequencies are stretched.
+        windows: for each layer how many of the newest tokens it sees, itself included, or None
+            for all; () where all layers see all.
+        attention_scale: factor on the scores; None is 1 / sqrt(head_dim).
+        attention_softcap: scores become softcap * tanh(score / softcap).
+        logit_softcap: the same for the logits.
+        embedding_scale: factor on the token embedding on its way in.
     """
 
     vocab_size: int
@@ -35,15 +55,78 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = True
+    norm: Norm = "rms"
+    post_norms: bool = False
+    qk_norm: bool = False
+    activation: Activation = "swiglu"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    learned_positions: bool = False
+    rotary_dim: int | None = None
+    rope_scaling: RopeScaling | None = None
+    windows: tuple[int | None, ...] = ()
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "tie_word_embeddings" and not 0 < value < math.inf:
+            limit = 2**63 if type(value) is int else math.inf
+            if type(value) in (int, float) and not 0 < value < limit:
                 raise ValueError(f"{field.name} must be positive and finite, got {value}")
+        self._check_sizes()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
+        for name, choices in (("norm", get_args(Norm)), ("activation", get_args(Activation))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(
+                f"windows must have one entry for each of {self.num_layers} layers, "
+                f"got {len(self.windows)}"
+            )
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"windows must be positive, got {self.windows}")
+        if self.rotary_dim is None:
+            object.__setattr__(self, "rotary_dim", self.head_dim)
+        self._check_rotary(self.rotary_dim or self.head_dim)
+
+    def _check_sizes(self) -> None:
+        """Keeps the number of elements of every weight within what a tensor can count."""
+        heads = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        widest = max(self.vocab_size, heads, 2 * self.intermediate_size)
+        if self.learned_positions:
+            widest = max(widest, self.max_position_embeddings)
+        if widest * self.hidden_size >= 2**62:
+            raise ValueError(
+                f"a weight of {widest} by hidden_size = {self.hidden_size} has too many elements"
+            )
+
+    def _check_rotary(self, rotary_dim: int) -> None:
+        if rotary_dim % 2 or rotary_dim > self.head_dim:
+            raise ValueError(
+                f"rotary_dim must be even and at most head_dim = {self.head_dim}, got {rotary_dim}"
+            )
+        scaling = self.rope_scaling
+        if scaling is None:
+            return
+        if scaling.kind == "divisors" and len(scaling.divisors) != rotary_dim // 2:
+            raise ValueError(
+                f"rope_scaling.divisors must be {rotary_dim // 2}, one for each pair of features, "
+                f"got {len(scaling.divisors)}"
+            )
+        if scaling.kind == "dynamic" and rotary_dim == 2:
+            raise ValueError("rotary_dim must be above 2 for dynamic scaling, got 2")
+        if scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be above 1 for yarn, got {self.rope_theta}")
+
+    def window(self, layer: int) -> int | None:
+        """How many of the newest tokens that layer sees, or None for all."""
+        return self.windows[layer] if self.windows else None

@@ -1,0 +1,251 @@
+"""The table of architectures: a new one is a new row.
+
+A row says which of `DecoderConfig`'s fields stand under which key of config.json and of a GGUF
+file's metadata, and what transformers calls the weights. Weights go by llama.cpp's names here:
+they are the same for all architectures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+Fields = dict[str, Any]
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where a field of `DecoderConfig` stands in a file.
+
+    Attributes:
+        name: of the entry.
+        default: the value where it is absent, or a function of the fields read before it.
+        convert: makes the field of the entry.
+    """
+
+    name: str
+    default: Any = REQUIRED
+    convert: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row.
+
+    Attributes:
+        names: llama.cpp's name of a weight -> transformers' name; `{}` is the layer.
+        config: field of `DecoderConfig` -> its key in config.json.
+        metadata: field -> its key in GGUF's metadata, after the name of the architecture.
+        fixed: fields that are the same in every model of the kind.
+        derive: fields that follow from those read.
+        expected: keys of config.json that must have that value, where they are there.
+        slides: whether a layer has the sliding window, of its number and config.json's
+            max_window_layers; `layer_types` goes before it. None: there are no windows.
+        window, use_window: the defaults of config.json's sliding_window, use_sliding_window.
+        transposed: transformers stores the matrices of the layers as (in, out).
+        offset_norms: transformers stores the weights of the norms less one.
+        paired_rotary: llama.cpp rotates neighbours, and its converter permutes query and key.
+        ignored: ends of the names of tensors in old files that hold no weight.
+    """
+
+    names: Mapping[str, str]
+    config: Mapping[str, Key]
+    metadata: Mapping[str, Key]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    derive: Callable[[Fields], Fields] = lambda fields: {}
+    expected: Mapping[str, Any] = field(default_factory=dict)
+    slides: Callable[[int, int], bool] | None = None
+    window: int | None = None
+    use_window: bool = True
+    transposed: bool = False
+    offset_norms: bool = False
+    paired_rotary: bool = False
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+
+def _head_dim(fields: Fields) -> int:
+    return fields["hidden_size"] // max(fields["num_heads"], 1)
+
+
+def _num_heads(fields: Fields) -> int:
+    return fields["num_heads"]
+
+
+_LLAMA_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "model.layers.{}.input_layernorm",
+    "attn_q": "model.layers.{}.self_attn.q_proj",
+    "attn_k": "model.layers.{}.self_attn.k_proj",
+    "attn_v": "model.layers.{}.self_attn.v_proj",
+    "attn_q_norm": "model.layers.{}.self_attn.q_norm",
+    "attn_k_norm": "model.layers.{}.self_attn.k_norm",
+    "attn_output": "model.layers.{}.self_attn.o_proj",
+    "ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "ffn_gate": "model.layers.{}.mlp.gate_proj",
+    "ffn_up": "model.layers.{}.mlp.up_proj",
+    "ffn_down": "model.layers.{}.mlp.down_proj",
+}
+_GEMMA2_NAMES = _LLAMA_NAMES | {
+    "post_attention_norm": "model.layers.{}.post_attention_layernorm",
+    "ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
+    "post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
+}
+_GPT2_NAMES = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attn_norm": "transformer.h.{}.ln_1",
+    "attn_qkv": "transformer.h.{}.attn.c_attn",
+    "attn_output": "transformer.h.{}.attn.c_proj",
+    "ffn_norm": "transformer.h.{}.ln_2",
+    "ffn_up": "transformer.h.{}.mlp.c_fc",
+    "ffn_down": "transformer.h.{}.mlp.c_proj",
+}
+
+_LLAMA_CONFIG = {
+    "vocab_size": Key("vocab_size"),
+    "hidden_size": Key("hidden_size"),
+    "num_layers": Key("num_hidden_layers"),
+    "num_heads": Key("num_attention_heads"),
+    "num_kv_heads": Key("num_key_value_heads", _num_heads),
+    "head_dim": Key("head_dim", _head_dim),
+    "intermediate_size": Key("intermediate_size"),
+    "max_position_embeddings": Key("max_position_embeddings"),
+    "rms_norm_eps": Key("rms_norm_eps", 1e-6),
+    "tie_word_embeddings": Key("tie_word_embeddings", False),
+}
+_BIAS = {
+    "qkv_bias": Key("attention_bias", False),
+    "output_bias": Key("attention_bias", False),
+}
+_GEMMA2_CONFIG = _BIAS | {
+    "head_dim": Key("head_dim", 256),
+    "tie_word_embeddings": Key("tie_word_embeddings", True),
+    "attention_scale": Key("query_pre_attn_scalar", 256, lambda dim: dim**-0.5),
+    "attention_softcap": Key("attn_logit_softcapping", 50.0),
+    "logit_softcap": Key("final_logit_softcapping", 30.0),
+}
+_GPT2_CONFIG = {
+    "vocab_size": Key("vocab_size"),
+    "hidden_size": Key("n_embd"),
+    "num_layers": Key("n_layer"),
+    "num_heads": Key("n_head"),
+    "intermediate_size": Key("n_inner", lambda fields: 4 * fields["hidden_size"]),
+    "max_position_embeddings": Key("n_positions"),
+    "rms_norm_eps": Key("layer_norm_epsilon", 1e-5),
+    "tie_word_embeddings": Key("tie_word_embeddings", True),
+}
+
+_GGUF_SIZES = {
+    "hidden_size": Key("embedding_length"),
+    "num_layers": Key("block_count"),
+    "num_heads": Key("attention.head_count"),
+    "num_kv_heads": Key("attention.head_count_kv", _num_heads),
+    "head_dim": Key("attention.key_length", _head_dim),
+    "intermediate_size": Key("feed_forward_length"),
+    "max_position_embeddings": Key("context_length"),
+}
+_GGUF_LLAMA = _GGUF_SIZES | {
+    "rms_norm_eps": Key("attention.layer_norm_rms_epsilon"),
+    "rope_theta": Key("rope.freq_base", 10000.0),
+}
+_GGUF_GEMMA2 = _GGUF_LLAMA | {
+    "attention_softcap": Key("attn_logit_softcapping", 50.0),
+    "logit_softcap": Key("final_logit_softcapping", 30.0),
+}
+_GGUF_GPT2 = _GGUF_SIZES | {"rms_norm_eps": Key("attention.layer_norm_epsilon")}
+
+
+def _gemma2_derived(fields: Fields) -> Fields:
+    derived: Fields = {"embedding_scale": math.sqrt(fields["hidden_size"])}
+    # GGUF does not say so: of the three sizes 27B, the one of 46 layers, has another scale.
+    if "attention_scale" not in fields and fields["num_layers"] == 46:
+        derived["attention_scale"] = _head_dim(fields) ** -0.5
+    return derived
+
+
+def _gpt2_derived(fields: Fields) -> Fields:
+    return {"num_kv_heads": fields["num_heads"], "head_dim": _head_dim(fields)}
+
+
+_LLAMA = Architecture(
+    names=_LLAMA_NAMES,
+    config=_LLAMA_CONFIG | _BIAS | {"mlp_bias": Key("mlp_bias", False)},
+    metadata=_GGUF_LLAMA,
+    expected={"hidden_act": "silu"},
+    paired_rotary=True,
+)
+_QWEN2 = replace(
+    _LLAMA,
+    config=_LLAMA_CONFIG,
+    fixed={"qkv_bias": True},
+    slides=lambda layer, first: layer >= first,
+    window=4096,
+    use_window=False,
+    paired_rotary=False,
+)
+
+ARCHITECTURES = {
+    "llama": _LLAMA,
+    "mistral": replace(_LLAMA, config=_LLAMA_CONFIG, slides=lambda layer, first: True, window=4096),
+    "qwen2": _QWEN2,
+    "qwen3": replace(
+        _QWEN2,
+        config=_LLAMA_CONFIG | _BIAS | {"head_dim": Key("head_dim", 128)},
+        fixed={"qk_norm": True},
+    ),
+    "gemma2": Architecture(
+        names=_GEMMA2_NAMES,
+        config=_LLAMA_CONFIG | _GEMMA2_CONFIG,
+        metadata=_GGUF_GEMMA2,
+        fixed={"activation": "geglu_tanh", "post_norms": True},
+        derive=_gemma2_derived,
+        expected={"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": None},
+        slides=lambda layer, first: layer % 2 == 0,
+        window=4096,
+        offset_norms=True,
+    ),
+    "gpt2": Architecture(
+        names=_GPT2_NAMES,
+        config=_GPT2_CONFIG,
+        metadata=_GGUF_GPT2,
+        fixed={
+            "norm": "layer",
+            "activation": "gelu_tanh",
+            "learned_positions": True,
+            "qkv_bias": True,
+            "output_bias": True,
+            "mlp_bias": True,
+        },
+        derive=_gpt2_derived,
+        expected={
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        transposed=True,
+        ignored=("attn.bias", "attn.masked_bias"),
+    ),
+    "stablelm": Architecture(
+        names=_LLAMA_NAMES,
+        config=_LLAMA_CONFIG
+        | {
+            "rms_norm_eps": Key("layer_norm_eps", 1e-5),
+            "qkv_bias": Key("use_qkv_bias", False),
+        },
+        metadata=_GGUF_LLAMA | {"rms_norm_eps": Key("attention.layer_norm_epsilon")},
+        fixed={"norm": "layer"},
+        expected={
+            "hidden_act": "silu",
+            "qk_layernorm": False,
+            "use_parallel_residual": False,
+        },
+    ),
+}

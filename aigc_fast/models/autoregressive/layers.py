@@ -1,0 +1,152 @@
+"""The layers of a decoder on the library's ops."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aigc_fast import ops
+
+from .attention import attend
+from .cache import KVCache
+from .config import DecoderConfig
+
+
+class Step(NamedTuple):
+    """What the layers of one forward pass share.
+
+    cos, sin: (seq, rotary_dim / 2), or (batch, seq, rotary_dim / 2) where sequences differ; None
+        in a model that does not rotate.
+    ends: int32 (batch,), the cached tokens with the new ones counted in; None where the new
+        tokens are all there is to attend to.
+    """
+
+    cos: Tensor | None
+    sin: Tensor | None
+    cache: KVCache | None
+    ends: Tensor | None
+
+
+class Norm(nn.Module):
+    """RMS norm or layer norm; the residual is added on the way in where there is one."""
+
+    def __init__(self, config: DecoderConfig, width: int, kind: str) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if kind == "layer" else None
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.bias is None and residual is not None:
+            return ops.add_rms_norm(hidden, residual, self.weight, self.eps)
+        hidden = hidden if residual is None else hidden + residual
+        return self.alone(hidden), hidden
+
+    def alone(self, hidden: Tensor) -> Tensor:
+        """The norm without an addition."""
+        if self.bias is None:
+            return ops.rms_norm(hidden, self.weight, self.eps)
+        return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; query, key and value are one product."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.packed_sizes = (heads + kv_heads, kv_heads)
+        self.query_key_sizes = (heads, kv_heads)
+        self.head_dim = head_dim
+        self.layer = layer
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.window = config.window(layer)
+        self.qkv_proj = nn.Linear(
+            config.hidden_size, (heads + 2 * kv_heads) * head_dim, bias=config.qkv_bias
+        )
+        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=config.output_bias)
+        self.query_norm = Norm(config, head_dim, "rms") if config.qk_norm else None
+        self.key_norm = Norm(config, head_dim, "rms") if config.qk_norm else None
+
+    def forward(self, hidden: Tensor, step: Step) -> Tensor:
+        batch, seq, _ = hidden.shape
+        packed = self.qkv_proj(hidden).view(batch, seq, -1, self.head_dim)
+        # Query and key heads lie side by side: one rotation for both. (split_with_sizes makes
+        # both views in the time of one slice.)
+        query_key, value = packed.split_with_sizes(self.packed_sizes, 2)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = query_key.split_with_sizes(self.query_key_sizes, 2)
+            query_key = torch.cat([self.query_norm.alone(query), self.key_norm.alone(key)], 2)
+        if step.cos is not None and step.sin is not None:
+            query_key = ops.apply_rotary(query_key, step.cos, step.sin)
+        query, key = query_key.split_with_sizes(self.query_key_sizes, 2)
+        keys, values = key, value
+        if step.cache is not None:
+            cached = step.cache.keys[self.layer], step.cache.values[self.layer]
+            ops.append_kv(key, value, *cached, step.cache.lengths)
+            if step.ends is not None:
+                keys, values = cached
+        out = attend(
+            query,
+            keys,
+            values,
+            step.ends,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+        )
+        return self.o_proj(out.reshape(batch, seq, -1))
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)), gate and up one product; or down(act(up(x)))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.activation = config.activation
+        if self.activation == "gelu_tanh":
+            self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        else:
+            self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.activation == "gelu_tanh":
+            return self.down_proj(F.gelu(self.up_proj(hidden), approximate="tanh"))
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        if self.activation == "geglu_tanh":
+            return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+        return self.down_proj(ops.swiglu(gate, up))
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then MLP. The residual stream travels beside the branch that is added to it,
+    so that every addition is fused with the norm after it."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+
+        def norm() -> Norm:
+            return Norm(config, config.hidden_size, config.norm)
+
+        self.attention_norm = norm()
+        self.attention = Attention(config, layer)
+        self.post_attention_norm = norm() if config.post_norms else None
+        self.mlp_norm = norm()
+        self.mlp = MLP(config)
+        self.post_mlp_norm = norm() if config.post_norms else None
+
+    def forward(self, hidden: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        hidden, residual = self.attention_norm(hidden, residual)
+        hidden = self.attention(hidden, step)
+        if self.post_attention_norm is not None:
+            hidden = self.post_attention_norm.alone(hidden)
+        hidden, residual = self.mlp_norm(hidden, residual)
+        hidden = self.mlp(hidden)
+        if self.post_mlp_norm is not None:
+            hidden = self.post_mlp_norm.alone(hidden)
+        return hidden, residual

@@ -1,0 +1,149 @@
+"""Models from GGUF files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aigc_fast.io.gguf import GGUFFile, read_gguf
+
+from .architectures import ARCHITECTURES, REQUIRED, Architecture, Key
+from .config import DecoderConfig
+from .rope import RopeScaling
+from .weights import assemble
+
+if TYPE_CHECKING:
+    from .decoder_lm import DecoderLM
+
+_INTEGERS = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"} | {
+    "intermediate_size",
+    "max_position_embeddings",
+}
+
+
+def read_gguf_model(
+    path: str | os.PathLike[str], build: Callable[[DecoderConfig], DecoderLM], dtype: torch.dtype
+) -> tuple[DecoderLM, dict[str, Tensor]]:
+    """An empty model of the config that a GGUF file describes, and its state dict.
+
+    Raises:
+        ValueError: the file is unsound or needs something that `DecoderLM` does not do.
+    """
+    file = read_gguf(path)
+    name = file.get("general.architecture", str)
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"{file.path}: general.architecture is {name!r}; supported are {sorted(ARCHITECTURES)}"
+        )
+    architecture = ARCHITECTURES[name]
+    config = _read_config(file, name, architecture)
+    unread = set(file.tensors) - {"rope_freqs.weight"}
+
+    def fetch(part: str, layer: int | None, kind: str, shape: tuple[int, ...]) -> Tensor:
+        tensor_name = f"{part}.{kind}" if layer is None else f"blk.{layer}.{part}.{kind}"
+        weight = file.get_tensor(tensor_name, shape).dequantize()
+        unread.discard(tensor_name)
+        if architecture.paired_rotary and part in ("attn_q", "attn_k"):
+            weight = _halves_from_pairs(weight, config.head_dim)
+        return weight.to(dtype)
+
+    model = build(config)
+    state = assemble(model, architecture, fetch)
+    if unread:
+        raise ValueError(f"{file.path}: no use is known for tensor {min(unread)!r}")
+    return model, state
+
+
+def _halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """Puts the rows of each head back where transformers has them.
+
+    For this architecture llama.cpp rotates neighbours (2i, 2i + 1) and its converter moved the
+    rows to suit; here the halves (i, i + head_dim / 2) rotate, which loads whole vectors.
+    """
+    pairs = weight.view(-1, head_dim // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def _read_config(file: GGUFFile, name: str, architecture: Architecture) -> DecoderConfig:
+    def get(key: Key, kind: type, fields: dict[str, Any]) -> Any:
+        full_name = f"{name}.{key.name}"
+        if key.default is REQUIRED or full_name in file.metadata:
+            return file.get(full_name, kind)
+        return key.default(fields) if callable(key.default) else key.default
+
+    fields: dict[str, Any] = dict(architecture.fixed)
+    for field, key in architecture.metadata.items():
+        fields[field] = get(key, int if field in _INTEGERS else float, fields)
+    # Every layer has tensors, so this bounds the work that a corrupt count can cause.
+    if fields["num_layers"] > len(file.tensors):
+        raise ValueError(
+            f"{file.path}: {name}.block_count is {fields['num_layers']} "
+            f"with {len(file.tensors)} tensors"
+        )
+    if f"{name}.vocab_size" in file.metadata:
+        fields["vocab_size"] = file.get(f"{name}.vocab_size", int)
+    else:
+        fields["vocab_size"] = len(file.get("tokenizer.ggml.tokens", list))
+    fields["tie_word_embeddings"] = "output.weight" not in file.tensors
+    fields["qkv_bias"] = not {"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"}.isdisjoint(file.tensors)
+    fields["output_bias"] = "blk.0.attn_output.bias" in file.tensors
+    fields["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    fields |= architecture.derive(fields)
+
+    window = get(Key("attention.sliding_window", architecture.window), int, fields)
+    slides = architecture.slides
+    if name == "llama":
+        # Mistral goes by this name, and its window is on all layers.
+        slides = ARCHITECTURES["mistral"].slides
+    # Qwen's converter writes no window, and llama.cpp gives it none.
+    if window and slides is not None and architecture.use_window:
+        fields["windows"] = tuple(
+            window if slides(layer, 0) else None for layer in range(fields["num_layers"])
+        )
+    rotary_dim = get(Key("rope.dimension_count", fields["head_dim"]), int, fields)
+    if architecture.paired_rotary and rotary_dim != fields["head_dim"]:
+        raise ValueError(
+            f"{file.path}: {name}.rope.dimension_count must be the head size "
+            f"{fields['head_dim']}, got {rotary_dim}"
+        )
+    scaling = _read_scaling(file, name, fields["max_position_embeddings"])
+    if scaling is not None:
+        fields["max_position_embeddings"] = max(fields["max_position_embeddings"], scaling.reach)
+    try:
+        return DecoderConfig(**fields, rotary_dim=rotary_dim, rope_scaling=scaling)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+
+
+def _read_scaling(file: GGUFFile, name: str, length: int) -> RopeScaling | None:
+    scale, kind = f"{name}.rope.scale_linear", f"{name}.rope.scaling.type"
+    options: dict[str, Any] = {"original_length": length}
+    if "rope_freqs.weight" in file.tensors:  # what llama.cpp's converter makes of `llama3`
+        divisors = file.tensors["rope_freqs.weight"].dequantize().flatten().tolist()
+        options |= {"kind": "divisors", "divisors": tuple(divisors)}
+    elif scale in file.metadata:
+        options |= {"kind": "linear", "factor": file.get(scale, float)}
+    elif file.metadata.get(kind, "none") == "none":
+        return None
+    else:
+        options["kind"] = file.get(kind, str)
+        if options["kind"] not in ("linear", "yarn"):
+            raise ValueError(f"{file.path}: {kind} is {options['kind']!r}, which is not supported")
+        options["factor"] = file.get(f"{name}.rope.scaling.factor", float)
+        original = f"{name}.rope.scaling.original_context_length"
+        if original in file.metadata:
+            options["original_length"] = file.get(original, int)
+        for end in ("attn_factor", "yarn_log_multiplier", "yarn_ext_factor", "yarn_attn_factor"):
+            if f"{name}.rope.scaling.{end}" in file.metadata:
+                raise ValueError(f"{file.path}: {name}.rope.scaling.{end} is not supported")
+        for field in ("beta_fast", "beta_slow"):
+            if (key := f"{name}.rope.scaling.yarn_{field}") in file.metadata:
+                options[field] = file.get(key, float)
+    try:
+        return RopeScaling(**options)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None

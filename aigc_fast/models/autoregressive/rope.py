@@ -1,0 +1,146 @@
+"""Angles of the rotary embedding, and the ways to stretch them over longer sequences.
+
+The formulas are those of transformers' modeling_rope_utils, in float64. Sources: Su et al. 2021
+(arXiv:2104.09864); Peng et al. 2023, YaRN (arXiv:2309.00071), which also describes linear and
+NTK-aware scaling; Llama 3 as Meta published it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .config import DecoderConfig
+
+Kind = Literal["linear", "dynamic", "yarn", "llama3", "divisors"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies differ from rope_theta ** (-2i / rotary_dim).
+
+    Attributes:
+        kind: `linear` divides all by `factor`; `dynamic` raises the base once a sequence is longer
+            than `original_length`; `yarn` and `llama3` divide the slow ones and leave the fast
+            ones; `divisors` divides each by its own.
+        factor: how many times the original length is reached.
+        original_length: the longest sequence before the scaling.
+        low_freq_factor, high_freq_factor: llama3; waves longer than original_length /
+            low_freq_factor are divided, shorter than original_length / high_freq_factor left.
+        beta_fast, beta_slow: yarn; turns within the original length, above and below which a
+            frequency is left and divided.
+        truncate: yarn; round the two borders to whole frequencies.
+        attention_factor: yarn; multiplies cos and sin, None is 0.1 * log(factor) + 1.
+        divisors: one for each pair of features.
+    """
+
+    kind: Kind
+    factor: float = 1.0
+    original_length: int = 2048
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    divisors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"rope_scaling.kind must be one of {get_args(Kind)}, got {self.kind}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if field.name in ("kind", "truncate") or value is None:
+                continue
+            limit = 2**63 if type(value) is int else math.inf
+            if not all(0 < number < limit for number in numbers):
+                raise ValueError(
+                    f"rope_scaling.{field.name} must be positive and finite, got {value}"
+                )
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                "rope_scaling.low_freq_factor must be below high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+    @property
+    def reach(self) -> int:
+        """The longest sequence after the scaling, by its factor (0 where the factor has no say)."""
+        stretched = self.kind in ("linear", "dynamic", "yarn")
+        return int(min(self.factor * self.original_length, 2**62)) if stretched else 0
+
+    def stretches(self, length: int) -> bool:
+        """Whether the frequencies of a sequence of that length are its own (dynamic scaling)."""
+        return self.kind == "dynamic" and length > self.original_length
+
+
+def rotary(config: DecoderConfig, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, float64 (*positions.shape, rotary_dim / 2), in a sequence of `length`."""
+    frequencies = inverse_frequencies(config, length).to(positions.device)
+    angles = positions[..., None].double() * frequencies
+    factor = attention_factor(config.rope_scaling)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """What cos and sin are multiplied by."""
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
+
+
+def inverse_frequencies(config: DecoderConfig, length: int) -> Tensor:
+    """Radians per position of every pair of features, float64 (rotary_dim / 2,).
+
+    Args:
+        length: of the sequence so far, which only dynamic scaling looks at.
+    """
+    dim, base, scaling = config.rotary_dim, config.rope_theta, config.rope_scaling
+    assert dim is not None  # DecoderConfig fills it in
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    if scaling is not None and scaling.stretches(length):
+        stretch = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
+        base *= stretch ** (dim / (dim - 2))
+    plain = base**-exponents
+    if scaling is None or scaling.kind == "dynamic":
+        return plain
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    if scaling.kind == "divisors":
+        return plain / torch.tensor(scaling.divisors, dtype=torch.float64)
+    keep = (
+        _yarn_keep(dim, base, scaling) if scaling.kind == "yarn" else _llama3_keep(plain, scaling)
+    )
+    return plain * keep + plain / scaling.factor * (1 - keep)
+
+
+def _yarn_keep(dim: int, base: float, scaling: RopeScaling) -> Tensor:
+    """1 for the frequencies that stay, 0 for those that are divided, a ramp between them."""
+
+    def border(turns: float) -> float:
+        """The (fractional) index of the frequency with that many turns in the old length."""
+        wavelength = scaling.original_length / (turns * 2 * math.pi)
+        return dim * math.log(wavelength) / (2 * math.log(base))
+
+    low, high = border(scaling.beta_fast), border(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # as transformers does; both are a step then
+    ramp = (torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low)
+    return 1 - ramp.clamp(0, 1)
+
+
+def _llama3_keep(plain: Tensor, scaling: RopeScaling) -> Tensor:
+    turns = scaling.original_length * plain / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return ((turns - low) / (high - low)).clamp(0, 1)

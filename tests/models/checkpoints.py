@@ -1,0 +1,149 @@
+"""Small random checkpoints of transformers' own models, and their logits in float64 throughout."""
+
+import math
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+VOCAB, LENGTH = 131, 64
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=72,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=100,
+    max_position_embeddings=LENGTH,
+)
+NO_TOKENS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+GPT2 = dict(
+    vocab_size=VOCAB, n_embd=72, n_layer=3, n_head=6, n_positions=LENGTH, layer_norm_epsilon=1e-5
+)
+# model_type, then what its config has beside the sizes.
+MODELS = {
+    "llama": ("llama", {}),
+    "llama tied, biased": (
+        "llama",
+        dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    ),
+    "mistral": ("mistral", dict(sliding_window=7)),
+    "mistral no window": ("mistral", dict(sliding_window=None, tie_word_embeddings=True)),
+    "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
+    "qwen2 late windows": (
+        "qwen2",
+        dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3 tied, biased": ("qwen3", dict(tie_word_embeddings=True, attention_bias=True)),
+    "gemma2": ("gemma2", dict(sliding_window=6, query_pre_attn_scalar=20)),
+    "gemma2 untied, no caps": (
+        "gemma2",
+        dict(tie_word_embeddings=False, attn_logit_softcapping=None, final_logit_softcapping=None),
+    ),
+    "gpt2": ("gpt2", {}),
+    "gpt2 untied": ("gpt2", dict(tie_word_embeddings=False, n_inner=90)),
+    "stablelm": (
+        "stablelm",
+        dict(
+            head_dim=None,
+            use_qkv_bias=True,
+            rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5),
+        ),
+    ),
+}
+
+
+class Exact(TorchFunctionMode):
+    """Every float32 that the code inside asks for is a float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        swap = lambda value: torch.float64 if value is torch.float32 else value  # noqa: E731
+        args = tuple(map(swap, args))
+        return function(*args, **{name: swap(value) for name, value in kwargs.items()})
+
+
+def hf_config(model_type, **changes):
+    from transformers import AutoConfig
+
+    sizes = GPT2 if model_type == "gpt2" else SIZES
+    options = {"attn_implementation": "eager"} | NO_TOKENS | sizes | changes
+    # None leaves a size to the default of the architecture.
+    return AutoConfig.for_model(
+        model_type, **{k: v for k, v in options.items() if v is not None or k not in SIZES}
+    )
+
+
+def hf_model(config, dtype=torch.float32, seed=0):
+    """transformers' model with weights that make logits, scores and gates near one."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    offset = config.model_type == "gemma2"
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                fan_in = weight.shape[0 if config.model_type == "gpt2" and ".h." in name else 1]
+                weight.normal_(std=1.5 / math.sqrt(fan_in))
+            elif name.endswith("bias"):
+                weight.normal_(std=0.3)
+            else:
+                weight.uniform_(-0.5, 0.5).add_(0 if offset else 1)
+    return model.to(dtype)
+
+
+def exact_model(model):
+    """`model` had it been written in float64: transformers keeps norms, angles and the softmax in
+    float32. To be called within Exact()."""
+    from transformers import AutoModelForCausalLM
+
+    exact = AutoModelForCausalLM.from_config(model.config, dtype=torch.float64).eval()
+    exact.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
+    return exact
+
+
+def exact_logits(model, token_ids, *chunks):
+    """The logits in float64 throughout."""
+    with Exact():
+        logits = hf_logits(exact_model(model), token_ids, *chunks)
+    assert logits.dtype == torch.float64
+    return logits
+
+
+def hf_logits(model, token_ids, *chunks):
+    """transformers' logits, at once or with its cache in chunks of the given sizes."""
+    if not chunks:
+        with torch.no_grad():
+            return model(token_ids, use_cache=False).logits
+    cache, logits = None, []
+    with torch.no_grad():
+        for part in token_ids.split(list(chunks), 1):
+            out = model(part, use_cache=True, past_key_values=cache)
+            cache = out.past_key_values
+            logits.append(out.logits)
+    return torch.cat(logits, dim=1)
+
+
+def assert_error_ratio(ours, theirs, exact):
+    """At most twice as wrong as transformers in the same dtype, plus one ulp of the largest."""
+    largest = exact.abs().max().item()
+    eps = torch.finfo(ours.dtype).eps
+    ulp = eps * 2.0 ** math.floor(math.log2(largest))
+    our_error = (ours.double() - exact).abs().max().item()
+    their_error = (theirs.double() - exact).abs().max().item()
+    assert our_error <= 2 * their_error + ulp, (our_error, their_error, ulp)
+    # That the oracle computes the same model: else both would be wrong, and alike.
+    assert their_error <= max(eps, 1e-7) ** 0.5 * largest
+
+
+def step_by_step(model, token_ids, *chunks):
+    """The logits from a cache, fed in chunks of the given sizes, then token by token."""
+    seq = token_ids.shape[1]
+    sizes = [*chunks, *[1] * (seq - sum(chunks))]
+    cache = model.new_cache(len(token_ids), seq)
+    with torch.inference_mode():
+        return torch.cat([model(part, cache) for part in token_ids.split(sizes, 1)], dim=1)

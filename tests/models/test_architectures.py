@@ -1,0 +1,92 @@
+"""Every architecture against transformers, from folders that transformers itself wrote."""
+
+import pytest
+import torch
+
+from aigc_fast.models.autoregressive import DecoderLM, generate
+from aigc_fast.models.autoregressive.architectures import ARCHITECTURES
+from aigc_fast.models.autoregressive.load_hf import read_hf_config
+
+pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+
+from tests.models.checkpoints import (
+    MODELS,
+    VOCAB,
+    assert_error_ratio,
+    exact_logits,
+    hf_config,
+    hf_logits,
+    hf_model,
+    step_by_step,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_agree_with_transformers(name, dtype, tmp_path):
+    model_type, changes = MODELS[name]
+    exact, theirs, prompt, by_step, chunks = ([] for _ in range(5))
+    # Three models and the worst error of all: in one of a few weights either side can be lucky.
+    for seed in range(3):
+        hf = hf_model(hf_config(model_type, **changes), dtype, seed)
+        hf.save_pretrained(tmp_path / str(seed))
+        model = DecoderLM.from_pretrained(tmp_path / str(seed), dtype=dtype)
+        token_ids = torch.randint(VOCAB, (2, 21))
+        exact.append(exact_logits(hf, token_ids))
+        theirs.append(hf_logits(hf, token_ids))
+        with torch.no_grad():
+            prompt.append(model(token_ids))
+        by_step.append(step_by_step(model, token_ids))
+        chunks.append(step_by_step(model, token_ids, 11, 5))
+    for ours in (prompt, by_step, chunks):
+        assert_error_ratio(torch.cat(ours), torch.cat(theirs), torch.cat(exact))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float64_agrees_to_the_last_digits(name, tmp_path):
+    model_type, changes = MODELS[name]
+    hf = hf_model(hf_config(model_type, **changes))
+    hf.save_pretrained(tmp_path)
+    model = DecoderLM.from_pretrained(tmp_path, dtype=torch.float64)
+    token_ids = torch.randint(VOCAB, (2, 21))
+    exact = exact_logits(hf, token_ids)
+    with torch.no_grad():
+        prompt = model(token_ids)
+    for ours in (prompt, step_by_step(model, token_ids), step_by_step(model, token_ids, 11, 5)):
+        assert (ours - exact).abs().max() <= 1e-12 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama tied, biased", "qwen3", "gemma2", "gpt2"])
+def test_gradients_flow_to_every_weight(name):
+    model_type, changes = MODELS[name]
+    hf = hf_model(hf_config(model_type, **changes)).double()
+    model = DecoderLM.from_hf_state_dict(
+        read_hf_config(hf.config.to_dict(), ARCHITECTURES[model_type], 99),
+        hf.state_dict(),
+        model_type,
+    )
+    token_ids = torch.randint(VOCAB, (2, 9))
+    hf(token_ids).logits.square().sum().backward()
+    model(token_ids).square().sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    expected = hf.get_input_embeddings().weight.grad
+    error = (model.embed_tokens.weight.grad - expected).abs().max()
+    assert error <= 1e-4 * expected.abs().max()  # transformers' norms are float32
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3", "gemma2", "gpt2"])
+def test_prompts_of_different_lengths_are_independent(name, tmp_path):
+    model_type, changes = MODELS[name]
+    hf = hf_model(hf_config(model_type, **changes))
+    hf.save_pretrained(tmp_path)
+    model = DecoderLM.from_pretrained(tmp_path, dtype=torch.float64)
+    prompts = [[5], list(range(12)), [16, 0, 9]]
+    expected = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        with torch.no_grad():
+            for _ in range(10):
+                tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        expected.append(tokens[len(prompt) :])
+    assert generate(model, prompts, 10).tolist() == expected

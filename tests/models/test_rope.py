@@ -1,0 +1,175 @@
+"""Rotary embeddings and their scalings against transformers, frequency by frequency and whole."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from aigc_fast.models.autoregressive import DecoderLM
+from aigc_fast.models.autoregressive.architectures import ARCHITECTURES
+from aigc_fast.models.autoregressive.load_hf import read_hf_config
+from aigc_fast.models.autoregressive.rope import RopeScaling, attention_factor, inverse_frequencies
+
+pytest.importorskip("transformers")
+
+from tests.models.checkpoints import (
+    SIZES,
+    VOCAB,
+    Exact,
+    assert_error_ratio,
+    exact_logits,
+    hf_config,
+    hf_logits,
+    hf_model,
+    step_by_step,
+)
+
+# The original length is 16, the sequences are of 40.
+SCALINGS = {
+    "linear": dict(rope_type="linear", factor=3.0),
+    "dynamic": dict(rope_type="dynamic", factor=4.0),
+    "yarn": dict(rope_type="yarn", factor=4.0, rope_theta=1000.0),
+    "yarn borders": dict(
+        rope_type="yarn",
+        factor=4.0,
+        beta_fast=2.5,
+        beta_slow=0.3,
+        truncate=False,
+        original_max_position_embeddings=12,
+    ),
+    "yarn factor": dict(rope_type="yarn", factor=8.0, attention_factor=0.7, beta_fast=4),
+    "yarn mscale": dict(rope_type="yarn", factor=8.0, mscale=0.7, mscale_all_dim=1.3),
+    "llama3": dict(
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=64,
+        rope_theta=500000.0,
+    ),
+}
+
+
+def scaled_config(name, **changes):
+    # transformers gives the length before the scaling, but for Llama 3.
+    length = 64 if name == "llama3" else 16
+    parameters = {"rope_theta": 10000.0} | SCALINGS[name] | changes.pop("rope", {})
+    model_type = changes.pop("model_type", "llama")
+    return hf_config(
+        model_type, **{"max_position_embeddings": length, "rope_parameters": parameters} | changes
+    )
+
+
+def ours(config):
+    return read_hf_config(config.to_dict(), ARCHITECTURES[config.model_type], 99)
+
+
+@pytest.mark.parametrize("partial", [1.0, 0.5])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_frequencies_are_those_of_transformers(name, partial):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {} if partial == 1.0 else {"partial_rotary_factor": partial}
+    config = scaled_config(name, head_dim=64, rope=rope)
+    for length in (10, 40):
+        with Exact():
+            expected, factor = ROPE_INIT_FUNCTIONS[SCALINGS[name]["rope_type"]](
+                config, seq_len=length
+            )
+        found = inverse_frequencies(ours(config), length)
+        assert found.shape == (int(32 * partial),)
+        torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=0)
+        assert attention_factor(ours(config).rope_scaling) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scaled_models_agree_with_transformers(name, dtype, tmp_path):
+    hf = hf_model(scaled_config(name), dtype)
+    hf.save_pretrained(tmp_path)
+    model = DecoderLM.from_pretrained(tmp_path, dtype=dtype)
+    token_ids = torch.randint(VOCAB, (2, 40))
+    with torch.no_grad():
+        prompt = model(token_ids)
+    assert_error_ratio(prompt, hf_logits(hf, token_ids), exact_logits(hf, token_ids))
+    # Cached keys stay as they were rotated, so under dynamic scaling the chunks matter.
+    chunks = [11, 9, *[1] * 20]
+    theirs, exact = hf_logits(hf, token_ids, *chunks), exact_logits(hf, token_ids, *chunks)
+    assert_error_ratio(step_by_step(model, token_ids, 11, 9), theirs, exact)
+
+
+@pytest.mark.parametrize("name", ["linear", "dynamic", "yarn"])
+def test_scaled_partial_rotary_agrees_with_transformers(name, tmp_path):
+    config = scaled_config(
+        name, model_type="stablelm", head_dim=None, rope={"partial_rotary_factor": 0.5}
+    )
+    hf = hf_model(config)
+    hf.save_pretrained(tmp_path)
+    model = DecoderLM.from_pretrained(tmp_path)
+    assert model.config.rotary_dim == 6 and model.config.head_dim == 12
+    token_ids = torch.randint(VOCAB, (2, 40))
+    with torch.no_grad():
+        prompt = model(token_ids)
+    assert_error_ratio(prompt, hf_logits(hf, token_ids), exact_logits(hf, token_ids))
+
+
+def test_scaling_lengthens_the_longest_sequence():
+    reach = {name: ours(scaled_config(name)).max_position_embeddings for name in SCALINGS}
+    assert reach == {
+        "linear": 48,
+        "dynamic": 64,
+        "yarn": 64,
+        "yarn borders": 48,
+        "yarn factor": 128,
+        "yarn mscale": 128,
+        "llama3": 64,
+    }
+
+
+def test_old_names_mean_the_same():
+    new = scaled_config("yarn").to_dict()
+    old = dict(new)
+    rope = dict(old.pop("rope_parameters"))
+    old["rope_theta"] = rope.pop("rope_theta")
+    old["rope_scaling"] = {"type": rope.pop("rope_type")} | rope
+    row = ARCHITECTURES["llama"]
+    assert read_hf_config(old, row, 99) == read_hf_config(new, row, 99)
+
+
+@pytest.mark.parametrize(
+    "rope, message",
+    [
+        ({"rope_type": "longrope"}, "rope_type is 'longrope'"),
+        ({"rope_type": ["yarn"]}, "rope_type is ['yarn']"),
+        ({"rope_type": "linear"}, "'factor' is missing"),
+        ({"rope_type": "linear", "factor": -1.0}, "rope_scaling.factor must be positive"),
+        ({"rope_type": "linear", "factor": "2"}, "'factor' must be of type float, got str"),
+        ({"rope_type": "linear", "factor": math.nan}, "rope_scaling.factor must be positive"),
+        ({"rope_type": "llama3", "factor": 8.0}, "'low_freq_factor' is missing"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4},
+            "low_freq_factor must be below high_freq_factor",
+        ),
+        ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 0.5}, "rope_theta must be above 1"),
+        ({"rope_theta": 0.0}, "rope_theta must be positive"),
+        ({"partial_rotary_factor": 1.5}, "'partial_rotary_factor' must be in (0, 1]"),
+        ({"partial_rotary_factor": 0.2}, "rotary_dim must be even"),
+        ({"full_attention": {"rope_theta": 1.0}}, "must be an object of plain values"),
+        ({"rope_type": "linear", "factor": 2.0**1000}, None),
+    ],
+)
+def test_bad_rope_parameters(rope, message):
+    config = SIZES | {"rope_parameters": rope}
+    if message is None:
+        assert read_hf_config(config, ARCHITECTURES["llama"], 99).max_position_embeddings == 2**62
+        return
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_hf_config(config, ARCHITECTURES["llama"], 99)
+
+
+def test_divisors_must_fit():
+    with pytest.raises(ValueError, match="rope_scaling.divisors must be positive"):
+        RopeScaling("divisors", divisors=(1.0, 0.0))
+    with pytest.raises(ValueError, match="rope_scaling.kind must be one of"):
+        RopeScaling("other")
