@@ -1,8 +1,8 @@
 """The functional API: every operator as a plain function of tensors."""
 
 from aigc_fast import _libraries
-from aigc_fast.ops.add_noise import add_noise
 from aigc_fast.ops._quantized_format import dequantize_weight, pack_weight, quantize_weight
+from aigc_fast.ops.add_noise import add_noise
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.gated_mlp import swiglu

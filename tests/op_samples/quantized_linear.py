@@ -76,15 +76,16 @@ OPS = {
         _samples,
         _refusals,
         large=lambda: [
-            Sample(name, *_call(rows, n, k, bits, 32, symmetric=bits == 8,
-                                quantize_activations=True))
+            Sample(
+                name, *_call(rows, n, k, bits, 32, symmetric=bits == 8, quantize_activations=True)
+            )
             for name, rows, n, k, bits in [
                 ("1x4096x4096_q4", (1,), 4096, 4096, 4),
                 ("8x4096x4096_q4", (8,), 4096, 4096, 4),
                 ("1x4096x4096_q8", (1,), 4096, 4096, 8),
                 ("512x1536x576_q4", (512,), 1536, 576, 4),
             ]
-        ],  # fmt: skip
+        ],
         derivatives=0,
     ),
 }
