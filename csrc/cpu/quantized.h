@@ -183,63 +183,74 @@ AIGC_INLINE void load_bytes(const uint8_t* p, I32* v) {
   for (int i = 0; i < kParts; ++i) std::memcpy(&v[i], p + i * kVectorBytes, kVectorBytes);
 }
 
-// 16 outputs for each of the M rows from `first` on: out[m * 16 + i].
-template <int bits, bool has_minimum, int group_size, int M>
-void tile_times_codes(const QuantizedFormat& f, const uint8_t* block, const Activations& x,
-                      int64_t first, float* out) {
-  Vec<float> result[M][kParts] = {};
+// 16 outputs of N tiles for each of the M rows from `first` on: out[(n * M + m) * 16 + i].
+template <int bits, bool has_minimum, int group_size, int N, int M>
+void tiles_times_codes(const QuantizedFormat& f, const uint8_t* block, const Activations& x,
+                       int64_t first, float* out) {
   const int64_t code_bytes = group_size ? kTileRows * group_size * bits / 8 : f.code_bytes();
   const int64_t block_bytes = code_bytes + (has_minimum ? 4 : 2) * kTileRows;
-  const int64_t columns = f.columns();
+  const int64_t columns = f.columns(), tile_bytes = f.groups * block_bytes;
+  Vec<float> result[N][M][kParts] = {};
   const int8_t* codes = x.codes(first);
   for (int64_t g = 0; g < f.groups; ++g, block += block_bytes) {
-    I32 sum[M][kParts];
+    I32 sum[N][M][kParts];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
-      for (int i = 0; i < kParts; ++i) sum[m][i] = I32{} + x.starts(first + m)[g];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n)
+        for (int i = 0; i < kParts; ++i) sum[n][m][i] = I32{} + x.starts(first + m)[g];
 #pragma GCC unroll 8
     for (int64_t at = 0; at < code_bytes; at += 64, codes += 32 / bits) {
-      I32 raw[kParts];
-      load_bytes(block + at, raw);
-      // The last-level cache feeds a core at 25 GB/s when asked 2 KB ahead, at 14 when not.
-      __builtin_prefetch(block + at + 2048);
 #pragma GCC unroll 4
-      for (int i = 0; i < kParts; ++i) {
-        const I32 low = bits == 4 ? raw[i] & 0x0f0f0f0f : raw[i];
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sum[m][i] = add_dot4(sum[m][i], low, codes + m * columns);
-        if constexpr (bits == 4) {
-          const I32 high = (raw[i] >> 4) & 0x0f0f0f0f;
+      for (int n = 0; n < N; ++n) {
+        const uint8_t* p = block + n * tile_bytes + at;
+        I32 raw[kParts];
+        load_bytes(p, raw);
+        // Four streams, and what comes after them asked for early: 16 GB/s a core, from memory and
+        // the last-level cache alike, where one stream asking 2 KB ahead got 12.
+        __builtin_prefetch(p + N * tile_bytes, 0, 2);
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; ++i) {
+          const I32 low = bits == 4 ? raw[i] & 0x0f0f0f0f : raw[i];
 #pragma GCC unroll 8
           for (int m = 0; m < M; ++m)
-            sum[m][i] = add_dot4(sum[m][i], high, codes + m * columns + 4);
+            sum[n][m][i] = add_dot4(sum[n][m][i], low, codes + m * columns);
+          if constexpr (bits == 4) {
+            const I32 high = (raw[i] >> 4) & 0x0f0f0f0f;
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m)
+              sum[n][m][i] = add_dot4(sum[n][m][i], high, codes + m * columns + 4);
+          }
         }
       }
     }
-    Vec<float> scale[kParts], minimum[kParts];
-    load_halves(block + code_bytes, scale);
-    __builtin_prefetch(block + code_bytes + 2048);
-    if constexpr (has_minimum) load_halves(block + code_bytes + 2 * kTileRows, minimum);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const float by = x.scales(first + m)[g], total = x.sums(first + m)[g];
 #pragma GCC unroll 4
-      for (int i = 0; i < kParts; ++i) {
-        result[m][i] += __builtin_convertvector(sum[m][i], Vec<float>) * (scale[i] * by);
-        if constexpr (has_minimum) result[m][i] += minimum[i] * total;
+    for (int n = 0; n < N; ++n) {
+      const uint8_t* p = block + n * tile_bytes + code_bytes;
+      Vec<float> scale[kParts], minimum[kParts];
+      load_halves(p, scale);
+      __builtin_prefetch(p + N * tile_bytes, 0, 2);
+      if constexpr (has_minimum) load_halves(p + 2 * kTileRows, minimum);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const float by = x.scales(first + m)[g], total = x.sums(first + m)[g];
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; ++i) {
+          result[n][m][i] += __builtin_convertvector(sum[n][m][i], Vec<float>) * (scale[i] * by);
+          if constexpr (has_minimum) result[n][m][i] += minimum[i] * total;
+        }
       }
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-    for (int i = 0; i < kParts; ++i) store(out + m * kTileRows + i * kLanes<float>, result[m][i]);
+  std::memcpy(out, result, sizeof result);
 }
 
 // The same for activations as they are. Codes count from the middle of their range, so that no
 // large terms cancel.
-template <int bits, bool has_minimum, int group_size, int M>
-void tile_times_floats(const QuantizedFormat& f, const uint8_t* block,
-                       const Activations& activations, int64_t first, float* out) {
+template <int bits, bool has_minimum, int group_size, int N, int M>
+void tiles_times_floats(const QuantizedFormat& f, const uint8_t* block,
+                        const Activations& activations, int64_t first, float* out) {
+  static_assert(N == 1);
   constexpr int middle = 1 << (bits - 1), mask = (1 << bits) - 1;
   const float *x = activations.floats(first), *totals = activations.sums(first);
   constexpr int chains = M == 1 ? 4 : 2;  // of additions, so that none waits for the one before
@@ -280,9 +291,7 @@ void tile_times_floats(const QuantizedFormat& f, const uint8_t* block,
           result[m][i] += (minimum[i] + scale[i] * float(middle)) * totals[m * f.groups + g];
       }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-    for (int i = 0; i < kParts; ++i) store(out + m * kTileRows + i * kLanes<float>, result[m][i]);
+  std::memcpy(out, result, sizeof result);
 }
 
 // Calls f(bits, has_minimum, group_size), all compile-time constants; the group size is 0 where it
@@ -313,26 +322,24 @@ template <class F>
 void multiply_tiles(const QuantizedFormat& f, const uint8_t* blocks, const Activations& x,
                     int64_t rows, int64_t begin, int64_t end, F&& finish) {
   with_format(f, [&](auto bits, auto has_minimum, auto group_size) {
-    for (int64_t t = begin; t < end; ++t) {
-      const uint8_t* block = blocks + t * f.tile_bytes();
-      auto run = [&]<int M>(int64_t first, std::integral_constant<int, M>, auto multiply) {
-        float results[M * kTileRows];
-        multiply(results);
-        for (int m = 0; m < M; ++m) finish(first + m, t, results + m * kTileRows);
-      };
-      if (x.as_codes())
-        for_row_runs<8>(rows, [&]<int M>(int64_t first, std::integral_constant<int, M> m) {
-          run(first, m, [&](float* out) {
-            tile_times_codes<bits, has_minimum, group_size, M>(f, block, x, first, out);
-          });
-        });
-      else
-        for_row_runs<4>(rows, [&]<int M>(int64_t first, std::integral_constant<int, M> m) {
-          run(first, m, [&](float* out) {
-            tile_times_floats<bits, has_minimum, group_size, M>(f, block, x, first, out);
-          });
-        });
-    }
+    auto run = [&]<int N, int M>(int64_t tile, int64_t first, std::integral_constant<int, N>,
+                                 std::integral_constant<int, M>) {
+      alignas(64) float results[N * M * kTileRows];
+      const uint8_t* block = blocks + tile * f.tile_bytes();
+      if (x.as_codes()) {
+        tiles_times_codes<bits, has_minimum, group_size, N, M>(f, block, x, first, results);
+      } else if constexpr (N == 1) {
+        tiles_times_floats<bits, has_minimum, group_size, N, M>(f, block, x, first, results);
+      }
+      for (int n = 0; n < N; ++n)
+        for (int m = 0; m < M; ++m) finish(first + m, tile + n, results + (n * M + m) * kTileRows);
+    };
+    const std::integral_constant<int, 1> one;
+    int64_t tile = begin;
+    if (rows == 1 && x.as_codes())
+      for (; tile + 4 <= end; tile += 4) run(tile, 0, std::integral_constant<int, 4>{}, one);
+    for (; tile < end; ++tile)
+      for_row_runs<8>(rows, [&](int64_t first, auto m) { run(tile, first, one, m); });
   });
 }
 

@@ -4,6 +4,7 @@
 // A row is read twice, the second time from the cache. Backward finds the root mean square anew in
 // the pass that it needs in any case, so that forward has nothing to save beside its input.
 #include "rows.h"
+#include "sums.h"
 
 namespace aigc_fast {
 namespace {

@@ -1,0 +1,181 @@
+"""A whole decoding step against the operators it is made of."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import aigc_fast
+from aigc_fast import ops
+from aigc_fast.ops.decoder_step import _decoder_step
+from tests.op_samples.sample import rand
+from tests.ops.test_every_op import assert_as_good_as_torch, map_tensors
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def packed(rows: int, columns: int, bits: int, symmetric: bool, seed: int) -> Tensor:
+    weight = rand(rows, columns, seed=seed, scale=columns**-0.5)
+    return ops.quantize_weight(weight, bits, 32, symmetric=symmetric)
+
+
+def example(
+    lengths: list[int], *, heads: int = 4, kv_heads: int = 2, head_dim: int = 32,
+    hidden: int = 64, inner: int = 96, layers: int = 2, capacity: int = 40,
+    bits: int = 4, symmetric: bool = False, draw: int = 0,
+) -> tuple:  # fmt: skip
+    """Arguments of the operator's schema, in float64, up to `scale`."""
+    batch, width = len(lengths), heads * head_dim
+    weights = []
+    for layer in range(layers):
+        seed = 10 * layer + 1000 * draw
+        weights += [
+            rand(hidden, seed=seed) + 2,
+            packed(width + 2 * kv_heads * head_dim, hidden, bits, symmetric, seed + 1),
+            packed(hidden, width, bits, symmetric, seed + 2),
+            rand(hidden, seed=seed + 3) + 2,
+            packed(2 * inner, hidden, bits, symmetric, seed + 4),
+            packed(hidden, inner, 8, symmetric, seed + 5),
+        ]
+    weights.append(rand(hidden, seed=99 + 1000 * draw) + 2)
+    caches = [
+        rand(batch, capacity, kv_heads, head_dim, seed=i + 1000 * draw) for i in range(2 * layers)
+    ]
+    angles = rand(batch, head_dim // 2, seed=7 + draw)
+    positions = torch.tensor(lengths, dtype=torch.int32)
+    hidden_states = rand(batch, hidden, seed=5 + draw)
+    return (hidden_states, weights, caches, positions, angles.cos().float(), angles.sin().float(),
+            1e-5, head_dim**-0.5)  # fmt: skip
+
+
+def cast(args: tuple, dtype: torch.dtype) -> tuple:
+    """A copy with all but the angles in `dtype`."""
+    hidden, weights, caches, *rest = args
+    return (
+        *map_tensors(
+            (hidden, weights, caches), lambda t: t.clone().to(dtype if t.is_floating_point() else t)
+        ),
+        *rest,
+    )
+
+
+CASES = {
+    "one": dict(lengths=[5]),
+    "empty_cache": dict(lengths=[0]),
+    "full_cache": dict(lengths=[39]),
+    "batch": dict(lengths=[0, 17, 39]),
+    "several_splits": dict(lengths=[700, 3], capacity=701),
+    "multi_head": dict(lengths=[5], kv_heads=4),
+    "groups_of_3": dict(lengths=[9, 2], heads=6),
+    "multi_query": dict(lengths=[9], heads=5, kv_heads=1, head_dim=64),
+    "symmetric": dict(lengths=[5], symmetric=True),
+    "int8": dict(lengths=[5], bits=8),
+    "odd_tiles": dict(lengths=[5], heads=2, kv_heads=1, head_dim=48, hidden=96, inner=32),
+    "batch_9": dict(lengths=list(range(9))),
+}
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["exact", "int8_activations"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_layers(name, dtype, quantize) -> None:
+    results: dict[str, list] = {"ours": [], "plain": [], "exact": []}
+    # Layers make a large error of a single rounding now and then, in plain PyTorch as in ours (the
+    # means of both over 12 draws are the same to 12%): the rule looks at the worst of five draws.
+    for draw in range(5):
+        args = cast(example(**CASES[name], draw=draw), dtype)
+        exact, plain = cast(args, torch.float64), cast(args, dtype)
+        results["exact"].append([_decoder_step.reference(*exact, quantize), *exact[2]])
+        results["plain"].append([_decoder_step.reference(*plain, quantize), *plain[2]])
+        results["ours"].append([_decoder_step.call("cpu", *args, quantize), *args[2]])
+    pooled = {k: [torch.stack(t) for t in zip(*v, strict=True)] for k, v in results.items()}
+    assert_as_good_as_torch(pooled["ours"], pooled["plain"], pooled["exact"], dtype)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_bits_do_not_depend_on_the_threads(quantize) -> None:
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            args = cast(example(**CASES["several_splits"]), torch.float32)
+            results.append([_decoder_step.call("cpu", *args, quantize), *args[2]])
+        finally:
+            torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+def test_a_sequence_does_not_depend_on_its_batch() -> None:
+    args = cast(example(**CASES["batch"]), torch.float32)
+    together = _decoder_step.call("cpu", *cast(args, torch.float32), True)
+    for b in range(3):
+        hidden, weights, caches, *rest, eps, scale = cast(args, torch.float32)
+        alone = (hidden[b : b + 1], weights, [c[b : b + 1].clone() for c in caches],
+                 *(t[b : b + 1] for t in rest), eps, scale)  # fmt: skip
+        torch.testing.assert_close(_decoder_step.call("cpu", *alone, True)[0], together[b])
+
+
+def test_caches_of_any_layout() -> None:
+    args = cast(example(**CASES["batch"]), torch.float32)
+    by_head = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in args[2]]
+    other = (*args[:2], by_head, *args[3:])
+    assert torch.equal(_decoder_step.call("cpu", *other, True),
+                       _decoder_step.call("cpu", *args, True))  # fmt: skip
+    assert all(map(torch.equal, by_head, args[2]))
+
+
+def refusals() -> dict:
+    hidden, weights, caches, lengths, cos, sin, *_ = cast(example(**CASES["batch"]), torch.float32)
+    good = dict(hidden=hidden, weights=weights, caches=caches, lengths=lengths, cos=cos, sin=sin)
+
+    def swapped(values: list, index: int, value: Tensor) -> list:
+        return [*values[:index], value, *values[index + 1 :]]
+
+    changes = {
+        "float64": (TypeError, "hidden must be", dict(hidden=hidden.double())),
+        "hidden_dim": (ValueError, "hidden must have 2 dimensions", dict(hidden=hidden[0])),
+        "few_weights": (ValueError, "weights must be 6 tensors", dict(weights=weights[:-1])),
+        "norm": (ValueError, r"weights\[3\] must have shape",
+                 dict(weights=swapped(weights, 3, weights[3][:-1]))),
+        "packed": (ValueError, r"weights\[1\] must have one of",
+                   dict(weights=swapped(weights, 1, weights[1][..., 1:]))),
+        "down": (ValueError, r"weights\[5\]|weights\[4\]",
+                 dict(weights=swapped(weights, 5, weights[4]))),
+        "caches": (ValueError, "caches must hold 4 tensors", dict(caches=caches[:2])),
+        "cache_shape": (ValueError, r"caches\[3\] must have shape",
+                        dict(caches=swapped(caches, 3, caches[3][:, 1:]))),
+        "cache_dtype": (TypeError, r"caches\[1\] must have the dtype",
+                        dict(caches=swapped(caches, 1, caches[1].half()))),
+        "lengths": (TypeError, "lengths must be int32", dict(lengths=lengths.long())),
+        "full": (ValueError, r"lengths must be in \[0, 40\)", dict(lengths=lengths + 1)),
+        "negative": (ValueError, r"lengths must be in \[0, 40\)", dict(lengths=lengths - 1)),
+        "cos": (ValueError, "cos must have shape", dict(cos=cos[:, 1:])),
+    }  # fmt: skip
+    return {name: (error, match, {**good, **change})
+            for name, (error, match, change) in changes.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_refuses_and_writes_nothing(name) -> None:
+    error, match, arguments = refusals()[name]
+    before = [c.clone() for c in arguments["caches"]]
+    with pytest.raises(error, match=match):
+        ops.decoder_step(**arguments, eps=1e-5)
+    assert all(map(torch.equal, before, arguments["caches"]))
+
+
+def test_has_no_derivative() -> None:
+    hidden, weights, caches, lengths, cos, sin, *_ = cast(example(**CASES["one"]), torch.float32)
+    with pytest.raises(RuntimeError, match="decoder_step has no derivative"):
+        ops.decoder_step(hidden.requires_grad_(), weights, caches, lengths, cos, sin, eps=1e-5)
+
+
+def test_without_a_compiled_kernel_it_is_the_layers() -> None:
+    args = cast(example(**CASES["one"]), torch.float32)
+    with aigc_fast.backend("reference"):
+        hidden, weights, caches, lengths, cos, sin, eps, scale = args
+        out = ops.decoder_step(hidden, weights, caches, lengths, cos, sin, eps=eps, scale=scale)
+    assert torch.equal(
+        out, _decoder_step.reference(*cast(example(**CASES["one"]), torch.float32), False)
+    )
