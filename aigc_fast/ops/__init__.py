@@ -4,7 +4,7 @@ from aigc_fast import _libraries
 from aigc_fast.ops.add_noise import add_noise
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
-from aigc_fast.ops.gated_mlp import swiglu
+from aigc_fast.ops.gated_mlp import geglu, swiglu
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
 from aigc_fast.ops.rotary import apply_rotary
@@ -20,6 +20,7 @@ __all__ = [
     "apply_rotary",
     "bias_act",
     "decode_attention",
+    "geglu",
     "rms_norm",
     "scheduler_step",
     "swiglu",
