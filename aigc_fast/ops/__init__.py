@@ -8,6 +8,7 @@ from aigc_fast.ops.gated_mlp import geglu, swiglu
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
 from aigc_fast.ops.rotary import apply_rotary
+from aigc_fast.ops.sampling import sample_tokens
 from aigc_fast.ops.scheduler_step import scheduler_step
 
 # The schemas stand; now the compiled libraries can register their kernels.
@@ -22,6 +23,7 @@ __all__ = [
     "decode_attention",
     "geglu",
     "rms_norm",
+    "sample_tokens",
     "scheduler_step",
     "swiglu",
 ]

@@ -11,6 +11,7 @@ from tests.op_samples import (
     kv_cache,
     rms_norm,
     rotary,
+    sampling,
     scheduler_step,
 )
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
@@ -22,6 +23,7 @@ OPS: dict[str, OpSamples] = {
     **rotary.OPS,
     **kv_cache.OPS,
     **decode_attention.OPS,
+    **sampling.OPS,
     **scheduler_step.OPS,
     **add_noise.OPS,
 }

@@ -1,0 +1,423 @@
+// The next token of each row of logits. Nothing of the vocabulary's size is sorted: maxima of
+// blocks bound the k-th largest logit, a histogram of probability mass bounds the nucleus, and
+// what passes the bound is selected in linear time.
+#pragma GCC optimize("fp-contract=off")  // see gumbel.h
+
+#include <functional>
+
+#include <aigc_fast/gumbel.h>
+
+#include "rows.h"
+
+namespace aigc_fast {
+namespace {
+
+using gumbel::F;
+using gumbel::I64;
+using gumbel::kOne;
+using gumbel::U;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// 128 k logits have 1002 blocks: enough for every usual top_k, and few to select from.
+constexpr int64_t kBlock = 128;
+constexpr float kWeightless = -28;  // exp(-28) < 2^-40
+constexpr int kBins = 64;           // of the histogram, for a factor of e each
+
+struct Settings {
+  float temperature, top_k, top_p, min_p, repetition, presence, frequency;
+};
+constexpr int kSettings = 7;
+
+void check(const Settings& s, int64_t row) {
+  struct Limit {
+    const char* name;
+    float value, least, greatest;
+  };
+  constexpr float kMost = std::numeric_limits<float>::max();
+  for (const Limit& l : {Limit{"temperature", s.temperature, 0, kMost},
+                         {"top_k", s.top_k, 0, kMost},
+                         {"top_p", s.top_p, 0, 1},
+                         {"min_p", s.min_p, 0, 1},
+                         {"repetition_penalty", s.repetition, 1e-6f, 1e6f},
+                         {"presence_penalty", s.presence, -1e6f, 1e6f},
+                         {"frequency_penalty", s.frequency, -1e6f, 1e6f}})
+    require(l.value >= l.least && l.value <= l.greatest, l.name, " must be from ", l.least, " to ",
+            l.greatest == kMost ? kInfinity : l.greatest, ", got ", l.value, " in row ", row);
+}
+
+// A token and its logit as one number: larger logits first, then lower token numbers.
+using Item = uint64_t;
+
+Item item(float logit, int64_t token) {
+  const float x = logit + 0.0f;  // -0 ties with 0
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t key = uint32_t(bits ^ (bits >> 31 & 0x7fffffff)) ^ 0x80000000u;
+  return Item(key) << 32 | (0xffffffffu - uint32_t(token));
+}
+uint32_t token_of(Item item) { return 0xffffffffu - uint32_t(item); }
+float logit_of(Item item) {
+  const int32_t key = int32_t(uint32_t(item >> 32) ^ 0x80000000u);
+  const int32_t bits = key ^ (key >> 31 & 0x7fffffff);
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+template <class N>
+AIGC_INLINE F load_or_inf(const float* p, N n) {  // lanes past the end are -inf
+  if constexpr (!std::is_same_v<N, int>) {
+    return load(p);
+  } else {
+    F v = broadcast(-kInfinity);
+    std::memcpy(&v, p, n * sizeof(float));
+    return v;
+  }
+}
+float max_lanes(F v) {
+  float m = v[0];
+  for (int i = 1; i < gumbel::kWidth; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+int64_t sum_lanes(I64 v) {
+  int64_t sum = 0;
+  for (int i = 0; i < kLanes<double>; ++i) sum += v[i];
+  return sum;
+}
+
+// One row at a time; a thread keeps its sampler, and so the memory.
+class Sampler {
+ public:
+  // x: the logits in fp32; `overwritable` if they may be changed.
+  int64_t vocab;
+  const float* x;
+  float rate, largest;
+
+  // Finds the maxima of the blocks; false if there is NaN or +inf, or nothing finite.
+  bool scan(const float* logits, int64_t size) {
+    x = logits;
+    vocab = size;
+    maxima.resize((size + kBlock - 1) / kBlock);
+    Vec<int32_t> good = ~Vec<int32_t>{};
+    F all = broadcast(-kInfinity);
+    for (size_t b = 0; b < maxima.size(); ++b) {
+      const float* p = x + b * kBlock;
+      F block = broadcast(-kInfinity);
+      for_vectors<float>(std::min(kBlock, size - int64_t(b) * kBlock), [&](int64_t i, auto n) {
+        const F v = load_or_inf(p + i, n);
+        good &= v < kInfinity;  // false for NaN
+        block = max<float>(block, v);
+      });
+      maxima[b] = max_lanes(block);
+      all = max<float>(all, block);
+    }
+    largest = max_lanes(all);
+    for (int i = 0; i < gumbel::kWidth; ++i)
+      if (!good[i]) return false;
+    return largest > -kInfinity;
+  }
+
+  // log(sum(exp(x - largest)))
+  float log_sum() const {
+    I64 sum[2] = {};
+    for_vectors<float>(vocab, [&](int64_t i, auto n) {
+      const gumbel::Weights w = gumbel::weights(load_or_inf(x + i, n) - largest);
+      sum[0] += w.low;
+      sum[1] += w.high;
+    });
+    const int64_t rest = sum_lanes(sum[0] + sum[1]) - kOne;
+    return gumbel::log1p(broadcast(float(rest) * 0x1p-40f))[0];
+  }
+
+  int64_t argmax() const {
+    const int64_t block = std::find(maxima.begin(), maxima.end(), largest) - maxima.begin();
+    return std::find(x + block * kBlock, x + vocab, largest) - x;
+  }
+
+  int64_t sample(const Settings& s, uint64_t seed, uint64_t step) {
+    if (s.temperature == 0 || s.top_k == 1) return argmax();
+    rate = 1 / std::max(s.temperature, 1e-30f);
+    bool all = true;
+    if (s.top_k > 0 && s.top_k < vocab) {
+      take_largest(static_cast<int64_t>(s.top_k));
+      all = false;
+    }
+    if (s.top_p < 1) {
+      const int64_t total = all ? take_bulk(s.top_p) : mass(0, items.size());
+      all = false;
+      cut_mass(reach(total, s.top_p));
+    }
+    if (s.min_p > 0) {
+      const float least = gumbel::log(broadcast(std::max(s.min_p, 1e-30f)))[0];
+      if (all) take([&](float v) { return scaled(v) >= least; });
+      std::erase_if(items, [&](Item i) { return !(scaled(logit_of(i)) >= least); });
+      all = false;
+    }
+    return all ? draw_from_all(seed, step) : draw(seed, step);
+  }
+
+ private:
+  std::vector<float> maxima, order;
+  std::vector<Item> items;  // what survives, once something does not
+
+  float scaled(float v) const { return (v - largest) * rate; }
+  F scaled(F v) const { return (v - largest) * rate; }
+  static int64_t reach(int64_t total, float top_p) {
+    return std::max<int64_t>(1, static_cast<int64_t>(float(total) * top_p));
+  }
+
+  // Takes the finite logits that pass, which a block does only if its maximum does.
+  template <class Pass>
+  void take(Pass pass) {
+    items.clear();
+    for (size_t b = 0; b < maxima.size(); ++b) {
+      if (!(maxima[b] > -kInfinity && pass(maxima[b]))) continue;
+      const int64_t end = std::min<int64_t>((b + 1) * kBlock, vocab);
+      for (int64_t i = b * kBlock; i < end; ++i)
+        if (pass(x[i]) && x[i] > -kInfinity) items.push_back(item(x[i], i));
+    }
+  }
+
+  // The k largest. At least k logits reach the k-th largest of the blocks' maxima.
+  void take_largest(int64_t k) {
+    float bound = -kInfinity;
+    if (k <= int64_t(maxima.size())) {
+      order = maxima;
+      std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), std::greater<>());
+      bound = order[k - 1];
+    }
+    take([&](float v) { return v >= bound; });
+    if (int64_t(items.size()) > k) {
+      std::nth_element(items.begin(), items.begin() + k, items.end(), std::greater<>());
+      items.resize(k);
+    }
+  }
+
+  // Takes a superset of the nucleus of all logits; returns the mass of all.
+  int64_t take_bulk(float top_p) {
+    constexpr int count = int(-kWeightless) * kBins + 1;
+    std::vector<int64_t> bins(count);
+    for (size_t b = 0; b < maxima.size(); ++b) {
+      if (!(scaled(maxima[b]) > kWeightless)) continue;
+      const float* p = x + b * kBlock;
+      for_vectors<float>(std::min(kBlock, vocab - int64_t(b) * kBlock), [&](int64_t i, auto n) {
+        const F y = max<float>(scaled(load_or_inf(p + i, n)), broadcast(kWeightless));
+        const gumbel::Weights w = gumbel::weights(y);
+        const Vec<int32_t> bin = __builtin_convertvector(y * float(-kBins), Vec<int32_t>);
+        int64_t weight[gumbel::kWidth];
+        std::memcpy(weight, &w, sizeof weight);
+        for (int j = 0; j < gumbel::kWidth; ++j) bins[bin[j]] += weight[j];
+      });
+    }
+    int64_t total = 0, sum = 0;
+    for (int64_t mass : bins) total += mass;
+    const int64_t enough = reach(total, top_p);
+    int last = 0;
+    while (last < count - 1 && (sum += bins[last]) < enough) ++last;
+    take([&](float v) { return scaled(v) * float(-kBins) < float(last + 1); });
+    return total;
+  }
+
+  // f(y, tokens, n) for vectors of items [begin, end); y of unused lanes is -inf.
+  template <class Each>
+  void for_items(size_t begin, size_t end, Each f) const {
+    for (size_t i = begin; i < end; i += gumbel::kWidth) {
+      const int n = static_cast<int>(std::min<size_t>(gumbel::kWidth, end - i));
+      F y = broadcast(-kInfinity);
+      U token = {};
+      for (int j = 0; j < n; ++j) {
+        y[j] = logit_of(items[i + j]);
+        token[j] = token_of(items[i + j]);
+      }
+      f(scaled(y), token, n);
+    }
+  }
+  int64_t mass(size_t begin, size_t end) const {
+    I64 sum = {};
+    for_items(begin, end, [&](F y, U, int) {
+      const gumbel::Weights w = gumbel::weights(y);
+      sum += w.low + w.high;
+    });
+    return sum_lanes(sum);
+  }
+
+  // Keeps the first items, in order, whose mass reaches `enough`: each round halves the range in
+  // which the last of them lies.
+  void cut_mass(int64_t enough) {
+    size_t begin = 0, end = items.size();
+    while (end - begin > 1) {
+      const size_t middle = (begin + end) / 2;
+      const auto at = items.begin();
+      std::nth_element(at + begin, at + middle, at + end, std::greater<>());
+      const int64_t first = mass(begin, middle);
+      if (first >= enough) {
+        end = middle;
+      } else {
+        enough -= first;
+        begin = middle;
+      }
+    }
+    items.resize(end);
+  }
+
+  // The largest y + noise, and of equal ones the lowest token.
+  struct Best {
+    F score = broadcast(-kInfinity);
+    U token = {};
+
+    AIGC_INLINE void offer(F y, U t, F noise) {
+      const F s = y + noise;
+      const auto better = (s > score) | ((s == score) & (Vec<int32_t>)(t < token));
+      score = better ? s : score;
+      token = better ? t : token;
+    }
+    int64_t result() const {
+      int best = 0;
+      for (int i = 1; i < gumbel::kWidth; ++i)
+        if (score[i] > score[best] || (score[i] == score[best] && token[i] < token[best])) best = i;
+      return token[best];
+    }
+  };
+
+  int64_t draw(uint64_t seed, uint64_t step) const {
+    Best best;
+    for_items(0, items.size(),
+              [&](F y, U t, int) { best.offer(y, t, gumbel::noise(t, step, seed)); });
+    return best.result();
+  }
+
+  int64_t draw_from_all(uint64_t seed, uint64_t step) const {
+    Best best;
+    U lane;
+    for (int i = 0; i < gumbel::kWidth; ++i) lane[i] = i;
+    float tail[64];
+    for (int64_t begin = 0; begin < vocab; begin += 64) {
+      const float* p = x + begin;
+      if (vocab - begin < 64) {
+        std::fill_n(tail, 64, -kInfinity);
+        std::copy(p, x + vocab, tail);
+        p = tail;
+      }
+      for (int j = 0; j < 16; j += gumbel::kWidth) {
+        const gumbel::Words w = gumbel::philox(lane + uint32_t(begin / 4 + j), step, seed);
+        for (int word = 0; word < 4; ++word) {
+          const int at = 16 * word + j;
+          best.offer(scaled(load(p + at)), lane + uint32_t(begin + at),
+                     gumbel::noise_of(w.word[word]));
+        }
+      }
+    }
+    return best.result();
+  }
+};
+
+// Penalties and mask of one row, in place.
+void process(float* x, int64_t vocab, const Settings& s, const int32_t* counts, const bool* allowed,
+             const uint32_t* packed) {
+  if (counts)
+    for (int64_t i = 0; i < vocab; ++i) {
+      if (counts[i] != 0) x[i] = x[i] > 0 ? x[i] / s.repetition : x[i] * s.repetition;
+      if (counts[i] > 0) x[i] = (x[i] - float(counts[i]) * s.frequency) - s.presence;
+    }
+  if (allowed)
+    for (int64_t i = 0; i < vocab; ++i) x[i] = allowed[i] ? x[i] : -kInfinity;
+  if (packed)
+    for (int64_t i = 0; i < vocab; ++i)
+      x[i] = packed[i / 32] >> (i % 32) & 1 ? x[i] : -kInfinity;
+}
+
+std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits_in, std::vector<double> settings,
+                                         const std::optional<Tensor>& rows_in,
+                                         const std::optional<Tensor>& counts_in,
+                                         const std::optional<Tensor>& allowed_in,
+                                         const Tensor& seeds_in, const Tensor& steps_in) {
+  require(logits_in.dim() == 2, "logits must have 2 dimensions");
+  const int64_t batch = logits_in.size(0), vocab = logits_in.size(1);
+  require(vocab > 0 && vocab <= 1 << 22, "logits must have from 1 to 2^22 columns");
+  auto per_row = [&](const Tensor& t, const char* name) {
+    require(t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == batch, name,
+            " must be int64 of shape (batch,)");
+    return as_contiguous(t);
+  };
+  const Tensor seeds = per_row(seeds_in, "seeds"), steps = per_row(steps_in, "steps");
+  auto matrix = [&](const Tensor& t, const char* name, ScalarType dtype, int64_t width) {
+    require(t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == batch && t.size(1) == width,
+            name, " has a wrong dtype or shape");
+    return as_rows(t);
+  };
+  std::optional<Rows> rows, counts, allowed;
+  if (rows_in) rows = matrix(*rows_in, "settings", ScalarType::Float, kSettings);
+  if (counts_in) counts = matrix(*counts_in, "token_counts", ScalarType::Int, vocab);
+  bool packed = false;
+  if (allowed_in) {
+    packed = allowed_in->scalar_type() == ScalarType::Int;
+    allowed = matrix(*allowed_in, "allowed", packed ? ScalarType::Int : ScalarType::Bool,
+                     packed ? (vocab + 31) / 32 : vocab);
+  }
+  require(rows || settings.size() == kSettings, "settings must have ", kSettings, " values");
+  std::vector<Settings> each(batch);
+  static_assert(sizeof(Settings) == kSettings * sizeof(float));
+  for (int64_t r = 0; r < batch; ++r) {
+    float values[kSettings];
+    for (int i = 0; i < kSettings; ++i)
+      values[i] = rows ? rows->at<float>(r)[i] : static_cast<float>(settings[i]);
+    std::memcpy(&each[r], values, sizeof values);
+    check(each[r], r);
+  }
+
+  const Rows logits = as_rows(logits_in);
+  Tensor tokens = empty({batch}, ScalarType::Long), logprobs = empty({batch}, ScalarType::Float);
+  int64_t* token_out = mutable_data<int64_t>(tokens);
+  float* logprob_out = mutable_data<float>(logprobs);
+  dispatch(logits_in, "logits", [&]<class T>(T) {
+    torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      static thread_local Sampler sampler;
+      static thread_local std::vector<float> copy;
+      for (int64_t r = begin; r < end; ++r) {
+        const T* raw = logits.at<T>(r);
+        const float* x;
+        if constexpr (std::is_same_v<T, float>) x = raw;
+        if (counts || allowed || !std::is_same_v<T, float>) {
+          copy.resize(vocab);
+          x = copy.data();
+          if constexpr (std::is_same_v<T, double>)
+            std::copy_n(raw, vocab, copy.data());
+          else
+            for_vectors<float>(
+                vocab, [&](int64_t i, auto n) { store(copy.data() + i, load(raw + i, n), n); });
+        }
+        token_out[r] = -1;
+        if (!sampler.scan(x, vocab)) continue;
+        const float top = sampler.largest, log_sum = sampler.log_sum();
+        if (counts || allowed) {
+          process(copy.data(), vocab, each[r], counts ? counts->at<int32_t>(r) : nullptr,
+                  allowed && !packed ? allowed->at<bool>(r) : nullptr,
+                  allowed && packed ? allowed->at<uint32_t>(r) : nullptr);
+          if (!sampler.scan(x, vocab)) continue;
+        }
+        const int64_t token = sampler.sample(each[r], data<int64_t>(seeds)[r],
+                                             data<int64_t>(steps)[r]);
+        float own;
+        if constexpr (std::is_same_v<T, double>)
+          own = static_cast<float>(raw[token]);
+        else
+          own = load_n(raw + token, 1)[0];
+        token_out[r] = token;
+        logprob_out[r] = (own - top) - log_sum;
+      }
+    });
+  });
+  // Not from inside the threads: an exception cannot leave them.
+  for (int64_t r = 0; r < batch; ++r)
+    require(token_out[r] >= 0,
+            "logits must have no NaN or +inf and at least one allowed finite value in each row, "
+            "row ", r, " has not");
+  return {tokens, logprobs};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
+  m.impl("sample_tokens", TORCH_BOX(&sample_tokens));
+}
+
+}  // namespace
+}  // namespace aigc_fast
