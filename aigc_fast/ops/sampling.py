@@ -133,7 +133,8 @@ def _reference(
     if allowed is not None:
         x = x.masked_fill(~_unpacked(allowed, x.shape[1]), -math.inf)
     if token_counts is not None:
-        x = torch.where(token_counts != 0, torch.where(x > 0, x / repetition, x * repetition), x)
+        factor = torch.where(x > 0, 1.0 / repetition, repetition)
+        x = torch.where(token_counts != 0, x * factor, x)
         x = x - token_counts.clamp(min=0).float() * frequency
         x = torch.where(token_counts > 0, x - presence, x)
     largest = x.amax(1, keepdim=True)

@@ -314,9 +314,10 @@ class Sampler {
 // Penalties and mask of one row, in place.
 void process(float* x, int64_t vocab, const Settings& s, const int32_t* counts, const bool* allowed,
              const uint32_t* packed) {
+  const float inverse = 1 / s.repetition;
   if (counts)
     for (int64_t i = 0; i < vocab; ++i) {
-      if (counts[i] != 0) x[i] = x[i] > 0 ? x[i] / s.repetition : x[i] * s.repetition;
+      if (counts[i] != 0) x[i] *= x[i] > 0 ? inverse : s.repetition;
       if (counts[i] > 0) x[i] = (x[i] - float(counts[i]) * s.frequency) - s.presence;
     }
   if (allowed)
