@@ -323,8 +323,7 @@ void process(float* x, int64_t vocab, const Settings& s, const int32_t* counts, 
   if (allowed)
     for (int64_t i = 0; i < vocab; ++i) x[i] = allowed[i] ? x[i] : -kInfinity;
   if (packed)
-    for (int64_t i = 0; i < vocab; ++i)
-      x[i] = packed[i / 32] >> (i % 32) & 1 ? x[i] : -kInfinity;
+    for (int64_t i = 0; i < vocab; ++i) x[i] = packed[i / 32] >> (i % 32) & 1 ? x[i] : -kInfinity;
 }
 
 std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits_in, std::vector<double> settings,
@@ -396,8 +395,8 @@ std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits_in, std::vector<do
                   allowed && packed ? allowed->at<uint32_t>(r) : nullptr);
           if (!sampler.scan(x, vocab)) continue;
         }
-        const int64_t token = sampler.sample(each[r], data<int64_t>(seeds)[r],
-                                             data<int64_t>(steps)[r]);
+        const int64_t token =
+            sampler.sample(each[r], data<int64_t>(seeds)[r], data<int64_t>(steps)[r]);
         float own;
         if constexpr (std::is_same_v<T, double>)
           own = static_cast<float>(raw[token]);
@@ -412,13 +411,12 @@ std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits_in, std::vector<do
   for (int64_t r = 0; r < batch; ++r)
     require(token_out[r] >= 0,
             "logits must have no NaN or +inf and at least one allowed finite value in each row, "
-            "row ", r, " has not");
+            "row ",
+            r, " has not");
   return {tokens, logprobs};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
-  m.impl("sample_tokens", TORCH_BOX(&sample_tokens));
-}
+STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) { m.impl("sample_tokens", TORCH_BOX(&sample_tokens)); }
 
 }  // namespace
 }  // namespace aigc_fast
