@@ -1,4 +1,4 @@
-"""sample_tokens beside sorting (PyTorch, eager and compiled) and transformers' logits processors."""
+"""sample_tokens beside sorting in PyTorch, eager and compiled, and transformers' processors."""
 
 import pytest
 import torch

@@ -1,5 +1,8 @@
-"""act(gate) * up and its derivative, act being silu or one of the two gelus. Gate and up are rows at
-strides of their own, so that halves of a packed projection need no copy. One program takes a tile of ROWS x BLOCK."""
+"""act(gate) * up and its derivative, act being silu or one of the two gelus.
+
+Gate and up are rows at strides of their own, so that halves of a packed projection need no copy.
+One program takes a tile of ROWS x BLOCK.
+"""
 
 import torch
 import triton

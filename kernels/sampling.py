@@ -123,8 +123,8 @@ def _sample(
     logits_ptr, rows_ptr, counts_ptr, allowed_ptr, seeds_ptr, steps_ptr, key_ptr, token_ptr,
     tokens_ptr, logprobs_ptr, vocab, logits_stride, counts_stride, allowed_stride,
     temperature, top_k, top_p, min_p, repetition, presence, frequency, rate,
-    unrepetition, PER_ROW: tl.constexpr, COUNTS: tl.constexpr, ALLOWED: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    unrepetition, PER_ROW: tl.constexpr, COUNTS: tl.constexpr, ALLOWED: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride

@@ -62,10 +62,10 @@ def sample_tokens(
 
     Returns (tokens, logprobs), int64 and float32 (batch,): logprobs is log_softmax of the logits as
     they came, before mask, penalties and filters. Where logits tie, lower token numbers come first:
-    exactly k tokens survive top_k, and top_k=1 or temperature=0 is argmax. Every step is integer or
-    correctly rounded fp32 arithmetic, and sums are of integers (`_gumbel.py` defines them): the same
-    seed and step give the same token and logprob for any batch, position, thread count and
-    implementation, to the last bit.
+    exactly k tokens survive top_k, and top_k=1 or temperature=0 is argmax. Every step is on
+    integers or correctly rounded fp32, and sums are of integers (`_gumbel.py` defines them): a seed
+    and step give the same token and logprob, to the last bit, for any batch, position, thread count
+    and implementation.
 
     Raises TypeError or ValueError for wrong arguments, and on the CPU for a row that has NaN or
     +inf or no allowed finite logit. On a GPU such a row's token is -1 and its logprob NaN, because
@@ -83,13 +83,11 @@ def sample_tokens(
         temperature, top_k, top_p, min_p,
         repetition_penalty, presence_penalty, frequency_penalty,
     )  # fmt: skip
-    rows = None
-    if any(isinstance(v, Tensor) for v in values):
-        rows, values = _per_row(logits, values), ()
+    per_row = any(isinstance(v, Tensor) for v in values)
     return _sample_tokens(
         logits,
-        [float(v) for v in values],
-        rows,
+        [] if per_row else [float(v) for v in values],
+        _per_row(logits, values) if per_row else None,
         token_counts,
         allowed,
         _integers(logits, seeds),

@@ -85,6 +85,21 @@ int64_t sum_lanes(I64 v) {
   return sum;
 }
 
+// One bit for each lane of a comparison's result.
+AIGC_INLINE uint32_t bits_of(Vec<int32_t> lanes) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)lanes);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)lanes);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)lanes);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < gumbel::kWidth; ++i) bits |= (lanes[i] & 1u) << i;
+  return bits;
+#endif
+}
+
 // One row at a time; a thread keeps its sampler, and so the memory.
 class Sampler {
  public:
@@ -149,7 +164,7 @@ class Sampler {
     }
     if (s.min_p > 0) {
       const float least = gumbel::log(broadcast(std::max(s.min_p, 1e-30f)))[0];
-      if (all) take([&](float v) { return scaled(v) >= least; });
+      if (all) take([&](F v) { return scaled(v) >= least; });
       std::erase_if(items, [&](Item i) { return !(scaled(logit_of(i)) >= least); });
       all = false;
     }
@@ -171,10 +186,15 @@ class Sampler {
   void take(Pass pass) {
     items.clear();
     for (size_t b = 0; b < maxima.size(); ++b) {
-      if (!(maxima[b] > -kInfinity && pass(maxima[b]))) continue;
-      const int64_t end = std::min<int64_t>((b + 1) * kBlock, vocab);
-      for (int64_t i = b * kBlock; i < end; ++i)
-        if (pass(x[i]) && x[i] > -kInfinity) items.push_back(item(x[i], i));
+      if (!pass(broadcast(maxima[b]))[0]) continue;
+      const int64_t begin = b * kBlock;
+      for_vectors<float>(std::min(kBlock, vocab - begin), [&](int64_t i, auto n) {
+        const F v = load_or_inf(x + begin + i, n);
+        for (uint32_t lanes = bits_of(pass(v) & (v > -kInfinity)); lanes; lanes &= lanes - 1) {
+          const int64_t token = begin + i + __builtin_ctz(lanes);
+          items.push_back(item(x[token], token));
+        }
+      });
     }
   }
 
@@ -186,7 +206,7 @@ class Sampler {
       std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), std::greater<>());
       bound = order[k - 1];
     }
-    take([&](float v) { return v >= bound; });
+    take([&](F v) { return v >= bound; });
     if (int64_t(items.size()) > k) {
       std::nth_element(items.begin(), items.begin() + k, items.end(), std::greater<>());
       items.resize(k);
@@ -205,8 +225,11 @@ class Sampler {
         const gumbel::Weights w = gumbel::weights(y);
         const Vec<int32_t> bin = __builtin_convertvector(y * float(-kBins), Vec<int32_t>);
         int64_t weight[gumbel::kWidth];
+        int32_t to[gumbel::kWidth];  // GCC would write the vector out for each bin[j]
         std::memcpy(weight, &w, sizeof weight);
-        for (int j = 0; j < gumbel::kWidth; ++j) bins[bin[j]] += weight[j];
+        std::memcpy(to, &bin, sizeof to);
+#pragma GCC unroll 16
+        for (int j = 0; j < gumbel::kWidth; ++j) bins[to[j]] += weight[j];
       });
     }
     int64_t total = 0, sum = 0;
@@ -214,27 +237,30 @@ class Sampler {
     const int64_t enough = reach(total, top_p);
     int last = 0;
     while (last < count - 1 && (sum += bins[last]) < enough) ++last;
-    take([&](float v) { return scaled(v) * float(-kBins) < float(last + 1); });
+    take([&](F v) { return scaled(v) * float(-kBins) < float(last + 1); });
     return total;
   }
 
-  // f(y, tokens, n) for vectors of items [begin, end); y of unused lanes is -inf.
+  // f(y, tokens) for vectors of items [begin, end); y of unused lanes is -inf.
   template <class Each>
   void for_items(size_t begin, size_t end, Each f) const {
     for (size_t i = begin; i < end; i += gumbel::kWidth) {
       const int n = static_cast<int>(std::min<size_t>(gumbel::kWidth, end - i));
-      F y = broadcast(-kInfinity);
-      U token = {};
+      float logit[gumbel::kWidth];
+      uint32_t number[gumbel::kWidth] = {};
+      std::fill_n(logit, gumbel::kWidth, -kInfinity);
       for (int j = 0; j < n; ++j) {
-        y[j] = logit_of(items[i + j]);
-        token[j] = token_of(items[i + j]);
+        logit[j] = logit_of(items[i + j]);
+        number[j] = token_of(items[i + j]);
       }
-      f(scaled(y), token, n);
+      U token;
+      std::memcpy(&token, number, sizeof token);
+      f(scaled(load(logit)), token);
     }
   }
   int64_t mass(size_t begin, size_t end) const {
     I64 sum = {};
-    for_items(begin, end, [&](F y, U, int) {
+    for_items(begin, end, [&](F y, U) {
       const gumbel::Weights w = gumbel::weights(y);
       sum += w.low + w.high;
     });
@@ -281,8 +307,7 @@ class Sampler {
 
   int64_t draw(uint64_t seed, uint64_t step) const {
     Best best;
-    for_items(0, items.size(),
-              [&](F y, U t, int) { best.offer(y, t, gumbel::noise(t, step, seed)); });
+    for_items(0, items.size(), [&](F y, U t) { best.offer(y, t, gumbel::noise(t, step, seed)); });
     return best.result();
   }
 

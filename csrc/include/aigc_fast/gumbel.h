@@ -56,7 +56,7 @@ AIGC_INLINE F log1p(F s) {
 
 // exp(y) for y <= 0 in units of 2^-40, as floats that await truncation.
 AIGC_INLINE F scaled_exp(F y) {
-  y = y > -30.0f ? y : broadcast(-30.0f);
+  y = max<float>(y, broadcast(-30.0f));
   const F shifted = y * 1.44269504089f + 12582912.0f, n = shifted - 12582912.0f;
   F r = y - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -67,7 +67,8 @@ AIGC_INLINE F scaled_exp(F y) {
   e = e * r + 1.6666665459e-1f;
   e = e * r + 5.0000001201e-1f;
   e = e * r * r + r + 1.0f;
-  const I scale = (__builtin_convertvector(n, I) + (40 + 127)) << 23;
+  // The lowest bits of `shifted` are n; those above leave at the top.
+  const I scale = (reinterpret_cast<I>(shifted) + (40 + 127)) << 23;
   return e * reinterpret_cast<F>(scale);
 }
 
@@ -77,10 +78,17 @@ struct Weights {
 };
 AIGC_INLINE Weights weights(F y) {
   const F e = scaled_exp(y);
+#if defined(__AVX512F__)
+  // GCC 12 goes through memory and 256-bit halves for __builtin_convertvector.
+  const __m256 low = _mm512_castps512_ps256((__m512)e);
+  const __m256 high = _mm512_extractf32x8_ps((__m512)e, 1);
+  return {(I64)_mm512_cvttps_epi64(low), (I64)_mm512_cvttps_epi64(high)};
+#else
   HalfF low, high;
   std::memcpy(&low, &e, sizeof low);
   std::memcpy(&high, reinterpret_cast<const char*>(&e) + sizeof low, sizeof high);
   return {__builtin_convertvector(low, I64), __builtin_convertvector(high, I64)};
+#endif
 }
 
 // Products of the even 32-bit lanes, 64 bits each.
