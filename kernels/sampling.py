@@ -15,24 +15,12 @@ from torch import Tensor
 
 from .gumbel import ONE, gumbel, log, log1p, weight
 from .math import fp32
+from .selection import first_of, key_of, kth_largest, logit_of, nucleus
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_sample": (128, 16384)}
 
 _BLOCK = 2048
-
-
-@triton.jit
-def _key(x):
-    """uint32 in the order of x."""
-    bits = x.to(tl.int32, bitcast=True)
-    return ((bits ^ (bits >> 31 & 0x7FFFFFFF)) ^ -0x80000000).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _logit(key):
-    bits = key.to(tl.int32, bitcast=True) ^ -0x80000000
-    return (bits ^ (bits >> 31 & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -60,62 +48,6 @@ def _processed(
             ok = tl.load(allowed_ptr + token, mask, 0).to(tl.int32)
         x = tl.where(ok != 0, x, float("-inf"))
     return x
-
-
-@triton.jit
-def _kth_largest(key_ptr, size, k, BLOCK: tl.constexpr):
-    """(key, n): the n first tokens of that key, and all of larger keys, are the k largest."""
-    found = tl.full((), 0, tl.uint32)
-    digits = tl.arange(0, 256)
-    for level in range(4):
-        shift = tl.cast(24 - 8 * level, tl.uint32)
-        counts = tl.zeros((256,), tl.int32)
-        for start in range(0, size, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            key = tl.load(key_ptr + at, at < size, 0).to(tl.uint32, bitcast=True)
-            same = (at < size) & ((key >> shift >> 8) == (found >> shift >> 8))
-            counts += tl.histogram((key >> shift & 255).to(tl.int32), 256, mask=same)
-        digit = tl.sum((tl.cumsum(counts, 0, reverse=True) >= k).to(tl.int32), 0) - 1
-        k -= tl.sum(tl.where(digits > digit, counts, 0), 0)
-        found |= digit.to(tl.uint32) << shift
-    return found, k
-
-
-@triton.jit
-def _mass(key_ptr, size, least, largest, rate, BLOCK: tl.constexpr):
-    """Weight of the tokens with a key of at least `least`."""
-    total = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, size, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        key = tl.load(key_ptr + at, at < size, 0).to(tl.uint32, bitcast=True)
-        w = weight((_logit(key) - largest) * rate)
-        total += tl.where((at < size) & (key >= least), w, 0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _nucleus(key_ptr, size, top_p, largest, rate, BLOCK: tl.constexpr):
-    """(key, mass, weight): all tokens of larger keys, and so many of that key and that weight that
-    their sum reaches the mass, reach top_p."""
-    found = tl.full((), 0, tl.uint32)
-    total = _mass(key_ptr, size, found, largest, rate, BLOCK)
-    reach = tl.maximum((total.to(tl.float32) * top_p).to(tl.int64), 1)
-    for bit in range(32):
-        tried = found | (tl.full((), 1, tl.uint32) << tl.cast(31 - bit, tl.uint32))
-        enough = _mass(key_ptr, size, tried, largest, rate, BLOCK) >= reach
-        found = tl.where(enough, tried, found)
-    more = reach - _mass(key_ptr, size, found + 1, largest, rate, BLOCK)
-    return found, more, weight((_logit(found) - largest) * rate)
-
-
-@triton.jit
-def _first(key, mask, edge, enough, each, seen):
-    """(kept, seen): larger keys, and those of the key `edge` until `enough` of `each` is reached;
-    `seen` of them are past."""
-    equal = (mask & (key == edge)).to(tl.int32)
-    before = seen + tl.cumsum(equal, 0) - equal
-    kept = mask & ((key > edge) | ((equal != 0) & (before * each < enough)))
-    return kept, seen + tl.sum(equal, 0)
 
 
 @triton.jit
@@ -160,7 +92,7 @@ def _sample(
             COUNTS, ALLOWED, PACKED,
         ) + 0.0  # fmt: skip
         best = tl.maximum(best, x)
-        tl.store(key_ptr + at, _key(x).to(tl.int32, bitcast=True), mask)
+        tl.store(key_ptr + at, key_of(x).to(tl.int32, bitcast=True), mask)
     top = tl.max(top, 0)
     largest = tl.max(best, 0)
     good = (tl.max(bad, 0) == 0) & (largest > float("-inf")) & (largest < float("inf"))
@@ -179,15 +111,15 @@ def _sample(
     edge = tl.full((), 0, tl.uint32)
     n = vocab + 0
     if (k > 0) & (k < vocab):
-        edge, n = _kth_largest(key_ptr, vocab, k, BLOCK)
+        edge, n = kth_largest(key_ptr, vocab, k, BLOCK)
 
     size = 0
     seen = 0
     for start in range(0, vocab, BLOCK):
         at = start + lane
         key = tl.load(key_ptr + at, at < vocab, 0).to(tl.uint32, bitcast=True)
-        kept, seen = _first(key, at < vocab, edge, n, 1, seen)
-        x = _logit(key)
+        kept, seen = first_of(key, at < vocab, edge, n, 1, seen)
+        x = logit_of(key)
         kept = kept & (x > float("-inf")) & ((x - largest) * rate >= floor)
         to = size + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.debug_barrier()  # survivors move forward within what all threads have read
@@ -200,7 +132,7 @@ def _sample(
     enough = tl.full((), 1, tl.int64)
     each = tl.full((), 0, tl.int64)
     if top_p < 1:
-        edge, enough, each = _nucleus(key_ptr, size, top_p, largest, rate, BLOCK)
+        edge, enough, each = nucleus(key_ptr, size, top_p, largest, rate, BLOCK)
     seed = tl.load(seeds_ptr + row)
     step = tl.load(steps_ptr + row)
     score = float("-inf")
@@ -210,8 +142,8 @@ def _sample(
         at = start + lane
         key = tl.load(key_ptr + at, at < size, 0).to(tl.uint32, bitcast=True)
         number = tl.load(token_ptr + at, at < size, 0)
-        kept, seen = _first(key, at < size, edge, enough, each, seen)
-        y = (_logit(key) - largest) * rate
+        kept, seen = first_of(key, at < size, edge, enough, each, seen)
+        y = (logit_of(key) - largest) * rate
         s = tl.where(kept & (y >= least), y + gumbel(seed, step, number), float("-inf"))
         highest = tl.max(s, 0)
         # Numbers rise from block to block, so the first of equals stays.
