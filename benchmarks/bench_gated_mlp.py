@@ -1,4 +1,6 @@
-"""swiglu over the two halves of one packed projection."""
+"""swiglu and geglu over the two halves of one packed projection."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -6,15 +8,30 @@ import torch.nn.functional as F
 
 from tests.op_samples import OPS
 
-OP = OPS["swiglu"]
+SHAPES = pytest.mark.parametrize("sample", OPS["swiglu"].large(), ids=lambda s: s.name)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+DIRECTIONS = pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 
 
-def eager(gate, up):
+def swiglu(gate, up):
     return F.silu(gate) * up
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sample", OP.large(), ids=lambda s: s.name)
+def geglu(gate, up, approximate):
+    return F.gelu(gate, approximate=approximate) * up
+
+
+@DIRECTIONS
+@DTYPES
+@SHAPES
 def bench_swiglu(measure, sample, dtype, direction) -> None:
-    measure(OP, sample, dtype, eager=eager, backward=direction != "forward")
+    measure(OPS["swiglu"], sample, dtype, eager=swiglu, backward=direction != "forward")
+
+
+@DIRECTIONS
+@DTYPES
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@SHAPES
+def bench_geglu(measure, sample, approximate, dtype, direction) -> None:
+    sample = dataclasses.replace(sample, kwargs={"approximate": approximate})
+    measure(OPS["geglu"], sample, dtype, eager=geglu, backward=direction != "forward")

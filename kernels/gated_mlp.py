@@ -1,17 +1,40 @@
-"""silu(gate) * up and its derivative. Gate and up are rows at strides of their own, so that halves
-of a packed projection need no copy. One program takes a tile of ROWS x BLOCK."""
+"""act(gate) * up and its derivative, act being silu or one of the two gelus.
+
+Gate and up are rows at strides of their own, so that halves of a packed projection need no copy.
+One program takes a tile of ROWS x BLOCK.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .math import normal
 from .rows import as_rows, tile
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
-BUDGET = {"_forward": (64, 0), "_backward": (72, 0)}
+BUDGET = {"_forward": (64, 0), "_backward": (80, 0)}
 
 _TILE = 1024
+_SILU, _GELU, _GELU_TANH = 0, 1, 2
+
+
+@triton.jit
+def _activate(x, ACT: tl.constexpr):
+    """act(x) and its derivative."""
+    if ACT == 1:
+        density, cumulative = normal(x)
+        return x * cumulative, cumulative + x * density
+    else:
+        # gelu's (1 + tanh(u)) / 2 is sigmoid(2 u); sqrt(8 / pi) = 1.5957691216057308
+        if ACT == 2:
+            u = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+            du = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        else:
+            u = x
+            du = 1.0
+        s = tl.sigmoid(u)
+        return x * s, s * (1.0 + x * du * (1.0 - s))
 
 
 @triton.jit
@@ -27,55 +50,71 @@ def _tile(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _forward(
     gate_ptr, up_ptr, y_ptr, rows, width, gate_stride, up_stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, col, mask = _tile(rows, width, ROWS, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask, 0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + col, mask, 0.0).to(tl.float32)
-    y = gate * tl.sigmoid(gate) * up
-    tl.store(y_ptr + row * width + col, y.to(y_ptr.dtype.element_ty), mask)
+    y, _ = _activate(gate, ACT)
+    tl.store(y_ptr + row * width + col, (y * up).to(y_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def _backward(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, width, dy_stride, gate_stride, up_stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, col, mask = _tile(rows, width, ROWS, BLOCK)
     dy = tl.load(dy_ptr + row * dy_stride + col, mask, 0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask, 0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + col, mask, 0.0).to(tl.float32)
-    s = tl.sigmoid(gate)
+    y, slope = _activate(gate, ACT)
     at = row * width + col
-    dgate = dy * up * (s * (1.0 + gate * (1.0 - s)))
-    tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask)
-    tl.store(dup_ptr + at, (dy * gate * s).to(dup_ptr.dtype.element_ty), mask)
+    tl.store(dgate_ptr + at, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask)
+    tl.store(dup_ptr + at, (dy * y).to(dup_ptr.dtype.element_ty), mask)
 
 
 # ---- launchers ------------------------------------------------------------------------------
 
 
-def _launch(kernel, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+def _launch(kernel, inputs: list[Tensor], outputs: list[Tensor], act: int) -> None:
     if not outputs[0].numel():
         return
     matrices = [as_rows(x) for x in inputs]
     rows, width = matrices[0].shape
     options = tile(rows, width, _TILE)
     grid = (triton.cdiv(rows, options["ROWS"]) * triton.cdiv(width, options["BLOCK"]),)
-    kernel[grid](*matrices, *outputs, rows, width, *(m.stride(0) for m in matrices), **options)
+    strides = (m.stride(0) for m in matrices)
+    kernel[grid](*matrices, *outputs, rows, width, *strides, ACT=act, **options)
 
 
 def _new(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def _gated(gate: Tensor, up: Tensor, act: int) -> Tensor:
     y = _new(gate)
-    _launch(_forward, [gate, up], [y])
+    _launch(_forward, [gate, up], [y], act)
     return y
 
 
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _gated_backward(dy: Tensor, gate: Tensor, up: Tensor, act: int) -> tuple[Tensor, Tensor]:
     dgate, dup = _new(gate), _new(up)
-    _launch(_backward, [dy, gate, up], [dgate, dup])
+    _launch(_backward, [dy, gate, up], [dgate, dup], act)
     return dgate, dup
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return _gated(gate, up, _SILU)
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return _gated_backward(dy, gate, up, _SILU)
+
+
+def geglu(gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
+    return _gated(gate, up, _GELU_TANH if tanh else _GELU)
+
+
+def geglu_backward(dy: Tensor, gate: Tensor, up: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    return _gated_backward(dy, gate, up, _GELU_TANH if tanh else _GELU)

@@ -44,3 +44,28 @@ def softplus(x):
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + tl.log(u) + (e - (u - 1.0)) / u
+
+
+@triton.jit
+def normal(x):
+    """Density and cumulative distribution of the standard normal; error bounds in vec.h."""
+    z = x * x
+    e = tl.exp(-0.5 * z)
+    t = 1.0 / (1.0 + 0.3 * tl.abs(x))
+    p = -2.0623469305e-2 * t + 1.1243561439e-1
+    p = p * t - 2.2821360255e-1
+    p = p * t + 1.9178453797e-1
+    p = p * t - 7.9423493785e-2
+    p = p * t + 9.6156833974e-2
+    p = p * t + 7.8389648925e-2
+    p = p * t + 1.1023542488e-1
+    p = p * t + 1.1957181386e-1
+    p = p * t + 1.1968668982e-1
+    tail = e * (t * p)
+    q = -7.6542086683e-6 * z + 1.1348637271e-4
+    q = q * z - 1.1863299425e-3
+    q = q * z + 9.9733234101e-3
+    q = q * z - 6.6490359924e-2
+    q = q * z + 3.9894228012e-1
+    far = tl.where(x < 0, tail, 1.0 - tail)
+    return e * 0.3989422804014327, tl.where(z < 1, 0.5 + q * x, far)

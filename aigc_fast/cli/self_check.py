@@ -74,7 +74,11 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "apply_rotary": _apply_rotary,
     "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
     "decode_attention": _decode_attention,
+    "geglu": lambda x: ops.geglu(x(5, 127), x(5, 127)),
     "rms_norm": lambda x: ops.rms_norm(x(5, 127), x(127), 1e-6),
+    "sample_tokens": lambda x: ops.sample_tokens(
+        x.constant(5, 127), top_k=50, top_p=0.9, temperature=0.8, seeds=1
+    ),
     "scheduler_step": _scheduler_step,
     "swiglu": lambda x: ops.swiglu(x(5, 127), x(5, 127)),
 }

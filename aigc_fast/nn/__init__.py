@@ -1,7 +1,7 @@
 """nn.Module twins of the operators; the names in their state dicts are torch's own."""
 
 from .bias_act import BiasAct, LinearBiasAct
-from .gated_mlp import SwiGLU
+from .gated_mlp import GEGLU, SwiGLU
 from .rms_norm import RMSNorm
 
-__all__ = ["BiasAct", "LinearBiasAct", "RMSNorm", "SwiGLU"]
+__all__ = ["GEGLU", "BiasAct", "LinearBiasAct", "RMSNorm", "SwiGLU"]

@@ -10,3 +10,17 @@ class SwiGLU(nn.Module):
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return ops.swiglu(gate, up)
+
+
+class GEGLU(nn.Module):
+    """gelu(gate) * up; `approximate` as in nn.GELU."""
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return ops.geglu(gate, up, approximate=self.approximate)

@@ -6,11 +6,12 @@ from aigc_fast.ops.add_noise import add_noise
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
-from aigc_fast.ops.gated_mlp import swiglu
+from aigc_fast.ops.gated_mlp import geglu, swiglu
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.quantized_linear import quantized_linear
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
 from aigc_fast.ops.rotary import apply_rotary
+from aigc_fast.ops.sampling import sample_tokens
 from aigc_fast.ops.scheduler_step import scheduler_step
 
 # The schemas stand; now the compiled libraries can register their kernels.
@@ -25,10 +26,12 @@ __all__ = [
     "decode_attention",
     "decoder_step",
     "dequantize_weight",
+    "geglu",
     "pack_weight",
     "quantize_weight",
     "quantized_linear",
     "rms_norm",
+    "sample_tokens",
     "scheduler_step",
     "swiglu",
 ]

@@ -1,5 +1,5 @@
-// silu(gate) * up and its derivative. Gate and up may be the halves of one packed tensor: both are
-// read in place.
+// act(gate) * up and its derivative, act being silu or one of the two gelus. Gate and up may be the
+// halves of one packed tensor: both are read in place.
 #include "rows.h"
 
 namespace aigc_fast {
@@ -30,7 +30,31 @@ void check(const Tensor& gate, const Tensor& other, const char* name) {
   require(gate.scalar_type() == other.scalar_type(), name, " must have the dtype of gate");
 }
 
-Tensor swiglu(const Tensor& gate_in, const Tensor& up_in) {
+enum class Act { silu, gelu, gelu_tanh };
+
+// act(x) and its derivative; the forward pass leaves the latter to the compiler to drop.
+template <class A>
+struct Activated {
+  Vec<A> value, slope;
+};
+template <Act act, class A>
+AIGC_INLINE Activated<A> activate(Vec<A> x) {
+  if constexpr (act == Act::gelu) {
+    const Normal<A> n = normal<A>(x);
+    return {x * n.cumulative, n.cumulative + x * n.density};
+  } else {
+    // gelu's (1 + tanh(u)) / 2 is sigmoid(2 u).
+    constexpr A k = A(1.59576912160573071176), c = A(0.044715);  // sqrt(8 / pi)
+    constexpr bool tanh = act == Act::gelu_tanh;
+    const Vec<A> u = tanh ? k * x * (A(1) + c * x * x) : x;
+    const Vec<A> du = tanh ? k * (A(1) + A(3) * c * x * x) : broadcast(A(1));
+    const Vec<A> s = sigmoid<A>(u);
+    return {x * s, s * (A(1) + x * du * (A(1) - s))};
+  }
+}
+
+template <Act act>
+Tensor forward(const Tensor& gate_in, const Tensor& up_in) {
   check(gate_in, up_in, "up");
   const Rows gate = as_rows(gate_in), up = as_rows(up_in);
   Tensor y = empty_like_rows(gate_in);
@@ -43,17 +67,18 @@ Tensor swiglu(const Tensor& gate_in, const Tensor& up_in) {
                  const T *g = gate.at<T>(row) + column, *u = up.at<T>(row) + column;
                  T* o = out + row * width + column;
                  for_vectors<A>(count, [&](int64_t i, auto lanes) {
-                   const Vec<A> v = load(g + i, lanes);
-                   store(o + i, v * sigmoid<A>(v) * load(u + i, lanes), lanes);
+                   const Vec<A> value = activate<act, A>(load(g + i, lanes)).value;
+                   store(o + i, value * load(u + i, lanes), lanes);
                  });
                });
   });
   return y;
 }
 
-// (dgate, dup) = (dy * up * s * (1 + gate * (1 - s)), dy * gate * s), s = sigmoid(gate)
-std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy_in, const Tensor& gate_in,
-                                           const Tensor& up_in) {
+// (dgate, dup) = (dy * up * act'(gate), dy * act(gate))
+template <Act act>
+std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& gate_in,
+                                    const Tensor& up_in) {
   check(gate_in, up_in, "up");
   check(gate_in, dy_in, "grad_output");
   const Rows gate = as_rows(gate_in), up = as_rows(up_in), dy = as_rows(dy_in);
@@ -68,19 +93,33 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy_in, const Tensor& ga
       const T* d = dy.at<T>(row) + column;
       const int64_t to = row * width + column;
       for_vectors<A>(count, [&](int64_t i, auto lanes) {
-        const Vec<A> v = load(g + i, lanes), s = sigmoid<A>(v), grad = load(d + i, lanes);
-        store(up_out + to + i, grad * (v * s), lanes);
-        const Vec<A> slope = s * (A(1) + v * (A(1) - s));
-        store(gate_out + to + i, grad * load(u + i, lanes) * slope, lanes);
+        const Activated<A> a = activate<act, A>(load(g + i, lanes));
+        const Vec<A> grad = load(d + i, lanes);
+        store(up_out + to + i, grad * a.value, lanes);
+        store(gate_out + to + i, grad * load(u + i, lanes) * a.slope, lanes);
       });
     });
   });
   return {dgate, dup};
 }
 
+Tensor swiglu(const Tensor& gate, const Tensor& up) { return forward<Act::silu>(gate, up); }
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  return backward<Act::silu>(dy, gate, up);
+}
+Tensor geglu(const Tensor& gate, const Tensor& up, bool tanh) {
+  return tanh ? forward<Act::gelu_tanh>(gate, up) : forward<Act::gelu>(gate, up);
+}
+std::tuple<Tensor, Tensor> geglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up,
+                                          bool tanh) {
+  return tanh ? backward<Act::gelu_tanh>(dy, gate, up) : backward<Act::gelu>(dy, gate, up);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
   m.impl("swiglu", TORCH_BOX(&swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+  m.impl("geglu", TORCH_BOX(&geglu));
+  m.impl("geglu_backward", TORCH_BOX(&geglu_backward));
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aigc_fast.nn import BiasAct, LinearBiasAct, RMSNorm, SwiGLU
+from aigc_fast.nn import GEGLU, BiasAct, LinearBiasAct, RMSNorm, SwiGLU
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -68,6 +68,14 @@ def test_rms_norm_is_that_of_torch(eps):
 def test_swiglu():
     gate, up = torch.randn(2, 3, 17, dtype=torch.float64)
     assert_same(SwiGLU()(gate, up), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_geglu(approximate):
+    gate, up = torch.randn(2, 3, 17, dtype=torch.float64)
+    module = GEGLU(approximate)
+    assert_same(module(gate, up), F.gelu(gate, approximate=approximate) * up)
+    assert approximate in repr(module)
 
 
 @pytest.mark.parametrize("module", [LinearBiasAct(7, 5, "lrelu", gain=1.0), BiasAct(7), RMSNorm(7)])

@@ -12,6 +12,7 @@ from tests.op_samples import (
     quantized_linear,
     rms_norm,
     rotary,
+    sampling,
     scheduler_step,
 )
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
@@ -24,6 +25,7 @@ OPS: dict[str, OpSamples] = {
     **kv_cache.OPS,
     **quantized_linear.OPS,
     **decode_attention.OPS,
+    **sampling.OPS,
     **scheduler_step.OPS,
     **add_noise.OPS,
 }
