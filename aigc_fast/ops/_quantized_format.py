@@ -45,10 +45,12 @@ def pack_weight(codes: Tensor, scales: Tensor, minimums: Tensor | None, bits: in
     tiles = -(-rows // TILE)
     whole = codes.new_full((tiles * TILE, groups * width), zero)
     whole[:rows, :columns] = codes
-    # (tile, row, group, run, half, 4) -> (tile, group, run, row, 4, half)
-    parts = whole.view(tiles, TILE, groups, width // run, run // 4, 4).permute(0, 2, 3, 1, 5, 4)
-    packed = parts[..., 0] if bits == 8 else parts[..., 0] | parts[..., 1] << 4
-    block = [packed.reshape(tiles, groups, -1)]
+    # (tile, row, group, run, half) -> (tile, group, run, row, half), of words of 4 columns each:
+    # twice as fast as moving bytes.
+    words = whole.view(torch.int32).view(tiles, TILE, groups, width // run, run // 4)
+    words = words.permute(0, 2, 3, 1, 4)
+    packed = words[..., 0] if bits == 8 else words[..., 0] | words[..., 1] << 4
+    block = [packed.contiguous().view(torch.uint8).view(tiles, groups, -1)]
     for values in (scales, minimums):
         if values is not None:
             halves = values.new_zeros((tiles * TILE, groups), dtype=torch.float16)
