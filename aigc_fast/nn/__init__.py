@@ -2,6 +2,7 @@
 
 from .bias_act import BiasAct, LinearBiasAct
 from .gated_mlp import GEGLU, SwiGLU
+from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
 
-__all__ = ["GEGLU", "BiasAct", "LinearBiasAct", "RMSNorm", "SwiGLU"]
+__all__ = ["GEGLU", "BiasAct", "LinearBiasAct", "QuantizedLinear", "RMSNorm", "SwiGLU"]

@@ -40,6 +40,8 @@ class KVCache:
         # Zeros, not empty: a masked NaN times a weight of zero would still be NaN.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        #: keys and values of each layer in turn
+        self.in_turn = [t for pair in zip(self.keys, self.values, strict=True) for t in pair]
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.used = 0
 

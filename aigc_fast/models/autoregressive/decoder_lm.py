@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aigc_fast.nn import QuantizedLinear
+
 from .cache import KVCache
 from .config import DecoderConfig
+from .fused_step import FusedStep
 from .layers import DecoderLayer, Norm, Step
 from .load_gguf import read_gguf_model
 from .load_hf import from_hf_state_dict, read_hf_model
@@ -40,13 +43,20 @@ class DecoderLM(nn.Module):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = Norm(config, config.hidden_size, config.norm)
+        self.lm_head: nn.Module | None = None  # the embedding itself
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self._fused: FusedStep | None = None
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+        cls,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        *,
+        packed: bool = False,
+        quantize_activations: bool = False,
     ) -> DecoderLM:
         """Reads a model from disk, onto the CPU.
 
@@ -54,6 +64,10 @@ class DecoderLM(nn.Module):
             path: a GGUF file, dequantised to `dtype`; or a Hugging Face folder: config.json and
                 safetensors, which stay memory-mapped where they have that dtype and no fused
                 weight is made of them. The architectures are those of architectures.py.
+            packed: keep the matrices of a GGUF file as codes, of 4 or 8 bits, as `io.pack_gguf`
+                does; for inference. A token then reads the bytes of the file, not those of dtype.
+            quantize_activations: round what the packed matrices multiply to int8, in groups of 32:
+                faster on a CPU, and what llama.cpp does.
 
         Raises:
             OSError: a file cannot be opened.
@@ -62,8 +76,15 @@ class DecoderLM(nn.Module):
         """
         if dtype not in _DTYPES:
             raise TypeError(f"dtype must be one of {_DTYPES}, got {dtype}")
-        read = read_hf_model if os.path.isdir(path) else read_gguf_model
-        return cls._assemble(*read(path, cls._empty, dtype))
+        if os.path.isdir(path):
+            if packed:
+                raise ValueError(f"packed: {path} is a folder; only a GGUF file can stay packed")
+            return cls._assemble(*read_hf_model(path, cls._empty, dtype))
+        model = cls._assemble(*read_gguf_model(path, cls._empty, dtype, packed))
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.quantize_activations = quantize_activations
+        return model
 
     @classmethod
     def from_hf_state_dict(
@@ -114,8 +135,10 @@ class DecoderLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output projection, (..., hidden_size) to (..., vocab_size)."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = F.linear(hidden, head.weight)
+        if self.lm_head is None:
+            logits = F.linear(hidden, self.embed_tokens.weight)
+        else:
+            logits = self.lm_head(hidden)
         softcap = self.config.logit_softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -127,13 +150,23 @@ class DecoderLM(nn.Module):
         """
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
             hidden, step = self._enter(token_ids, cache)
-            residual = None
-            for layer in self.layers:
-                hidden, residual = layer(hidden, residual, step)
-            hidden, _ = self.norm(hidden, residual)
+            fused = step.ends is not None and token_ids.shape[1] == 1 and self._fused_step()
+            if fused:
+                hidden = fused(hidden, step)
+            else:
+                residual = None
+                for layer in self.layers:
+                    hidden, residual = layer(hidden, residual, step)
+                hidden, _ = self.norm(hidden, residual)
             if cache is not None:
                 cache.advance(token_ids.shape[1])
             return hidden
+
+    def _fused_step(self) -> FusedStep | None:
+        """All layers in one operator, where they are such as it takes."""
+        if self._fused is None or not self._fused.is_of(self):
+            self._fused = FusedStep(self)
+        return self._fused if self._fused.weights else None
 
     def _enter(self, token_ids: Tensor, cache: KVCache | None) -> tuple[Tensor, Step]:
         """The embedded tokens and what the layers need to know of their positions."""

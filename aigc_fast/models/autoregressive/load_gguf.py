@@ -7,14 +7,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aigc_fast.io.gguf import GGUFFile, read_gguf
+from aigc_fast.io.quantized import GROUP_SIZE, pack_gguf
+from aigc_fast.nn import QuantizedLinear
 
 from .architectures import ARCHITECTURES, REQUIRED, Architecture, Key
 from .config import DecoderConfig
 from .rope import RopeScaling
-from .weights import assemble
+from .weights import assemble, part_rows, parts_of
 
 if TYPE_CHECKING:
     from .decoder_lm import DecoderLM
@@ -26,9 +28,14 @@ _INTEGERS = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim
 
 
 def read_gguf_model(
-    path: str | os.PathLike[str], build: Callable[[DecoderConfig], DecoderLM], dtype: torch.dtype
+    path: str | os.PathLike[str],
+    build: Callable[[DecoderConfig], DecoderLM],
+    dtype: torch.dtype,
+    packed: bool,
 ) -> tuple[DecoderLM, dict[str, Tensor]]:
     """An empty model of the config that a GGUF file describes, and its state dict.
+
+    packed: matrices stay codes, those of the model are then there already.
 
     Raises:
         ValueError: the file is unsound or needs something that `DecoderLM` does not do.
@@ -51,11 +58,58 @@ def read_gguf_model(
             weight = _halves_from_pairs(weight, config.head_dim)
         return weight.to(dtype)
 
+    def pack(module: str, linear: nn.Linear) -> QuantizedLinear | None:
+        layer, parts = parts_of(module, architecture)
+        if module == "lm_head" and config.tie_word_embeddings:
+            parts = ("token_embd",)
+        rows = part_rows(config, parts, linear.out_features)
+        names = [p if layer is None else f"blk.{layer}.{p}" for p in parts]
+        tensors = [
+            file.get_tensor(f"{name}.weight", (count, linear.in_features))
+            for name, count in zip(names, rows, strict=True)
+        ]
+        order = None
+        if architecture.paired_rotary and "attn_q" in parts:
+            order = torch.arange(linear.out_features)
+            turned = sum(rows[:2])
+            order[:turned] = _halves_from_pairs(order[:turned], config.head_dim)
+        weight = pack_gguf(tensors, order)
+        unread.difference_update(tensor.name for tensor in tensors)
+        return None if weight is None else _quantized(linear, *weight)
+
     model = build(config)
+    if packed:
+        _replace_linears(model, pack)
     state = assemble(model, architecture, fetch)
     if unread:
         raise ValueError(f"{file.path}: no use is known for tensor {min(unread)!r}")
     return model, state
+
+
+def _replace_linears(
+    model: DecoderLM, pack: Callable[[str, nn.Linear], QuantizedLinear | None]
+) -> None:
+    config = model.config
+    if model.lm_head is None:
+        # The embedding is gathered from dense rows, and multiplied as codes.
+        model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and (replacement := pack(name, linear)) is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, replacement)
+    if isinstance(model.lm_head, nn.Linear) and config.tie_word_embeddings:
+        model.lm_head = None
+
+
+def _quantized(linear: nn.Linear, weight: Tensor, bits: int) -> QuantizedLinear:
+    return QuantizedLinear(
+        weight,
+        linear.bias,
+        linear.in_features,
+        linear.out_features,
+        bits=bits,
+        group_size=GROUP_SIZE,
+    )
 
 
 def _halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:

@@ -55,18 +55,15 @@ _PARTS = {
 
 
 def assemble(model: DecoderLM, architecture: Architecture, fetch: Fetch) -> dict[str, Tensor]:
-    """The state dict of `model`, whose own tensors only say the shapes."""
+    """The state dict of `model`, whose own tensors only say the shapes; packed weights stay."""
     state = {}
     for key, like in model.state_dict().items():
+        if like.dtype == torch.uint8:
+            state[key] = like
+            continue
         module, _, kind = key.rpartition(".")
-        layer = None
-        if module.startswith("layers."):
-            _, number, module = module.split(".", 2)
-            layer = int(number)
-        parts = _PARTS[module]
-        if module == "attention.qkv_proj" and "attn_qkv" in architecture.names:
-            parts = ("attn_qkv",)
-        rows = _part_rows(model.config, parts, like.shape[0])
+        layer, parts = parts_of(module, architecture)
+        rows = part_rows(model.config, parts, like.shape[0])
         weights = [
             fetch(part, layer, kind, (count, *like.shape[1:]))
             for part, count in zip(parts, rows, strict=True)
@@ -75,7 +72,18 @@ def assemble(model: DecoderLM, architecture: Architecture, fetch: Fetch) -> dict
     return state
 
 
-def _part_rows(config: DecoderConfig, parts: tuple[str, ...], rows: int) -> list[int]:
+def parts_of(module: str, architecture: Architecture) -> tuple[int | None, tuple[str, ...]]:
+    """The layer that a module of `DecoderLM` is in, or None, and the parts of its weight."""
+    layer = None
+    if module.startswith("layers."):
+        _, number, module = module.split(".", 2)
+        layer = int(number)
+    if module == "attention.qkv_proj" and "attn_qkv" in architecture.names:
+        return layer, ("attn_qkv",)
+    return layer, _PARTS[module]
+
+
+def part_rows(config: DecoderConfig, parts: tuple[str, ...], rows: int) -> list[int]:
     if parts[0] == "attn_q":
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         return [count * config.head_dim for count in heads]
