@@ -46,7 +46,7 @@ def decoder_step(
     caches:  keys and values of each layer in turn, (batch, capacity, num_kv_heads, head_dim), dtype
              of hidden, of one layout; the new token's are written in place.
     lengths: int32 (batch,), the entries there are, so the position of the new token; not changed.
-    cos, sin: float32 (batch, head_dim / 2), of the new token's position.
+    cos, sin: float32 (positions, head_dim / 2), of every position below capacity at least.
     eps:     added to the mean square in every norm.
     scale:   factor on the attention scores; None is 1 / sqrt(head_dim).
     quantize_activations: as for `quantized_linear`, in every product.
@@ -80,7 +80,7 @@ def _reference(
         rows = weight.shape[0] * TILE
         return _linear(x, weight, None, _bits(weight), _GROUP_SIZE, rows, quantize_activations)
 
-    x = hidden
+    x, where = hidden, lengths.long()[:, None]
     for layer in range(len(weights) // len(_LAYER)):
         attention_norm, qkv, output, mlp_norm, gate_up, down = weights[6 * layer : 6 * layer + 6]
         keys, values = caches[2 * layer : 2 * layer + 2]
@@ -88,7 +88,7 @@ def _reference(
         packed = linear(_norm(x, attention_norm, eps), qkv)
         packed = packed[:, : (heads + 2 * kv_heads) * head_dim].view(batch, 1, -1, head_dim)
         query_key, value = packed.split([heads + kv_heads, kv_heads], 2)
-        rotated = _rotate(query_key, cos[:, None], sin[:, None])
+        rotated = _rotate(query_key, cos[where], sin[where])
         query, key = rotated.split([heads, kv_heads], 2)
         _append(key, value, keys, values, lengths)
         out, _ = _attend(query, keys, values, lengths + 1, scale)
@@ -153,7 +153,12 @@ def _check(
                 )
     check_tensor("lengths", lengths, dtypes=(torch.int32,), shape=(batch,))
     for name, angles in (("cos", cos), ("sin", sin)):
-        check_tensor(name, angles, dtypes=(torch.float32,), shape=(batch, head_dim // 2))
+        check_tensor(name, angles, dtypes=(torch.float32,), ndim=2)
+        if angles.shape[0] < capacity or angles.shape[1] != head_dim // 2:
+            raise ValueError(
+                f"{name} must have shape ({capacity} or more, {head_dim // 2}), "
+                f"got {tuple(angles.shape)}"
+            )
 
 
 def _check_packed(name: str, weight: Tensor, hidden: Tensor) -> None:

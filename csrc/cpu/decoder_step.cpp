@@ -249,11 +249,11 @@ class Step {
     }
 
     void rotate(int64_t b, const float* x, T* out) const {
-      const int64_t half = s_.head_dim / 2;
+      const int64_t half = s_.head_dim / 2, at = step_.positions_[b] * half;
       for_vectors<float>(half, [&](int64_t i, auto n) {
         const Vec<float> a = load(x + i, n), c = load(x + half + i, n);
-        const Vec<float> cos = load(step_.cos_ + b * half + i, n);
-        const Vec<float> sin = load(step_.sin_ + b * half + i, n);
+        const Vec<float> cos = load(step_.cos_ + at + i, n);
+        const Vec<float> sin = load(step_.sin_ + at + i, n);
         store(out + i, a * cos - c * sin, n);
         store(out + half + i, c * cos + a * sin, n);
       });
@@ -355,9 +355,9 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
                 same_shape(t, cache) && same_strides(t, cache),
             "caches must all have the batch and dtype of hidden, one shape and one layout");
   for (const Tensor* t : {&cos, &sin})
-    require(t->dim() == 2 && t->size(0) == s.batch && t->size(1) == s.head_dim / 2 &&
+    require(t->dim() == 2 && t->size(0) >= s.capacity && t->size(1) == s.head_dim / 2 &&
                 t->scalar_type() == ScalarType::Float,
-            "cos and sin must be float32 of shape (batch, head_dim / 2)");
+            "cos and sin must be float32 with a row for each of ", s.capacity, " positions");
   auto is_norm = [&](const Tensor& t) {
     return t.dim() == 1 && t.size(0) == s.hidden && t.is_contiguous() && t.scalar_type() == dtype;
   };

@@ -40,7 +40,7 @@ def example(
     caches = [
         rand(batch, capacity, kv_heads, head_dim, seed=i + 1000 * draw) for i in range(2 * layers)
     ]
-    angles = rand(batch, head_dim // 2, seed=7 + draw)
+    angles = rand(capacity, head_dim // 2, seed=7 + draw)
     positions = torch.tensor(lengths, dtype=torch.int32)
     hidden_states = rand(batch, hidden, seed=5 + draw)
     return (hidden_states, weights, caches, positions, angles.cos().float(), angles.sin().float(),
@@ -115,7 +115,7 @@ def test_a_sequence_does_not_depend_on_its_batch() -> None:
     for b in range(3):
         hidden, weights, caches, *rest, eps, scale = cast(args, torch.float32)
         alone = (hidden[b : b + 1], weights, [c[b : b + 1].clone() for c in caches],
-                 *(t[b : b + 1] for t in rest), eps, scale)  # fmt: skip
+                 rest[0][b : b + 1], *rest[1:], eps, scale)  # fmt: skip
         torch.testing.assert_close(_decoder_step.call("cpu", *alone, True)[0], together[b])
 
 

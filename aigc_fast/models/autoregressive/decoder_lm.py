@@ -149,11 +149,14 @@ class DecoderLM(nn.Module):
         a GPU wait at every token.
         """
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
-            hidden, step = self._enter(token_ids, cache)
-            fused = step.ends is not None and token_ids.shape[1] == 1 and self._fused_step()
-            if fused:
-                hidden = fused(hidden, step)
+            fused = self._fused_step(token_ids, cache)
+            if cache is not None and fused is not None:
+                cache.check_room(*token_ids.shape)
+                self._check_length(cache.used + 1)
+                embedded = self._embed(token_ids[:, 0])
+                hidden = fused(embedded, cache, *self._rotary_table(cache.capacity))[:, None]
             else:
+                hidden, step = self._enter(token_ids, cache)
                 residual = None
                 for layer in self.layers:
                     hidden, residual = layer(hidden, residual, step)
@@ -162,19 +165,27 @@ class DecoderLM(nn.Module):
                 cache.advance(token_ids.shape[1])
             return hidden
 
-    def _fused_step(self) -> FusedStep | None:
-        """All layers in one operator, where they are such as it takes."""
+    def _fused_step(self, token_ids: Tensor, cache: KVCache | None) -> FusedStep | None:
+        """All layers in one operator, where layers and call are such as it takes."""
+        if cache is None or token_ids.shape[1] != 1:
+            return None
+        scaling = self.config.rope_scaling
+        if scaling is not None and scaling.stretches(cache.used + 1):
+            return None
         if self._fused is None or not self._fused.is_of(self):
             self._fused = FusedStep(self)
         return self._fused if self._fused.weights else None
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        hidden = self.embed_tokens(token_ids)
+        scale = self.config.embedding_scale
+        return hidden if scale == 1.0 else hidden * scale
 
     def _enter(self, token_ids: Tensor, cache: KVCache | None) -> tuple[Tensor, Step]:
         """The embedded tokens and what the layers need to know of their positions."""
         batch, seq = token_ids.shape
         config = self.config
-        hidden, length, ends, positions = self.embed_tokens(token_ids), seq, None, None
-        if config.embedding_scale != 1.0:
-            hidden = hidden * config.embedding_scale
+        hidden, length, ends, positions = self._embed(token_ids), seq, None, None
         if cache is not None:
             cache.check_room(batch, seq)
             length += cache.used
