@@ -2,6 +2,7 @@
 
 from .bias_act import BiasAct, LinearBiasAct
 from .gated_mlp import SwiGLU
+from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
 
-__all__ = ["BiasAct", "LinearBiasAct", "RMSNorm", "SwiGLU"]
+__all__ = ["BiasAct", "LinearBiasAct", "QuantizedLinear", "RMSNorm", "SwiGLU"]

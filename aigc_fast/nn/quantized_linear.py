@@ -1,0 +1,93 @@
+"""A linear layer whose weight is kept as 4- or 8-bit codes."""
+
+import torch
+from torch import Tensor, nn
+
+from aigc_fast import ops
+
+
+class QuantizedLinear(nn.Module):
+    """nn.Linear with a packed weight, for inference: `ops.quantized_linear` has the formats.
+
+    weight: buffer, uint8 (ceil(out_features / 16), groups, bytes); zeros, codes to be loaded.
+    bias:   buffer (out_features,) or None.
+    bits, group_size, quantize_activations: as for `ops.quantized_linear`; a group_size of None is
+            all of in_features.
+    symmetric: False if the weight has a minimum for each group.
+
+    >>> QuantizedLinear.from_linear(nn.Linear(576, 1536), bits=4, group_size=32, symmetric=False)
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        bits: int,
+        group_size: int | None,
+        symmetric: bool = True,
+        quantize_activations: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        run = 32 // bits
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.group_size = group_size or -(-in_features // run) * run
+        self.quantize_activations = quantize_activations
+        groups = -(-in_features // self.group_size)
+        size = 16 * (self.group_size * bits // 8 + (2 if symmetric else 4))
+        tiles = -(-out_features // 16)
+        weight = torch.zeros(tiles, groups, size, dtype=torch.uint8, device=device)
+        self.register_buffer("weight", weight)
+        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_buffer("bias", zeros)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        bits: int,
+        group_size: int | None,
+        symmetric: bool = True,
+        quantize_activations: bool = False,
+    ) -> "QuantizedLinear":
+        """The layer with the nearest codes to the weight of `linear`, on its device."""
+        module = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            quantize_activations=quantize_activations,
+            device="meta",
+        )
+        module.weight = ops.quantize_weight(
+            linear.weight.detach(), bits, group_size, symmetric=symmetric
+        )
+        if linear.bias is not None:
+            module.bias = linear.bias.detach().clone()
+        return module.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.quantized_linear(
+            x,
+            self.weight,
+            self.bias,
+            bits=self.bits,
+            group_size=self.group_size,
+            out_features=self.out_features,
+            quantize_activations=self.quantize_activations,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}, "
+            f"quantize_activations={self.quantize_activations}"
+        )
