@@ -35,6 +35,55 @@ def doctor() -> None:
     raise typer.Exit(run(Console(highlight=False)))
 
 
+Model = Annotated[Path, typer.Option(exists=True, help="A GGUF file or a Hugging Face folder.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
+TopK = Annotated[int, typer.Option(min=0, help="Draw among so many tokens; 0 for all.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among this much probability.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Exact = Annotated[bool, typer.Option(help="Keep activations as they are, not as 8-bit codes.")]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to answer, or with --raw to continue.")],
+    raw: Annotated[bool, typer.Option(help="No chat template around the prompt.")] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    exact: Exact = False,
+) -> None:
+    """Streams the answer of a decoder, then its time to the first token and tokens a second."""
+    from .generate import Session
+
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    console = Console(highlight=False)
+    session = Session.open(console, model, max_tokens, options, exact)
+    raise typer.Exit(2 if session is None else session.answer(prompt, raw=raw))
+
+
+@app.command()
+def chat(
+    model: Model,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.9,
+    seed: Seed = None,
+    exact: Exact = False,
+) -> None:
+    """A conversation with a decoder; an empty line ends it."""
+    from .generate import Session
+
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    console = Console(highlight=False)
+    session = Session.open(console, model, max_tokens, options, exact)
+    raise typer.Exit(2 if session is None else session.converse())
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,

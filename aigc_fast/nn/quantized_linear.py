@@ -1,7 +1,5 @@
 """A linear layer whose weight is kept as 4- or 8-bit codes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -9,17 +7,15 @@ from aigc_fast import ops
 
 
 class QuantizedLinear(nn.Module):
-    """y = x @ W.T + bias, W the weight that the codes stand for; see `ops.quantized_linear`.
+    """nn.Linear with a packed weight, for inference: `ops.quantized_linear` has the formats.
 
-    For inference: there is no derivative.
+    weight: buffer, uint8 (ceil(out_features / 16), groups, bytes); zeros, codes to be loaded.
+    bias:   buffer (out_features,) or None.
+    bits, group_size, quantize_activations: as for `ops.quantized_linear`; a group_size of None is
+            all of in_features.
+    symmetric: False if the weight has a minimum for each group.
 
-    Attributes:
-        weight: uint8 (ceil(out_features / 16), groups, bytes), from `ops.quantize_weight` or
-            `ops.pack_weight`.
-        bias: (out_features,), or None.
-        quantize_activations: round x to int8 too.
-
-    >>> layer = QuantizedLinear.from_linear(nn.Linear(64, 32), bits=4, group_size=32)
+    >>> QuantizedLinear.from_linear(nn.Linear(576, 1536), bits=4, group_size=32, symmetric=False)
     """
 
     weight: Tensor
@@ -27,43 +23,56 @@ class QuantizedLinear(nn.Module):
 
     def __init__(
         self,
-        weight: Tensor,
-        bias: Tensor | None,
         in_features: int,
         out_features: int,
+        bias: bool = True,
         *,
         bits: int,
-        group_size: int,
+        group_size: int | None,
+        symmetric: bool = True,
         quantize_activations: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.bits, self.group_size = bits, group_size
+        run = 32 // bits
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.group_size = group_size or -(-in_features // run) * run
         self.quantize_activations = quantize_activations
+        groups = -(-in_features // self.group_size)
+        size = 16 * (self.group_size * bits // 8 + (2 if symmetric else 4))
+        tiles = -(-out_features // 16)
+        weight = torch.zeros(tiles, groups, size, dtype=torch.uint8, device=device)
         self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_buffer("bias", zeros)
 
     @classmethod
     def from_linear(
         cls,
         linear: nn.Linear,
         bits: int,
-        group_size: int,
-        *,
+        group_size: int | None,
         symmetric: bool = True,
         quantize_activations: bool = False,
-    ) -> QuantizedLinear:
-        """Rounds the weight of a linear layer to the nearest codes; see `ops.quantize_weight`."""
-        weight = ops.quantize_weight(linear.weight.detach(), bits, group_size, symmetric=symmetric)
-        return cls(
-            weight,
-            None if linear.bias is None else linear.bias.detach(),
+    ) -> "QuantizedLinear":
+        """The layer with the nearest codes to the weight of `linear`, on its device."""
+        module = cls(
             linear.in_features,
             linear.out_features,
+            linear.bias is not None,
             bits=bits,
             group_size=group_size,
+            symmetric=symmetric,
             quantize_activations=quantize_activations,
+            device="meta",
         )
+        module.weight = ops.quantize_weight(
+            linear.weight.detach(), bits, group_size, symmetric=symmetric
+        )
+        if linear.bias is not None:
+            module.bias = linear.bias.detach().clone()
+        return module.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.quantized_linear(
@@ -74,12 +83,6 @@ class QuantizedLinear(nn.Module):
             group_size=self.group_size,
             out_features=self.out_features,
             quantize_activations=self.quantize_activations,
-        )
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (out_features, in_features) as numbers."""
-        return ops.dequantize_weight(
-            self.weight, self.bits, self.group_size, self.out_features, self.in_features, dtype
         )
 
     def extra_repr(self) -> str:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aigc_fast.nn import GEGLU, BiasAct, LinearBiasAct, RMSNorm, SwiGLU
+from aigc_fast import ops
+from aigc_fast.nn import GEGLU, BiasAct, LinearBiasAct, QuantizedLinear, RMSNorm, SwiGLU
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -76,6 +77,38 @@ def test_geglu(approximate):
     module = GEGLU(approximate)
     assert_same(module(gate, up), F.gelu(gate, approximate=approximate) * up)
     assert approximate in repr(module)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"),
+    [(4, 32, False), (4, 64, True), (8, 32, True), (8, None, True)],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_quantized_linear_is_linear_with_the_weight_of_its_codes(bits, group_size, symmetric, bias):
+    linear = nn.Linear(64, 37, bias, dtype=torch.float64)
+    ours = QuantizedLinear.from_linear(linear, bits, group_size, symmetric)
+    dense = ops.dequantize_weight(ours.weight, bits, ours.group_size, 37, 64, torch.float64)
+    step = linear.weight.abs().max() * (2 if symmetric else 1) / (2**bits - 1 - symmetric)
+    assert (dense - linear.weight).abs().max() <= step  # half a step of the widest group at most
+    x = torch.randn(3, 2, 64, dtype=torch.float64)
+    assert_same(ours(x), F.linear(x, dense, linear.bias))
+
+    kwargs = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    other = QuantizedLinear(64, 37, bias, **kwargs, dtype=torch.float64)
+    other.load_state_dict(ours.state_dict())
+    assert list(other.state_dict()) == ["weight", "bias"][: 1 + bias]
+    assert torch.equal(other(x), ours(x))
+    assert not list(ours.parameters()) and f"bits={bits}" in repr(ours)
+    assert ours.to(torch.bfloat16).weight.dtype == torch.uint8
+    assert ours(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_quantized_linear_of_any_width_has_one_scale_a_row():
+    linear = nn.Linear(37, 5, dtype=torch.float64)
+    ours = QuantizedLinear.from_linear(linear, 8, None, quantize_activations=True)
+    assert ours.quantize_activations and ours.group_size == 40
+    x = torch.randn(3, 37, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), linear(x), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("module", [LinearBiasAct(7, 5, "lrelu", gain=1.0), BiasAct(7), RMSNorm(7)])

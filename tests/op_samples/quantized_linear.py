@@ -33,8 +33,12 @@ def _samples() -> list[Sample]:
         "one": _call((1,), 1, 8, 4, 8),
         "no_rows": _call((0,), 16, 32, 4, 32),
         "threads": _call((1,), 2048, 192, 4, 32),
+        "wide": _call((1,), 16, 1024, 4, 32, symmetric=False),
+        "four_wide": _call((4,), 16, 1024, 4, 32),
+        "eight_wide": _call((8,), 33, 200, 8, 40, symmetric=False, bias=True),
+        "prompt": _call((70,), 80, 64, 4, 32, symmetric=False, bias=True),
     }
-    for name in ("q4_0", "q4_1", "q8_0", "per_channel_odd", "many_rows", "threads"):
+    for name in ("q4_0", "q4_1", "q8_0", "per_channel_odd", "many_rows", "threads", "prompt"):
         args, kwargs = named[name]
         named[f"{name}_int8"] = args, {**kwargs, "quantize_activations": True}
     samples = [Sample(name, *call) for name, call in named.items()]

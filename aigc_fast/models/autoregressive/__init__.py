@@ -3,7 +3,15 @@
 from .cache import KVCache
 from .config import DecoderConfig
 from .decoder_lm import DecoderLM
-from .generate import generate, stream_tokens
+from .generate import Sampling, generate, stream_tokens
 from .rope import RopeScaling
 
-__all__ = ["DecoderConfig", "DecoderLM", "KVCache", "RopeScaling", "generate", "stream_tokens"]
+__all__ = [
+    "DecoderConfig",
+    "DecoderLM",
+    "KVCache",
+    "RopeScaling",
+    "Sampling",
+    "generate",
+    "stream_tokens",
+]

@@ -102,14 +102,16 @@ def _replace_linears(
 
 
 def _quantized(linear: nn.Linear, weight: Tensor, bits: int) -> QuantizedLinear:
-    return QuantizedLinear(
-        weight,
-        linear.bias,
+    module = QuantizedLinear(
         linear.in_features,
         linear.out_features,
+        linear.bias is not None,
         bits=bits,
         group_size=GROUP_SIZE,
+        device="meta",
     )
+    module.weight = weight
+    return module
 
 
 def _halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
