@@ -50,6 +50,10 @@ def table(rows: list[dict]) -> str:
             )
         elif "diffusers_over_ours" in row:
             lines.append(f"{row['name'][:72]:72} diffusers/ours {row['diffusers_over_ours']:.2f}x")
+        elif "peers_over_ours" in row:
+            speed = f"{row['tokens_per_second']['ours']:.0f} tokens/s"
+            peers = ", ".join(f"{name} {x:.2f}x" for name, x in row["peers_over_ours"].items())
+            lines.append(f"{row['name'][:72]:72} {speed}, over ours: {peers}")
         elif "microseconds" in row:
             micro = row["microseconds"]
             lines.append(

@@ -1,6 +1,7 @@
 """Small random checkpoints of transformers' own models, and their logits in float64 throughout."""
 
 import math
+import re
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -147,3 +148,34 @@ def step_by_step(model, token_ids, *chunks):
     cache = model.new_cache(len(token_ids), seq)
     with torch.inference_mode():
         return torch.cat([model(part, cache) for part in token_ids.split(sizes, 1)], dim=1)
+
+
+def hf_names(model):
+    """The state dict of `model` under transformers' names, its fused weights taken apart."""
+    config, state = model.config, {}
+    kv = config.num_kv_heads * config.head_dim
+    parts = {
+        "attention_norm": (["input_layernorm"], None),
+        "attention.qkv_proj": (
+            [f"self_attn.{x}_proj" for x in "qkv"],
+            [config.num_heads * config.head_dim, kv, kv],
+        ),
+        "attention.o_proj": (["self_attn.o_proj"], None),
+        "mlp_norm": (["post_attention_layernorm"], None),
+        "mlp.gate_up_proj": (
+            ["mlp.gate_proj", "mlp.up_proj"],
+            [config.intermediate_size] * 2,
+        ),
+        "mlp.down_proj": (["mlp.down_proj"], None),
+    }
+    for key, weight in model.state_dict().items():
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", key)
+        if match is None:
+            state[key if key.startswith("lm_head") else f"model.{key}"] = weight
+            continue
+        names, rows = parts[match[2]]
+        for name, part in zip(names, weight.split(rows) if rows else [weight], strict=True):
+            state[f"model.layers.{match[1]}.{name}.weight"] = part
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return state

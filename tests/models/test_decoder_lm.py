@@ -16,7 +16,7 @@ from aigc_fast.models.autoregressive import (
     generate,
     stream_tokens,
 )
-from tests.models.checkpoints import assert_error_ratio, step_by_step
+from tests.models.checkpoints import assert_error_ratio, hf_names, step_by_step
 
 CONFIGS = {
     "grouped": DecoderConfig(
@@ -199,37 +199,6 @@ def write_llama(path, gguf, config, state, **changes):
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def hf_names(model):
-    """The state dict of `model` under transformers' names, its fused weights taken apart."""
-    config, state = model.config, {}
-    kv = config.num_kv_heads * config.head_dim
-    parts = {
-        "attention_norm": (["input_layernorm"], None),
-        "attention.qkv_proj": (
-            [f"self_attn.{x}_proj" for x in "qkv"],
-            [config.num_heads * config.head_dim, kv, kv],
-        ),
-        "attention.o_proj": (["self_attn.o_proj"], None),
-        "mlp_norm": (["post_attention_layernorm"], None),
-        "mlp.gate_up_proj": (
-            ["mlp.gate_proj", "mlp.up_proj"],
-            [config.intermediate_size] * 2,
-        ),
-        "mlp.down_proj": (["mlp.down_proj"], None),
-    }
-    for key, weight in model.state_dict().items():
-        match = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", key)
-        if match is None:
-            state[key if key.startswith("lm_head") else f"model.{key}"] = weight
-            continue
-        names, rows = parts[match[2]]
-        for name, part in zip(names, weight.split(rows) if rows else [weight], strict=True):
-            state[f"model.layers.{match[1]}.{name}.weight"] = part
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    return state
 
 
 @pytest.fixture(scope="module")

