@@ -81,7 +81,10 @@ def decode_attention(
     (arXiv:2309.06180).
     """
     if torch.is_grad_enabled() and (
-        query.requires_grad or key_cache.requires_grad or value_cache.requires_grad
+        query.requires_grad
+        or key_cache.requires_grad
+        or value_cache.requires_grad
+        or any(x is not None and x.requires_grad for x in (sinks, alibi_slopes))
     ):
         raise RuntimeError(
             "decode_attention has no derivative: call it under torch.no_grad(), or train with "
