@@ -190,7 +190,8 @@ def decode_attention_full(
     # Odd head_dims are loaded element by element, with an address for each in registers.
     narrow = DIM <= 128 and head_dim % 16 == 0
     ROWS = min(max(triton.next_power_of_2(rows), 16), 16 if wide else 64 if narrow else 32)
-    KEYS = 16 if wide else min(max(8192 // DIM, 16), 64)
+    # Fewer keys where head_dim is 16: the addresses of 64 in pages do not fit the registers.
+    KEYS = 16 if wide else min(max(8192 // DIM, 16), 64, 2 * DIM)
     row_blocks = triton.cdiv(rows, ROWS)
     programs = batch * kv_heads * row_blocks
     splits = 2 * _processors(query.device) // programs  # in one round

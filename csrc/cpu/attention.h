@@ -44,9 +44,9 @@ struct Pages {
 
 template <class A>
 struct ScoreOptions {
-  A softcap = 0;                // softcap * tanh(score / softcap), unless 0
-  const A* slopes = nullptr;    // ALiBi, of each head
-  const A* sinks = nullptr;     // a logit of each head that only the denominator knows
+  A softcap = 0;              // softcap * tanh(score / softcap), unless 0
+  const A* slopes = nullptr;  // ALiBi, of each head
+  const A* sinks = nullptr;   // a logit of each head that only the denominator knows
 };
 
 // Row r of a key/value head is query r / group of head r % group, so that the rows of a tile see
@@ -229,8 +229,7 @@ class Attention {
     if (options_.softcap || options_.slopes)
       top = adjust(block.start, padded, head, row, length, scores);
     // Where rows see different keys, or a tile has no key left.
-    if (block.start + padded > fewest ||
-        block.start < s_.oldest(length, (last - 1) / s_.group())) {
+    if (block.start + padded > fewest || block.start < s_.oldest(length, (last - 1) / s_.group())) {
       top = lowest;
       for (int64_t k = 0; k < padded; k += K) {
         for (int lane = 0; lane < L; ++lane) {
@@ -267,8 +266,7 @@ class Attention {
     if (options_.slopes) {
       slopes = of_rows(options_.slopes, head, row);
       for (int lane = 0; lane < L; ++lane)
-        distance[lane] =
-            start + lane / R - (length - s_.q_len + (row + lane % R) / s_.group());
+        distance[lane] = start + lane / R - (length - s_.q_len + (row + lane % R) / s_.group());
     }
     V top = broadcast(-std::numeric_limits<A>::infinity());
     for (int64_t k = 0; k < count; k += K) {

@@ -53,11 +53,10 @@ void run(const Shape& s, const Attention<T, R>& attention, const std::vector<int
     for (int64_t u = begin; u < end; ++u) {
       const auto [b, h, c, first_key, last_key] = units[u];
       const Unit& next = units[std::min(u + 1, end - 1)];
-      attention.attend(b, h, c * kRows, std::min(rows, (c + 1) * kRows), lengths[b], first_key,
-                       last_key,
-                       next.begin < next.end ? attention.key(next.b, next.head, next.begin)
-                                             : nullptr,
-                       query.get(), results.get() + u * size);
+      attention.attend(
+          b, h, c * kRows, std::min(rows, (c + 1) * kRows), lengths[b], first_key, last_key,
+          next.begin < next.end ? attention.key(next.b, next.head, next.begin) : nullptr,
+          query.get(), results.get() + u * size);
     }
   });
   const int64_t heads = s.kv_heads * chunks;
@@ -129,9 +128,9 @@ std::tuple<Tensor, Tensor> decode_attention_full(
           key_in.size(2),   query_in.size(3), key_in.size(1)};
   Pages pages;
   if (table) {
-    require(table->scalar_type() == ScalarType::Int && table->dim() == 2 &&
-                table->size(0) == s.batch,
-            "block_table must be int32 and have shape (", s.batch, ", pages)");
+    require(
+        table->scalar_type() == ScalarType::Int && table->dim() == 2 && table->size(0) == s.batch,
+        "block_table must be int32 and have shape (", s.batch, ", pages)");
     require(key_in.size(0) > 0 && key_in.size(1) > 0, "key_cache must have at least one page");
     pages = {data<int32_t>(*table), table->stride(0), table->stride(1), key_in.size(1)};
     s.capacity = table->size(1) * pages.size;

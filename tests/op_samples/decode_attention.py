@@ -86,8 +86,19 @@ def _samples() -> list[Sample]:
         _call("sinks_long", 1, 2, 3, 1, 8, 600, [600], per_head=("sinks",)),
         _call("alibi", 2, 3, 6, 3, 16, 40, [37, 2], per_head=("alibi_slopes",)),
         _call(
-            "everything", 2, 5, 6, 2, 40, 70, [70, 33], page_size=4, window=29, softcap=3.0,
-            scale=0.5, per_head=("sinks", "alibi_slopes"),
+            "everything",
+            2,
+            5,
+            6,
+            2,
+            40,
+            70,
+            [70, 33],
+            page_size=4,
+            window=29,
+            softcap=3.0,
+            scale=0.5,
+            per_head=("sinks", "alibi_slopes"),
         ),
         _call("many_rows", 1, 70, 4, 2, 40, 300, [290]),
     ]
@@ -129,18 +140,17 @@ def _refusals() -> list[Refusal]:
         option("softcap", ValueError, "softcap must be positive, got -1.0", softcap=-1.0),
         option("softcap_nan", ValueError, "softcap must be positive", softcap=float("nan")),
         option("table_dtype", TypeError, "block_table must be int32", block_table=table.long()),
-        option(
-            "table_1d", ValueError, "block_table must have 2 dimensions", block_table=table[0]
-        ),
-        option(
-            "table_batch", ValueError, "block_table must have the batch", block_table=table[:1]
-        ),
+        option("table_1d", ValueError, "block_table must have 2 dimensions", block_table=table[0]),
+        option("table_batch", ValueError, "block_table must have the batch", block_table=table[:1]),
         option("sinks", ValueError, r"sinks must have shape \(4,\)", sinks=rand(3)),
         option("sinks_dtype", TypeError, "sinks must be float64", sinks=lengths),
         option("slopes", ValueError, r"alibi_slopes must have shape \(4,\)", alibi_slopes=rand(1)),
         Refusal(
-            "no_page", (query, keys[:0], values[:0], lengths), ValueError,
-            "key_cache must have at least one page", {"block_table": table},
+            "no_page",
+            (query, keys[:0], values[:0], lengths),
+            ValueError,
+            "key_cache must have at least one page",
+            {"block_table": table},
         ),
     ]
 

@@ -304,7 +304,7 @@ def test_sink_is_a_key_without_a_value(implementation, device) -> None:
     ids=lambda options: next(iter(options)),
 )
 def test_options_are_not_for_the_cuda_kernel(options) -> None:
-    """It takes plain calls alone: with an option another operator runs, which has no such kernel."""
+    """It takes plain calls alone; with an option another operator runs, which lacks it."""
     args = *inputs(2, 1, 4, 2, 16, 8), torch.tensor([8, 3])
     plain = _registry.OPS[aigc_fast.explain(ops.decode_attention, *args).op]
     full = _registry.OPS[aigc_fast.explain(ops.decode_attention, *args, **options).op]
