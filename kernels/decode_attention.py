@@ -23,16 +23,30 @@ BUDGET = {"_attend": (255, 81952), "_merge": (64, 1024)}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
+_FP8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+
+
+@triton.jit
+def widen(x, FP8: tl.constexpr):
+    """fp8 from its bits, which older GPUs and the interpreter can not convert, as fp16."""
+    if FP8 == "e5m2":
+        x = (x.to(tl.int16) << 8).to(tl.float16, bitcast=True)
+    if FP8 == "e4m3":
+        bits = (x.to(tl.int16) << 7) & -16512  # 0xbf80: the sign, and 2^-8 of the number
+        bits = tl.where((bits & 0x3F80) == 0x3F80, 0x7FFF, bits).to(tl.int16)
+        x = bits.to(tl.float16, bitcast=True) * 256.0
+    return x
 
 
 @triton.jit
 def _attend(
-    query_ptr, key_ptr, value_ptr, lengths_ptr, table_ptr, slopes_ptr, out_ptr, lse_ptr,
+    query_ptr, key_ptr, value_ptr, lengths_ptr, table_ptr, slopes_ptr, key_scale_ptr,
+    value_scale_ptr, out_ptr, lse_ptr,
     query_batch, query_seq, query_head, key_batch, key_seq, key_head,
     value_batch, value_seq, value_head, lengths_stride,
     table_batch, table_page, num_pages,
     q_len, heads, kv_heads, group, head_dim, capacity, row_blocks, splits, scale, window, softcap,
-    PAGE: tl.constexpr, ROWS: tl.constexpr,
+    fixed_split, PAGE: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, IN_FP32: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0) % splits
@@ -51,7 +65,9 @@ def _attend(
     # What the block sees: from the window of its first row to the token of its last one.
     low = 0 if window is None else tl.maximum(tl.min(visible, 0) - window, 0)
     high = tl.max(tl.where(is_row, visible, 0), 0)
-    size = tl.cdiv(tl.cdiv(high - low, splits), KEYS) * KEYS
+    size = fixed_split
+    if fixed_split is None:
+        size = tl.cdiv(tl.cdiv(high - low, splits), KEYS) * KEYS
     begin = low + split * size
     end = tl.minimum(begin + size, high)
 
@@ -70,6 +86,8 @@ def _attend(
         value_ptr += b * value_batch
     # Scores are powers of two.
     factor = fp32(scale) * _LOG2_E if softcap is None else fp32(scale) / fp32(softcap)
+    if key_scale_ptr is not None:
+        factor *= tl.load(key_scale_ptr + head).to(tl.float32)
     if slopes_ptr is not None:
         slopes = tl.load(slopes_ptr + query_head_index, is_row, 0.0)
         slopes = slopes.to(tl.float32) * _LOG2_E
@@ -89,8 +107,8 @@ def _attend(
             value_at = page * value_batch + (keys % PAGE).to(tl.int64) * value_seq
         key = tl.load(key_ptr + key_at[:, None] + dims[None, :], mask, 0.0)
         value = tl.load(value_ptr + value_at[:, None] + dims[None, :], mask, 0.0)
-        if IN_FP32:
-            key, value = key.to(tl.float32), value.to(tl.float32)
+        key, value = widen(key, FP8), widen(value, FP8)
+        key, value = key.to(query.dtype), value.to(query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
         if softcap is not None:
             scores = tanh(scores) * (fp32(softcap) * _LOG2_E)
@@ -114,7 +132,10 @@ def _attend(
     lse = tl.where(total == 0, float("-inf"), top * _LN_2 + tl.log(total_or_one))
     at = ((b * q_len + position) * heads + query_head_index) * splits + split
     tl.store(lse_ptr + at, lse, is_row)
-    result = (result / total_or_one[:, None]).to(out_ptr.dtype.element_ty)
+    result = result / total_or_one[:, None]
+    if value_scale_ptr is not None:
+        result *= tl.load(value_scale_ptr + head).to(tl.float32)
+    result = result.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at[:, None] * head_dim + dims[None, :], result, is_row[:, None] & is_dim)
 
 
@@ -160,13 +181,14 @@ def _processors(device: torch.device) -> int:
 
 def decode_attention(query, key_cache, value_cache, cache_lengths, scale) -> tuple[Tensor, Tensor]:
     return decode_attention_full(
-        query, key_cache, value_cache, cache_lengths, scale, None, None, None, None, None
-    )
+        query, key_cache, value_cache, cache_lengths, scale, None, None, None, None, None, None,
+        None, None,
+    )  # fmt: skip
 
 
 def decode_attention_full(
     query, key_cache, value_cache, cache_lengths, scale, window, softcap, block_table, sinks,
-    alibi_slopes,
+    alibi_slopes, key_scale, value_scale, fixed_split,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, q_len, heads, head_dim = query.shape
     capacity, kv_heads = key_cache.shape[1:3]
@@ -181,7 +203,12 @@ def decode_attention_full(
     lse = query.new_empty((batch, q_len, heads), dtype=torch.float32)
     if not lse.numel():
         return out, lse
-    sinks, alibi_slopes = (x if x is None else x.contiguous() for x in (sinks, alibi_slopes))
+    sinks, alibi_slopes, key_scale, value_scale = (
+        x if x is None else x.contiguous() for x in (sinks, alibi_slopes, key_scale, value_scale)
+    )
+    fp8 = _FP8.get(key_cache.dtype)
+    if fp8:
+        key_cache, value_cache = key_cache.view(torch.int8), value_cache.view(torch.int8)
     query, key_cache, value_cache = map(_with_contiguous_rows, (query, key_cache, value_cache))
     rows = heads // kv_heads * q_len
     DIM = max(triton.next_power_of_2(head_dim), 16)
@@ -196,6 +223,8 @@ def decode_attention_full(
     programs = batch * kv_heads * row_blocks
     splits = 2 * _processors(query.device) // programs  # in one round
     splits = max(min(splits, triton.cdiv(span, 2 * KEYS), 64), 1)
+    if fixed_split is not None:
+        splits = max(triton.cdiv(span, fixed_split), 1)
     direct = splits == 1 and sinks is None
     if direct:
         parts, part_lse = out, lse
@@ -203,12 +232,13 @@ def decode_attention_full(
         parts = query.new_empty((*lse.shape, splits, head_dim), dtype=torch.float32)
         part_lse = parts.new_empty((*lse.shape, splits))
     _attend[(programs * splits,)](
-        query, key_cache, value_cache, cache_lengths, block_table, alibi_slopes, parts, part_lse,
+        query, key_cache, value_cache, cache_lengths, block_table, alibi_slopes, key_scale,
+        value_scale, parts, part_lse,
         *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
         cache_lengths.stride(0), *(block_table.stride() if page_size else (0, 0)),
         key_cache.shape[0], q_len, heads, kv_heads, heads // kv_heads, head_dim, capacity,
         row_blocks, splits, head_dim**-0.5 if scale is None else float(scale), window, softcap,
-        PAGE=page_size, ROWS=ROWS, KEYS=KEYS, DIM=DIM, IN_FP32=_INTERPRETED,
+        fixed_split, PAGE=page_size, FP8=fp8, ROWS=ROWS, KEYS=KEYS, DIM=DIM, IN_FP32=_INTERPRETED,
         num_warps=4 if narrow else 8, num_stages=2,
     )  # fmt: skip
     if not direct:

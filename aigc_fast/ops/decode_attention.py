@@ -1,5 +1,6 @@
 """Attention of the newest tokens to a key/value cache."""
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -9,20 +10,26 @@ from torch._subclasses.fake_tensor import FakeTensor
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._registry import Op
 
+_LSES = (torch.float32, torch.float64)
+_NARROW = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 @overload
 def decode_attention(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_lengths: Tensor, *,
     scale: float | None = None, window: int | None = None, softcap: float | None = None,
     block_table: Tensor | None = None, sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None, return_lse: Literal[False] = False,
+    alibi_slopes: Tensor | None = None, key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None, fixed_split: int | None = None,
+    return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def decode_attention(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_lengths: Tensor, *,
     scale: float | None = None, window: int | None = None, softcap: float | None = None,
     block_table: Tensor | None = None, sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None, return_lse: Literal[True],
+    alibi_slopes: Tensor | None = None, key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None, fixed_split: int | None = None, return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def decode_attention(
     query: Tensor,
@@ -36,6 +43,9 @@ def decode_attention(
     block_table: Tensor | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    fixed_split: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query @ key_cache.T + causal mask) @ value_cache, for each sequence.
@@ -44,7 +54,8 @@ def decode_attention(
     key_cache:     (batch, capacity, num_kv_heads, head_dim), dtype of query; num_heads is a
                    multiple of num_kv_heads, and heads g * num_heads / num_kv_heads onwards share
                    key/value head g (grouped-query, or with one of them multi-query attention).
-                   With a block_table: (num_pages, page_size, num_kv_heads, head_dim).
+                   With a block_table: (num_pages, page_size, num_kv_heads, head_dim). May be int8,
+                   float8_e4m3fn or float8_e5m2 beside any dtype of query.
     value_cache:   the shape and dtype of key_cache.
     cache_lengths: int32 or int64 (batch,), the valid entries of each sequence, in [0, capacity].
                    The q_len newest tokens are counted in: query i sees the entries
@@ -59,6 +70,11 @@ def decode_attention(
                    the weights of the values sum to less than one. Any floating dtype.
     alibi_slopes:  (num_heads,), slope * (j - position of the query) is added to the scores, after
                    softcap. Any floating dtype.
+    key_scale, value_scale: (num_kv_heads,), what the numbers of each head of a cache are to be
+                   multiplied by. Any floating dtype.
+    fixed_split:   on GPUs, cut the entries in sight into parts of so many, rather than into as many
+                   parts as fill the GPU: the bits of a sequence's result then depend on nothing but
+                   its own query and entries. On CPUs every call is like that.
     return_lse:    also return log(sum(exp(scores))), by which parts of a cache can be merged; sinks
                    are part of the sum, so give them to one part only.
 
@@ -84,27 +100,62 @@ def decode_attention(
         query.requires_grad
         or key_cache.requires_grad
         or value_cache.requires_grad
-        or any(x is not None and x.requires_grad for x in (sinks, alibi_slopes))
+        or any(
+            x is not None and x.requires_grad for x in (sinks, alibi_slopes, key_scale, value_scale)
+        )
     ):
         raise RuntimeError(
             "decode_attention has no derivative: call it under torch.no_grad(), or train with "
             "torch.nn.functional.scaled_dot_product_attention"
         )
-    if window is softcap is block_table is sinks is alibi_slopes is None:
+    if (
+        window is softcap is block_table is sinks is alibi_slopes is key_scale is value_scale
+        is fixed_split is None
+    ):  # fmt: skip
         out, lse = _decode_attention(query, key_cache, value_cache, cache_lengths, scale)
     else:
         out, lse = _decode_attention_full(
             query, key_cache, value_cache, cache_lengths, scale, window, softcap, block_table,
-            sinks, alibi_slopes,
+            sinks, alibi_slopes, key_scale, value_scale, fixed_split,
         )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention to the whole of a cache from that to its parts, as of a prefix that many share.
+
+    outs: two or more results of `decode_attention` for the same queries and different entries,
+          (batch, q_len, num_heads, head_dim).
+    lses: their logarithms, (batch, q_len, num_heads), float32 or float64.
+
+    Returns what decode_attention with return_lse gives for all the entries: the results weighted by
+    exp(lse), in their dtype, and log(sum(exp(lses))). Plain PyTorch, differentiable.
+
+    Raises TypeError or ValueError for a wrong number, dtype, shape or device.
+    """
+    if len(outs) < 2 or len(outs) != len(lses):
+        raise ValueError(
+            f"outs and lses must be as many, at least 2, got {len(outs)} and {len(lses)}"
+        )
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        name = f"outs[{i}]"
+        check_tensor(name, out, like=("outs[0]", outs[0]) if i else None, shape=outs[0].shape)
+        check_tensor(f"lses[{i}]", lse, dtypes=_LSES, shape=out.shape[:-1])
+        if lse.device != out.device:
+            raise ValueError(f"lses[{i}] must be on the device of {name} ({out.device})")
+    parts = torch.stack(tuple(lses))
+    whole = parts.logsumexp(0)
+    weights = (parts - whole.masked_fill(whole == -torch.inf, 0)).exp()
+    merged = sum(w[..., None] * out.to(w.dtype) for w, out in zip(weights, outs, strict=True))
+    return merged.to(outs[0].dtype), whole  # type: ignore[union-attr]
 
 
 def _reference(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_lengths: Tensor,
     scale: float | None, window: int | None = None, softcap: float | None = None,
     block_table: Tensor | None = None, sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None, fixed_split: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, q_len, heads, head_dim = query.shape
     kv_heads = key_cache.shape[2]
@@ -127,15 +178,20 @@ def _reference(
         valid = valid & (entry > lengths[:, None] - q_len - window)
     if _can_look(cache_lengths):
         _check_lengths(cache_lengths, capacity)
+    key, value = key_cache.to(accumulate), value_cache.to(accumulate)
+    if key_scale is not None:
+        key = key * key_scale.to(accumulate)[:, None]
+    if value_scale is not None:
+        value = value * value_scale.to(accumulate)[:, None]
     if block_table is not None:
         if _can_look(block_table):
             _check_pages(block_table, valid.view(*block_table.shape, page_size).any(-1), num_pages)
         pages = block_table.long().clamp(0, num_pages - 1)
-        key_cache, value_cache = key_cache[pages].flatten(1, 2), value_cache[pages].flatten(1, 2)
-    value = value_cache.where(valid[..., None, None], 0).to(accumulate)
+        key, value = key[pages].flatten(1, 2), value[pages].flatten(1, 2)
+    value = value.where(valid[..., None, None], 0)
 
     grouped = query.to(accumulate).view(batch, q_len, kv_heads, heads // kv_heads, head_dim)
-    scores = torch.einsum("bikgd,bjkd->bikgj", grouped, key_cache.to(accumulate)) * scale
+    scores = torch.einsum("bikgd,bjkd->bikgj", grouped, key) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
@@ -180,11 +236,15 @@ def _check(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_lengths: Tensor,
     scale: float | None, window: int | None = None, softcap: float | None = None,
     block_table: Tensor | None = None, sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None, fixed_split: int | None = None,
 ) -> None:  # fmt: skip
     check_tensor("query", query, ndim=4)
-    check_tensor("key_cache", key_cache, like=("query", query), ndim=4)
-    check_tensor("value_cache", value_cache, like=("query", query), shape=key_cache.shape)
+    if not isinstance(key_cache, Tensor) or key_cache.dtype not in _NARROW:
+        check_tensor("key_cache", key_cache, like=("query", query), ndim=4)
+    else:
+        check_tensor("key_cache", key_cache, dtypes=_NARROW, ndim=4)
+    check_tensor("value_cache", value_cache, like=("key_cache", key_cache), shape=key_cache.shape)
     batch, _, heads, head_dim = query.shape
     kv_heads = key_cache.shape[2]
     if block_table is None and key_cache.shape[0] != batch:
@@ -213,13 +273,16 @@ def _check(
             raise ValueError(
                 f"key_cache must have at least one page, got shape {tuple(key_cache.shape)}"
             )
-    for name, numbers in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        if numbers is not None:
-            check_tensor(name, numbers, shape=(heads,))
-    for name, x in (
-        ("cache_lengths", cache_lengths), ("block_table", block_table), ("sinks", sinks),
-        ("alibi_slopes", alibi_slopes),
-    ):  # fmt: skip
+    if fixed_split is not None and fixed_split < 1:
+        raise ValueError(f"fixed_split must be at least 1, got {fixed_split}")
+    of_heads = {"sinks": sinks, "alibi_slopes": alibi_slopes}
+    of_kv_heads = {"key_scale": key_scale, "value_scale": value_scale}
+    for numbers, count in ((of_heads, heads), (of_kv_heads, kv_heads)):
+        for name, x in numbers.items():
+            if x is not None:
+                check_tensor(name, x, shape=(count,))
+    others = {"key_cache": key_cache, "cache_lengths": cache_lengths, "block_table": block_table}
+    for name, x in (others | of_heads | of_kv_heads).items():
         if x is not None and x.device != query.device:
             raise ValueError(
                 f"{name} must be on the device of query ({query.device}), got {x.device}"
@@ -237,7 +300,7 @@ def _cuda_supports(
     _, q_len, heads, head_dim = query.shape
     piece = 16 // query.element_size()
     return (
-        query.dtype != torch.float64
+        key_cache.dtype == query.dtype != torch.float64
         and 0 < heads // key_cache.shape[2] * q_len <= 8
         and head_dim <= 256
         and head_dim % piece == 0
@@ -264,7 +327,8 @@ _decode_attention = Op(
 _decode_attention_full = Op(
     "decode_attention_full(Tensor query, Tensor key_cache, Tensor value_cache,"
     " Tensor cache_lengths, float? scale, int? window, float? softcap, Tensor? block_table,"
-    " Tensor? sinks, Tensor? alibi_slopes) -> (Tensor, Tensor)",
+    " Tensor? sinks, Tensor? alibi_slopes, Tensor? key_scale, Tensor? value_scale,"
+    " int? fixed_split) -> (Tensor, Tensor)",
     _reference,
     _check,
     stem="decode_attention",

@@ -5,62 +5,25 @@
 #include <vector>
 
 #include "attention_products.h"
-#include "tensor.h"
+#include "attention_shape.h"
 
 namespace aigc_fast {
 
 constexpr int64_t kBlock = 32;  // keys between two looks at the running maximum
 constexpr int64_t kRows = 32;   // most rows of a unit
 
-template <class T>
-struct Rows {  // a tensor (batch, seq, head, head_dim) with its last dimension contiguous
-  const T* data;
-  int64_t batch, seq, head;
-  explicit Rows(const Tensor& x)
-      : data(aigc_fast::data<T>(x)), batch(x.stride(0)), seq(x.stride(1)), head(x.stride(2)) {}
-};
-
-struct Shape {
-  int64_t batch, q_len, heads, kv_heads, head_dim, capacity;
-  int64_t window = int64_t{1} << 62;  // the newest keys that a query sees
-  int64_t group() const { return heads / kv_heads; }
-  int64_t rows() const { return q_len * group(); }
-  // Query `i` of a sequence sees the keys [oldest, visible).
-  int64_t visible(int64_t length, int64_t i) const {
-    return std::max<int64_t>(0, length - q_len + i + 1);
-  }
-  int64_t oldest(int64_t length, int64_t i) const {
-    return std::max<int64_t>(0, length - q_len + i + 1 - window);
-  }
-};
-
-// Where the caches are pages (page, slot, head, head_dim): the page of each `size` keys.
-struct Pages {
-  const int32_t* table = nullptr;
-  int64_t batch = 0, page = 0;  // strides of the table
-  int64_t size = 0;
-  int64_t at(int64_t b, int64_t index) const { return table[b * batch + index * page]; }
-};
-
-template <class A>
-struct ScoreOptions {
-  A softcap = 0;              // softcap * tanh(score / softcap), unless 0
-  const A* slopes = nullptr;  // ALiBi, of each head
-  const A* sinks = nullptr;   // a logit of each head that only the denominator knows
-};
-
 // Row r of a key/value head is query r / group of head r % group, so that the rows of a tile see
-// about as many keys.
-template <class T, int R>
+// about as many keys. C is the type of the caches.
+template <class T, int R, class C = T>
 class Attention {
  public:
   using A = Acc<T>;
   using V = Vec<A>;
-  using P = Products<T, R>;
+  using P = Products<A, C, R>;
   static constexpr int L = P::L, K = P::K;  // lanes; keys of a score tile
   static_assert(kBlock % K == 0 && kRows % R == 0);
 
-  Attention(const Shape& shape, Rows<T> query, Rows<T> keys, Rows<T> values, A scale,
+  Attention(const Shape& shape, Rows<T> query, Rows<C> keys, Rows<C> values, A scale,
             const Pages& pages = {}, const ScoreOptions<A>& options = {})
       : s_(shape),
         query_(query),
@@ -77,7 +40,7 @@ class Attention {
   int64_t query_size() const { return pairs_ * 2 * R * L; }
   int64_t result_size() const { return query_size() + 2 * L; }
 
-  const T* key(int64_t b, int64_t head, int64_t index) const {
+  const C* key(int64_t b, int64_t head, int64_t index) const {
     if (pages_.table) b = pages_.at(b, index / pages_.size), index %= pages_.size;
     return keys_.data + b * keys_.batch + head * keys_.head + index * keys_.seq;
   }
@@ -85,7 +48,7 @@ class Attention {
   // Results of the rows [first, last) of a head over the keys [begin, end). `after` is where the
   // thread will read next.
   void attend(int64_t b, int64_t head, int64_t first, int64_t last, int64_t length, int64_t begin,
-              int64_t end, const T* after, A* query, A* result) const {
+              int64_t end, const C* after, A* query, A* result) const {
     for (int64_t row = first; row < last; row += R) {
       load_query(b, head, row, last, query + (row - first) / R * query_size());
       A* tile = result + (row - first) / R * result_size();
@@ -134,7 +97,8 @@ class Attention {
       const int64_t lane = r - row;
       const int64_t at =
           (b * s_.q_len + r / s_.group()) * s_.heads + head * s_.group() + r % s_.group();
-      const A norm = sums[lane] == 0 ? A(0) : 1 / sums[lane];
+      const A scale = options_.value_scale ? options_.value_scale[head] : A(1);
+      const A norm = sums[lane] == 0 ? A(0) : scale / sums[lane];
       lse[at] = tops[lane] + std::log(sums[lane]);
       for (int64_t p = 0; p < pairs_; ++p) {
         V even = {}, odd = {};
@@ -143,6 +107,7 @@ class Attention {
           even += load(value) * weights[i * L + lane];
           odd += load(value + R * L) * weights[i * L + lane];
         }
+        if constexpr (!std::is_same_v<T, C>) halves_to_pair<T>(even, odd);
         store_pair(out + at * s_.head_dim + p * 2 * L, even * norm, odd * norm,
                    std::min<int64_t>(2 * L, s_.head_dim - p * 2 * L));
       }
@@ -151,7 +116,7 @@ class Attention {
 
  private:
   struct Block {  // up to kBlock keys; the addresses behind the last one are its own
-    const T *keys[kBlock], *values[kBlock];
+    const C *keys[kBlock], *values[kBlock];
     int64_t start, stop;
   };
 
@@ -161,8 +126,8 @@ class Attention {
   void locate(int64_t b, int64_t head, int64_t start, int64_t end, Block& block) const {
     block.start = start;
     block.stop = std::min(end, start + kBlock);
-    const T* keys = keys_.data + head * keys_.head;
-    const T* values = values_.data + head * values_.head;
+    const C* keys = keys_.data + head * keys_.head;
+    const C* values = values_.data + head * values_.head;
     const int64_t last = block.stop - start - 1;
     if (!pages_.table) {
       keys += b * keys_.batch + start * keys_.seq;
@@ -192,6 +157,7 @@ class Attention {
           load_pair(query_.data + b * query_.batch + i * query_.seq +
                         (head * s_.group() + g) * query_.head + p * 2 * L,
                     std::min<int64_t>(2 * L, s_.head_dim - p * 2 * L), x, y);
+        if constexpr (!std::is_same_v<T, C>) pair_to_halves<T>(x, y);
         store(tile + (p * 2 * R + r) * L, x);
         store(tile + (p * 2 * R + R + r) * L, y);
       }
@@ -208,7 +174,7 @@ class Attention {
 
   // One block of keys for one tile of rows. The first tile fetches the block's values and the keys
   // of the next one.
-  void add_block(const Block& block, const T* const* next, int64_t head, int64_t row, int64_t last,
+  void add_block(const Block& block, const C* const* next, int64_t head, int64_t row, int64_t last,
                  int64_t length, const A* query, A* result) const {
     const int64_t fewest = s_.visible(length, row / s_.group());
     const int64_t most = s_.visible(length, (last - 1) / s_.group());
@@ -218,10 +184,11 @@ class Attention {
     alignas(64) A scores[kBlock * R];
     const V lowest = broadcast(-std::numeric_limits<A>::infinity());
     V top = lowest;
+    const A scale = options_.key_scale ? scale_ * options_.key_scale[head] : scale_;
     for (int64_t k = 0; k < count; k += K) {
       if (next)
         for (int i = 0; i < K; ++i) products_.prefetch(block.values[k + i]);
-      const V score = products_.scores(query, block.keys + k) * scale_;
+      const V score = products_.scores(query, block.keys + k) * scale;
       store(scores + k * R, score);
       top = max<A>(top, score);
     }
@@ -280,7 +247,8 @@ class Attention {
   }
 
   Shape s_;
-  Rows<T> query_, keys_, values_;
+  Rows<T> query_;
+  Rows<C> keys_, values_;
   A scale_;
   Pages pages_;
   ScoreOptions<A> options_;

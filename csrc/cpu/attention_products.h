@@ -3,15 +3,15 @@
 
 #include <algorithm>
 
+#include "narrow.h"
 #include "vector_pair.h"
 
 namespace aigc_fast {
 
 // R query rows, tiles of queries and results in pairs of vectors: [pair][2][R][L]. Keys and values
-// are given by the address of each, so that they may lie anywhere.
-template <class T, int R>
+// are given by the address of each, so that they may lie anywhere; T is their type.
+template <class A, class T, int R>
 struct Products {
-  using A = Acc<T>;
   using V = Vec<A>;
   static constexpr int L = kLanes<A>, K = L / R;  // lanes; keys of a score tile
   static_assert(L % R == 0);

@@ -19,8 +19,8 @@ struct Unit {
   int64_t b, head, chunk, begin, end;  // keys [begin, end)
 };
 
-template <class T, int R>
-void run(const Shape& s, const Attention<T, R>& attention, const std::vector<int64_t>& lengths,
+template <class T, int R, class C>
+void run(const Shape& s, const Attention<T, R, C>& attention, const std::vector<int64_t>& lengths,
          T* out, Acc<T>* lse) {
   using A = Acc<T>;
   const int64_t rows = s.rows(), chunks = (rows + kRows - 1) / kRows;
@@ -114,16 +114,35 @@ std::vector<A> of_heads(const std::optional<Tensor>& x, const char* name, int64_
   return values;
 }
 
+// Calls f with a value of the C++ type of the caches, where queries are T.
+template <class T, class F>
+void dispatch_cache(const Tensor& x, F&& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Char:
+      return f(int8_t{});
+    case ScalarType::Float8_e4m3fn:
+      return f(e4m3{});
+    case ScalarType::Float8_e5m2:
+      return f(e5m2{});
+    default:
+      dispatch(x, "key_cache", [&]<class C>(C) {
+        if constexpr (std::is_same_v<T, C>)
+          f(C{});
+        else
+          require(false, "the caches must have the dtype of query, int8 or fp8");
+      });
+  }
+}
+
 std::tuple<Tensor, Tensor> decode_attention_full(
     const Tensor& query_in, const Tensor& key_in, const Tensor& value_in, const Tensor& lengths_in,
     std::optional<double> scale, std::optional<int64_t> window, std::optional<double> softcap,
     const std::optional<Tensor>& table, const std::optional<Tensor>& sinks_in,
-    const std::optional<Tensor>& slopes_in) {
+    const std::optional<Tensor>& slopes_in, const std::optional<Tensor>& key_scale_in,
+    const std::optional<Tensor>& value_scale_in, std::optional<int64_t> fixed_split) {
   require(query_in.dim() == 4 && key_in.dim() == 4 && same_shape(key_in, value_in),
           "query and caches must have 4 dimensions, the caches the same shape");
-  require(key_in.scalar_type() == query_in.scalar_type() &&
-              value_in.scalar_type() == query_in.scalar_type(),
-          "the caches must have the dtype of query");
+  require(key_in.scalar_type() == value_in.scalar_type(), "the caches must have the same dtype");
   Shape s{query_in.size(0), query_in.size(1), query_in.size(2),
           key_in.size(2),   query_in.size(3), key_in.size(1)};
   Pages pages;
@@ -141,6 +160,7 @@ std::tuple<Tensor, Tensor> decode_attention_full(
           "the heads of query must be a multiple of those of the caches");
   require(!window || *window > 0, "window must be at least 1");
   if (window) s.window = std::min(s.window, *window);
+  require(!fixed_split || *fixed_split > 0, "fixed_split must be at least 1");
   require(!softcap || *softcap > 0, "softcap must be positive");
   const std::vector<int64_t> lengths = read_lengths(lengths_in, s);
   if (table) check_pages(pages, lengths, s, key_in.size(0));
@@ -154,17 +174,21 @@ std::tuple<Tensor, Tensor> decode_attention_full(
     const A factor = scale ? *scale : 1 / std::sqrt(static_cast<double>(s.head_dim));
     const auto slopes = of_heads<A>(slopes_in, "alibi_slopes", s.heads);
     const auto sinks = of_heads<A>(sinks_in, "sinks", s.heads);
-    if (lse.numel() == 0) return;
-    const ScoreOptions<A> options{softcap ? static_cast<A>(*softcap) : A(0),
-                                  slopes_in ? slopes.data() : nullptr,
-                                  sinks_in ? sinks.data() : nullptr};
-    auto with_tile = [&]<int R>(std::integral_constant<int, R>) {
-      run<T, R>(s, {s, Rows<T>(query), Rows<T>(keys), Rows<T>(values), factor, pages, options},
-                lengths, mutable_data<T>(out), mutable_data<A>(lse));
-    };
-    if (s.rows() == 1) return with_tile(std::integral_constant<int, 1>{});
-    if (s.rows() == 2 || kLanes<A> == 2) return with_tile(std::integral_constant<int, 2>{});
-    with_tile(std::integral_constant<int, std::min(4, kLanes<A>)>{});
+    const auto key_scale = of_heads<A>(key_scale_in, "key_scale", s.kv_heads);
+    const auto value_scale = of_heads<A>(value_scale_in, "value_scale", s.kv_heads);
+    const auto given = [](const std::vector<A>& x) { return x.empty() ? nullptr : x.data(); };
+    const ScoreOptions<A> options{softcap ? static_cast<A>(*softcap) : A(0), given(slopes),
+                                  given(key_scale), given(value_scale), given(sinks)};
+    dispatch_cache<T>(keys, [&]<class C>(C) {
+      auto with_tile = [&]<int R>(std::integral_constant<int, R>) {
+        if (lse.numel() == 0) return;
+        run<T, R, C>(s, {s, Rows<T>(query), Rows<C>(keys), Rows<C>(values), factor, pages, options},
+                     lengths, mutable_data<T>(out), mutable_data<A>(lse));
+      };
+      if (s.rows() == 1) return with_tile(std::integral_constant<int, 1>{});
+      if (s.rows() == 2 || kLanes<A> == 2) return with_tile(std::integral_constant<int, 2>{});
+      with_tile(std::integral_constant<int, std::min(4, kLanes<A>)>{});
+    });
   });
   return {out, lse};
 }
@@ -172,7 +196,7 @@ std::tuple<Tensor, Tensor> decode_attention_full(
 std::tuple<Tensor, Tensor> decode_attention(const Tensor& query, const Tensor& keys,
                                             const Tensor& values, const Tensor& lengths,
                                             std::optional<double> scale) {
-  return decode_attention_full(query, keys, values, lengths, scale, {}, {}, {}, {}, {});
+  return decode_attention_full(query, keys, values, lengths, scale, {}, {}, {}, {}, {}, {}, {}, {});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {

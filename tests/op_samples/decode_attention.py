@@ -8,14 +8,20 @@ from tests.op_samples.sample import OpSamples, Refusal, Sample, rand
 def _call(
     name: str, batch: int, q_len: int, heads: int, kv_heads: int, head_dim: int, capacity: int,
     lengths: list[int], dtype: torch.dtype = torch.int32, *, page_size: int | None = None,
-    per_head: tuple[str, ...] = (), **kwargs: float,
+    per_head: tuple[str, ...] = (), cache: torch.dtype | None = None, **kwargs: float,
 ) -> Sample:  # fmt: skip
     """per_head: options that are a number for each head. With a page_size the cache is cut into
-    pages, in an order of their own, and the table holds garbage behind the lengths."""
+    pages, in an order of their own, and the table holds garbage behind the lengths. `cache` is the
+    one-byte dtype of the caches, which then have scales."""
     query = rand(batch, q_len, heads, head_dim)
     keys = rand(batch, capacity, kv_heads, head_dim, seed=1)
     values = rand(batch, capacity, kv_heads, head_dim, seed=2)
     options: dict = {name: rand(heads, seed=3 + i, scale=0.3) for i, name in enumerate(per_head)}
+    if cache is not None:
+        unit = 40 if cache == torch.int8 else 1
+        keys, values = ((x * unit).clamp(-127, 127).to(cache) for x in (keys, values))
+        options["key_scale"] = rand(kv_heads, seed=7).exp() / unit
+        options["value_scale"] = rand(kv_heads, seed=8).exp() / unit
     if page_size is not None:
         keys, values, options["block_table"] = paged(keys, values, lengths, page_size)
     args = (query, keys, values, torch.tensor(lengths, dtype=dtype))
@@ -32,7 +38,8 @@ def paged(
     table = order.to(torch.int32).view(batch, pages)
     found = []
     for cache in (keys, values):
-        whole = cache.new_full((batch, pages * page_size, *cache.shape[2:]), torch.nan)
+        garbage = 99 if cache.dtype == torch.int8 else torch.nan
+        whole = torch.full((batch, pages * page_size, *cache.shape[2:]), garbage).to(cache.dtype)
         whole[:, :capacity] = cache
         stored = torch.empty_like(whole).view(batch * pages, page_size, *cache.shape[2:])
         stored[order] = whole.view_as(stored)
@@ -100,6 +107,42 @@ def _samples() -> list[Sample]:
             scale=0.5,
             per_head=("sinks", "alibi_slopes"),
         ),
+        _call("int8", 2, 1, 4, 2, 32, 40, [33, 17], cache=torch.int8),
+        _call("int8_causal", 2, 4, 6, 2, 80, 40, [40, 2], cache=torch.int8),
+        _call("int8_odd_head_dim", 1, 3, 3, 1, 17, 37, [37], cache=torch.int8),
+        _call("int8_pages", 2, 1, 4, 2, 64, 50, [50, 9], cache=torch.int8, page_size=7),
+        _call("e4m3", 2, 1, 4, 2, 64, 36, [33, 17], cache=torch.float8_e4m3fn),
+        _call("e4m3_causal", 1, 3, 3, 3, 24, 300, [300], cache=torch.float8_e4m3fn),
+        _call("e5m2", 2, 1, 2, 1, 40, 40, [40, 1], cache=torch.float8_e5m2),
+        _call(
+            "e5m2_everything",
+            2,
+            4,
+            4,
+            2,
+            48,
+            60,
+            [60, 33],
+            page_size=4,
+            window=29,
+            softcap=3.0,
+            cache=torch.float8_e5m2,
+            per_head=("sinks", "alibi_slopes"),
+        ),
+        _call("fixed_split", 2, 2, 4, 2, 32, 100, [100, 33], fixed_split=24),
+        _call(
+            "fixed_split_window",
+            2,
+            1,
+            2,
+            1,
+            16,
+            120,
+            [120, 60],
+            fixed_split=16,
+            window=50,
+            per_head=("sinks",),
+        ),
         _call("many_rows", 1, 70, 4, 2, 40, 300, [290]),
     ]
 
@@ -145,6 +188,16 @@ def _refusals() -> list[Refusal]:
         option("sinks", ValueError, r"sinks must have shape \(4,\)", sinks=rand(3)),
         option("sinks_dtype", TypeError, "sinks must be float64", sinks=lengths),
         option("slopes", ValueError, r"alibi_slopes must have shape \(4,\)", alibi_slopes=rand(1)),
+        option("key_scale", ValueError, r"key_scale must have shape \(2,\)", key_scale=rand(4)),
+        option("value_scale", TypeError, "value_scale must be float64", value_scale=lengths),
+        option("fixed_split", ValueError, "fixed_split must be at least 1", fixed_split=0),
+        refusal("int_cache", TypeError, "key_cache must have the dtype", keys=keys.to(torch.int16)),
+        refusal(
+            "mixed_caches",
+            TypeError,
+            "value_cache must have the dtype of key_cache",
+            keys=keys.to(torch.int8),
+        ),
         Refusal(
             "no_page",
             (query, keys[:0], values[:0], lengths),

@@ -300,6 +300,9 @@ def test_sink_is_a_key_without_a_value(implementation, device) -> None:
         {"sinks": torch.zeros(4)},
         {"alibi_slopes": torch.zeros(4)},
         {"block_table": torch.zeros(2, 1, dtype=torch.int32)},
+        {"key_scale": torch.ones(2)},
+        {"value_scale": torch.ones(2)},
+        {"fixed_split": 64},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -320,3 +323,113 @@ def test_options_have_no_derivative(name) -> None:
         ops.decode_attention(*args, **option)
     with torch.no_grad():
         ops.decode_attention(*args, **option)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@EVERYWHERE
+def test_every_byte_of_a_narrow_cache(implementation, device, cache, dtype) -> None:
+    """One entry for each of the 256 values, looked up by queries that see nothing else."""
+    values = torch.arange(256, dtype=torch.uint8).view(cache)[:, None].expand(256, 16)
+    query = torch.zeros(256, 1, 1, 16, dtype=dtype)
+    scale = torch.tensor([0.25])
+    values = values.contiguous().view(256, 1, 1, 16)
+    keys = torch.zeros(256, 1, 1, 16).to(cache)
+    lengths = torch.ones(256, dtype=torch.int32)
+    out, _ = run(implementation, device, query, keys, values, lengths, value_scale=scale.to(device))
+    want = (values.float() * 0.25).to(dtype)
+    torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+
+
+@EVERYWHERE
+def test_scales_are_factors_on_the_caches(implementation, device) -> None:
+    query, keys, values = inputs(2, 2, 4, 2, 32, 40)
+    keys, values = ((x * 30).round().clamp(-127, 127) for x in (keys, values))
+    lengths = torch.tensor([40, 21])
+    key_scale, value_scale = torch.tensor([0.03, 0.01]), torch.tensor([0.2, 2.0])
+    want = run(
+        implementation, device, query, keys * key_scale[:, None], values * value_scale[:, None],
+        lengths,
+    )  # fmt: skip
+    scales = {"key_scale": key_scale.to(device), "value_scale": value_scale.to(device)}
+    for dtype in (torch.int8, torch.float32):
+        got = run(
+            implementation, device, query, keys.to(dtype), values.to(dtype), lengths, **scales
+        )
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATIONS)
+def test_fixed_split_does_not_depend_on_the_batch(implementation, device, page_size) -> None:
+    """Bitwise: alone or among others, in a large cache or a small one."""
+    query, keys, values = inputs(3, 2, 4, 2, 32, 130)
+    lengths = torch.tensor([77, 130, 5])
+
+    def split(q: Tensor, k: Tensor, v: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        options = {"fixed_split": 32}
+        if page_size is not None:
+            k, v, table = paged(k, v, n.tolist(), page_size)
+            options["block_table"] = table.to(device)
+        return run(implementation, device, q, k, v, n, **options)
+
+    together = split(query, keys, values, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        one = slice(i, i + 1)
+        for capacity in (length, 130):
+            alone = split(query[one], keys[one, :capacity], values[one, :capacity], lengths[one])
+            for a, b in zip(alone, together, strict=True):
+                torch.testing.assert_close(a, b[one], rtol=0, atol=0)
+
+
+def test_cpu_calls_never_depend_on_the_batch() -> None:
+    query, keys, values = inputs(3, 1, 6, 2, 64, 1500, torch.bfloat16)
+    lengths = torch.tensor([700, 1500, 3])
+    together = run("cpu", "cpu", query, keys, values, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        one = slice(i, i + 1)
+        alone = run("cpu", "cpu", query[one], keys[one, :length], values[one, :length],
+                    lengths[one])  # fmt: skip
+        for a, b in zip(alone, together, strict=True):
+            torch.testing.assert_close(a, b[one], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@EVERYWHERE
+def test_merged_parts_are_the_whole(implementation, device, dtype) -> None:
+    """A prefix that all sequences share, and what each has of its own; one has nothing."""
+    query, keys, values = inputs(3, 1, 4, 2, 32, 60, dtype)
+    keys[:, :20], values[:, :20] = keys[:1, :20].clone(), values[:1, :20].clone()
+    lengths, sinks = torch.tensor([60, 41, 20]), torch.randn(4)
+    args = query, keys, values, lengths
+    options = {"sinks": sinks.to(device)}
+    shared, shared_lse = run(
+        implementation, device, query, keys[:, :20], values[:, :20], torch.tensor([20] * 3)
+    )
+    own, own_lse = run(
+        implementation, device, query, keys[:, 20:], values[:, 20:], lengths - 20, **options
+    )
+    got = ops.merge_attention([shared, own], [shared_lse, own_lse])
+    whole = run(implementation, device, *args, **options)
+    wide = [x.double() if x.is_floating_point() else x for x in args]
+    exact = run("reference", "cpu", *wide, sinks=sinks.double())
+    plain = run("reference", "cpu", *args, sinks=sinks)
+    assert_as_good_as_torch(list(whole), list(plain), list(exact), dtype)
+    # The parts were rounded too.
+    torch.testing.assert_close(got, whole)
+
+
+def test_merge_attention_of_nothing_and_refusals() -> None:
+    nothing, no_lse = torch.zeros(2, 1, 3, 4), torch.full((2, 1, 3), -torch.inf)
+    out, lse = ops.merge_attention([nothing] * 3, [no_lse] * 3)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    with pytest.raises(ValueError, match="at least 2, got 1 and 1"):
+        ops.merge_attention([nothing], [no_lse])
+    with pytest.raises(ValueError, match="at least 2, got 2 and 3"):
+        ops.merge_attention([nothing] * 2, [no_lse] * 3)
+    with pytest.raises(TypeError, match=r"outs\[1\] must have the dtype of outs\[0\]"):
+        ops.merge_attention([nothing, nothing.half()], [no_lse] * 2)
+    with pytest.raises(ValueError, match=r"lses\[1\] must have shape \(2, 1, 3\)"):
+        ops.merge_attention([nothing] * 2, [no_lse, no_lse[:1]])
+    with pytest.raises(TypeError, match=r"lses\[0\] must be float32, float64"):
+        ops.merge_attention([nothing] * 2, [no_lse.half()] * 2)

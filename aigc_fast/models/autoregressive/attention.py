@@ -47,7 +47,8 @@ def attend(
             enable_gqa=query.shape[2] != keys.shape[2],
         ).transpose(1, 2)
     if ends is None:
-        if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
+        trains = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad)
+        if trains and softcap is not None:
             return _softcapped(query, keys, values, scale, window or length, softcap)
         ends = torch.full(query.shape[:1], length, dtype=torch.int32, device=query.device)
     return ops.decode_attention(
