@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import fp32
+from .math import fp32, tanh
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_attend": (255, 81952), "_merge": (64, 1024)}
@@ -23,15 +23,31 @@ BUDGET = {"_attend": (255, 81952), "_merge": (64, 1024)}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
+_FP8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+
+
+@triton.jit
+def widen(x, FP8: tl.constexpr):
+    """fp8 from its bits, which older GPUs and the interpreter can not convert, as fp16."""
+    if FP8 == "e5m2":
+        x = (x.to(tl.int16) << 8).to(tl.float16, bitcast=True)
+    if FP8 == "e4m3":
+        bits = (x.to(tl.int16) << 7) & -16512  # 0xbf80: the sign, and 2^-8 of the number
+        bits = tl.where((bits & 0x3F80) == 0x3F80, 0x7FFF, bits).to(tl.int16)
+        x = bits.to(tl.float16, bitcast=True) * 256.0
+    return x
 
 
 @triton.jit
 def _attend(
-    query_ptr, key_ptr, value_ptr, lengths_ptr, out_ptr, lse_ptr,
+    query_ptr, key_ptr, value_ptr, lengths_ptr, table_ptr, slopes_ptr, key_scale_ptr,
+    value_scale_ptr, out_ptr, lse_ptr,
     query_batch, query_seq, query_head, key_batch, key_seq, key_head,
     value_batch, value_seq, value_head, lengths_stride,
-    q_len, heads, kv_heads, group, head_dim, capacity, row_blocks, splits, scale,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, IN_FP32: tl.constexpr,
+    table_batch, table_page, num_pages,
+    q_len, heads, kv_heads, group, head_dim, capacity, row_blocks, splits, scale, window, softcap,
+    fixed_split, PAGE: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, DIM: tl.constexpr, IN_FP32: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0) % splits
     block = tl.program_id(0) // splits % row_blocks
@@ -46,10 +62,14 @@ def _attend(
     length = tl.load(lengths_ptr + b * lengths_stride)
     length = tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
     visible = length - q_len + position + 1
-    size = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
-    begin = split * size
-    # The last row of the block sees the most.
-    end = tl.minimum(tl.minimum(begin + size, length), tl.max(tl.where(is_row, visible, 0), 0))
+    # What the block sees: from the window of its first row to the token of its last one.
+    low = 0 if window is None else tl.maximum(tl.min(visible, 0) - window, 0)
+    high = tl.max(tl.where(is_row, visible, 0), 0)
+    size = fixed_split
+    if fixed_split is None:
+        size = tl.cdiv(tl.cdiv(high - low, splits), KEYS) * KEYS
+    begin = low + split * size
+    end = tl.minimum(begin + size, high)
 
     query = tl.load(
         query_ptr + b * query_batch
@@ -59,23 +79,45 @@ def _attend(
     )  # fmt: skip
     if IN_FP32:
         query = query.to(tl.float32)
-    key_ptr += b * key_batch + head.to(tl.int64) * key_head
-    value_ptr += b * value_batch + head.to(tl.int64) * value_head
-    factor = fp32(scale) * _LOG2_E
+    key_ptr += head.to(tl.int64) * key_head
+    value_ptr += head.to(tl.int64) * value_head
+    if table_ptr is None:
+        key_ptr += b * key_batch
+        value_ptr += b * value_batch
+    # Scores are powers of two.
+    factor = fp32(scale) * _LOG2_E if softcap is None else fp32(scale) / fp32(softcap)
+    if key_scale_ptr is not None:
+        factor *= tl.load(key_scale_ptr + head).to(tl.float32)
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + query_head_index, is_row, 0.0)
+        slopes = slopes.to(tl.float32) * _LOG2_E
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(begin, end, KEYS):
         keys = start + tl.arange(0, KEYS)
-        at = keys.to(tl.int64)[:, None]
         mask = (keys < end)[:, None] & is_dim
-        key = tl.load(key_ptr + at * key_seq + dims[None, :], mask, 0.0)
-        value = tl.load(value_ptr + at * value_seq + dims[None, :], mask, 0.0)
-        if IN_FP32:
-            key, value = key.to(tl.float32), value.to(tl.float32)
+        if table_ptr is None:
+            key_at, value_at = keys.to(tl.int64) * key_seq, keys.to(tl.int64) * value_seq
+        else:
+            page = tl.load(table_ptr + b * table_batch + keys // PAGE * table_page, keys < end, 0)
+            page = tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
+            key_at = page * key_batch + (keys % PAGE).to(tl.int64) * key_seq
+            value_at = page * value_batch + (keys % PAGE).to(tl.int64) * value_seq
+        key = tl.load(key_ptr + key_at[:, None] + dims[None, :], mask, 0.0)
+        value = tl.load(value_ptr + value_at[:, None] + dims[None, :], mask, 0.0)
+        key, value = widen(key, FP8), widen(value, FP8)
+        key, value = key.to(query.dtype), value.to(query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
+        if softcap is not None:
+            scores = tanh(scores) * (fp32(softcap) * _LOG2_E)
+        if slopes_ptr is not None:
+            distance = keys[None, :] - (visible - 1)[:, None]
+            scores += slopes[:, None] * distance.to(tl.float32)
         seen = (keys[None, :] < visible[:, None]) & (keys < end)[None, :]
+        if window is not None:
+            seen = seen & (keys[None, :] >= (visible - window)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -90,27 +132,35 @@ def _attend(
     lse = tl.where(total == 0, float("-inf"), top * _LN_2 + tl.log(total_or_one))
     at = ((b * q_len + position) * heads + query_head_index) * splits + split
     tl.store(lse_ptr + at, lse, is_row)
-    result = (result / total_or_one[:, None]).to(out_ptr.dtype.element_ty)
+    result = result / total_or_one[:, None]
+    if value_scale_ptr is not None:
+        result *= tl.load(value_scale_ptr + head).to(tl.float32)
+    result = result.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at[:, None] * head_dim + dims[None, :], result, is_row[:, None] & is_dim)
 
 
 @triton.jit
 def _merge(
-    parts_ptr, part_lse_ptr, out_ptr, lse_ptr, head_dim, splits,
+    parts_ptr, part_lse_ptr, sinks_ptr, out_ptr, lse_ptr, heads, head_dim, splits,
     SPLITS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split, dims = tl.arange(0, SPLITS), tl.arange(0, DIM)
     part_lse = tl.load(part_lse_ptr + row * splits + split, split < splits, float("-inf"))
     top = tl.max(part_lse, 0)
+    sink = float("-inf")
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + row % heads).to(tl.float32)
+        top = tl.maximum(top, sink)
     base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp(part_lse - base), 0)
-    total_or_one = tl.where(total == 0, 1.0, total)
+    total = tl.exp(sink - base)
     result = tl.zeros([DIM], tl.float32)
     for i in range(splits):
-        lse = tl.load(part_lse_ptr + row * splits + i)
+        weight = tl.exp(tl.load(part_lse_ptr + row * splits + i) - base)
         part = tl.load(parts_ptr + (row * splits + i) * head_dim + dims, dims < head_dim, 0.0)
-        result += part * tl.exp(lse - base)
+        total += weight
+        result += part * weight
+    total_or_one = tl.where(total == 0, 1.0, total)
     result = (result / total_or_one).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * head_dim + dims, result, dims < head_dim)
     tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), base + tl.log(total_or_one)))
@@ -130,12 +180,35 @@ def _processors(device: torch.device) -> int:
 
 
 def decode_attention(query, key_cache, value_cache, cache_lengths, scale) -> tuple[Tensor, Tensor]:
+    return decode_attention_full(
+        query, key_cache, value_cache, cache_lengths, scale, None, None, None, None, None, None,
+        None, None,
+    )  # fmt: skip
+
+
+def decode_attention_full(
+    query, key_cache, value_cache, cache_lengths, scale, window, softcap, block_table, sinks,
+    alibi_slopes, key_scale, value_scale, fixed_split,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, q_len, heads, head_dim = query.shape
     capacity, kv_heads = key_cache.shape[1:3]
+    page_size = 0
+    if block_table is not None:
+        page_size = capacity
+        capacity = block_table.shape[1] * page_size
+    if window is not None and window >= capacity:
+        window = None
+    span = capacity if window is None else min(capacity, window + q_len - 1)
     out = query.new_empty(query.shape)
     lse = query.new_empty((batch, q_len, heads), dtype=torch.float32)
     if not lse.numel():
         return out, lse
+    sinks, alibi_slopes, key_scale, value_scale = (
+        x if x is None else x.contiguous() for x in (sinks, alibi_slopes, key_scale, value_scale)
+    )
+    fp8 = _FP8.get(key_cache.dtype)
+    if fp8:
+        key_cache, value_cache = key_cache.view(torch.int8), value_cache.view(torch.int8)
     query, key_cache, value_cache = map(_with_contiguous_rows, (query, key_cache, value_cache))
     rows = heads // kv_heads * q_len
     DIM = max(triton.next_power_of_2(head_dim), 16)
@@ -144,27 +217,33 @@ def decode_attention(query, key_cache, value_cache, cache_lengths, scale) -> tup
     # Odd head_dims are loaded element by element, with an address for each in registers.
     narrow = DIM <= 128 and head_dim % 16 == 0
     ROWS = min(max(triton.next_power_of_2(rows), 16), 16 if wide else 64 if narrow else 32)
-    KEYS = 16 if wide else min(max(8192 // DIM, 16), 64)
+    # Fewer keys where head_dim is 16: the addresses of 64 in pages do not fit the registers.
+    KEYS = 16 if wide else min(max(8192 // DIM, 16), 64, 2 * DIM)
     row_blocks = triton.cdiv(rows, ROWS)
     programs = batch * kv_heads * row_blocks
     splits = 2 * _processors(query.device) // programs  # in one round
-    splits = max(min(splits, triton.cdiv(capacity, 2 * KEYS), 64), 1)
-    if splits == 1:
+    splits = max(min(splits, triton.cdiv(span, 2 * KEYS), 64), 1)
+    if fixed_split is not None:
+        splits = max(triton.cdiv(span, fixed_split), 1)
+    direct = splits == 1 and sinks is None
+    if direct:
         parts, part_lse = out, lse
     else:
         parts = query.new_empty((*lse.shape, splits, head_dim), dtype=torch.float32)
         part_lse = parts.new_empty((*lse.shape, splits))
     _attend[(programs * splits,)](
-        query, key_cache, value_cache, cache_lengths, parts, part_lse,
+        query, key_cache, value_cache, cache_lengths, block_table, alibi_slopes, key_scale,
+        value_scale, parts, part_lse,
         *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
-        cache_lengths.stride(0), q_len, heads, kv_heads, heads // kv_heads, head_dim, capacity,
-        row_blocks, splits, head_dim**-0.5 if scale is None else float(scale),
-        ROWS=ROWS, KEYS=KEYS, DIM=DIM, IN_FP32=_INTERPRETED,
+        cache_lengths.stride(0), *(block_table.stride() if page_size else (0, 0)),
+        key_cache.shape[0], q_len, heads, kv_heads, heads // kv_heads, head_dim, capacity,
+        row_blocks, splits, head_dim**-0.5 if scale is None else float(scale), window, softcap,
+        fixed_split, PAGE=page_size, FP8=fp8, ROWS=ROWS, KEYS=KEYS, DIM=DIM, IN_FP32=_INTERPRETED,
         num_warps=4 if narrow else 8, num_stages=2,
     )  # fmt: skip
-    if splits > 1:
+    if not direct:
         _merge[(lse.numel(),)](
-            parts, part_lse, out, lse, head_dim, splits,
+            parts, part_lse, sinks, out, lse, heads, head_dim, splits,
             SPLITS=triton.next_power_of_2(splits), DIM=DIM, num_warps=1 if DIM <= 128 else 2,
         )  # fmt: skip
     return out, lse

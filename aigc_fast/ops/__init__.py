@@ -4,7 +4,7 @@ from aigc_fast import _libraries
 from aigc_fast.ops._quantized_format import dequantize_weight, pack_weight, quantize_weight
 from aigc_fast.ops.add_noise import add_noise
 from aigc_fast.ops.bias_act import bias_act
-from aigc_fast.ops.decode_attention import decode_attention
+from aigc_fast.ops.decode_attention import decode_attention, merge_attention
 from aigc_fast.ops.decoder_step import decoder_step
 from aigc_fast.ops.gated_mlp import geglu, swiglu
 from aigc_fast.ops.kv_cache import append_kv
@@ -27,6 +27,7 @@ __all__ = [
     "decoder_step",
     "dequantize_weight",
     "geglu",
+    "merge_attention",
     "pack_weight",
     "quantize_weight",
     "quantized_linear",

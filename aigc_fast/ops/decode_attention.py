@@ -1,5 +1,6 @@
 """Attention of the newest tokens to a key/value cache."""
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -9,16 +10,26 @@ from torch._subclasses.fake_tensor import FakeTensor
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._registry import Op
 
+_LSES = (torch.float32, torch.float64)
+_NARROW = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 @overload
 def decode_attention(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_lengths: Tensor, *,
-    scale: float | None = None, return_lse: Literal[False] = False,
+    scale: float | None = None, window: int | None = None, softcap: float | None = None,
+    block_table: Tensor | None = None, sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None, fixed_split: int | None = None,
+    return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def decode_attention(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_lengths: Tensor, *,
-    scale: float | None = None, return_lse: Literal[True],
+    scale: float | None = None, window: int | None = None, softcap: float | None = None,
+    block_table: Tensor | None = None, sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None, fixed_split: int | None = None, return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def decode_attention(
     query: Tensor,
@@ -27,6 +38,14 @@ def decode_attention(
     cache_lengths: Tensor,
     *,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    block_table: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    fixed_split: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query @ key_cache.T + causal mask) @ value_cache, for each sequence.
@@ -35,71 +54,168 @@ def decode_attention(
     key_cache:     (batch, capacity, num_kv_heads, head_dim), dtype of query; num_heads is a
                    multiple of num_kv_heads, and heads g * num_heads / num_kv_heads onwards share
                    key/value head g (grouped-query, or with one of them multi-query attention).
+                   With a block_table: (num_pages, page_size, num_kv_heads, head_dim). May be int8,
+                   float8_e4m3fn or float8_e5m2 beside any dtype of query.
     value_cache:   the shape and dtype of key_cache.
     cache_lengths: int32 or int64 (batch,), the valid entries of each sequence, in [0, capacity].
                    The q_len newest tokens are counted in: query i sees the entries
                    j < cache_length - q_len + i + 1.
     scale:         factor on the scores; None is 1 / sqrt(head_dim).
-    return_lse:    also return log(sum(exp(scores))), by which parts of a cache can be merged.
+    window:        how many of the newest entries a query sees at most, its own included.
+    softcap:       scaled scores become softcap * tanh(score / softcap).
+    block_table:   int32 (batch, pages): entry j of a sequence is slot j % page_size of the page
+                   block_table[sequence, j // page_size]; capacity is pages * page_size. Pages may
+                   be shared. Where a sequence has no entry in sight the table may hold anything.
+    sinks:         (num_heads,), a logit that takes part in the softmax and has no value: it makes
+                   the weights of the values sum to less than one. Any floating dtype.
+    alibi_slopes:  (num_heads,), slope * (j - position of the query) is added to the scores, after
+                   softcap. Any floating dtype.
+    key_scale, value_scale: (num_kv_heads,), what the numbers of each head of a cache are to be
+                   multiplied by. Any floating dtype.
+    fixed_split:   on GPUs, cut the entries in sight into parts of so many, rather than into as many
+                   parts as fill the GPU: the bits of a sequence's result then depend on nothing but
+                   its own query and entries. On CPUs every call is like that.
+    return_lse:    also return log(sum(exp(scores))), by which parts of a cache can be merged; sinks
+                   are part of the sum, so give them to one part only.
 
     Returns (batch, q_len, num_heads, head_dim) in the dtype of query, and with `return_lse` the
     natural logarithm as float32 (float64 for float64) of (batch, q_len, num_heads). A query that
-    sees nothing gets zeros, and -inf as its logarithm. What lies beyond cache_lengths is never
-    used: it may be NaN. Computes in fp32 (fp64 for fp64) and rounds once.
+    sees nothing gets zeros, and -inf (or its sink) as its logarithm. What lies beyond cache_lengths
+    or before the window of every query is never used: it may be NaN. Computes in fp32 (fp64 for
+    fp64) and rounds once.
 
     Views whose last dimension is contiguous are read in place; others are copied once. Bytes that
-    must move: the valid entries of both caches, once for all the heads of a group and all q_len.
+    must move: the entries in sight of both caches, once for all the heads of a group and all q_len.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device, and on the CPU for a length
-    outside [0, capacity]; GPUs clamp lengths to that range, because looking would make the CPU
-    wait. RuntimeError if a gradient is asked for: there is no derivative.
+    outside [0, capacity] and a page outside [0, num_pages); GPUs clamp both, because looking would
+    make the CPU wait. RuntimeError if a gradient is asked for: there is no derivative.
 
     Source: split-KV decoding (Dao et al. 2023, Flash-Decoding) with the online softmax of
-    Milakov and Gimelshein (2018, arXiv:1805.02867).
+    Milakov and Gimelshein (2018, arXiv:1805.02867); softcap as in Gemma 2 (arXiv:2408.00118), sinks
+    as in gpt-oss, slopes of Press et al. (2021, arXiv:2108.12409), block tables as in vLLM
+    (arXiv:2309.06180).
     """
     if torch.is_grad_enabled() and (
-        query.requires_grad or key_cache.requires_grad or value_cache.requires_grad
+        query.requires_grad
+        or key_cache.requires_grad
+        or value_cache.requires_grad
+        or any(
+            x is not None and x.requires_grad for x in (sinks, alibi_slopes, key_scale, value_scale)
+        )
     ):
         raise RuntimeError(
             "decode_attention has no derivative: call it under torch.no_grad(), or train with "
             "torch.nn.functional.scaled_dot_product_attention"
         )
-    out, lse = _decode_attention(query, key_cache, value_cache, cache_lengths, scale)
+    if (
+        window is softcap is block_table is sinks is alibi_slopes is key_scale is value_scale
+        is fixed_split is None
+    ):  # fmt: skip
+        out, lse = _decode_attention(query, key_cache, value_cache, cache_lengths, scale)
+    else:
+        out, lse = _decode_attention_full(
+            query, key_cache, value_cache, cache_lengths, scale, window, softcap, block_table,
+            sinks, alibi_slopes, key_scale, value_scale, fixed_split,
+        )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention to the whole of a cache from that to its parts, as of a prefix that many share.
+
+    outs: two or more results of `decode_attention` for the same queries and different entries,
+          (batch, q_len, num_heads, head_dim).
+    lses: their logarithms, (batch, q_len, num_heads), float32 or float64.
+
+    Returns what decode_attention with return_lse gives for all the entries: the results weighted by
+    exp(lse), in their dtype, and log(sum(exp(lses))). Plain PyTorch, differentiable.
+
+    Raises TypeError or ValueError for a wrong number, dtype, shape or device.
+    """
+    if len(outs) < 2 or len(outs) != len(lses):
+        raise ValueError(
+            f"outs and lses must be as many, at least 2, got {len(outs)} and {len(lses)}"
+        )
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        name = f"outs[{i}]"
+        check_tensor(name, out, like=("outs[0]", outs[0]) if i else None, shape=outs[0].shape)
+        check_tensor(f"lses[{i}]", lse, dtypes=_LSES, shape=out.shape[:-1])
+        if lse.device != out.device:
+            raise ValueError(f"lses[{i}] must be on the device of {name} ({out.device})")
+    parts = torch.stack(tuple(lses))
+    whole = parts.logsumexp(0)
+    weights = (parts - whole.masked_fill(whole == -torch.inf, 0)).exp()
+    merged = sum(w[..., None] * out.to(w.dtype) for w, out in zip(weights, outs, strict=True))
+    return merged.to(outs[0].dtype), whole  # type: ignore[union-attr]
 
 
 def _reference(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_lengths: Tensor,
-    scale: float | None,
+    scale: float | None, window: int | None = None, softcap: float | None = None,
+    block_table: Tensor | None = None, sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None, fixed_split: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, q_len, heads, head_dim = query.shape
-    capacity, kv_heads = key_cache.shape[1:3]
-    _check_lengths(cache_lengths, capacity)
+    kv_heads = key_cache.shape[2]
+    if block_table is None:
+        capacity = key_cache.shape[1]
+    else:
+        num_pages, page_size = key_cache.shape[:2]
+        capacity = block_table.shape[1] * page_size
     scale = head_dim**-0.5 if scale is None else scale
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
 
     lengths = cache_lengths.long().clamp(0, capacity)
     entry = torch.arange(capacity, device=query.device)
     newest = torch.arange(q_len, device=query.device) - (q_len - 1)
-    visible = entry < (lengths[:, None] + newest)[..., None]  # (batch, q_len, capacity)
+    ends = (lengths[:, None] + newest)[..., None]
+    visible = entry < ends  # (batch, q_len, capacity)
     valid = entry < lengths[:, None]
-    value = value_cache.where(valid[..., None, None], 0).to(accumulate)
+    if window is not None:
+        visible = visible & (entry >= ends - window)
+        valid = valid & (entry > lengths[:, None] - q_len - window)
+    if _can_look(cache_lengths):
+        _check_lengths(cache_lengths, capacity)
+    key, value = key_cache.to(accumulate), value_cache.to(accumulate)
+    if key_scale is not None:
+        key = key * key_scale.to(accumulate)[:, None]
+    if value_scale is not None:
+        value = value * value_scale.to(accumulate)[:, None]
+    if block_table is not None:
+        if _can_look(block_table):
+            _check_pages(block_table, valid.view(*block_table.shape, page_size).any(-1), num_pages)
+        pages = block_table.long().clamp(0, num_pages - 1)
+        key, value = key[pages].flatten(1, 2), value[pages].flatten(1, 2)
+    value = value.where(valid[..., None, None], 0)
 
     grouped = query.to(accumulate).view(batch, q_len, kv_heads, heads // kv_heads, head_dim)
-    scores = torch.einsum("bikgd,bjkd->bikgj", grouped, key_cache.to(accumulate)) * scale
+    scores = torch.einsum("bikgd,bjkd->bikgj", grouped, key) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(accumulate).view(kv_heads, heads // kv_heads, 1)
+        scores = scores + slopes * (entry - (ends - 1))[:, :, None, None]
     scores = scores.masked_fill(~visible[:, :, None, None], -torch.inf)
     lse = scores.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(accumulate).view(kv_heads, heads // kv_heads))
     probabilities = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
     out = torch.einsum("bikgj,bjkd->bikgd", probabilities, value).to(query.dtype)
     return out.reshape(query.shape).contiguous(), lse.reshape(batch, q_len, heads).contiguous()
 
 
+def _can_look(x: Tensor) -> bool:
+    """Where reading data costs nothing: neither on a GPU nor while a graph is traced."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not isinstance(x, FakeTensor)
+    )
+
+
 def _check_lengths(cache_lengths: Tensor, capacity: int) -> None:
-    """Only where looking costs nothing: neither on a GPU nor while a graph is traced."""
-    if cache_lengths.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if isinstance(cache_lengths, FakeTensor):
-        return
     for sequence, length in enumerate(cache_lengths.tolist()):
         if not 0 <= length <= capacity:
             raise ValueError(
@@ -107,16 +223,31 @@ def _check_lengths(cache_lengths: Tensor, capacity: int) -> None:
             )
 
 
+def _check_pages(block_table: Tensor, used: Tensor, num_pages: int) -> None:
+    bad = used & ((block_table < 0) | (block_table >= num_pages))
+    for sequence, page in bad.nonzero()[:1].tolist():
+        raise ValueError(
+            f"block_table must be in [0, {num_pages}) where keys are valid, "
+            f"got {block_table[sequence, page]} for page {page} of sequence {sequence}"
+        )
+
+
 def _check(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_lengths: Tensor,
-    scale: float | None,
+    scale: float | None, window: int | None = None, softcap: float | None = None,
+    block_table: Tensor | None = None, sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None, fixed_split: int | None = None,
 ) -> None:  # fmt: skip
     check_tensor("query", query, ndim=4)
-    check_tensor("key_cache", key_cache, like=("query", query), ndim=4)
-    check_tensor("value_cache", value_cache, like=("query", query), shape=key_cache.shape)
+    if not isinstance(key_cache, Tensor) or key_cache.dtype not in _NARROW:
+        check_tensor("key_cache", key_cache, like=("query", query), ndim=4)
+    else:
+        check_tensor("key_cache", key_cache, dtypes=_NARROW, ndim=4)
+    check_tensor("value_cache", value_cache, like=("key_cache", key_cache), shape=key_cache.shape)
     batch, _, heads, head_dim = query.shape
     kv_heads = key_cache.shape[2]
-    if key_cache.shape[0] != batch:
+    if block_table is None and key_cache.shape[0] != batch:
         raise ValueError(
             f"key_cache must have the batch of query, {batch}, got {key_cache.shape[0]}"
         )
@@ -128,11 +259,34 @@ def _check(
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query must have a multiple of key_cache's {kv_heads} heads, got {heads}")
     check_tensor("cache_lengths", cache_lengths, dtypes=(torch.int32, torch.int64), shape=(batch,))
-    if cache_lengths.device != query.device:
-        raise ValueError(
-            f"cache_lengths must be on the device of query ({query.device}), "
-            f"got {cache_lengths.device}"
-        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if block_table is not None:
+        check_tensor("block_table", block_table, dtypes=(torch.int32,), ndim=2)
+        if block_table.shape[0] != batch:
+            raise ValueError(
+                f"block_table must have the batch of query, {batch}, got {block_table.shape[0]}"
+            )
+        if key_cache.shape[0] == 0 or key_cache.shape[1] == 0:
+            raise ValueError(
+                f"key_cache must have at least one page, got shape {tuple(key_cache.shape)}"
+            )
+    if fixed_split is not None and fixed_split < 1:
+        raise ValueError(f"fixed_split must be at least 1, got {fixed_split}")
+    of_heads = {"sinks": sinks, "alibi_slopes": alibi_slopes}
+    of_kv_heads = {"key_scale": key_scale, "value_scale": value_scale}
+    for numbers, count in ((of_heads, heads), (of_kv_heads, kv_heads)):
+        for name, x in numbers.items():
+            if x is not None:
+                check_tensor(name, x, shape=(count,))
+    others = {"key_cache": key_cache, "cache_lengths": cache_lengths, "block_table": block_table}
+    for name, x in (others | of_heads | of_kv_heads).items():
+        if x is not None and x.device != query.device:
+            raise ValueError(
+                f"{name} must be on the device of query ({query.device}), got {x.device}"
+            )
 
 
 def _cuda_supports(
@@ -146,7 +300,7 @@ def _cuda_supports(
     _, q_len, heads, head_dim = query.shape
     piece = 16 // query.element_size()
     return (
-        query.dtype != torch.float64
+        key_cache.dtype == query.dtype != torch.float64
         and 0 < heads // key_cache.shape[2] * q_len <= 8
         and head_dim <= 256
         and head_dim % piece == 0
@@ -167,4 +321,15 @@ _decode_attention = Op(
     _check,
     stem="decode_attention",
     cuda=_cuda_supports,
+)
+# The options have an operator of their own: left out, they would still cost 0.13 us each, and a
+# plain call takes 4 us.
+_decode_attention_full = Op(
+    "decode_attention_full(Tensor query, Tensor key_cache, Tensor value_cache,"
+    " Tensor cache_lengths, float? scale, int? window, float? softcap, Tensor? block_table,"
+    " Tensor? sinks, Tensor? alibi_slopes, Tensor? key_scale, Tensor? value_scale,"
+    " int? fixed_split) -> (Tensor, Tensor)",
+    _reference,
+    _check,
+    stem="decode_attention",
 )

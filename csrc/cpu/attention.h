@@ -4,50 +4,35 @@
 #include <algorithm>
 #include <vector>
 
-#include "tensor.h"
-#include "vector_pair.h"
+#include "attention_products.h"
+#include "attention_shape.h"
 
 namespace aigc_fast {
 
 constexpr int64_t kBlock = 32;  // keys between two looks at the running maximum
 constexpr int64_t kRows = 32;   // most rows of a unit
 
-template <class T>
-struct Rows {  // a tensor (batch, seq, head, head_dim) with its last dimension contiguous
-  const T* data;
-  int64_t batch, seq, head;
-  Rows(const T* rows, int64_t batch, int64_t seq, int64_t head)
-      : data(rows), batch(batch), seq(seq), head(head) {}
-  explicit Rows(const Tensor& x)
-      : data(aigc_fast::data<T>(x)), batch(x.stride(0)), seq(x.stride(1)), head(x.stride(2)) {}
-};
-
-struct Shape {
-  int64_t batch, q_len, heads, kv_heads, head_dim, capacity;
-  int64_t group() const { return heads / kv_heads; }
-  int64_t rows() const { return q_len * group(); }
-  // Keys that query `i` of a sequence sees.
-  int64_t visible(int64_t length, int64_t i) const {
-    return std::max<int64_t>(0, length - q_len + i + 1);
-  }
-};
-
 // Row r of a key/value head is query r / group of head r % group, so that the rows of a tile see
-// about as many keys.
-template <class T, int R>
+// about as many keys. C is the type of the caches.
+template <class T, int R, class C = T>
 class Attention {
  public:
   using A = Acc<T>;
   using V = Vec<A>;
-  static constexpr int L = kLanes<A>, K = L / R;  // lanes; keys of a score tile
-  static_assert(L % R == 0 && kBlock % K == 0 && kRows % R == 0);
+  using P = Products<A, C, R>;
+  static constexpr int L = P::L, K = P::K;  // lanes; keys of a score tile
+  static_assert(kBlock % K == 0 && kRows % R == 0);
 
-  Attention(const Shape& shape, Rows<T> query, Rows<T> keys, Rows<T> values, A scale)
+  Attention(const Shape& shape, Rows<T> query, Rows<C> keys, Rows<C> values, A scale,
+            const Pages& pages = {}, const ScoreOptions<A>& options = {})
       : s_(shape),
         query_(query),
         keys_(keys),
         values_(values),
         scale_(scale),
+        pages_(pages),
+        options_(options),
+        products_{shape.head_dim},
         pairs_((shape.head_dim + 2 * L - 1) / (2 * L)) {}
 
   // Numbers in a tile of rows: their queries [pair][2][R][L], or their results, which are the
@@ -55,33 +40,36 @@ class Attention {
   int64_t query_size() const { return pairs_ * 2 * R * L; }
   int64_t result_size() const { return query_size() + 2 * L; }
 
-  const T* key(int64_t b, int64_t head, int64_t index) const {
+  const C* key(int64_t b, int64_t head, int64_t index) const {
+    if (pages_.table) b = pages_.at(b, index / pages_.size), index %= pages_.size;
     return keys_.data + b * keys_.batch + head * keys_.head + index * keys_.seq;
   }
 
   // Results of the rows [first, last) of a head over the keys [begin, end). `after` is where the
   // thread will read next.
   void attend(int64_t b, int64_t head, int64_t first, int64_t last, int64_t length, int64_t begin,
-              int64_t end, const T* after, A* query, A* result) const {
+              int64_t end, const C* after, A* query, A* result) const {
     for (int64_t row = first; row < last; row += R) {
       load_query(b, head, row, last, query + (row - first) / R * query_size());
       A* tile = result + (row - first) / R * result_size();
       std::fill_n(tile, result_size(), A(0));
       store(tile + query_size(), broadcast(-std::numeric_limits<A>::infinity()));
     }
-    const T* values = values_.data + b * values_.batch + head * values_.head;
-    for (int64_t start = begin; start < end; start += kBlock) {
-      const int64_t stop = std::min(end, start + kBlock);
-      Block block{key(b, head, start),
-                  values + start * values_.seq,
-                  stop < end ? key(b, head, stop) : after,
-                  start,
-                  stop,
-                  true};
-      for (int64_t row = first; row < last; row += R, block.is_new = false) {
+    begin = std::max(begin, s_.oldest(length, first / s_.group()));
+    end = std::min(end, s_.visible(length, (last - 1) / s_.group()));
+    Block blocks[2];
+    if (begin < end) locate(b, head, begin, end, blocks[0]);
+    int which = 0;
+    for (int64_t start = begin; start < end; start += kBlock, which ^= 1) {
+      Block &block = blocks[which], &next = blocks[which ^ 1];
+      if (start + kBlock < end)
+        locate(b, head, start + kBlock, end, next);
+      else
+        for (int64_t k = 0; k < kBlock; ++k) next.keys[k] = after + k * keys_.seq;
+      for (int64_t row = first; row < last; row += R) {
         const int64_t tile = (row - first) / R;
-        add_block(block, row, std::min(last, row + R), length, query + tile * query_size(),
-                  result + tile * result_size());
+        add_block(block, row == first ? next.keys : nullptr, head, row, std::min(last, row + R),
+                  length, query + tile * query_size(), result + tile * result_size());
       }
     }
   }
@@ -92,9 +80,11 @@ class Attention {
     const A* maxima = results + query_size();
     V top = load(maxima);
     for (int64_t i = 1; i < count; ++i) top = max<A>(top, load(maxima + i * stride));
+    const V sink = options_.sinks ? of_rows(options_.sinks, head, row) : V{};
+    if (options_.sinks) top = max<A>(top, sink);
     const V base = finite_or_zero(top);
     std::vector<A> weights(count * L);
-    V sum = {};
+    V sum = options_.sinks ? exp_of_negative<A>(sink - base) : V{};
     for (int64_t i = 0; i < count; ++i) {
       const V weight = exp_of_negative<A>(load(maxima + i * stride) - base);
       sum += weight * load(maxima + i * stride + L);
@@ -107,7 +97,8 @@ class Attention {
       const int64_t lane = r - row;
       const int64_t at =
           (b * s_.q_len + r / s_.group()) * s_.heads + head * s_.group() + r % s_.group();
-      const A norm = sums[lane] == 0 ? A(0) : 1 / sums[lane];
+      const A scale = options_.value_scale ? options_.value_scale[head] : A(1);
+      const A norm = sums[lane] == 0 ? A(0) : scale / sums[lane];
       lse[at] = tops[lane] + std::log(sums[lane]);
       for (int64_t p = 0; p < pairs_; ++p) {
         V even = {}, odd = {};
@@ -116,6 +107,7 @@ class Attention {
           even += load(value) * weights[i * L + lane];
           odd += load(value + R * L) * weights[i * L + lane];
         }
+        if constexpr (!std::is_same_v<T, C>) halves_to_pair<T>(even, odd);
         store_pair(out + at * s_.head_dim + p * 2 * L, even * norm, odd * norm,
                    std::min<int64_t>(2 * L, s_.head_dim - p * 2 * L));
       }
@@ -123,13 +115,38 @@ class Attention {
   }
 
  private:
-  struct Block {
-    const T *keys, *values, *next;  // next: the keys to read after this block
+  struct Block {  // up to kBlock keys; the addresses behind the last one are its own
+    const C *keys[kBlock], *values[kBlock];
     int64_t start, stop;
-    bool is_new;  // not yet in the cache
   };
 
   static V finite_or_zero(V v) { return v == -std::numeric_limits<A>::infinity() ? V{} : v; }
+
+  // The keys from `start` on.
+  void locate(int64_t b, int64_t head, int64_t start, int64_t end, Block& block) const {
+    block.start = start;
+    block.stop = std::min(end, start + kBlock);
+    const C* keys = keys_.data + head * keys_.head;
+    const C* values = values_.data + head * values_.head;
+    const int64_t last = block.stop - start - 1;
+    if (!pages_.table) {
+      keys += b * keys_.batch + start * keys_.seq;
+      values += b * values_.batch + start * values_.seq;
+      for (int64_t k = 0; k < kBlock; ++k) {
+        const int64_t i = std::min(k, last);
+        block.keys[k] = keys + i * keys_.seq;
+        block.values[k] = values + i * values_.seq;
+      }
+      return;
+    }
+    int64_t page = start / pages_.size, slot = start % pages_.size;
+    for (int64_t k = 0; k < kBlock; ++k) {
+      const int64_t id = pages_.at(b, page);
+      block.keys[k] = keys + id * keys_.batch + slot * keys_.seq;
+      block.values[k] = values + id * values_.batch + slot * values_.seq;
+      if (k < last && ++slot == pages_.size) ++page, slot = 0;
+    }
+  }
 
   void load_query(int64_t b, int64_t head, int64_t row, int64_t last, A* tile) const {
     for (int r = 0; r < R; ++r) {
@@ -140,37 +157,53 @@ class Attention {
           load_pair(query_.data + b * query_.batch + i * query_.seq +
                         (head * s_.group() + g) * query_.head + p * 2 * L,
                     std::min<int64_t>(2 * L, s_.head_dim - p * 2 * L), x, y);
+        if constexpr (!std::is_same_v<T, C>) pair_to_halves<T>(x, y);
         store(tile + (p * 2 * R + r) * L, x);
         store(tile + (p * 2 * R + R + r) * L, y);
       }
     }
   }
 
-  // One block of keys for one tile of rows.
-  void add_block(const Block& block, int64_t row, int64_t last, int64_t length, const A* query,
-                 A* result) const {
+  // The numbers of a tile's heads: lane k * R + r.
+  V of_rows(const A* of_heads, int64_t head, int64_t row) const {
+    V v;
+    for (int lane = 0; lane < L; ++lane)
+      v[lane] = of_heads[head * s_.group() + (row + lane % R) % s_.group()];
+    return v;
+  }
+
+  // One block of keys for one tile of rows. The first tile fetches the block's values and the keys
+  // of the next one.
+  void add_block(const Block& block, const C* const* next, int64_t head, int64_t row, int64_t last,
+                 int64_t length, const A* query, A* result) const {
     const int64_t fewest = s_.visible(length, row / s_.group());
     const int64_t most = s_.visible(length, (last - 1) / s_.group());
     const int64_t count = std::min(most, block.stop) - block.start;
-    if (count <= 0) return;
+    if (count <= 0 || block.stop <= s_.oldest(length, row / s_.group())) return;
 
     alignas(64) A scores[kBlock * R];
     const V lowest = broadcast(-std::numeric_limits<A>::infinity());
     V top = lowest;
+    const A scale = options_.key_scale ? scale_ * options_.key_scale[head] : scale_;
     for (int64_t k = 0; k < count; k += K) {
-      if (block.is_new)
-        for (int i = 0; i < K; ++i) prefetch(block.values + (k + i) * values_.seq);
-      const V score = dot_products(query, block.keys + k * keys_.seq, count - k) * scale_;
+      if (next)
+        for (int i = 0; i < K; ++i) products_.prefetch(block.values[k + i]);
+      const V score = products_.scores(query, block.keys + k) * scale;
       store(scores + k * R, score);
       top = max<A>(top, score);
     }
-    // Where rows see different numbers of keys, or a tile has no key left.
-    if (const int64_t padded = (count + K - 1) / K * K; block.start + padded > fewest) {
+    const int64_t padded = (count + K - 1) / K * K;
+    if (options_.softcap || options_.slopes)
+      top = adjust(block.start, padded, head, row, length, scores);
+    // Where rows see different keys, or a tile has no key left.
+    if (block.start + padded > fewest || block.start < s_.oldest(length, (last - 1) / s_.group())) {
       top = lowest;
       for (int64_t k = 0; k < padded; k += K) {
         for (int lane = 0; lane < L; ++lane) {
-          const int64_t seen = s_.visible(length, std::min(row + lane % R, last - 1) / s_.group());
-          if (block.start + k + lane / R >= seen) scores[k * R + lane] = lowest[0];
+          const int64_t i = std::min(row + lane % R, last - 1) / s_.group();
+          const int64_t at = block.start + k + lane / R;
+          if (at >= s_.visible(length, i) || at < s_.oldest(length, i))
+            scores[k * R + lane] = lowest[0];
         }
         top = max<A>(top, load(scores + k * R));
       }
@@ -190,98 +223,36 @@ class Attention {
     store(result + query_size() + L, load(result + query_size() + L) * decay + sum);
     A decays[L];
     store(decays, decay);
-
-    add_all_values<kPairs>(scores, block, count, 0, decays, result);
+    products_.add_values(scores, block.values, count, decays, result, next);
   }
 
-  // Always inlined: GCC 12 drops calls of a function that does nothing else.
-  AIGC_INLINE void prefetch(const T* row) const {
-    const char* p = reinterpret_cast<const char*>(row);
-    for (size_t i = 0; i < s_.head_dim * sizeof(T); i += 64) __builtin_prefetch(p + i, 0, 3);
-  }
-
-  // The products of K keys with the R queries of a tile: lane k * R + r. Keys past `count` are
-  // replaced by the last one; their scores are masked.
-  V dot_products(const A* query, const T* keys, int64_t count) const {
-    const T* key[K];
-    key[0] = keys;
-    for (int k = 1; k < K; ++k) key[k] = key[k - 1] + (k < count ? keys_.seq : 0);
-    V sums[L] = {};
-    auto add = [&](const A* q, auto load) {
-      V even[K], odd[K];
-#pragma GCC unroll 16
-      for (int k = 0; k < K; ++k) load(key[k], even[k], odd[k]);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const V a = aigc_fast::load(q + r * L), b = aigc_fast::load(q + (R + r) * L);
-#pragma GCC unroll 16
-        for (int k = 0; k < K; ++k) {
-          sums[k * R + r] += a * even[k];
-          sums[k * R + r] += b * odd[k];
-        }
-      }
-    };
-    const int64_t whole = s_.head_dim / (2 * L) * (2 * L), rest = s_.head_dim - whole;
-    for (int64_t d = 0; d < whole; d += 2 * L)
-      add(query + d * R, [d](const T* p, V& a, V& b) { load_pair(p + d, a, b); });
-    if (rest)
-      add(query + whole * R, [=](const T* p, V& a, V& b) { load_pair(p + whole, rest, a, b); });
-    return sum_each<A>(sums);
-  }
-
-  // All pairs of head_dim from `pair`, as many at a time as registers allow.
-  template <int P>
-  void add_all_values(const A* probabilities, const Block& block, int64_t count, int64_t pair,
-                      const A* decays, A* result) const {
-    const int64_t whole = s_.head_dim / (2 * L), rest = s_.head_dim % (2 * L);
-    for (; pair + P <= whole; pair += P)
-      add_values<P>(probabilities, block, count, pair, 0, decays, result);
-    if constexpr (P > 1)
-      add_all_values<P / 2>(probabilities, block, count, pair, decays, result);
-    else if (rest)
-      add_values<1>(probabilities, block, count, pair, rest, decays, result);
-  }
-
-  // Adds probabilities * values for P pairs of head_dim; `rest` elements of the last pair if not 0.
-  template <int P>
-  void add_values(const A* probabilities, const Block& block, int64_t count, int64_t pair,
-                  int64_t rest, const A* decays, A* result) const {
-    V sums[2 * P][R];
-    A* out = result + pair * 2 * R * L;
-#pragma GCC unroll 16
-    for (int j = 0; j < 2 * P; ++j)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sums[j][r] = load(out + (j * R + r) * L) * decays[r];
-    const T* values = block.values + pair * 2 * L;
-    const bool fetch = pair == 0 && block.is_new;
-    for (int64_t k = 0; k < count; ++k, values += values_.seq) {
-      if (fetch) prefetch(block.next + k * keys_.seq);
-#pragma GCC unroll 16
-      for (int j = 0; j < P; ++j) {
-        V a, b;
-        if (rest)
-          load_pair(values + j * 2 * L, rest, a, b);
-        else
-          load_pair(values + j * 2 * L, a, b);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          sums[2 * j][r] += a * probabilities[k * R + r];
-          sums[2 * j + 1][r] += b * probabilities[k * R + r];
-        }
-      }
+  // Softcap and ALiBi for the scores of `count` keys from `start`; returns their maxima.
+  V adjust(int64_t start, int64_t count, int64_t head, int64_t row, int64_t length,
+           A* scores) const {
+    V slopes = {}, distance = {};  // of a key from its query, not positive
+    if (options_.slopes) {
+      slopes = of_rows(options_.slopes, head, row);
+      for (int lane = 0; lane < L; ++lane)
+        distance[lane] = start + lane / R - (length - s_.q_len + (row + lane % R) / s_.group());
     }
-#pragma GCC unroll 16
-    for (int j = 0; j < 2 * P; ++j)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) store(out + (j * R + r) * L, sums[j][r]);
+    V top = broadcast(-std::numeric_limits<A>::infinity());
+    for (int64_t k = 0; k < count; k += K) {
+      V score = load(scores + k * R);
+      if (options_.softcap) score = options_.softcap * tanh<A>(score / options_.softcap);
+      score += slopes * (distance + static_cast<A>(k));
+      store(scores + k * R, score);
+      top = max<A>(top, score);
+    }
+    return top;
   }
-
-  // Pairs whose sums stay in registers: up to 16 of 32 in AVX-512, 8 of 16 elsewhere.
-  static constexpr int kPairs = std::min((kVectorBytes == 64 ? 8 : 4) / R, 4);
 
   Shape s_;
-  Rows<T> query_, keys_, values_;
+  Rows<T> query_;
+  Rows<C> keys_, values_;
   A scale_;
+  Pages pages_;
+  ScoreOptions<A> options_;
+  P products_;
   int64_t pairs_;
 };
 

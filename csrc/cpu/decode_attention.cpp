@@ -16,11 +16,11 @@ namespace {
 constexpr int64_t kSplit = 256;  // keys of a unit, for up to kRows rows
 
 struct Unit {
-  int64_t b, split, head, chunk;
+  int64_t b, head, chunk, begin, end;  // keys [begin, end)
 };
 
-template <class T, int R>
-void run(const Shape& s, const Attention<T, R>& attention, const std::vector<int64_t>& lengths,
+template <class T, int R, class C>
+void run(const Shape& s, const Attention<T, R, C>& attention, const std::vector<int64_t>& lengths,
          T* out, Acc<T>* lse) {
   using A = Acc<T>;
   const int64_t rows = s.rows(), chunks = (rows + kRows - 1) / kRows;
@@ -29,10 +29,13 @@ void run(const Shape& s, const Attention<T, R>& attention, const std::vector<int
   std::vector<Unit> units;
   std::vector<int64_t> first(s.batch + 1);
   for (int64_t b = 0; b < s.batch; ++b) {
-    const int64_t splits = std::max<int64_t>(1, (lengths[b] + split - 1) / split);
-    for (int64_t i = 0; i < splits; ++i)
+    int64_t begin = s.oldest(lengths[b], 0);
+    do {
+      const int64_t end = std::min(lengths[b], begin + split);
       for (int64_t h = 0; h < s.kv_heads; ++h)
-        for (int64_t c = 0; c < chunks; ++c) units.push_back({b, i, h, c});
+        for (int64_t c = 0; c < chunks; ++c) units.push_back({b, h, c, begin, end});
+      begin = end;
+    } while (begin < lengths[b]);
     first[b + 1] = units.size();
   }
   const int64_t tiles = (std::min(rows, kRows) + R - 1) / R;
@@ -48,12 +51,12 @@ void run(const Shape& s, const Attention<T, R>& attention, const std::vector<int
   torch::stable::parallel_for(0, units.size(), 1, [&](int64_t begin, int64_t end) {
     const auto query = allocate(tiles * attention.query_size());
     for (int64_t u = begin; u < end; ++u) {
-      const auto [b, i, h, c] = units[u];
+      const auto [b, h, c, first_key, last_key] = units[u];
       const Unit& next = units[std::min(u + 1, end - 1)];
-      attention.attend(b, h, c * kRows, std::min(rows, (c + 1) * kRows), lengths[b], i * split,
-                       std::min(lengths[b], (i + 1) * split),
-                       attention.key(next.b, next.head, next.split * split), query.get(),
-                       results.get() + u * size);
+      attention.attend(
+          b, h, c * kRows, std::min(rows, (c + 1) * kRows), lengths[b], first_key, last_key,
+          next.begin < next.end ? attention.key(next.b, next.head, next.begin) : nullptr,
+          query.get(), results.get() + u * size);
     }
   });
   const int64_t heads = s.kv_heads * chunks;
@@ -90,43 +93,115 @@ std::vector<int64_t> read_lengths(const Tensor& lengths, const Shape& s) {
   return values;
 }
 
-std::tuple<Tensor, Tensor> decode_attention(const Tensor& query_in, const Tensor& key_in,
-                                            const Tensor& value_in, const Tensor& lengths_in,
-                                            std::optional<double> scale) {
+// Only the entries that hold keys in sight: the others may be anything.
+void check_pages(const Pages& pages, const std::vector<int64_t>& lengths, const Shape& s,
+                 int64_t count) {
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t i = s.oldest(lengths[b], 0) / pages.size; i * pages.size < lengths[b]; ++i)
+      require(pages.at(b, i) >= 0 && pages.at(b, i) < count, "block_table must be in [0, ", count,
+              ") where keys are valid, got ", pages.at(b, i), " for page ", i, " of sequence ", b);
+}
+
+// A number for each head, in the type of the arithmetic; empty if not given.
+template <class A>
+std::vector<A> of_heads(const std::optional<Tensor>& x, const char* name, int64_t heads) {
+  if (!x) return {};
+  require(x->dim() == 1 && x->size(0) == heads, name, " must have shape (", heads, ",)");
+  std::vector<A> values(heads);
+  dispatch(*x, name, [&]<class T>(T) {
+    for (int64_t h = 0; h < heads; ++h) values[h] = load_n(data<T>(*x) + h * x->stride(0), 1)[0];
+  });
+  return values;
+}
+
+// Calls f with a value of the C++ type of the caches, where queries are T.
+template <class T, class F>
+void dispatch_cache(const Tensor& x, F&& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Char:
+      return f(int8_t{});
+    case ScalarType::Float8_e4m3fn:
+      return f(e4m3{});
+    case ScalarType::Float8_e5m2:
+      return f(e5m2{});
+    default:
+      dispatch(x, "key_cache", [&]<class C>(C) {
+        if constexpr (std::is_same_v<T, C>)
+          f(C{});
+        else
+          require(false, "the caches must have the dtype of query, int8 or fp8");
+      });
+  }
+}
+
+std::tuple<Tensor, Tensor> decode_attention_full(
+    const Tensor& query_in, const Tensor& key_in, const Tensor& value_in, const Tensor& lengths_in,
+    std::optional<double> scale, std::optional<int64_t> window, std::optional<double> softcap,
+    const std::optional<Tensor>& table, const std::optional<Tensor>& sinks_in,
+    const std::optional<Tensor>& slopes_in, const std::optional<Tensor>& key_scale_in,
+    const std::optional<Tensor>& value_scale_in, std::optional<int64_t> fixed_split) {
   require(query_in.dim() == 4 && key_in.dim() == 4 && same_shape(key_in, value_in),
           "query and caches must have 4 dimensions, the caches the same shape");
-  require(key_in.scalar_type() == query_in.scalar_type() &&
-              value_in.scalar_type() == query_in.scalar_type(),
-          "the caches must have the dtype of query");
-  const Shape s{query_in.size(0), query_in.size(1), query_in.size(2),
-                key_in.size(2),   query_in.size(3), key_in.size(1)};
-  require(key_in.size(0) == s.batch && key_in.size(3) == s.head_dim && s.head_dim > 0,
+  require(key_in.scalar_type() == value_in.scalar_type(), "the caches must have the same dtype");
+  Shape s{query_in.size(0), query_in.size(1), query_in.size(2),
+          key_in.size(2),   query_in.size(3), key_in.size(1)};
+  Pages pages;
+  if (table) {
+    require(
+        table->scalar_type() == ScalarType::Int && table->dim() == 2 && table->size(0) == s.batch,
+        "block_table must be int32 and have shape (", s.batch, ", pages)");
+    require(key_in.size(0) > 0 && key_in.size(1) > 0, "key_cache must have at least one page");
+    pages = {data<int32_t>(*table), table->stride(0), table->stride(1), key_in.size(1)};
+    s.capacity = table->size(1) * pages.size;
+  }
+  require((table || key_in.size(0) == s.batch) && key_in.size(3) == s.head_dim && s.head_dim > 0,
           "the caches must have the batch and head_dim of query");
   require(s.kv_heads > 0 && s.heads % s.kv_heads == 0,
           "the heads of query must be a multiple of those of the caches");
+  require(!window || *window > 0, "window must be at least 1");
+  if (window) s.window = std::min(s.window, *window);
+  require(!fixed_split || *fixed_split > 0, "fixed_split must be at least 1");
+  require(!softcap || *softcap > 0, "softcap must be positive");
   const std::vector<int64_t> lengths = read_lengths(lengths_in, s);
+  if (table) check_pages(pages, lengths, s, key_in.size(0));
   const Tensor query = with_contiguous_rows(query_in), keys = with_contiguous_rows(key_in),
                values = with_contiguous_rows(value_in);
   const bool wide = query.scalar_type() == ScalarType::Double;
   Tensor out = empty({s.batch, s.q_len, s.heads, s.head_dim}, query.scalar_type());
   Tensor lse = empty({s.batch, s.q_len, s.heads}, wide ? ScalarType::Double : ScalarType::Float);
-  if (lse.numel() == 0) return {out, lse};
   dispatch(query, "query", [&]<class T>(T) {
     using A = Acc<T>;
     const A factor = scale ? *scale : 1 / std::sqrt(static_cast<double>(s.head_dim));
-    auto with_tile = [&]<int R>(std::integral_constant<int, R>) {
-      run<T, R>(s, {s, Rows<T>(query), Rows<T>(keys), Rows<T>(values), factor}, lengths,
-                mutable_data<T>(out), mutable_data<A>(lse));
-    };
-    if (s.rows() == 1) return with_tile(std::integral_constant<int, 1>{});
-    if (s.rows() == 2 || kLanes<A> == 2) return with_tile(std::integral_constant<int, 2>{});
-    with_tile(std::integral_constant<int, std::min(4, kLanes<A>)>{});
+    const auto slopes = of_heads<A>(slopes_in, "alibi_slopes", s.heads);
+    const auto sinks = of_heads<A>(sinks_in, "sinks", s.heads);
+    const auto key_scale = of_heads<A>(key_scale_in, "key_scale", s.kv_heads);
+    const auto value_scale = of_heads<A>(value_scale_in, "value_scale", s.kv_heads);
+    const auto given = [](const std::vector<A>& x) { return x.empty() ? nullptr : x.data(); };
+    const ScoreOptions<A> options{softcap ? static_cast<A>(*softcap) : A(0), given(slopes),
+                                  given(key_scale), given(value_scale), given(sinks)};
+    dispatch_cache<T>(keys, [&]<class C>(C) {
+      auto with_tile = [&]<int R>(std::integral_constant<int, R>) {
+        if (lse.numel() == 0) return;
+        run<T, R, C>(s, {s, Rows<T>(query), Rows<C>(keys), Rows<C>(values), factor, pages, options},
+                     lengths, mutable_data<T>(out), mutable_data<A>(lse));
+      };
+      if (s.rows() == 1) return with_tile(std::integral_constant<int, 1>{});
+      if (s.rows() == 2 || kLanes<A> == 2) return with_tile(std::integral_constant<int, 2>{});
+      with_tile(std::integral_constant<int, std::min(4, kLanes<A>)>{});
+    });
   });
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> decode_attention(const Tensor& query, const Tensor& keys,
+                                            const Tensor& values, const Tensor& lengths,
+                                            std::optional<double> scale) {
+  return decode_attention_full(query, keys, values, lengths, scale, {}, {}, {}, {}, {}, {}, {}, {});
+}
+
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("decode_attention_full", TORCH_BOX(&decode_attention_full));
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // the arithmetic under attention.h.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include <aigc_fast/vec.h>
@@ -27,8 +28,9 @@ AIGC_INLINE void load_pair(const T* p, V& a, V& b) {
 // Only the first n elements; the others are zero. Never touches memory past p + n.
 template <class T, class V = Vec<Acc<T>>>
 AIGC_INLINE void load_pair(const T* p, int64_t n, V& a, V& b) {
-  if (n == 2 * kLanes<Acc<T>>) return load_pair(p, a, b);
-  T buffer[2 * kLanes<Acc<T>>] = {};
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  if (n == 2 * lanes) return load_pair(p, a, b);
+  T buffer[std::max<int>(2 * lanes, kVectorBytes / sizeof(T))] = {};
 #if defined(__AVX512BW__)  // 4 times as fast as a memcpy of unknown length
   const char* bytes = reinterpret_cast<const char*>(p);
   int64_t left = n * sizeof(T);
@@ -40,7 +42,7 @@ AIGC_INLINE void load_pair(const T* p, int64_t n, V& a, V& b) {
 #else
   std::memcpy(static_cast<void*>(buffer), p, n * sizeof(T));
 #endif
-  load_pair(buffer, a, b);
+  load_pair(static_cast<const T*>(buffer), a, b);
 }
 
 template <class T, class V = Vec<Acc<T>>>
@@ -58,6 +60,28 @@ AIGC_INLINE void store_pair(T* p, V a, V b, int64_t n) {
     std::memcpy(buffer, mixed, sizeof buffer);
   }
   std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
+}
+
+// From the order of load_pair<T> to the first half, then the second, and back.
+template <class T, class V>
+AIGC_INLINE void pair_to_halves(V& a, V& b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    constexpr int lanes = sizeof(V) / sizeof(a[0]);
+    const V even = a, odd = b;
+    for (int i = 0; i < lanes; ++i) (i < lanes / 2 ? a : b)[2 * i % lanes] = even[i];
+    for (int i = 0; i < lanes; ++i) (i < lanes / 2 ? a : b)[2 * i % lanes + 1] = odd[i];
+  }
+}
+template <class T, class V>
+AIGC_INLINE void halves_to_pair(V& a, V& b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    constexpr int lanes = sizeof(V) / sizeof(a[0]);
+    const V first = a, second = b;
+    for (int i = 0; i < lanes; ++i) {
+      a[i] = (i < lanes / 2 ? first : second)[2 * i % lanes];
+      b[i] = (i < lanes / 2 ? first : second)[2 * i % lanes + 1];
+    }
+  }
 }
 
 // ---- lanes ------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from torch import Tensor
 
 import aigc_fast
 from aigc_fast import ops
+from aigc_fast.ops import _registry
+from tests.op_samples.decode_attention import paged
 from tests.ops.test_every_op import IMPLEMENTATIONS, LOW, assert_as_good_as_torch
 
 EVERYWHERE = pytest.mark.parametrize(
@@ -177,3 +179,256 @@ def test_reads_views_in_place(implementation, device) -> None:
     shared = keys[:1].expand(2, -1, -1, -1)
     got = run(implementation, device, query, shared, shared, lengths)
     torch.testing.assert_close(got, run("reference", "cpu", query, shared, shared, lengths))
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 32])
+@EVERYWHERE
+def test_pages_give_the_bits_of_a_contiguous_cache(implementation, device, page_size) -> None:
+    query, keys, values = inputs(2, 3, 4, 2, 32, 70)
+    lengths = torch.tensor([70, 41])
+    pages, value_pages, table = paged(keys, values, lengths.tolist(), page_size)
+    got = run(
+        implementation, device, query, pages, value_pages, lengths, block_table=table.to(device)
+    )
+    want = run(implementation, device, query, keys, values, lengths)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@EVERYWHERE
+def test_sequences_share_pages(implementation, device) -> None:
+    query, keys, values = inputs(2, 1, 4, 2, 16, 40)
+    keys[1, :24], values[1, :24] = keys[0, :24], values[0, :24]
+    # Pages of 8, the first three of them common, among views of a larger pool.
+    pool = torch.full((2, 9, 8, 2, 20), torch.nan)
+    table = torch.tensor([[3, 0, 8, 1, 7], [3, 0, 8, 5, 4]], dtype=torch.int32)
+    for cache, store in zip((keys, values), pool, strict=True):
+        store[table.long(), ..., :16] = cache.view(2, 5, 8, 2, 16)
+    wide = torch.stack([table, table - 99], -1)[..., 0]  # a table with strides
+    lengths = torch.tensor([40, 33])
+    got = run(
+        implementation, device, query, pool[0, ..., :16], pool[1, ..., :16], lengths,
+        block_table=wide.to(device),
+    )  # fmt: skip
+    want = run(implementation, device, query, keys, values, lengths)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [-1, 10, 2**31 - 1])
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_refuses_pages_outside_the_pool(implementation, bad) -> None:
+    query, keys, values = inputs(2, 1, 2, 1, 8, 20)
+    lengths = torch.tensor([20, 9])
+    pages, value_pages, table = paged(keys, values, lengths.tolist(), 4)
+    args = query, pages, value_pages, lengths
+    table[1, 2] = bad  # holds entry 8, the only one in sight of the window
+    message = rf"block_table must be in \[0, 10\) where keys are valid, got {bad} for page 2 of"
+    for window in (None, 1):
+        with aigc_fast.backend(implementation), pytest.raises(ValueError, match=message):
+            ops.decode_attention(*args, block_table=table, window=window)
+    table[1, 2], table[1, :2] = 0, bad
+    with aigc_fast.backend(implementation):
+        ops.decode_attention(*args, block_table=table, window=1)
+
+
+def test_gpu_kernels_clamp_pages() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    query, keys, values = inputs(2, 1, 2, 1, 8, 20)
+    lengths = torch.tensor([20, 9])
+    pages, value_pages, table = paged(keys, values, lengths.tolist(), 4)
+    table[0, 1], table[1, 2] = -7, 2**31 - 1
+    got = run("triton", device, query, pages, value_pages, lengths, block_table=table.to(device))
+    clamped = table.clamp(0, 9)
+    want = run("reference", "cpu", query, pages, value_pages, lengths, block_table=clamped)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("window", [1, 5, 32, 69, 300])
+@pytest.mark.parametrize("q_len", [1, 4])
+@EVERYWHERE
+def test_window_is_a_mask(implementation, device, q_len, window) -> None:
+    query, keys, values = inputs(2, q_len, 4, 2, 64, 70)
+    lengths = torch.tensor([70, 18])
+    got, _ = run(implementation, device, query, keys, values, lengths, window=window)
+    own = lengths[:, None] - q_len + torch.arange(q_len)
+    entry = torch.arange(70)
+    mask = (entry <= own[..., None]) & (entry > own[..., None] - window)
+    query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
+    want = F.scaled_dot_product_attention(query, keys, values, mask[:, None], enable_gqa=True)
+    torch.testing.assert_close(got, want.transpose(1, 2))
+
+
+@pytest.mark.parametrize("page_size", [None, 4])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@EVERYWHERE
+def test_what_lies_before_the_window_is_never_used(
+    implementation, device, dtype, page_size
+) -> None:
+    query, keys, values = inputs(3, 3, 4, 2, 48, 90, dtype)
+    lengths = torch.tensor([90, 18, 0])
+    clean = run(implementation, device, query, keys, values, lengths, window=6)
+    entry = torch.arange(90)
+    # The oldest query sees 6 entries, the two after it one more each.
+    outside = (entry >= lengths[:, None]) | (entry < lengths[:, None] - 8)
+    keys, values = (x.masked_fill(outside[..., None, None], torch.nan) for x in (keys, values))
+    options = {}
+    if page_size:
+        keys, values, table = paged(keys, values, lengths.tolist(), page_size)
+        table[0, : (90 - 8) // page_size] = -1
+        options["block_table"] = table.to(device)
+    dirty = run(implementation, device, query, keys, values, lengths, window=6, **options)
+    torch.testing.assert_close(dirty, clean, rtol=0, atol=0)
+
+
+@EVERYWHERE
+def test_sink_is_a_key_without_a_value(implementation, device) -> None:
+    query, keys, values = inputs(2, 2, 4, 2, 16, 30)
+    lengths = torch.tensor([30, 0])
+    sinks = torch.tensor([0.5, 30.0, -torch.inf, -2.0])
+    plain, plain_lse = run(implementation, device, query, keys, values, lengths)
+    out, lse = run(implementation, device, query, keys, values, lengths, sinks=sinks.to(device))
+    want_lse = torch.logaddexp(plain_lse, sinks)
+    torch.testing.assert_close(lse, want_lse)
+    share = (plain_lse - want_lse).exp().nan_to_num(0)
+    torch.testing.assert_close(out, plain * share[..., None])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 3},
+        {"softcap": 2.0},
+        {"sinks": torch.zeros(4)},
+        {"alibi_slopes": torch.zeros(4)},
+        {"block_table": torch.zeros(2, 1, dtype=torch.int32)},
+        {"key_scale": torch.ones(2)},
+        {"value_scale": torch.ones(2)},
+        {"fixed_split": 64},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_are_not_for_the_cuda_kernel(options) -> None:
+    """It takes plain calls alone; with an option another operator runs, which lacks it."""
+    args = *inputs(2, 1, 4, 2, 16, 8), torch.tensor([8, 3])
+    plain = _registry.OPS[aigc_fast.explain(ops.decode_attention, *args).op]
+    full = _registry.OPS[aigc_fast.explain(ops.decode_attention, *args, **options).op]
+    assert plain._cuda_supports is not None
+    assert full._cuda_supports is None and full.has("triton") and not full.has("cuda")
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
+def test_options_have_no_derivative(name) -> None:
+    args = *inputs(1, 1, 2, 1, 8, 4), torch.tensor([4])
+    option = {name: torch.zeros(2, requires_grad=True)}
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        ops.decode_attention(*args, **option)
+    with torch.no_grad():
+        ops.decode_attention(*args, **option)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@EVERYWHERE
+def test_every_byte_of_a_narrow_cache(implementation, device, cache, dtype) -> None:
+    """One entry for each of the 256 values, looked up by queries that see nothing else."""
+    values = torch.arange(256, dtype=torch.uint8).view(cache)[:, None].expand(256, 16)
+    query = torch.zeros(256, 1, 1, 16, dtype=dtype)
+    scale = torch.tensor([0.25])
+    values = values.contiguous().view(256, 1, 1, 16)
+    keys = torch.zeros(256, 1, 1, 16).to(cache)
+    lengths = torch.ones(256, dtype=torch.int32)
+    out, _ = run(implementation, device, query, keys, values, lengths, value_scale=scale.to(device))
+    want = (values.float() * 0.25).to(dtype)
+    torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+
+
+@EVERYWHERE
+def test_scales_are_factors_on_the_caches(implementation, device) -> None:
+    query, keys, values = inputs(2, 2, 4, 2, 32, 40)
+    keys, values = ((x * 30).round().clamp(-127, 127) for x in (keys, values))
+    lengths = torch.tensor([40, 21])
+    key_scale, value_scale = torch.tensor([0.03, 0.01]), torch.tensor([0.2, 2.0])
+    want = run(
+        implementation, device, query, keys * key_scale[:, None], values * value_scale[:, None],
+        lengths,
+    )  # fmt: skip
+    scales = {"key_scale": key_scale.to(device), "value_scale": value_scale.to(device)}
+    for dtype in (torch.int8, torch.float32):
+        got = run(
+            implementation, device, query, keys.to(dtype), values.to(dtype), lengths, **scales
+        )
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATIONS)
+def test_fixed_split_does_not_depend_on_the_batch(implementation, device, page_size) -> None:
+    """Bitwise: alone or among others, in a large cache or a small one."""
+    query, keys, values = inputs(3, 2, 4, 2, 32, 130)
+    lengths = torch.tensor([77, 130, 5])
+
+    def split(q: Tensor, k: Tensor, v: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        options = {"fixed_split": 32}
+        if page_size is not None:
+            k, v, table = paged(k, v, n.tolist(), page_size)
+            options["block_table"] = table.to(device)
+        return run(implementation, device, q, k, v, n, **options)
+
+    together = split(query, keys, values, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        one = slice(i, i + 1)
+        for capacity in (length, 130):
+            alone = split(query[one], keys[one, :capacity], values[one, :capacity], lengths[one])
+            for a, b in zip(alone, together, strict=True):
+                torch.testing.assert_close(a, b[one], rtol=0, atol=0)
+
+
+def test_cpu_calls_never_depend_on_the_batch() -> None:
+    query, keys, values = inputs(3, 1, 6, 2, 64, 1500, torch.bfloat16)
+    lengths = torch.tensor([700, 1500, 3])
+    together = run("cpu", "cpu", query, keys, values, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        one = slice(i, i + 1)
+        alone = run("cpu", "cpu", query[one], keys[one, :length], values[one, :length],
+                    lengths[one])  # fmt: skip
+        for a, b in zip(alone, together, strict=True):
+            torch.testing.assert_close(a, b[one], rtol=0, atol=0)
+
+
+@EVERYWHERE
+def test_merged_parts_are_the_whole(implementation, device) -> None:
+    """A prefix that all sequences share, and what each has of its own; one has nothing."""
+    query, keys, values = inputs(3, 1, 4, 2, 32, 60)
+    keys[:, :20], values[:, :20] = keys[:1, :20].clone(), values[:1, :20].clone()
+    lengths, sinks = torch.tensor([60, 41, 20]), torch.randn(4)
+    # The queries of all go to the prefix as one sequence: each element of it is read once.
+    heads = query.view(1, 1, 3, 2, 2, 32).transpose(2, 3).reshape(1, 1, 12, 32)
+    shared, shared_lse = run(
+        implementation, device, heads, keys[:1, :20], values[:1, :20], torch.tensor([20])
+    )
+    shared = shared.view(2, 3, 2, 32).transpose(0, 1).reshape(3, 1, 4, 32)
+    shared_lse = shared_lse.view(2, 3, 2).transpose(0, 1).reshape(3, 1, 4)
+    own, own_lse = run(
+        implementation, device, query, keys[:, 20:], values[:, 20:], lengths - 20,
+        sinks=sinks.to(device),
+    )  # fmt: skip
+    got = ops.merge_attention([shared, own], [shared_lse, own_lse])
+    want = run(implementation, device, query, keys, values, lengths, sinks=sinks.to(device))
+    torch.testing.assert_close(got, want)
+    low, _ = ops.merge_attention([shared.half(), own.half()], [shared_lse, own_lse])
+    assert low.dtype == torch.float16
+
+
+def test_merge_attention_of_nothing_and_refusals() -> None:
+    nothing, no_lse = torch.zeros(2, 1, 3, 4), torch.full((2, 1, 3), -torch.inf)
+    out, lse = ops.merge_attention([nothing] * 3, [no_lse] * 3)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    with pytest.raises(ValueError, match="at least 2, got 1 and 1"):
+        ops.merge_attention([nothing], [no_lse])
+    with pytest.raises(ValueError, match="at least 2, got 2 and 3"):
+        ops.merge_attention([nothing] * 2, [no_lse] * 3)
+    with pytest.raises(TypeError, match=r"outs\[1\] must have the dtype of outs\[0\]"):
+        ops.merge_attention([nothing, nothing.half()], [no_lse] * 2)
+    with pytest.raises(ValueError, match=r"lses\[1\] must have shape \(2, 1, 3\)"):
+        ops.merge_attention([nothing] * 2, [no_lse, no_lse[:1]])
+    with pytest.raises(TypeError, match=r"lses\[0\] must be float32, float64"):
+        ops.merge_attention([nothing] * 2, [no_lse.half()] * 2)

@@ -54,11 +54,13 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def cast(value: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """A copy with every floating tensor in `dtype`; strides stay."""
-    return map_tensors(
-        value,
-        lambda t: t.detach().clone().to(device, dtype if t.is_floating_point() else t.dtype),
-    )
+    """A copy with every floating tensor in `dtype`, but for those of one byte; strides stay."""
+
+    def one(t: Tensor) -> Tensor:
+        casts = t.is_floating_point() and t.element_size() > 1
+        return t.detach().clone().to(device, dtype if casts else t.dtype)
+
+    return map_tensors(value, one)
 
 
 def call(op: OpSamples, args: tuple, kwargs: dict) -> list[Tensor]:
@@ -299,6 +301,8 @@ def test_refuses_gradients(op, sample) -> None:
 @pytest.mark.parametrize(("op", "sample"), [c for c in CALLS if "special" not in c.id])
 def test_opcheck(op, sample) -> None:
     args, kwargs = cast((sample.args, sample.kwargs), torch.float32)
+    if any(t.is_floating_point() and t.element_size() == 1 for t in tensors((args, kwargs))):
+        pytest.skip("torch cannot compare fp8 tensors")
     with recorded() as calls:
         if op.derivatives and sample.differentiable:
             gradients(op, args, kwargs, contiguous_grad)

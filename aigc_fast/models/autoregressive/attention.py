@@ -36,52 +36,43 @@ def attend(
     length = keys.shape[1]
     if window is not None and window >= length:
         window = None
-    if ends is not None and window is None and softcap is None:
-        return ops.decode_attention(query, keys, values, ends, scale=scale)
     if ends is None and softcap is None:
         return F.scaled_dot_product_attention(
             query.transpose(1, 2),
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            attn_mask=None if window is None else _visible(query, length, None, window),
+            attn_mask=None if window is None else _visible(query, window),
             is_causal=window is None,
             scale=scale,
             enable_gqa=query.shape[2] != keys.shape[2],
         ).transpose(1, 2)
-    return _plain(query, keys, values, ends, scale, window or length, softcap)
+    if ends is None:
+        trains = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad)
+        if trains and softcap is not None:
+            return _softcapped(query, keys, values, scale, window or length, softcap)
+        ends = torch.full(query.shape[:1], length, dtype=torch.int32, device=query.device)
+    return ops.decode_attention(
+        query, keys, values, ends, scale=scale, window=window, softcap=softcap
+    )
 
 
-def _visible(query: Tensor, length: int, ends: Tensor | None, window: int) -> Tensor:
-    """Which entries each query sees: bool (q_len, length), or (batch, 1, q_len, length)."""
-    own = torch.arange(query.shape[1], device=query.device)
-    if ends is not None:
-        own = own + (ends[:, None, None] - query.shape[1])
-    own = own[..., None]
-    entry = torch.arange(length, device=query.device)
-    return (entry <= own) & (entry > own - window)
+def _visible(query: Tensor, window: int) -> Tensor:
+    """Which of the new tokens each of them sees: bool (q_len, q_len)."""
+    token = torch.arange(query.shape[1], device=query.device)
+    distance = token[:, None] - token
+    return (distance >= 0) & (distance < window)
 
 
-def _plain(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    ends: Tensor | None,
-    scale: float | None,
-    window: int,
-    softcap: float | None,
+def _softcapped(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int, softcap: float
 ) -> Tensor:
-    """Plain PyTorch, for what neither of the others takes: a window over a cache, and a softcap.
-
-    It reads the whole cache, and holds q_len * length scores of every head.
-    """
+    """Plain PyTorch, for training: neither torch's attention nor decode_attention has a derivative
+    with a softcap. It holds q_len * q_len scores of every head."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     grouped = query.to(wide).unflatten(2, (keys.shape[2], -1))
     scores = torch.einsum("bikgd,bjkd->bkgij", grouped, keys.to(wide))
     scores = scores * (query.shape[3] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    visible = _visible(query, keys.shape[1], ends, window)
-    visible = visible if ends is None else visible[:, None]
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~_visible(query, window), -torch.inf).softmax(-1)
     out = torch.einsum("bkgij,bjkd->bikgd", weights, values.to(wide))
     return out.flatten(2, 3).to(query.dtype)

@@ -1,0 +1,111 @@
+// The products of attention.h: queries with a few keys, probabilities with a block of values.
+#pragma once
+
+#include <algorithm>
+
+#include "narrow.h"
+#include "vector_pair.h"
+
+namespace aigc_fast {
+
+// R query rows, tiles of queries and results in pairs of vectors: [pair][2][R][L]. Keys and values
+// are given by the address of each, so that they may lie anywhere; T is their type.
+template <class A, class T, int R>
+struct Products {
+  using V = Vec<A>;
+  static constexpr int L = kLanes<A>, K = L / R;  // lanes; keys of a score tile
+  static_assert(L % R == 0);
+  int64_t head_dim;
+
+  // Always inlined: GCC 12 drops calls of a function that does nothing else.
+  AIGC_INLINE void prefetch(const T* row) const {
+    const char* p = reinterpret_cast<const char*>(row);
+    for (size_t i = 0; i < head_dim * sizeof(T); i += 64) __builtin_prefetch(p + i, 0, 3);
+  }
+
+  // The products of K keys with the R queries of a tile: lane k * R + r.
+  V scores(const A* query, const T* const* keys) const {
+    const T* key[K];
+    for (int k = 0; k < K; ++k) key[k] = keys[k];
+    V sums[L] = {};
+    auto add = [&](const A* q, auto load) {
+      V even[K], odd[K];
+#pragma GCC unroll 16
+      for (int k = 0; k < K; ++k) load(key[k], even[k], odd[k]);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const V a = aigc_fast::load(q + r * L), b = aigc_fast::load(q + (R + r) * L);
+#pragma GCC unroll 16
+        for (int k = 0; k < K; ++k) {
+          sums[k * R + r] += a * even[k];
+          sums[k * R + r] += b * odd[k];
+        }
+      }
+    };
+    const int64_t whole = head_dim / (2 * L) * (2 * L), rest = head_dim - whole;
+    for (int64_t d = 0; d < whole; d += 2 * L)
+      add(query + d * R, [d](const T* p, V& a, V& b) { load_pair(p + d, a, b); });
+    if (rest)
+      add(query + whole * R, [=](const T* p, V& a, V& b) { load_pair(p + whole, rest, a, b); });
+    return sum_each<A>(sums);
+  }
+
+  // result = result * decays + probabilities * values, for `count` values. Fetches as many rows of
+  // `next` into the cache, unless it is null.
+  void add_values(const A* probabilities, const T* const* values, int64_t count, const A* decays,
+                  A* result, const T* const* next) const {
+    add_all_values<kPairs>(probabilities, values, count, 0, decays, result, next);
+  }
+
+ private:
+  // All pairs of head_dim from `pair`, as many at a time as registers allow.
+  template <int P>
+  void add_all_values(const A* probabilities, const T* const* values, int64_t count, int64_t pair,
+                      const A* decays, A* result, const T* const* next) const {
+    const int64_t whole = head_dim / (2 * L), rest = head_dim % (2 * L);
+    for (; pair + P <= whole; pair += P, next = nullptr)
+      add_pairs<P>(probabilities, values, count, pair, 0, decays, result, next);
+    if constexpr (P > 1)
+      add_all_values<P / 2>(probabilities, values, count, pair, decays, result, next);
+    else if (rest)
+      add_pairs<1>(probabilities, values, count, pair, rest, decays, result, next);
+  }
+
+  // P pairs of head_dim; only `rest` elements of the last one if not 0.
+  template <int P>
+  void add_pairs(const A* probabilities, const T* const* values, int64_t count, int64_t pair,
+                 int64_t rest, const A* decays, A* result, const T* const* next) const {
+    V sums[2 * P][R];
+    A* out = result + pair * 2 * R * L;
+#pragma GCC unroll 16
+    for (int j = 0; j < 2 * P; ++j)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) sums[j][r] = load(out + (j * R + r) * L) * decays[r];
+    for (int64_t k = 0; k < count; ++k) {
+      const T* value = values[k] + pair * 2 * L;
+      if (next) prefetch(next[k]);
+#pragma GCC unroll 16
+      for (int j = 0; j < P; ++j) {
+        V a, b;
+        if (rest)
+          load_pair(value + j * 2 * L, rest, a, b);
+        else
+          load_pair(value + j * 2 * L, a, b);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          sums[2 * j][r] += a * probabilities[k * R + r];
+          sums[2 * j + 1][r] += b * probabilities[k * R + r];
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < 2 * P; ++j)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) store(out + (j * R + r) * L, sums[j][r]);
+  }
+
+  // Pairs whose sums stay in registers: up to 16 of 32 in AVX-512, 8 of 16 elsewhere.
+  static constexpr int kPairs = std::min((kVectorBytes == 64 ? 8 : 4) / R, 4);
+};
+
+}  // namespace aigc_fast

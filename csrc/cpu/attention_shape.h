@@ -1,0 +1,51 @@
+// What decode_attention attends to, and how.
+#pragma once
+
+#include <algorithm>
+
+#include "tensor.h"
+
+namespace aigc_fast {
+
+template <class T>
+struct Rows {  // a tensor (batch, seq, head, head_dim) with its last dimension contiguous
+  const T* data;
+  int64_t batch, seq, head;
+  Rows(const T* rows, int64_t batch, int64_t seq, int64_t head)
+      : data(rows), batch(batch), seq(seq), head(head) {}
+  explicit Rows(const Tensor& x)
+      : data(aigc_fast::data<T>(x)), batch(x.stride(0)), seq(x.stride(1)), head(x.stride(2)) {}
+};
+
+struct Shape {
+  int64_t batch, q_len, heads, kv_heads, head_dim, capacity;
+  int64_t window = int64_t{1} << 62;  // the newest keys that a query sees
+  int64_t group() const { return heads / kv_heads; }
+  int64_t rows() const { return q_len * group(); }
+  // Query `i` of a sequence sees the keys [oldest, visible).
+  int64_t visible(int64_t length, int64_t i) const {
+    return std::max<int64_t>(0, length - q_len + i + 1);
+  }
+  int64_t oldest(int64_t length, int64_t i) const {
+    return std::max<int64_t>(0, length - q_len + i + 1 - window);
+  }
+};
+
+// Where the caches are pages (page, slot, head, head_dim): the page of each `size` keys.
+struct Pages {
+  const int32_t* table = nullptr;
+  int64_t batch = 0, page = 0;  // strides of the table
+  int64_t size = 0;
+  int64_t at(int64_t b, int64_t index) const { return table[b * batch + index * page]; }
+};
+
+template <class A>
+struct ScoreOptions {
+  A softcap = 0;                 // softcap * tanh(score / softcap), unless 0
+  const A* slopes = nullptr;     // ALiBi, of each head
+  const A* key_scale = nullptr;  // factors on the caches, of each key/value head
+  const A* value_scale = nullptr;
+  const A* sinks = nullptr;  // a logit of each head that only the denominator knows
+};
+
+}  // namespace aigc_fast

@@ -1,0 +1,78 @@
+// Numbers of one byte, as caches hold them: int8 and the two formats of fp8. Read as pairs of
+// vectors, the first half and the second (vector_pair.h).
+#pragma once
+
+#include <aigc_fast/vec.h>
+
+namespace aigc_fast {
+
+struct e4m3 {
+  uint8_t bits;
+};
+struct e5m2 {
+  uint8_t bits;
+};
+
+// The bits of an fp16 that is the number, for e4m3 times 2^-8: I is int16_t, or vectors of it, that
+// hold the byte with its sign extended.
+template <class T, class I>
+AIGC_INLINE I half_bits(I byte) {
+  if constexpr (std::is_same_v<T, e5m2>) {
+    return byte << 8;
+  } else {
+    const I bits = (byte << 7) & static_cast<int16_t>(0xbf80);
+    return (bits & 0x3f80) == 0x3f80 ? bits | 0x7fff : bits;  // NaN
+  }
+}
+template <class T>
+constexpr float kHalfUnit = std::is_same_v<T, e4m3> ? 256 : 1;
+
+template <class T>
+AIGC_INLINE double to_double(T x) {
+  if constexpr (std::is_same_v<T, int8_t>) {
+    return x;
+  } else {
+    const int16_t bits = half_bits<T>(static_cast<int16_t>(static_cast<int8_t>(x.bits)));
+    _Float16 value;
+    std::memcpy(&value, &bits, sizeof value);
+    return static_cast<double>(value) * kHalfUnit<T>;
+  }
+}
+
+typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 2)));
+typedef int16_t Shorts __attribute__((vector_size(kVectorBytes)));
+
+template <class T, class V>
+  requires(sizeof(T) == 1)
+AIGC_INLINE void load_pair(const T* p, V& a, V& b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  if constexpr (!std::is_same_v<V, Vec<float>>) {
+    for (int i = 0; i < lanes; ++i) a[i] = to_double(p[i]), b[i] = to_double(p[lanes + i]);
+  } else if constexpr (std::is_same_v<T, int8_t>) {
+#if defined(__AVX512F__)
+    const auto load = [](const int8_t* q) {
+      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)q)));
+    };
+    a = (V)load(p);
+    b = (V)load(p + lanes);
+#elif defined(__AVX2__)
+    const auto load = [](const int8_t* q) {
+      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)q)));
+    };
+    a = (V)load(p);
+    b = (V)load(p + lanes);
+#else
+    for (int i = 0; i < lanes; ++i) a[i] = p[i], b[i] = p[lanes + i];
+#endif
+  } else {
+    Bytes bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    const Shorts bits = half_bits<T>(__builtin_convertvector(bytes, Shorts));
+    fp16 halves[2 * lanes];
+    std::memcpy(static_cast<void*>(halves), &bits, sizeof bits);
+    a = load(halves) * kHalfUnit<T>;
+    b = load(halves + lanes) * kHalfUnit<T>;
+  }
+}
+
+}  // namespace aigc_fast
