@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from aigc_fast.io import load_tokenizer
 from aigc_fast.models.autoregressive import DecoderLM, Sampling, stream_tokens
@@ -92,7 +94,7 @@ class _Clock:
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
 
-    def ticks(self, stream):
+    def ticks(self, stream: Iterator[Tensor]) -> Iterator[int]:
         for token in stream:
             self.times.append(time.perf_counter())
             yield int(token)

@@ -14,7 +14,7 @@ class OpFunction(Function):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         # Function.apply prepares its arguments for functorch, then calls this.
-        cls._apply = super(Function, cls).apply
+        cls._apply = super(Function, cls).apply  # type: ignore[misc]
 
     @classmethod
     def call(cls, *args: Any) -> Any:

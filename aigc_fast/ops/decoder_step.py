@@ -36,7 +36,8 @@ def decoder_step(
     For each layer x += output(attention(norm(x))), x += down(silu(gate(norm(x))) * up(norm(x))),
     the norms RMS norms, query and key rotated by halves; then the last norm.
 
-    hidden:  (batch, hidden_size), the embedded tokens, float32, bfloat16 or float16.
+    hidden:  (batch, hidden_size), the embedded tokens, float32, bfloat16 or float16 (float64 in
+             the reference alone).
     weights: six tensors a layer, then the weight of the last norm (hidden_size,). Of a layer: the
              weight of the norm before attention, the packed weights of query, key and value (rows
              one after another) and of the output projection, the weight of the norm before the
@@ -107,7 +108,7 @@ def _check(
     hidden: Tensor, weights: Sequence[Tensor], caches: Sequence[Tensor], lengths: Tensor,
     cos: Tensor, sin: Tensor, eps: float, scale: float, quantize_activations: bool,
 ) -> None:  # fmt: skip
-    check_tensor("hidden", hidden, ndim=2, dtypes=(torch.float32, torch.bfloat16, torch.float16))
+    check_tensor("hidden", hidden, ndim=2)
     batch, width = hidden.shape
     layers, rest = divmod(len(weights), len(_LAYER))
     if layers == 0 or rest != 1:

@@ -4,8 +4,7 @@ from aigc_fast import ops
 from tests.op_samples.sample import OpSamples, Refusal, Sample, rand
 
 #: (rows, width) of decoding, prompts and training
-SHAPES = [(1, 576), (1, 4096), (16, 2048), (64, 576), (256, 4096), (1024, 2048), (4096, 576),
-          (4096, 4096), (1024, 8192)]  # fmt: skip
+SHAPES = [(1, 576), (16, 2048), (256, 4096), (4096, 576), (1024, 8192)]
 
 
 def _samples() -> list[Sample]:

@@ -136,7 +136,7 @@ def refusals() -> dict:
         return [*values[:index], value, *values[index + 1 :]]
 
     changes = {
-        "float64": (TypeError, "hidden must be", dict(hidden=hidden.double())),
+        "float64": (TypeError, r"caches\[0\] must have the dtype", dict(hidden=hidden.double())),
         "hidden_dim": (ValueError, "hidden must have 2 dimensions", dict(hidden=hidden[0])),
         "few_weights": (ValueError, "weights must be 6 tensors", dict(weights=weights[:-1])),
         "norm": (ValueError, r"weights\[3\] must have shape",

@@ -172,7 +172,7 @@ class DecoderLM(nn.Module):
         scaling = self.config.rope_scaling
         if scaling is not None and scaling.stretches(cache.used + 1):
             return None
-        if self._fused is None or not self._fused.is_of(self):
+        if self._fused is None or not self._fused.is_current():
             self._fused = FusedStep(self)
         return self._fused if self._fused.weights else None
 

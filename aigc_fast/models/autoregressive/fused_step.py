@@ -26,37 +26,43 @@ class FusedStep:
 
     def __init__(self, model: DecoderLM) -> None:
         config = model.config
-        self._module = model.layers[0].attention.qkv_proj
-        self._first = self._module.weight
-        self._dtype = model.norm.weight.dtype
-        self._eps, self._scale = config.rms_norm_eps, config.attention_scale
+        layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
+        linears = [linear for layer in layers for linear in _linears(layer)]
         self.weights: list[Tensor] = []
-        linears = [m for layer in model.layers for m in _linears(layer)]
+        self._first, self._norm = layers[0].attention.qkv_proj, model.norm
+        self._looked_at = self._state()
+        self._eps, self._scale = config.rms_norm_eps, config.attention_scale
+        self._quantize_activations = all(linear.quantize_activations for linear in linears)
         if (
-            self._first.device.type != "cpu"
-            or self._dtype == torch.float64
+            len(linears) < 4 * len(layers)
+            or not all(map(_is_plain, layers))
+            or model.norm.weight.device.type != "cpu"
+            or model.norm.weight.dtype == torch.float64
             or config.learned_positions
-            or config.rotary_dim not in (None, config.head_dim)
-            or not all(map(_is_plain, model.layers))
-            or not all(isinstance(linear, QuantizedLinear) for linear in linears)
-            or any(m.bias is not None or m.in_features % m.group_size for m in linears)
-            or len({m.quantize_activations for m in linears}) != 1
+            or config.rotary_dim != config.head_dim
+            or any(linear.bias is not None for linear in linears)
+            or any(linear.quantize_activations != self._quantize_activations for linear in linears)
         ):
             return
-        self._quantize_activations = linears[0].quantize_activations
-        for layer in model.layers:
-            qkv, output, gate_up, down = (linear.weight for linear in _linears(layer))
+        for i, layer in enumerate(layers):
+            qkv, output, gate_up, down = (m.weight for m in linears[4 * i : 4 * i + 4])
             self.weights += [layer.attention_norm.weight, qkv, output]
             self.weights += [layer.mlp_norm.weight, gate_up, down]
         self.weights.append(model.norm.weight)
 
-    def is_of(self, model: DecoderLM) -> bool:
-        """Whether the model still has the weights that were looked at: `.to` changes them."""
+    def _state(self) -> tuple[object, ...]:
         # Past nn.Module's attribute lookup, which would take 15 us a token.
+        norm = self._norm._parameters["weight"]
         return (
-            self._module._buffers.get("weight") is self._first
-            and model._modules["norm"]._parameters["weight"].dtype == self._dtype
+            self._first._buffers.get("weight"),
+            self._first.__dict__.get("quantize_activations"),
+            None if norm is None else norm.dtype,
         )
+
+    def is_current(self) -> bool:
+        """Whether the model is still as it was looked at: `.to` changes it."""
+        weight, *rest = self._state()
+        return weight is self._looked_at[0] and (*rest,) == self._looked_at[1:]
 
     def __call__(self, hidden: Tensor, cache: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
         """The normalised states after the last layer.
@@ -78,11 +84,12 @@ class FusedStep:
         )
 
 
-def _linears(layer: DecoderLayer) -> list[nn.Module]:
-    attention, mlp = layer.attention, layer.mlp
-    if mlp.activation != "swiglu":
-        return [attention.qkv_proj, attention.o_proj, mlp.down_proj]
-    return [attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
+def _linears(layer: DecoderLayer) -> list[QuantizedLinear]:
+    """Those of the four products of a layer that are packed."""
+    mlp = layer.mlp
+    products: list[nn.Module] = [layer.attention.qkv_proj, layer.attention.o_proj]
+    products += [mlp.gate_up_proj] if mlp.activation == "swiglu" else []
+    return [m for m in (*products, mlp.down_proj) if isinstance(m, QuantizedLinear)]
 
 
 def _is_plain(layer: DecoderLayer) -> bool:
