@@ -23,13 +23,15 @@ from tests.ops.test_every_op import (
     worst,
 )
 
+_QUICK = 3
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="a few calls of each suite, briefly")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """--quick keeps four calls of each benchmark, spread over its parameters."""
+    """--quick keeps a few calls of each benchmark, spread over its parameters."""
     if not config.getoption("--quick"):
         return
     groups: dict[str, list[pytest.Item]] = {}
@@ -39,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [
         item
         for group in groups.values()
-        for item in group[:: 1 if len(group) <= 4 else -(-len(group) // 4) | 1]
+        for item in group[:: 1 if len(group) <= _QUICK else -(-len(group) // _QUICK) | 1]
     ]
 
 

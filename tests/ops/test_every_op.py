@@ -297,8 +297,16 @@ def test_refuses_gradients(op, sample) -> None:
 # ---- torch's own machinery --------------------------------------------------------------------
 
 
-# opcheck compares NaN with NaN and finds them different.
-@pytest.mark.parametrize(("op", "sample"), [c for c in CALLS if "special" not in c.id])
+# opcheck compares NaN with NaN and finds them different. It takes a second a call and looks at the
+# registration, not at values: some calls of each operator will do.
+@pytest.mark.parametrize(
+    ("op", "sample"),
+    [
+        pytest.param(op, sample, id=f"{name}-{sample.name}")
+        for name, op in OPS.items()
+        for sample in [s for s in op.samples() if "special" not in s.name][:10]
+    ],
+)
 def test_opcheck(op, sample) -> None:
     args, kwargs = cast((sample.args, sample.kwargs), torch.float32)
     if any(t.is_floating_point() and t.element_size() == 1 for t in tensors((args, kwargs))):

@@ -1,0 +1,312 @@
+// One token for every sequence through all layers of a Llama-type decoder with quantised weights.
+//
+// The stages of a layer: norm and query, key, value; rotation, append and attention; output
+// projection; norm, gate, up and their product; down projection. Each is cut into items that no
+// other item of the stage depends on, so the bits are the same for any number of threads.
+#pragma once
+
+#include "attention.h"
+#include "quantized.h"
+#include "stages.h"
+#include "sums.h"
+
+namespace aigc_fast {
+
+constexpr int64_t kKeys = 256;      // keys of an item of attention
+constexpr int kLayerTensors = 6;    // attention norm, qkv, output, MLP norm, gate and up, down
+constexpr int64_t kGroupSize = 32;  // of all the weights
+
+struct Weight {
+  QuantizedFormat format;
+  const uint8_t* blocks;
+  int64_t tiles;
+
+  explicit Weight(const Tensor& x) : format(format_with_groups_of_32(x)) {
+    require(x.is_contiguous(), "weights must be contiguous");
+    blocks = data<uint8_t>(x);
+    tiles = x.size(0);
+  }
+  int64_t rows() const { return tiles * kTileRows; }
+
+ private:
+  static QuantizedFormat format_with_groups_of_32(const Tensor& x) {
+    require(x.dim() == 3, "a quantised weight must have 3 dimensions");
+    const int bits = x.size(2) < kTileRows * kGroupSize ? 4 : 8;
+    return format_of(x, bits, kGroupSize, x.size(0) * kTileRows);
+  }
+};
+
+template <class T>
+struct Layer {
+  const T* attention_norm;
+  Weight qkv, output;
+  const T* mlp_norm;
+  Weight gate_up, down;
+  T *keys, *values;
+};
+
+// A share of the keys of one key/value head of one sequence.
+struct Unit {
+  int64_t b, head, split, splits;
+};
+
+struct Sizes {
+  int64_t batch, hidden, heads, kv_heads, head_dim, inner, capacity, key_batch, key_seq, key_head;
+  int64_t group() const { return heads / kv_heads; }
+  int64_t packed() const { return (heads + 2 * kv_heads) * head_dim; }
+};
+
+template <class T, int R>
+class Step {
+ public:
+  Step(const Sizes& s, std::vector<Layer<T>> layers, std::vector<int64_t> positions,
+       const float* cos, const float* sin, float eps, float scale, bool as_codes)
+      : s_(s),
+        layers_(std::move(layers)),
+        positions_(std::move(positions)),
+        cos_(cos),
+        sin_(sin),
+        eps_(eps),
+        scale_(scale),
+        as_codes_(as_codes),
+        items_(4 * torch::stable::get_num_threads()),
+        residual_(s.batch * s.hidden),
+        packed_(s.batch * s.packed()),
+        attended_(s.batch * s.heads * s.head_dim),
+        inner_(s.batch * s.inner) {
+    for (int64_t b = 0; b < s.batch; ++b) {
+      const int64_t splits = positions_[b] / kKeys + 1;
+      for (int64_t h = 0; h < s.kv_heads; ++h)
+        for (int64_t i = 0; i < splits; ++i) units_.push_back({b, h, i, splits});
+      split_ = split_ || splits > 1;
+    }
+    if (split_) results_.resize(units_.size() * result_size());
+  }
+
+  // hidden: (batch, hidden_size), the embedded tokens; out the same, normalised by `norm`.
+  void run(const T* hidden, const T* norm, T* out) {
+    for_vectors<float>(residual_.size(), [&](int64_t i, auto n) {
+      store(residual_.data() + i, load(hidden + i, n), n);
+    });
+    Stages stages(6 * layers_.size());
+    // More parts than threads: each thread that comes gets at least one.
+    torch::stable::parallel_for(0, items_, 1,
+                                [&](int64_t, int64_t) { Worker(*this, stages).run(); });
+    std::vector<float> normed(s_.hidden);
+    for (int64_t b = 0; b < s_.batch; ++b) {
+      normalize(b, norm, normed.data());
+      for_vectors<float>(s_.hidden, [&](int64_t i, auto n) {
+        store(out + b * s_.hidden + i, load(normed.data() + i, n), n);
+      });
+    }
+  }
+
+ private:
+  Attention<T, R> attention(const Layer<T>& layer, int64_t b, int64_t head, const T* query) const {
+    const int64_t at = b * s_.key_batch + head * s_.key_head;
+    return {{1, 1, s_.group(), 1, s_.head_dim, s_.capacity},
+            {query, 0, 0, s_.head_dim},
+            {layer.keys + at, 0, s_.key_seq, 0},
+            {layer.values + at, 0, s_.key_seq, 0},
+            scale_};
+  }
+  int64_t tiles() const { return (s_.group() + R - 1) / R; }
+  int64_t result_size() const {
+    return tiles() * attention(layers_[0], 0, 0, nullptr).result_size();
+  }
+
+  void normalize(int64_t b, const T* weight, float* out) const {
+    const float* x = residual_.data() + b * s_.hidden;
+    const float squares = sums_over<float, 1>(s_.hidden, [&](int64_t i, auto n, Vec<float>* sum) {
+      const Vec<float> v = load(x + i, n);
+      sum[0] += v * v;
+    })[0];
+    const float factor = 1 / std::sqrt(squares / s_.hidden + eps_);
+    for_vectors<float>(s_.hidden, [&](int64_t i, auto n) {
+      store(out + i, load(x + i, n) * factor * load(weight + i, n), n);
+    });
+  }
+
+  // What one thread needs beside what all share.
+  class Worker {
+   public:
+    Worker(Step& step, Stages& stages)
+        : step_(step),
+          s_(step.s_),
+          stages_(stages),
+          activations_(step.as_codes_),
+          normed_(s_.hidden),
+          gate_(s_.batch * kFew * kTileRows),
+          rotated_(s_.group() * s_.head_dim),
+          query_(step.tiles() * step.attention(step.layers_[0], 0, 0, nullptr).query_size() + L),
+          result_(step.result_size() + L),
+          lse_(s_.group()) {}
+
+    void run() {
+      for (size_t l = 0; l < step_.layers_.size(); ++l) {
+        const Layer<T>& layer = step_.layers_[l];
+        const int64_t first = 6 * l;
+        linear(
+            first, layer.qkv, [&] { normed(layer.qkv, layer.attention_norm); },
+            [&](int64_t row, int64_t tile, const float* y) {
+              put(step_.packed_.data() + row * s_.packed(), s_.packed(), tile, y);
+            });
+        stages_.run(first + 1, step_.units_.size(), [] {}, [&](int64_t u) { attend(layer, u); });
+        if (step_.split_)
+          stages_.run(
+              first + 2, s_.batch * s_.kv_heads, [] {},
+              [&](int64_t i) { merge(layer, i / s_.kv_heads, i % s_.kv_heads); });
+        linear(
+            first + 3, layer.output, [&] { given(layer.output, step_.attended_); },
+            [&](int64_t row, int64_t tile, const float* y) { add(row, tile, y); });
+        gated(first + 4, layer);
+        linear(
+            first + 5, layer.down, [&] { given(layer.down, step_.inner_); },
+            [&](int64_t row, int64_t tile, const float* y) { add(row, tile, y); });
+      }
+    }
+
+   private:
+    static constexpr int L = kLanes<float>;
+    static constexpr int64_t kFew = 8;  // tiles
+
+    // A product cut into items of consecutive tiles.
+    template <class Prepare, class Finish>
+    void linear(int64_t stage, const Weight& weight, Prepare&& prepare, Finish&& finish) {
+      const int64_t items = std::min(weight.tiles, step_.items_);
+      stages_.run(stage, items, prepare, [&](int64_t i) {
+        multiply_tiles(weight.format, weight.blocks, activations_, s_.batch,
+                       i * weight.tiles / items, (i + 1) * weight.tiles / items, finish);
+      });
+    }
+
+    // silu(gate) * up; the gates are the first half of the tiles. A few tiles of one, then of the
+    // other, for as many streams as a product takes.
+    void gated(int64_t stage, const Layer<T>& layer) {
+      const Weight& weight = layer.gate_up;
+      const int64_t tiles = weight.tiles / 2, items = (tiles + kFew - 1) / kFew;
+      auto multiply = [&](int64_t begin, int64_t end, auto&& finish) {
+        multiply_tiles(weight.format, weight.blocks, activations_, s_.batch, begin, end, finish);
+      };
+      stages_.run(
+          stage, items, [&] { normed(weight, layer.mlp_norm); },
+          [&](int64_t i) {
+            const int64_t begin = i * kFew, end = std::min(tiles, begin + kFew);
+            auto gate = [&](int64_t row, int64_t tile) {
+              return gate_.data() + (row * kFew + tile - begin) * kTileRows;
+            };
+            multiply(begin, end, [&](int64_t row, int64_t tile, const float* y) {
+              std::copy_n(y, kTileRows, gate(row, tile));
+            });
+            multiply(begin + tiles, end + tiles, [&](int64_t row, int64_t tile, const float* y) {
+              float* out = step_.inner_.data() + row * s_.inner + (tile - tiles) * kTileRows;
+              for (int j = 0; j < kTileRows; j += L) {
+                const Vec<float> g = load(gate(row, tile - tiles) + j);
+                store(out + j, g * sigmoid<float>(g) * load(y + j));
+              }
+            });
+          });
+    }
+
+    void attend(const Layer<T>& layer, int64_t u) {
+      const auto [b, head, split, splits] = step_.units_[u];
+      const int64_t position = step_.positions_[b], dim = s_.head_dim;
+      const float* packed = step_.packed_.data() + b * s_.packed();
+      for (int64_t r = 0; r < s_.group(); ++r)
+        rotate(b, packed + (head * s_.group() + r) * dim, rotated_.data() + r * dim);
+      if (split == splits - 1) {
+        const int64_t at = b * s_.key_batch + position * s_.key_seq + head * s_.key_head;
+        rotate(b, packed + (s_.heads + head) * dim, layer.keys + at);
+        const float* value = packed + (s_.heads + s_.kv_heads + head) * dim;
+        for_vectors<float>(
+            dim, [&](int64_t i, auto n) { store(layer.values + at + i, load(value + i, n), n); });
+      }
+      const Attention<T, R> attention = step_.attention(layer, b, head, rotated_.data());
+      const int64_t begin = split * kKeys, end = std::min(position + 1, begin + kKeys);
+      float* result =
+          splits == 1 ? aligned(result_) : step_.results_.data() + u * step_.result_size();
+      attention.attend(0, 0, 0, s_.group(), position + 1, begin, end, attention.key(0, 0, begin),
+                       aligned(query_), result);
+      if (splits == 1) write(attention, b, head, result, 1);
+    }
+
+    void merge(const Layer<T>& layer, int64_t b, int64_t head) {
+      const auto unit = std::find_if(step_.units_.begin(), step_.units_.end(),
+                                     [&](const Unit& u) { return u.b == b && u.head == head; });
+      if (unit->splits == 1) return;
+      const int64_t first = unit - step_.units_.begin();
+      write(step_.attention(layer, b, head, nullptr), b, head,
+            step_.results_.data() + first * step_.result_size(), unit->splits);
+    }
+
+    void write(const Attention<T, R>& attention, int64_t b, int64_t head, const float* results,
+               int64_t splits) {
+      T* out = step_.attended_.data() + (b * s_.heads + head * s_.group()) * s_.head_dim;
+      for (int64_t tile = 0; tile < step_.tiles(); ++tile)
+        attention.merge(results + tile * attention.result_size(), splits, step_.result_size(), 0, 0,
+                        tile * R, std::min(s_.group(), (tile + 1) * R), out, lse_.data());
+    }
+
+    void rotate(int64_t b, const float* x, T* out) const {
+      const int64_t half = s_.head_dim / 2, at = step_.positions_[b] * half;
+      for_vectors<float>(half, [&](int64_t i, auto n) {
+        const Vec<float> a = load(x + i, n), c = load(x + half + i, n);
+        const Vec<float> cos = load(step_.cos_ + at + i, n);
+        const Vec<float> sin = load(step_.sin_ + at + i, n);
+        store(out + i, a * cos - c * sin, n);
+        store(out + half + i, c * cos + a * sin, n);
+      });
+    }
+
+    // The rows that the next product multiplies.
+    void normed(const Weight& weight, const T* norm) {
+      activations_.reset(weight.format, s_.batch);
+      for (int64_t b = 0; b < s_.batch; ++b) {
+        step_.normalize(b, norm, normed_.data());
+        activations_.set(b, normed_.data(), s_.hidden);
+      }
+    }
+    template <class X>
+    void given(const Weight& weight, const std::vector<X>& rows) {
+      const int64_t width = rows.size() / s_.batch;
+      activations_.reset(weight.format, s_.batch);
+      for (int64_t b = 0; b < s_.batch; ++b) activations_.set(b, rows.data() + b * width, width);
+    }
+
+    static void put(float* row, int64_t width, int64_t tile, const float* y) {
+      const int64_t column = tile * kTileRows;
+      for_vectors<float>(std::min(kTileRows, width - column),
+                         [&](int64_t i, auto n) { store(row + column + i, load(y + i), n); });
+    }
+    void add(int64_t row, int64_t tile, const float* y) {
+      float* x = step_.residual_.data() + row * s_.hidden + tile * kTileRows;
+      for_vectors<float>(std::min(kTileRows, s_.hidden - tile * kTileRows),
+                         [&](int64_t i, auto n) { store(x + i, load(x + i, n) + load(y + i), n); });
+    }
+    static float* aligned(std::vector<float>& v) {
+      return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(v.data()) + 63) / 64 * 64);
+    }
+
+    Step& step_;
+    const Sizes& s_;
+    Stages& stages_;
+    Activations activations_;
+    std::vector<float> normed_, gate_;
+    std::vector<T> rotated_;
+    std::vector<float> query_, result_, lse_;
+  };
+
+  Sizes s_;
+  std::vector<Layer<T>> layers_;
+  std::vector<int64_t> positions_;
+  const float *cos_, *sin_;
+  float eps_, scale_;
+  bool as_codes_, split_ = false;
+  int64_t items_;
+  std::vector<Unit> units_;
+  std::vector<float> residual_, packed_;
+  std::vector<T> attended_;
+  std::vector<float> inner_, results_;
+};
+
+}  // namespace aigc_fast
