@@ -147,7 +147,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     whole = parts.logsumexp(0)
     weights = (parts - whole.masked_fill(whole == -torch.inf, 0)).exp()
     merged = sum(w[..., None] * out.to(w.dtype) for w, out in zip(weights, outs, strict=True))
-    return merged.to(outs[0].dtype), whole  # type: ignore[union-attr]
+    return merged.to(outs[0].dtype), whole
 
 
 def _reference(

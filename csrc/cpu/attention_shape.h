@@ -39,11 +39,11 @@ struct Pages {
 
 template <class A>
 struct ScoreOptions {
-  A softcap = 0;              // softcap * tanh(score / softcap), unless 0
-  const A* slopes = nullptr;  // ALiBi, of each head
-  const A* key_scale = nullptr;    // factors on the caches, of each key/value head
+  A softcap = 0;                 // softcap * tanh(score / softcap), unless 0
+  const A* slopes = nullptr;     // ALiBi, of each head
+  const A* key_scale = nullptr;  // factors on the caches, of each key/value head
   const A* value_scale = nullptr;
-  const A* sinks = nullptr;   // a logit of each head that only the denominator knows
+  const A* sinks = nullptr;  // a logit of each head that only the denominator knows
 };
 
 }  // namespace aigc_fast
