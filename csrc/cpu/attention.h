@@ -97,7 +97,7 @@ class Attention {
       const int64_t lane = r - row;
       const int64_t at =
           (b * s_.q_len + r / s_.group()) * s_.heads + head * s_.group() + r % s_.group();
-      const A scale = options_.value_scale ? options_.value_scale[head] : A(1);
+      const A scale = kUnit<C> * (options_.value_scale ? options_.value_scale[head] : A(1));
       const A norm = sums[lane] == 0 ? A(0) : scale / sums[lane];
       lse[at] = tops[lane] + std::log(sums[lane]);
       for (int64_t p = 0; p < pairs_; ++p) {
@@ -184,7 +184,7 @@ class Attention {
     alignas(64) A scores[kBlock * R];
     const V lowest = broadcast(-std::numeric_limits<A>::infinity());
     V top = lowest;
-    const A scale = options_.key_scale ? scale_ * options_.key_scale[head] : scale_;
+    const A scale = scale_ * kUnit<C> * (options_.key_scale ? options_.key_scale[head] : 1);
     for (int64_t k = 0; k < count; k += K) {
       if (next)
         for (int i = 0; i < K; ++i) products_.prefetch(block.values[k + i]);

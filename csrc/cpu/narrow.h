@@ -1,5 +1,5 @@
 // Numbers of one byte, as caches hold them: int8 and the two formats of fp8. Read as pairs of
-// vectors, the first half and the second (vector_pair.h).
+// vectors, the first half and the second (vector_pair.h), in units of kUnit.
 #pragma once
 
 #include <aigc_fast/vec.h>
@@ -13,6 +13,10 @@ struct e5m2 {
   uint8_t bits;
 };
 
+// What a loaded number is to be multiplied by: a factor on a whole sum costs nothing.
+template <class T>
+constexpr float kUnit = std::is_same_v<T, e4m3> ? 256 : 1;
+
 // The bits of an fp16 that is the number, for e4m3 times 2^-8: I is int16_t, or vectors of it, that
 // hold the byte with its sign extended.
 template <class T, class I>
@@ -24,18 +28,19 @@ AIGC_INLINE I half_bits(I byte) {
     return (bits & 0x3f80) == 0x3f80 ? bits | 0x7fff : bits;  // NaN
   }
 }
-template <class T>
-constexpr float kHalfUnit = std::is_same_v<T, e4m3> ? 256 : 1;
+AIGC_INLINE float half_value(int16_t bits) {
+  _Float16 value;
+  std::memcpy(&value, &bits, sizeof value);
+  return static_cast<float>(value);
+}
 
+// In units of kUnit<T>.
 template <class T>
 AIGC_INLINE double to_double(T x) {
   if constexpr (std::is_same_v<T, int8_t>) {
     return x;
   } else {
-    const int16_t bits = half_bits<T>(static_cast<int16_t>(static_cast<int8_t>(x.bits)));
-    _Float16 value;
-    std::memcpy(&value, &bits, sizeof value);
-    return static_cast<double>(value) * kHalfUnit<T>;
+    return half_value(half_bits<T>(static_cast<int16_t>(static_cast<int8_t>(x.bits))));
   }
 }
 
@@ -68,10 +73,17 @@ AIGC_INLINE void load_pair(const T* p, V& a, V& b) {
     Bytes bytes;
     std::memcpy(&bytes, p, sizeof bytes);
     const Shorts bits = half_bits<T>(__builtin_convertvector(bytes, Shorts));
-    fp16 halves[2 * lanes];
-    std::memcpy(static_cast<void*>(halves), &bits, sizeof bits);
-    a = load(halves) * kHalfUnit<T>;
-    b = load(halves + lanes) * kHalfUnit<T>;
+#if defined(__AVX512F__)
+    const __m512i half = (__m512i)bits;
+    a = (V)_mm512_cvtph_ps(_mm512_castsi512_si256(half));
+    b = (V)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+#elif defined(__F16C__)
+    const __m256i half = (__m256i)bits;
+    a = (V)_mm256_cvtph_ps(_mm256_castsi256_si128(half));
+    b = (V)_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+#else
+    for (int i = 0; i < lanes; ++i) a[i] = half_value(bits[i]), b[i] = half_value(bits[lanes + i]);
+#endif
   }
 }
 
