@@ -138,8 +138,9 @@ class Step {
           normed_(s_.hidden),
           gate_(s_.batch * kFew * kTileRows),
           rotated_(s_.group() * s_.head_dim),
-          query_(step.tiles() * step.attention(step.layers_[0], 0, 0, nullptr).query_size() + L),
-          result_(step.result_size() + L),
+          query_(step.tiles() * step.attention(step.layers_[0], 0, 0, nullptr).query_size() +
+                 kLine),
+          result_(step.result_size() + kLine),
           lse_(s_.group()) {}
 
     void run() {
@@ -168,7 +169,8 @@ class Step {
 
    private:
     static constexpr int L = kLanes<float>;
-    static constexpr int64_t kFew = 8;  // tiles
+    static constexpr int64_t kFew = 8;    // tiles
+    static constexpr int64_t kLine = 16;  // floats of a cache line, to which buffers are aligned
 
     // A product cut into items of consecutive tiles.
     template <class Prepare, class Finish>
