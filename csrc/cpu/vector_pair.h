@@ -62,25 +62,26 @@ AIGC_INLINE void store_pair(T* p, V a, V b, int64_t n) {
   std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
 }
 
-// From the order of load_pair<T> to the first half, then the second, and back.
+// From the order of load_pair<T> to the first half, then the second, and back. By way of memory:
+// GCC 12 loses what is stored in an element of (condition ? a : b).
 template <class T, class V>
 AIGC_INLINE void pair_to_halves(V& a, V& b) {
   if constexpr (std::is_same_v<T, bf16>) {
-    constexpr int lanes = sizeof(V) / sizeof(a[0]);
-    const V even = a, odd = b;
-    for (int i = 0; i < lanes; ++i) (i < lanes / 2 ? a : b)[2 * i % lanes] = even[i];
-    for (int i = 0; i < lanes; ++i) (i < lanes / 2 ? a : b)[2 * i % lanes + 1] = odd[i];
+    constexpr int lanes = kLanes<Acc<T>>;
+    Acc<T> mixed[2 * lanes];
+    for (int i = 0; i < lanes; ++i) mixed[2 * i] = a[i], mixed[2 * i + 1] = b[i];
+    a = load(mixed);
+    b = load(mixed + lanes);
   }
 }
 template <class T, class V>
 AIGC_INLINE void halves_to_pair(V& a, V& b) {
   if constexpr (std::is_same_v<T, bf16>) {
-    constexpr int lanes = sizeof(V) / sizeof(a[0]);
-    const V first = a, second = b;
-    for (int i = 0; i < lanes; ++i) {
-      a[i] = (i < lanes / 2 ? first : second)[2 * i % lanes];
-      b[i] = (i < lanes / 2 ? first : second)[2 * i % lanes + 1];
-    }
+    constexpr int lanes = kLanes<Acc<T>>;
+    Acc<T> halves[2 * lanes];
+    store(halves, a);
+    store(halves + lanes, b);
+    for (int i = 0; i < lanes; ++i) a[i] = halves[2 * i], b[i] = halves[2 * i + 1];
   }
 }
 
