@@ -2,7 +2,8 @@
 //
 // A parallel region costs 4 us to enter and a decoding step has a hundred stages of 10 us. So the
 // threads enter once and take the items of one stage after another; between two stages they spin,
-// for 0.3 us. Whoever comes takes part: the work gets done by however many threads torch sends.
+// for about 0.4 us. Whoever comes takes part: the work gets done by however many threads torch
+// sends.
 #pragma once
 
 #include <atomic>
