@@ -5,9 +5,9 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._pages import can_look, capacity_of, check_block_table, check_pages
 from aigc_fast.ops._registry import Op
 
 _LSES = (torch.float32, torch.float64)
@@ -159,11 +159,7 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, q_len, heads, head_dim = query.shape
     kv_heads = key_cache.shape[2]
-    if block_table is None:
-        capacity = key_cache.shape[1]
-    else:
-        num_pages, page_size = key_cache.shape[:2]
-        capacity = block_table.shape[1] * page_size
+    capacity = capacity_of(key_cache, block_table)
     scale = head_dim**-0.5 if scale is None else scale
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
 
@@ -176,7 +172,7 @@ def _reference(
     if window is not None:
         visible = visible & (entry >= ends - window)
         valid = valid & (entry > lengths[:, None] - q_len - window)
-    if _can_look(cache_lengths):
+    if can_look(cache_lengths):
         _check_lengths(cache_lengths, capacity)
     key, value = key_cache.to(accumulate), value_cache.to(accumulate)
     if key_scale is not None:
@@ -184,8 +180,9 @@ def _reference(
     if value_scale is not None:
         value = value * value_scale.to(accumulate)[:, None]
     if block_table is not None:
-        if _can_look(block_table):
-            _check_pages(block_table, valid.view(*block_table.shape, page_size).any(-1), num_pages)
+        num_pages, page_size = key_cache.shape[:2]
+        if can_look(block_table):
+            check_pages(block_table, valid.view(*block_table.shape, page_size).any(-1), num_pages)
         pages = block_table.long().clamp(0, num_pages - 1)
         key, value = key[pages].flatten(1, 2), value[pages].flatten(1, 2)
     value = value.where(valid[..., None, None], 0)
@@ -206,30 +203,12 @@ def _reference(
     return out.reshape(query.shape).contiguous(), lse.reshape(batch, q_len, heads).contiguous()
 
 
-def _can_look(x: Tensor) -> bool:
-    """Where reading data costs nothing: neither on a GPU nor while a graph is traced."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not isinstance(x, FakeTensor)
-    )
-
-
 def _check_lengths(cache_lengths: Tensor, capacity: int) -> None:
     for sequence, length in enumerate(cache_lengths.tolist()):
         if not 0 <= length <= capacity:
             raise ValueError(
                 f"cache_lengths must be in [0, {capacity}], got {length} for sequence {sequence}"
             )
-
-
-def _check_pages(block_table: Tensor, used: Tensor, num_pages: int) -> None:
-    bad = used & ((block_table < 0) | (block_table >= num_pages))
-    for sequence, page in bad.nonzero()[:1].tolist():
-        raise ValueError(
-            f"block_table must be in [0, {num_pages}) where keys are valid, "
-            f"got {block_table[sequence, page]} for page {page} of sequence {sequence}"
-        )
 
 
 def _check(
@@ -264,15 +243,7 @@ def _check(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if block_table is not None:
-        check_tensor("block_table", block_table, dtypes=(torch.int32,), ndim=2)
-        if block_table.shape[0] != batch:
-            raise ValueError(
-                f"block_table must have the batch of query, {batch}, got {block_table.shape[0]}"
-            )
-        if key_cache.shape[0] == 0 or key_cache.shape[1] == 0:
-            raise ValueError(
-                f"key_cache must have at least one page, got shape {tuple(key_cache.shape)}"
-            )
+        check_block_table(block_table, ("query", query), ("key_cache", key_cache))
     if fixed_split is not None and fixed_split < 1:
         raise ValueError(f"fixed_split must be at least 1, got {fixed_split}")
     of_heads = {"sinks": sinks, "alibi_slopes": alibi_slopes}
@@ -281,7 +252,7 @@ def _check(
         for name, x in numbers.items():
             if x is not None:
                 check_tensor(name, x, shape=(count,))
-    others = {"key_cache": key_cache, "cache_lengths": cache_lengths, "block_table": block_table}
+    others = {"key_cache": key_cache, "cache_lengths": cache_lengths}
     for name, x in (others | of_heads | of_kv_heads).items():
         if x is not None and x.device != query.device:
             raise ValueError(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._pages import capacity_of, check_block_table
 from aigc_fast.ops._quantized_format import TILE
 from aigc_fast.ops._registry import Op
 from aigc_fast.ops.decode_attention import _reference as _attend
@@ -30,6 +31,7 @@ def decoder_step(
     eps: float,
     scale: float | None = None,
     quantize_activations: bool = False,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """The normalised states after the last layer of a Llama-type decoder, for one new token each.
 
@@ -45,34 +47,40 @@ def decoder_step(
              the dtype of hidden, packed weights come from `pack_weight` with groups of 32 columns
              and 4 or 8 bits.
     caches:  keys and values of each layer in turn, (batch, capacity, num_kv_heads, head_dim), dtype
-             of hidden, of one layout; the new token's are written in place.
+             of hidden, of one layout; the new token's are written in place. With a block_table:
+             (num_pages, page_size, num_kv_heads, head_dim).
     lengths: int32 (batch,), the entries there are, so the position of the new token; not changed.
     cos, sin: float32 (positions, head_dim / 2), of every position below capacity at least.
     eps:     added to the mean square in every norm.
     scale:   factor on the attention scores; None is 1 / sqrt(head_dim).
     quantize_activations: as for `quantized_linear`, in every product.
+    block_table: int32 (batch, pages), as for `decode_attention`; capacity is pages * page_size.
+             Pages may be shared, but for those that a new token is written to.
 
     Returns (batch, hidden_size) in the dtype of hidden. Computes in fp32 throughout; the caches and
     what attention gives are rounded to their dtype. Bytes that must move: the weights once, the
     valid entries of the caches.
 
-    On a CPU it is one parallel region for all layers. Elsewhere it is the layers' operators.
+    On a CPU it is one parallel region for all layers. Elsewhere it is the layers' operators. The
+    bits of a sequence depend neither on the batch it is in nor on pages.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device, and on the CPU for a length
-    outside [0, capacity), before anything is written; RuntimeError if a gradient is asked for.
+    outside [0, capacity) or a page outside [0, num_pages), before anything is written; RuntimeError
+    if a gradient is asked for.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or any(w.requires_grad for w in weights)):
         raise RuntimeError("decoder_step has no derivative: call it under torch.no_grad()")
     if scale is None:
         scale = caches[0].shape[3] ** -0.5
     return _decoder_step(
-        hidden, weights, caches, lengths, cos, sin, eps, scale, quantize_activations
+        hidden, weights, caches, lengths, cos, sin, eps, scale, quantize_activations, block_table
     )
 
 
 def _reference(
     hidden: Tensor, weights: Sequence[Tensor], caches: Sequence[Tensor], lengths: Tensor,
     cos: Tensor, sin: Tensor, eps: float, scale: float, quantize_activations: bool,
+    block_table: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     batch, _ = hidden.shape
     kv_heads, head_dim = caches[0].shape[2:]
@@ -91,8 +99,8 @@ def _reference(
         query_key, value = packed.split([heads + kv_heads, kv_heads], 2)
         rotated = _rotate(query_key, cos[where], sin[where])
         query, key = rotated.split([heads, kv_heads], 2)
-        _append(key, value, keys, values, lengths)
-        out, _ = _attend(query, keys, values, lengths + 1, scale)
+        _append(key, value, keys, values, lengths, block_table)
+        out, _ = _attend(query, keys, values, lengths + 1, scale, block_table=block_table)
         x = x + linear(out.view(batch, -1), output)[:, : hidden.shape[1]]
         inner = down.shape[1] * _GROUP_SIZE
         gate, up = linear(_norm(x, mlp_norm, eps), gate_up).split(inner, 1)
@@ -107,6 +115,7 @@ def _bits(weight: Tensor) -> int:
 def _check(
     hidden: Tensor, weights: Sequence[Tensor], caches: Sequence[Tensor], lengths: Tensor,
     cos: Tensor, sin: Tensor, eps: float, scale: float, quantize_activations: bool,
+    block_table: Tensor | None = None,
 ) -> None:  # fmt: skip
     check_tensor("hidden", hidden, ndim=2)
     batch, width = hidden.shape
@@ -116,12 +125,18 @@ def _check(
     if len(caches) != 2 * layers:
         raise ValueError(f"caches must hold {2 * layers} tensors, got {len(caches)}")
     check_tensor("caches[0]", caches[0], like=("hidden", hidden), ndim=4)
-    _, capacity, kv_heads, head_dim = caches[0].shape
+    kv_heads, head_dim = caches[0].shape[2:]
+    capacity = capacity_of(caches[0], block_table)
+    if block_table is not None:
+        check_block_table(block_table, ("hidden", hidden), ("caches[0]", caches[0]))
+    elif caches[0].shape[0] != batch:
+        raise ValueError(
+            f"caches[0] must have the batch of hidden, {batch}, got {caches[0].shape[0]}"
+        )
     if head_dim % 2 or head_dim == 0 or kv_heads == 0:
         raise ValueError(f"caches must have heads of an even size, got {tuple(caches[0].shape)}")
     for i, cache in enumerate(caches):
-        shape = (batch, capacity, kv_heads, head_dim)
-        check_tensor(f"caches[{i}]", cache, like=("hidden", hidden), shape=shape)
+        check_tensor(f"caches[{i}]", cache, like=("hidden", hidden), shape=caches[0].shape)
         if cache.stride() != caches[0].stride() or (cache.stride(3) != 1 and cache.numel()):
             raise ValueError(
                 f"caches[{i}] must have the strides of caches[0] and a contiguous last dimension, "
@@ -173,7 +188,8 @@ def _check_packed(name: str, weight: Tensor, hidden: Tensor) -> None:
 
 _decoder_step = Op(
     "decoder_step(Tensor hidden, Tensor[] weights, Tensor(a!)[] caches, Tensor lengths, Tensor cos,"
-    " Tensor sin, float eps, float scale, bool quantize_activations) -> Tensor",
+    " Tensor sin, float eps, float scale, bool quantize_activations,"
+    " Tensor? block_table=None) -> Tensor",
     _reference,
     _check,
     stem=None,

@@ -93,15 +93,6 @@ std::vector<int64_t> read_lengths(const Tensor& lengths, const Shape& s) {
   return values;
 }
 
-// Only the entries that hold keys in sight: the others may be anything.
-void check_pages(const Pages& pages, const std::vector<int64_t>& lengths, const Shape& s,
-                 int64_t count) {
-  for (int64_t b = 0; b < s.batch; ++b)
-    for (int64_t i = s.oldest(lengths[b], 0) / pages.size; i * pages.size < lengths[b]; ++i)
-      require(pages.at(b, i) >= 0 && pages.at(b, i) < count, "block_table must be in [0, ", count,
-              ") where keys are valid, got ", pages.at(b, i), " for page ", i, " of sequence ", b);
-}
-
 // A number for each head, in the type of the arithmetic; empty if not given.
 template <class A>
 std::vector<A> of_heads(const std::optional<Tensor>& x, const char* name, int64_t heads) {
@@ -147,11 +138,7 @@ std::tuple<Tensor, Tensor> decode_attention_full(
           key_in.size(2),   query_in.size(3), key_in.size(1)};
   Pages pages;
   if (table) {
-    require(
-        table->scalar_type() == ScalarType::Int && table->dim() == 2 && table->size(0) == s.batch,
-        "block_table must be int32 and have shape (", s.batch, ", pages)");
-    require(key_in.size(0) > 0 && key_in.size(1) > 0, "key_cache must have at least one page");
-    pages = {data<int32_t>(*table), table->stride(0), table->stride(1), key_in.size(1)};
+    pages = {*table, key_in, s.batch};
     s.capacity = table->size(1) * pages.size;
   }
   require((table || key_in.size(0) == s.batch) && key_in.size(3) == s.head_dim && s.head_dim > 0,
@@ -163,7 +150,8 @@ std::tuple<Tensor, Tensor> decode_attention_full(
   require(!fixed_split || *fixed_split > 0, "fixed_split must be at least 1");
   require(!softcap || *softcap > 0, "softcap must be positive");
   const std::vector<int64_t> lengths = read_lengths(lengths_in, s);
-  if (table) check_pages(pages, lengths, s, key_in.size(0));
+  for (int64_t b = 0; table && b < s.batch; ++b)
+    pages.check(b, s.oldest(lengths[b], 0), lengths[b], key_in.size(0));
   const Tensor query = with_contiguous_rows(query_in), keys = with_contiguous_rows(key_in),
                values = with_contiguous_rows(value_in);
   const bool wide = query.scalar_type() == ScalarType::Double;

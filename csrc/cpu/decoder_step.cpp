@@ -19,7 +19,8 @@ std::vector<int64_t> read_positions(const Tensor& lengths, const Sizes& s) {
 
 Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
                     const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& cos_in,
-                    const Tensor& sin_in, double eps, double scale, bool quantize_activations) {
+                    const Tensor& sin_in, double eps, double scale, bool quantize_activations,
+                    const std::optional<Tensor>& table) {
   require(hidden_in.dim() == 2 && hidden_in.size(1) > 0, "hidden must have 2 dimensions");
   require(weights.size() > kLayerTensors && weights.size() % kLayerTensors == 1,
           "weights must be 6 tensors a layer and the last norm");
@@ -35,7 +36,10 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
   s.batch = hidden.size(0);
   s.hidden = hidden.size(1);
   const Tensor& cache = caches[0];
-  s.capacity = cache.size(1), s.kv_heads = cache.size(2), s.head_dim = cache.size(3);
+  if (table) s.pages = {*table, cache, s.batch};
+  require(table || cache.size(0) == s.batch, "caches must have the batch of hidden");
+  s.capacity = cache.size(1) * (table ? table->size(1) : 1);
+  s.kv_heads = cache.size(2), s.head_dim = cache.size(3);
   s.key_batch = cache.stride(0), s.key_seq = cache.stride(1), s.key_head = cache.stride(2);
   require(s.head_dim > 0 && s.head_dim % 2 == 0 && s.kv_heads > 0 && cache.stride(3) == 1,
           "caches must have an even, contiguous head_dim");
@@ -45,9 +49,8 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
   require(s.heads * s.head_dim == attended && s.heads % s.kv_heads == 0,
           "the output projection must take a multiple of the heads of the caches");
   for (const Tensor& t : caches)
-    require(t.dim() == 4 && t.size(0) == s.batch && t.scalar_type() == dtype &&
-                same_shape(t, cache) && same_strides(t, cache),
-            "caches must all have the batch and dtype of hidden, one shape and one layout");
+    require(t.scalar_type() == dtype && same_shape(t, cache) && same_strides(t, cache),
+            "caches must all have the dtype of hidden, one shape and one layout");
   for (const Tensor* t : {&cos, &sin})
     require(t->dim() == 2 && t->size(0) >= s.capacity && t->size(1) == s.head_dim / 2 &&
                 t->scalar_type() == ScalarType::Float,
@@ -57,6 +60,8 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
   };
   require(is_norm(weights.back()), "a norm must have shape (hidden_size,) and the dtype of hidden");
   const std::vector<int64_t> positions = read_positions(lengths, s);
+  for (int64_t b = 0; table && b < s.batch; ++b)
+    s.pages.check(b, 0, positions[b] + 1, cache.size(0));
 
   Tensor out = empty({s.batch, s.hidden}, dtype);
   if (s.batch == 0) return out;

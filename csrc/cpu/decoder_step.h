@@ -52,8 +52,14 @@ struct Unit {
 
 struct Sizes {
   int64_t batch, hidden, heads, kv_heads, head_dim, inner, capacity, key_batch, key_seq, key_head;
+  Pages pages;
   int64_t group() const { return heads / kv_heads; }
   int64_t packed() const { return (heads + 2 * kv_heads) * head_dim; }
+  // Where entry `index` of a sequence lies in a cache.
+  int64_t entry(int64_t b, int64_t index) const {
+    if (!pages.table) return b * key_batch + index * key_seq;
+    return pages.at(b, index / pages.size) * key_batch + index % pages.size * key_seq;
+  }
 };
 
 template <class T, int R>
@@ -103,12 +109,13 @@ class Step {
 
  private:
   Attention<T, R> attention(const Layer<T>& layer, int64_t b, int64_t head, const T* query) const {
-    const int64_t at = b * s_.key_batch + head * s_.key_head;
+    const int64_t at = (s_.pages.table ? 0 : b * s_.key_batch) + head * s_.key_head;
     return {{1, 1, s_.group(), 1, s_.head_dim, s_.capacity},
             {query, 0, 0, s_.head_dim},
-            {layer.keys + at, 0, s_.key_seq, 0},
-            {layer.values + at, 0, s_.key_seq, 0},
-            scale_};
+            {layer.keys + at, s_.key_batch, s_.key_seq, 0},
+            {layer.values + at, s_.key_batch, s_.key_seq, 0},
+            scale_,
+            s_.pages.of(b)};
   }
   int64_t tiles() const { return (s_.group() + R - 1) / R; }
   int64_t result_size() const {
@@ -217,7 +224,7 @@ class Step {
       for (int64_t r = 0; r < s_.group(); ++r)
         rotate(b, packed + (head * s_.group() + r) * dim, rotated_.data() + r * dim);
       if (split == splits - 1) {
-        const int64_t at = b * s_.key_batch + position * s_.key_seq + head * s_.key_head;
+        const int64_t at = s_.entry(b, position) + head * s_.key_head;
         rotate(b, packed + (s_.heads + head) * dim, layer.keys + at);
         const float* value = packed + (s_.heads + s_.kv_heads + head) * dim;
         for_vectors<float>(

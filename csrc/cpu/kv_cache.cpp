@@ -1,5 +1,5 @@
 // Writes the keys and values of new tokens into preallocated caches.
-#include "tensor.h"
+#include "attention_shape.h"
 
 namespace aigc_fast {
 namespace {
@@ -31,9 +31,10 @@ struct Copy {
     return head_dim == 1 || (from_strides[3] == item && to_strides[3] == item);
   }
 
-  void operator()(int64_t batch, int64_t token, int64_t slot) const {
+  // Into slot `slot` of row `row` of the cache, a sequence or a page.
+  void operator()(int64_t batch, int64_t token, int64_t row, int64_t slot) const {
     const char* source = from + batch * from_strides[0] + token * from_strides[1];
-    char* target = to + batch * to_strides[0] + slot * to_strides[1];
+    char* target = to + row * to_strides[0] + slot * to_strides[1];
     for (int64_t h = 0; h < heads; ++h, source += from_strides[2], target += to_strides[2]) {
       if (has_dense_rows()) {
         std::memcpy(target, source, head_dim * item);
@@ -47,22 +48,26 @@ struct Copy {
 
 void check(const Tensor& source, const Tensor& cache, const Tensor& like, const char* name) {
   require(source.dim() == 4 && cache.dim() == 4, name, " and its cache must have 4 dimensions");
-  for (int d : {0, 2, 3})
-    require(source.size(d) == cache.size(d), name, " must have the shape of its cache");
-  require(cache.size(1) == like.size(1), "caches must have the same capacity");
+  for (int d : {2, 3})
+    require(source.size(d) == cache.size(d), name, " must have the heads of its cache");
+  require(cache.size(0) == like.size(0) && cache.size(1) == like.size(1),
+          "caches must have the same shape");
   require(source.scalar_type() == like.scalar_type() && cache.scalar_type() == like.scalar_type(),
           name, " must have the dtype of the caches");
-  require(source.size(1) <= cache.size(1), name, " must not have more tokens than the cache");
   for (int d = 0; d < 4; ++d)
     require(cache.stride(d) != 0 || cache.size(d) <= 1, name, "_cache must not be expanded");
 }
 
-void append_kv(const Tensor& key, const Tensor& value, Tensor key_cache, Tensor value_cache,
-               const Tensor& positions) {
+void append_kv_full(const Tensor& key, const Tensor& value, Tensor key_cache, Tensor value_cache,
+                    const Tensor& positions, const std::optional<Tensor>& table) {
   check(key, key_cache, key_cache, "key");
   check(value, value_cache, key_cache, "value");
   require(same_shape(key, value), "value must have the shape of key");
-  const int64_t batch = key.size(0), q_len = key.size(1), capacity = key_cache.size(1);
+  const int64_t batch = key.size(0), q_len = key.size(1);
+  const Pages pages = table ? Pages(*table, key_cache, batch) : Pages();
+  require(table || key_cache.size(0) == batch, "the caches must have the batch of key");
+  const int64_t capacity = key_cache.size(1) * (table ? table->size(1) : 1);
+  require(q_len <= capacity, "key must not have more tokens than the caches have room for");
   const bool wide = positions.scalar_type() == ScalarType::Long;
   require(positions.dim() == 1 && positions.size(0) == batch, "positions must have shape (batch,)");
   require(wide || positions.scalar_type() == ScalarType::Int, "positions must be int32 or int64");
@@ -71,23 +76,36 @@ void append_kv(const Tensor& key, const Tensor& value, Tensor key_cache, Tensor 
     return wide ? static_cast<const int64_t*>(p)[b * s] : static_cast<const int32_t*>(p)[b * s];
   };
   // Nothing is written unless everything can be.
-  for (int64_t b = 0; b < batch; ++b)
-    require(position(b) >= 0 && position(b) <= capacity - q_len,
+  for (int64_t b = 0; b < batch && q_len > 0; ++b) {
+    const int64_t first = position(b);
+    require(first >= 0 && first <= capacity - q_len,
             "positions must lie in [0, capacity - q_len] = [0, ", capacity - q_len, "], got ",
-            position(b), " for sequence ", b);
+            first, " for sequence ", b);
+    if (table) pages.check(b, first, first + q_len, key_cache.size(0));
+  }
   const Copy copy_key(key, key_cache), copy_value(value, value_cache);
   const int64_t grain =
       std::max<int64_t>(1, kGrain / std::max<int64_t>(1, key.size(2) * key.size(3)));
   torch::stable::parallel_for(0, batch * q_len, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / q_len, token = i % q_len, slot = position(b) + token;
-      copy_key(b, token, slot);
-      copy_value(b, token, slot);
+      const int64_t b = i / q_len, token = i % q_len, entry = position(b) + token;
+      const int64_t row = table ? pages.at(b, entry / pages.size) : b;
+      const int64_t slot = table ? entry % pages.size : entry;
+      copy_key(b, token, row, slot);
+      copy_value(b, token, row, slot);
     }
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) { m.impl("append_kv", TORCH_BOX(&append_kv)); }
+void append_kv(const Tensor& key, const Tensor& value, Tensor key_cache, Tensor value_cache,
+               const Tensor& positions) {
+  append_kv_full(key, value, key_cache, value_cache, positions, {});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
+  m.impl("append_kv", TORCH_BOX(&append_kv));
+  m.impl("append_kv_full", TORCH_BOX(&append_kv_full));
+}
 
 }  // namespace
 }  // namespace aigc_fast

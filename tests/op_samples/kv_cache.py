@@ -18,6 +18,22 @@ def _call(
     )
 
 
+def _paged(
+    name: str, q_len: int, pages: int, page_size: int, heads: int, head_dim: int,
+    positions: list[int],
+) -> Sample:  # fmt: skip
+    """Pages in an order of their own, one of them unused; garbage where nothing is written."""
+    batch = len(positions)
+    key, value, _, _, at = _call(batch, q_len, 0, heads, head_dim, positions)
+    caches = (rand(batch * pages + 1, page_size, heads, head_dim, seed=s) for s in (2, 3))
+    order = torch.randperm(batch * pages + 1, generator=torch.Generator().manual_seed(0))
+    table = order[1:].to(torch.int32).view(batch, pages)
+    for b, position in enumerate(positions):
+        table[b, : position // page_size] = 10**9
+        table[b, (position + q_len - 1) // page_size + 1 :] = -1
+    return Sample(name, (key, value, *caches, at), {"block_table": table})
+
+
 def _samples() -> list[Sample]:
     key, value, key_cache, value_cache, positions = _call(2, 3, 8, 2, 5, [1, 5])
     packed = rand(2, 3, 6, 5)
@@ -33,6 +49,11 @@ def _samples() -> list[Sample]:
         Sample("one", _call(3, 1, 9, 3, 64, [8, 0, 4])),
         Sample("no_tokens", _call(2, 0, 4, 1, 8, [4, 0])),
         Sample("no_batch", _call(0, 2, 4, 1, 8, [])),
+        _paged("pages", 3, 4, 4, 2, 5, [0, 7]),
+        _paged("pages_of_one", 2, 5, 1, 1, 8, [3, 0, 1]),
+        _paged("pages_one_token", 1, 3, 16, 3, 64, [47, 0, 16]),
+        _paged("page_of_all", 6, 1, 6, 1, 17, [0]),
+        _paged("pages_threads", 50, 8, 7, 3, 64, [0, 3, 5, 1]),
         Sample("threads", _call(4, 50, 60, 3, 64, [0, 3, 9, 10])),
     ]
 
@@ -45,7 +66,16 @@ def _refusals() -> list[Refusal]:
         args = tuple(changes.get(n, t) for n, t in zip(names, good, strict=True))
         return Refusal(name, args, error, match)
 
+    table = torch.zeros(2, 1, dtype=torch.int32)
+
+    def bad_table(name: str, error: type[Exception], match: str, table: Tensor) -> Refusal:
+        return Refusal(name, good, error, match, {"block_table": table})
+
     return [
+        bad_table("table_dtype", TypeError, "block_table must be int32", table.long()),
+        bad_table("table_1d", ValueError, "block_table must have 2 dimensions", table[0]),
+        bad_table("table_batch", ValueError, "block_table must have the batch of key", table[:1]),
+        bad_table("no_pages", ValueError, "key must have at most capacity = 0", table[:, :0]),
         bad("dtype", TypeError, "key must be float64", key=key.int()),
         bad("dimensions", ValueError, "key must have 4 dimensions", key=key[0]),
         bad("value_dtype", TypeError, "value must have the dtype of key", value=value.half()),

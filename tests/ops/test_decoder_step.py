@@ -7,6 +7,7 @@ from torch import Tensor
 import aigc_fast
 from aigc_fast import ops
 from aigc_fast.ops.decoder_step import _decoder_step
+from tests.op_samples.decode_attention import paged
 from tests.op_samples.sample import rand
 from tests.ops.test_every_op import map_tensors
 
@@ -128,6 +129,64 @@ def test_caches_of_any_layout() -> None:
     assert all(map(torch.equal, by_head, args[2]))
 
 
+def in_pages(caches: list[Tensor], lengths: Tensor, page_size: int) -> tuple[list[Tensor], Tensor]:
+    """(caches in pages, block_table); garbage wherever a step must not look."""
+    *found, _ = zip(*(paged(c, c, (lengths + 1).tolist(), page_size) for c in caches), strict=True)
+    *_, table = paged(caches[0], caches[0], (lengths + 1).tolist(), page_size)
+    return list(found[0]), table
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("page_size", [1, 3, 16, 40])
+@pytest.mark.parametrize("name", ["batch", "empty_cache", "several_splits", "groups_of_3"])
+def test_pages_give_the_same_bits(name, page_size, implementation) -> None:
+    args = cast(example(**CASES[name]), torch.float32)
+    hidden, weights, caches, lengths, *rest, eps, scale = args
+    capacity = caches[0].shape[1]
+    # Entries behind the length are not a number, in the contiguous caches too.
+    beyond = (torch.arange(capacity) >= lengths[:, None])[..., None, None]
+    caches = [c.masked_fill(beyond, torch.nan) for c in caches]
+    pages, table = in_pages(caches, lengths, page_size)
+    more = -(-capacity // page_size) * page_size - capacity  # rows of cos and sin
+    wide = [torch.cat([t, t.new_zeros(more, t.shape[1])]) for t in rest]
+    args = (hidden, weights, caches, lengths, *wide, eps, scale, True)
+    contiguous = _decoder_step.call(implementation, *args)
+    out = _decoder_step.call(
+        implementation, hidden, weights, pages, lengths, *wide, eps, scale, True, table
+    )
+    close = 0 if implementation == "cpu" else 1e-5  # the reference's sums run over the capacity
+    torch.testing.assert_close(out, contiguous, rtol=close, atol=close)
+    assert not out.isnan().any()
+    for b, length in enumerate(lengths.tolist()):
+        for cache, stored in zip(caches, pages, strict=True):
+            used = stored[table[b, : length // page_size + 1].long()].flatten(0, 1)
+            torch.testing.assert_close(
+                used[: length + 1], cache[b, : length + 1], rtol=close, atol=close
+            )
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("page", [-1, 6, 2**31 - 1])
+def test_refuses_pages_that_are_not_there(page, implementation) -> None:
+    hidden, weights, caches, lengths, *rest = cast(example([0, 17, 39]), torch.float32)
+    pages, table = in_pages(caches, lengths, 20)
+    before = [c.clone() for c in pages]
+    table[2, 1] = page
+    with pytest.raises(
+        ValueError, match=rf"block_table must be in \[0, 6\) .*, got {page} for page"
+    ):
+        _decoder_step.call(implementation, hidden, weights, pages, lengths, *rest, False, table)
+    assert all(
+        torch.equal(a[~a.isnan()], b[~b.isnan()]) for a, b in zip(before, pages, strict=True)
+    )
+    with pytest.raises(ValueError, match=r"lengths must be in \[0, 20\)|positions must lie"):
+        _decoder_step.call(
+            implementation, hidden, weights, pages, lengths, *rest, False, table[:, :1]
+        )
+    with pytest.raises(ValueError, match="caches.* must have the batch of hidden"):
+        _decoder_step.call(implementation, hidden, weights, pages, lengths, *rest, False)
+
+
 def refusals() -> dict:
     hidden, weights, caches, lengths, cos, sin, *_ = cast(example(**CASES["batch"]), torch.float32)
     good = dict(hidden=hidden, weights=weights, caches=caches, lengths=lengths, cos=cos, sin=sin)
@@ -153,6 +212,10 @@ def refusals() -> dict:
         "lengths": (TypeError, "lengths must be int32", dict(lengths=lengths.long())),
         "full": (ValueError, r"lengths must be in \[0, 40\)", dict(lengths=lengths + 1)),
         "negative": (ValueError, r"lengths must be in \[0, 40\)", dict(lengths=lengths - 1)),
+        "table": (TypeError, "block_table must be int32",
+                  dict(block_table=lengths.long()[:, None])),
+        "table_batch": (ValueError, "block_table must have the batch of hidden",
+                        dict(block_table=lengths[:2, None])),
         "cos": (ValueError, "cos must have shape", dict(cos=cos[:, 1:])),
     }  # fmt: skip
     return {name: (error, match, {**good, **change})
