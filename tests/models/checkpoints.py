@@ -179,3 +179,12 @@ def hf_names(model):
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     return state
+
+
+def naive_greedy(model, prompt, count):
+    """Greedy tokens by running the whole sequence anew at every step."""
+    token_ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            token_ids.append(int(model(torch.tensor([token_ids]))[0, -1].argmax()))
+    return token_ids[len(prompt) :]
