@@ -16,7 +16,7 @@ import torch
 from aigc_fast._timing import interleaved
 from aigc_fast.io import load_tokenizer
 from aigc_fast.models.autoregressive import DecoderLM, generate, stream
-from tests.models.checkpoints import hf_names
+from tests.models.checkpoints import hf_names, llama_config
 
 QUESTION = "What is a rainbow, and how does it form?"
 
@@ -60,27 +60,11 @@ def llama(path: Path):
 def transformers_model(path: Path):
     """transformers on the same values, dequantised to fp32, or None."""
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
     except ImportError:
         return None
     dense = DecoderLM.from_pretrained(path)
-    c = dense.config
-    config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.intermediate_size,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        max_position_embeddings=c.max_position_embeddings,
-        tie_word_embeddings=c.tie_word_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(llama_config(dense.config)).eval()
     model.load_state_dict(hf_names(dense))
     return model
 

@@ -15,7 +15,12 @@ from aigc_fast.models.autoregressive import (
     DecoderLM,
     generate,
 )
-from tests.models.checkpoints import assert_error_ratio, hf_names, step_by_step
+from tests.models.checkpoints import (
+    assert_error_ratio,
+    hf_names,
+    llama_config,
+    step_by_step,
+)
 
 CONFIGS = {
     "grouped": DecoderConfig(
@@ -62,24 +67,8 @@ def random_model(config=TINY, dtype=torch.float64, seed=0):
 def hf_model(config, seed=0):
     """transformers' Llama of that config, its weights of a size that makes logits near one."""
     transformers = pytest.importorskip("transformers")
-    hf_config = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
-        rms_norm_eps=config.rms_norm_eps,
-        max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=config.tie_word_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(hf_config).eval()
+    model = transformers.LlamaForCausalLM(llama_config(config)).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 1:
