@@ -12,7 +12,7 @@
 
 namespace aigc_fast {
 
-constexpr int64_t kKeys = 256;      // keys of an item of attention
+constexpr int64_t kKeys = 64;       // keys of an item of attention
 constexpr int kLayerTensors = 6;    // attention norm, qkv, output, MLP norm, gate and up, down
 constexpr int kStages = 7;          // of a layer
 constexpr int64_t kGroupSize = 32;  // of all the weights
@@ -97,7 +97,7 @@ class Step {
     for_vectors<float>(residual_.size(), [&](int64_t i, auto n) {
       store(residual_.data() + i, load(hidden + i, n), n);
     });
-    Stages stages(kStages * layers_.size());
+    Stages stages(kStages * layers_.size(), torch::stable::get_num_threads());
     // More parts than threads: each thread that comes gets at least one.
     torch::stable::parallel_for(0, items_, 1,
                                 [&](int64_t, int64_t) { Worker(*this, stages).run(); });
@@ -144,6 +144,7 @@ class Step {
         : step_(step),
           s_(step.s_),
           stages_(stages),
+          thread_(stages.join()),
           activations_(step.as_codes_),
           normed_(s_.hidden),
           gate_(s_.batch * kFew * kTileRows),
@@ -154,29 +155,31 @@ class Step {
           lse_(s_.group()) {}
 
     void run() {
-      for (size_t l = 0; l < step_.layers_.size(); ++l) {
+      const size_t last = step_.layers_.size() - 1;
+      for (size_t l = 0; l <= last; ++l) {
         const Layer<T>& layer = step_.layers_[l];
+        const Weight& next = step_.layers_[std::min(l + 1, last)].qkv;
         const int64_t first = kStages * l;
         linear(
-            first, layer.qkv, [&] { normed(layer.qkv, layer.attention_norm); },
+            first, layer.qkv, layer.output, layer.output.tiles,
+            [&] { normed(layer.qkv, layer.attention_norm); },
             [&](int64_t row, int64_t tile, const float* y) {
               put(step_.packed_.data() + row * s_.packed(), s_.packed(), tile, y);
             });
         if (step_.shared_)
-          stages_.run(
-              first + 1, s_.batch * s_.kv_heads, [] {},
-              [&](int64_t i) { append(layer, i / s_.kv_heads, i % s_.kv_heads); });
-        stages_.run(first + 2, step_.units_.size(), [] {}, [&](int64_t u) { attend(layer, u); });
+          of_heads(first + 1, [&](int64_t b, int64_t head) { append(layer, b, head); });
+        stages_.run(
+            first + 2, thread_, step_.units_.size(), [] {}, [&](int64_t u) { attend(layer, u); },
+            [] {});
         if (step_.split_)
-          stages_.run(
-              first + 3, s_.batch * s_.kv_heads, [] {},
-              [&](int64_t i) { merge(layer, i / s_.kv_heads, i % s_.kv_heads); });
+          of_heads(first + 3, [&](int64_t b, int64_t head) { merge(layer, b, head); });
         linear(
-            first + 4, layer.output, [&] { given(layer.output, step_.attended_); },
+            first + 4, layer.output, layer.gate_up, layer.gate_up.tiles / 2,
+            [&] { given(layer.output, step_.attended_); },
             [&](int64_t row, int64_t tile, const float* y) { add(row, tile, y); });
         gated(first + 5, layer);
         linear(
-            first + 6, layer.down, [&] { given(layer.down, step_.inner_); },
+            first + 6, layer.down, next, next.tiles, [&] { given(layer.down, step_.inner_); },
             [&](int64_t row, int64_t tile, const float* y) { add(row, tile, y); });
       }
     }
@@ -186,28 +189,51 @@ class Step {
     static constexpr int64_t kFew = 8;    // tiles
     static constexpr int64_t kLine = 16;  // floats of a cache line, to which buffers are aligned
 
-    // A product cut into items of consecutive tiles.
+    // A product cut into items of consecutive tiles. `next` is the weight after it, of whose tiles
+    // the first `next_tiles` are cut into shares.
     template <class Prepare, class Finish>
-    void linear(int64_t stage, const Weight& weight, Prepare&& prepare, Finish&& finish) {
+    void linear(int64_t stage, const Weight& weight, const Weight& next, int64_t next_tiles,
+                Prepare&& prepare, Finish&& finish) {
       const int64_t items = std::min(weight.tiles, step_.items_);
-      stages_.run(stage, items, prepare, [&](int64_t i) {
-        multiply_tiles(weight.format, weight.blocks, activations_, s_.batch,
-                       i * weight.tiles / items, (i + 1) * weight.tiles / items, finish);
-      });
+      stages_.run(
+          stage, thread_, items, prepare,
+          [&](int64_t i) {
+            multiply_tiles(weight.format, weight.blocks, activations_, s_.batch,
+                           i * weight.tiles / items, (i + 1) * weight.tiles / items, finish);
+          },
+          [&] { fetch(next, next_tiles); });
+    }
+
+    template <class Item>
+    void of_heads(int64_t stage, Item&& item) {
+      stages_.run(
+          stage, thread_, s_.batch * s_.kv_heads, [] {},
+          [&](int64_t i) { item(i / s_.kv_heads, i % s_.kv_heads); }, [] {});
+    }
+
+    // Asks for the beginnings of the tiles that this thread will multiply first: without it every
+    // product starts with a few trips to memory.
+    void fetch(const Weight& weight, int64_t tiles) const {
+      const int64_t first = stages_.first(thread_, tiles), bytes = weight.format.tile_bytes();
+      for (int64_t tile = first; tile < std::min(tiles, first + 4); ++tile)
+        for (int64_t at = 0; at < std::min<int64_t>(1024, bytes); at += 64)
+          __builtin_prefetch(weight.blocks + tile * bytes + at, 0, 2);
     }
 
     // silu(gate) * up; the gates are the first half of the tiles. A few tiles of one, then of the
     // other, for as many streams as a product takes.
     void gated(int64_t stage, const Layer<T>& layer) {
       const Weight& weight = layer.gate_up;
-      const int64_t tiles = weight.tiles / 2, items = (tiles + kFew - 1) / kFew;
+      const int64_t tiles = weight.tiles / 2, threads = stages_.threads();
+      // As many for each thread, none of more than kFew tiles.
+      const int64_t items = (tiles + kFew * threads - 1) / (kFew * threads) * threads;
       auto multiply = [&](int64_t begin, int64_t end, auto&& finish) {
         multiply_tiles(weight.format, weight.blocks, activations_, s_.batch, begin, end, finish);
       };
       stages_.run(
-          stage, items, [&] { normed(weight, layer.mlp_norm); },
+          stage, thread_, items, [&] { normed(weight, layer.mlp_norm); },
           [&](int64_t i) {
-            const int64_t begin = i * kFew, end = std::min(tiles, begin + kFew);
+            const int64_t begin = i * tiles / items, end = (i + 1) * tiles / items;
             auto gate = [&](int64_t row, int64_t tile) {
               return gate_.data() + (row * kFew + tile - begin) * kTileRows;
             };
@@ -221,7 +247,8 @@ class Step {
                 store(out + j, g * sigmoid<float>(g) * load(y + j));
               }
             });
-          });
+          },
+          [&] { fetch(layer.down, layer.down.tiles); });
     }
 
     void append(const Layer<T>& layer, int64_t b, int64_t head) {
@@ -310,6 +337,7 @@ class Step {
     Step& step_;
     const Sizes& s_;
     Stages& stages_;
+    int64_t thread_;
     Activations activations_;
     std::vector<float> normed_, gate_;
     std::vector<T> rotated_;

@@ -16,30 +16,47 @@ namespace aigc_fast {
 
 class Stages {
  public:
-  explicit Stages(int64_t count) : counters_(count) {}
+  // count: stages; threads: how many are expected.
+  Stages(int64_t count, int64_t threads)
+      : threads_(threads), taken_(count * threads), done_(count) {}
 
-  // Takes items of a stage until none is left, then waits for those that others have taken. A
-  // thread that gets an item calls prepare() once before it. Nobody is past the stage then, so both
-  // may read what earlier stages wrote and what later ones will overwrite.
-  template <class Prepare, class Item>
-  void run(int64_t stage, int64_t items, Prepare&& prepare, Item&& item) {
-    Counter& counter = counters_[stage];
+  int64_t threads() const { return threads_; }
+  // The number of a thread that comes.
+  int64_t join() { return joined_.fetch_add(1, std::memory_order_relaxed) % threads_; }
+
+  // The first item of a thread's own share.
+  int64_t first(int64_t thread, int64_t items) const { return thread * items / threads_; }
+
+  // Takes items of a stage until none is left, then calls meanwhile() and waits for those that
+  // others have taken. A thread takes its own share in order, so that it reads on where it is, and
+  // then what is left of the others'. If it gets an item it calls prepare() once before it. Nobody
+  // is past the stage then, so both may read what earlier stages wrote and what later ones will
+  // overwrite.
+  template <class Prepare, class Item, class Meanwhile>
+  void run(int64_t stage, int64_t thread, int64_t items, Prepare&& prepare, Item&& item,
+           Meanwhile&& meanwhile) {
     bool prepared = false;
-    for (int64_t i; (i = counter.taken.fetch_add(1, std::memory_order_relaxed)) < items;) {
-      if (!std::exchange(prepared, true)) prepare();
-      item(i);
-      counter.done.fetch_add(1, std::memory_order_release);
+    for (int64_t k = 0; k < threads_; ++k) {
+      const int64_t share = (thread + k) % threads_, end = first(share + 1, items);
+      std::atomic<int64_t>& taken = taken_[stage * threads_ + share].value;
+      for (int64_t i;
+           (i = first(share, items) + taken.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        if (!std::exchange(prepared, true)) prepare();
+        item(i);
+        done_[stage].value.fetch_add(1, std::memory_order_release);
+      }
     }
-    for (int spins = 0; counter.done.load(std::memory_order_acquire) < items; ++spins)
+    meanwhile();
+    for (int spins = 0; done_[stage].value.load(std::memory_order_acquire) < items; ++spins)
       spins < kSpins ? pause() : std::this_thread::yield();
   }
 
  private:
-  static constexpr int kSpins =
-      10000;  // about 0.1 ms: longer waits mean that a thread lost its core
+  // About 0.1 ms: longer waits mean that a thread lost its core.
+  static constexpr int kSpins = 10000;
 
   struct alignas(64) Counter {
-    std::atomic<int64_t> taken{0}, done{0};
+    std::atomic<int64_t> value{0};
   };
 
   static void pause() {
@@ -48,7 +65,9 @@ class Stages {
 #endif
   }
 
-  std::vector<Counter> counters_;
+  int64_t threads_;
+  std::atomic<int64_t> joined_{0};
+  std::vector<Counter> taken_, done_;
 };
 
 }  // namespace aigc_fast
