@@ -57,22 +57,33 @@ class QuantizedLinear(nn.Module):
         quantize_activations: bool = False,
     ) -> "QuantizedLinear":
         """The layer with the nearest codes to the weight of `linear`, on its device."""
+        weight = ops.quantize_weight(linear.weight.detach(), bits, group_size, symmetric=symmetric)
+        module = cls.from_packed(linear, weight, bits, group_size, quantize_activations)
+        if linear.bias is not None:
+            module.bias = linear.bias.detach().clone()
+        return module.train(linear.training)
+
+    @classmethod
+    def from_packed(
+        cls,
+        linear: nn.Linear,
+        weight: Tensor,
+        bits: int,
+        group_size: int | None,
+        quantize_activations: bool = False,
+    ) -> "QuantizedLinear":
+        """The layer of the sizes of `linear` with that packed weight; its bias is on meta."""
         module = cls(
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
             bits=bits,
             group_size=group_size,
-            symmetric=symmetric,
             quantize_activations=quantize_activations,
             device="meta",
         )
-        module.weight = ops.quantize_weight(
-            linear.weight.detach(), bits, group_size, symmetric=symmetric
-        )
-        if linear.bias is not None:
-            module.bias = linear.bias.detach().clone()
-        return module.train(linear.training)
+        module.weight = weight
+        return module
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.quantized_linear(

@@ -75,7 +75,7 @@ def read_gguf_model(
             order[:turned] = _halves_from_pairs(order[:turned], config.head_dim)
         weight = pack_gguf(tensors, order)
         unread.difference_update(tensor.name for tensor in tensors)
-        return None if weight is None else _quantized(linear, *weight)
+        return None if weight is None else QuantizedLinear.from_packed(linear, *weight, GROUP_SIZE)
 
     model = build(config)
     if packed:
@@ -99,19 +99,6 @@ def _replace_linears(
             setattr(model.get_submodule(parent), child, replacement)
     if isinstance(model.lm_head, nn.Linear) and config.tie_word_embeddings:
         model.lm_head = None
-
-
-def _quantized(linear: nn.Linear, weight: Tensor, bits: int) -> QuantizedLinear:
-    module = QuantizedLinear(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        bits=bits,
-        group_size=GROUP_SIZE,
-        device="meta",
-    )
-    module.weight = weight
-    return module
 
 
 def _halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
