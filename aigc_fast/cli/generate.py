@@ -51,7 +51,14 @@ class Session:
             console.print(str(error), style="red", markup=False)
             return None
         pages = -(-min(context, model.config.max_position_embeddings) // PAGE_SIZE)
-        engine = Engine(model, tokenizer, num_pages=pages, page_size=PAGE_SIZE, max_batch_size=1)
+        engine = Engine(
+            model,
+            tokenizer,
+            num_pages=pages,
+            page_size=PAGE_SIZE,
+            max_batch_size=1,
+            cache_dtype=None if exact or on_gpu else torch.float16,
+        )
         return cls(console, engine, tokenizer, stop_tokens=tokenizer.stop_tokens, **options)
 
     def answer(self, prompt: str, *, raw: bool = False) -> int:

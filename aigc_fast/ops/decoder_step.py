@@ -46,9 +46,9 @@ def decoder_step(
              MLP, the packed weights of gate and up (one after the other) and of down. Norms have
              the dtype of hidden, packed weights come from `pack_weight` with groups of 32 columns
              and 4 or 8 bits.
-    caches:  keys and values of each layer in turn, (batch, capacity, num_kv_heads, head_dim), dtype
-             of hidden, of one layout; the new token's are written in place. With a block_table:
-             (num_pages, page_size, num_kv_heads, head_dim).
+    caches:  keys and values of each layer in turn, (batch, capacity, num_kv_heads, head_dim), all
+             float32, bfloat16 or float16, of one layout; the new token's are written in place. With
+             a block_table: (num_pages, page_size, num_kv_heads, head_dim).
     lengths: int32 (batch,), the entries there are, so the position of the new token; not changed.
     cos, sin: float32 (positions, head_dim / 2), of every position below capacity at least.
     eps:     added to the mean square in every norm.
@@ -59,9 +59,9 @@ def decoder_step(
              is attended to: so the next tokens of one sequence, as guessed, can be rows of one
              call, with the same pages and lengths that go on.
 
-    Returns (batch, hidden_size) in the dtype of hidden. Computes in fp32 throughout; the caches and
-    what attention gives are rounded to their dtype. Bytes that must move: the weights once, the
-    valid entries of the caches.
+    Returns (batch, hidden_size) in the dtype of hidden. Computes in fp32 throughout; query, key,
+    value and what attention gives are rounded to the dtype of the caches. Bytes that must move: the
+    weights once, the valid entries of the caches.
 
     On a CPU it is one parallel region for all layers. Elsewhere it is the layers' operators. The
     bits of a sequence depend neither on the batch it is in nor on pages.
@@ -100,10 +100,10 @@ def _reference(
         packed = packed[:, : (heads + 2 * kv_heads) * head_dim].view(batch, 1, -1, head_dim)
         query_key, value = packed.split([heads + kv_heads, kv_heads], 2)
         rotated = _rotate(query_key, cos[where], sin[where])
-        query, key = rotated.split([heads, kv_heads], 2)
-        _append(key, value, keys, values, lengths, block_table)
+        query, key = rotated.to(keys.dtype).split([heads, kv_heads], 2)
+        _append(key, value.to(keys.dtype), keys, values, lengths, block_table)
         out, _ = _attend(query, keys, values, lengths + 1, scale, block_table=block_table)
-        x = x + linear(out.view(batch, -1), output)[:, : hidden.shape[1]]
+        x = x + linear(out.view(batch, -1).to(x.dtype), output)[:, : hidden.shape[1]]
         inner = down.shape[1] * _GROUP_SIZE
         gate, up = linear(_norm(x, mlp_norm, eps), gate_up).split(inner, 1)
         x = x + linear(F.silu(gate) * up, down)[:, : hidden.shape[1]]
@@ -126,7 +126,9 @@ def _check(
         raise ValueError(f"weights must be 6 tensors a layer and one more, got {len(weights)}")
     if len(caches) != 2 * layers:
         raise ValueError(f"caches must hold {2 * layers} tensors, got {len(caches)}")
-    check_tensor("caches[0]", caches[0], like=("hidden", hidden), ndim=4)
+    check_tensor("caches[0]", caches[0], ndim=4)
+    if caches[0].device != hidden.device:
+        raise ValueError(f"caches[0] must be on the device of hidden, got {caches[0].device}")
     kv_heads, head_dim = caches[0].shape[2:]
     capacity = capacity_of(caches[0], block_table)
     if block_table is not None:
@@ -138,7 +140,7 @@ def _check(
     if head_dim % 2 or head_dim == 0 or kv_heads == 0:
         raise ValueError(f"caches must have heads of an even size, got {tuple(caches[0].shape)}")
     for i, cache in enumerate(caches):
-        check_tensor(f"caches[{i}]", cache, like=("hidden", hidden), shape=caches[0].shape)
+        check_tensor(f"caches[{i}]", cache, like=("caches[0]", caches[0]), shape=caches[0].shape)
         if cache.stride() != caches[0].stride() or (cache.stride(3) != 1 and cache.numel()):
             raise ValueError(
                 f"caches[{i}] must have the strides of caches[0] and a contiguous last dimension, "

@@ -17,6 +17,17 @@ std::vector<int64_t> read_positions(const Tensor& lengths, const Sizes& s) {
   return positions;
 }
 
+std::vector<float> floats_of(const Tensor& x) {
+  std::vector<float> out(x.numel());
+  dispatch(x, "hidden", [&]<class T>(T) {
+    if constexpr (!std::is_same_v<T, double>)
+      for_vectors<float>(out.size(), [&](int64_t i, auto n) {
+        store(out.data() + i, load(data<T>(x) + i, n), n);
+      });
+  });
+  return out;
+}
+
 Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
                     const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& cos_in,
                     const Tensor& sin_in, double eps, double scale, bool quantize_activations,
@@ -41,6 +52,7 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
   s.capacity = cache.size(1) * (table ? table->size(1) : 1);
   s.kv_heads = cache.size(2), s.head_dim = cache.size(3);
   s.key_batch = cache.stride(0), s.key_seq = cache.stride(1), s.key_head = cache.stride(2);
+  require(cache.scalar_type() != ScalarType::Double, "caches must be of 32 or 16 bits");
   require(s.head_dim > 0 && s.head_dim % 2 == 0 && s.kv_heads > 0 && cache.stride(3) == 1,
           "caches must have an even, contiguous head_dim");
   const int64_t attended = Weight(weights[2]).format.columns();
@@ -49,8 +61,9 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
   require(s.heads * s.head_dim == attended && s.heads % s.kv_heads == 0,
           "the output projection must take a multiple of the heads of the caches");
   for (const Tensor& t : caches)
-    require(t.scalar_type() == dtype && same_shape(t, cache) && same_strides(t, cache),
-            "caches must all have the dtype of hidden, one shape and one layout");
+    require(
+        t.scalar_type() == cache.scalar_type() && same_shape(t, cache) && same_strides(t, cache),
+        "caches must all have one dtype, one shape and one layout");
   for (const Tensor* t : {&cos, &sin})
     require(t->dim() == 2 && t->size(0) >= s.capacity && t->size(1) == s.head_dim / 2 &&
                 t->scalar_type() == ScalarType::Float,
@@ -58,23 +71,28 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
   auto is_norm = [&](const Tensor& t) {
     return t.dim() == 1 && t.size(0) == s.hidden && t.is_contiguous() && t.scalar_type() == dtype;
   };
-  require(is_norm(weights.back()), "a norm must have shape (hidden_size,) and the dtype of hidden");
   const std::vector<int64_t> positions = read_positions(lengths, s);
   for (int64_t b = 0; table && b < s.batch; ++b)
     s.pages.check(b, 0, positions[b] + 1, cache.size(0));
 
   Tensor out = empty({s.batch, s.hidden}, dtype);
   if (s.batch == 0) return out;
-  dispatch(hidden, "hidden", [&]<class T>(T) {
+  std::vector<std::vector<float>> converted;
+  converted.reserve(2 * num_layers + 1);
+  const auto norm = [&](const Tensor& t) {
+    require(is_norm(t), "a norm must have shape (hidden_size,) and the dtype of hidden");
+    return dtype == ScalarType::Float ? data<float>(t)
+                                      : converted.emplace_back(floats_of(t)).data();
+  };
+  std::vector<float> result;
+  dispatch(cache, "caches", [&]<class T>(T) {
     if constexpr (!std::is_same_v<T, double>) {
       std::vector<Layer<T>> layers;
       for (size_t l = 0; l < num_layers; ++l) {
         const Tensor* w = &weights[kLayerTensors * l];
-        require(is_norm(w[0]) && is_norm(w[3]),
-                "a norm must have shape (hidden_size,) and the dtype of hidden");
-        const Layer<T>& layer = layers.emplace_back(Layer<T>{
-            data<T>(w[0]), Weight(w[1]), Weight(w[2]), data<T>(w[3]), Weight(w[4]), Weight(w[5]),
-            mutable_data<T>(caches[2 * l]), mutable_data<T>(caches[2 * l + 1])});
+        const Layer<T>& layer = layers.emplace_back(
+            Layer<T>{norm(w[0]), Weight(w[1]), Weight(w[2]), norm(w[3]), Weight(w[4]), Weight(w[5]),
+                     mutable_data<T>(caches[2 * l]), mutable_data<T>(caches[2 * l + 1])});
         auto fits = [](const Weight& weight, int64_t rows, int64_t columns) {
           return weight.format.columns() == columns && weight.rows() - rows >= 0 &&
                  weight.rows() - rows < kTileRows;
@@ -85,9 +103,9 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
                 "the weights of layer ", l, " do not fit together");
       }
       auto run = [&]<int R>(std::integral_constant<int, R>) {
-        Step<T, R>(s, std::move(layers), positions, data<float>(cos), data<float>(sin), eps, scale,
-                   quantize_activations)
-            .run(data<T>(hidden), data<T>(weights.back()), mutable_data<T>(out));
+        result = Step<T, R>(s, std::move(layers), positions, floats_of(hidden), data<float>(cos),
+                            data<float>(sin), eps, scale, quantize_activations)
+                     .run(norm(weights.back()));
       };
       if (s.group() == 1)
         run(std::integral_constant<int, 1>{});
@@ -96,6 +114,12 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
       else
         run(std::integral_constant<int, 4>{});
     }
+  });
+  dispatch(out, "hidden", [&]<class T>(T) {
+    if constexpr (!std::is_same_v<T, double>)
+      for_vectors<float>(result.size(), [&](int64_t i, auto n) {
+        store(mutable_data<T>(out) + i, load(result.data() + i, n), n);
+      });
   });
   return out;
 }

@@ -6,68 +6,19 @@
 #pragma once
 
 #include "attention.h"
-#include "quantized.h"
+#include "decoder_layers.h"
 #include "stages.h"
 #include "sums.h"
 
 namespace aigc_fast {
 
-constexpr int64_t kKeys = 64;       // keys of an item of attention
-constexpr int kLayerTensors = 6;    // attention norm, qkv, output, MLP norm, gate and up, down
-constexpr int kStages = 7;          // of a layer
-constexpr int64_t kGroupSize = 32;  // of all the weights
-
-struct Weight {
-  QuantizedFormat format;
-  const uint8_t* blocks;
-  int64_t tiles;
-
-  explicit Weight(const Tensor& x) : format(format_with_groups_of_32(x)) {
-    require(x.is_contiguous(), "weights must be contiguous");
-    blocks = data<uint8_t>(x);
-    tiles = x.size(0);
-  }
-  int64_t rows() const { return tiles * kTileRows; }
-
- private:
-  static QuantizedFormat format_with_groups_of_32(const Tensor& x) {
-    require(x.dim() == 3, "a quantised weight must have 3 dimensions");
-    const int bits = x.size(2) < kTileRows * kGroupSize ? 4 : 8;
-    return format_of(x, bits, kGroupSize, x.size(0) * kTileRows);
-  }
-};
-
-template <class T>
-struct Layer {
-  const T* attention_norm;
-  Weight qkv, output;
-  const T* mlp_norm;
-  Weight gate_up, down;
-  T *keys, *values;
-};
-
-// A share of the keys of one key/value head of one sequence.
-struct Unit {
-  int64_t b, head, split, splits;
-};
-
-struct Sizes {
-  int64_t batch, hidden, heads, kv_heads, head_dim, inner, capacity, key_batch, key_seq, key_head;
-  Pages pages;
-  int64_t group() const { return heads / kv_heads; }
-  int64_t packed() const { return (heads + 2 * kv_heads) * head_dim; }
-  // Where entry `index` of a sequence lies in a cache.
-  int64_t entry(int64_t b, int64_t index) const {
-    if (!pages.table) return b * key_batch + index * key_seq;
-    return pages.at(b, index / pages.size) * key_batch + index % pages.size * key_seq;
-  }
-};
-
+constexpr int64_t kKeys = 64;  // keys of an item of attention
 template <class T, int R>
 class Step {
  public:
   Step(const Sizes& s, std::vector<Layer<T>> layers, std::vector<int64_t> positions,
-       const float* cos, const float* sin, float eps, float scale, bool as_codes)
+       std::vector<float> hidden, const float* cos, const float* sin, float eps, float scale,
+       bool as_codes)
       : s_(s),
         layers_(std::move(layers)),
         positions_(std::move(positions)),
@@ -79,7 +30,7 @@ class Step {
         // Sequences with pages in common see each other's new tokens: all are written first.
         shared_(s.pages.table && s.batch > 1),
         items_(4 * torch::stable::get_num_threads()),
-        residual_(s.batch * s.hidden),
+        residual_(std::move(hidden)),
         packed_(s.batch * s.packed()),
         attended_(s.batch * s.heads * s.head_dim),
         inner_(s.batch * s.inner) {
@@ -92,22 +43,15 @@ class Step {
     if (split_) results_.resize(units_.size() * result_size());
   }
 
-  // hidden: (batch, hidden_size), the embedded tokens; out the same, normalised by `norm`.
-  void run(const T* hidden, const T* norm, T* out) {
-    for_vectors<float>(residual_.size(), [&](int64_t i, auto n) {
-      store(residual_.data() + i, load(hidden + i, n), n);
-    });
+  // The last hidden states, (batch, hidden_size), normalised by `norm`.
+  std::vector<float> run(const float* norm) {
     Stages stages(kStages * layers_.size(), torch::stable::get_num_threads());
     // More parts than threads: each thread that comes gets at least one.
     torch::stable::parallel_for(0, items_, 1,
                                 [&](int64_t, int64_t) { Worker(*this, stages).run(); });
-    std::vector<float> normed(s_.hidden);
-    for (int64_t b = 0; b < s_.batch; ++b) {
-      normalize(b, norm, normed.data());
-      for_vectors<float>(s_.hidden, [&](int64_t i, auto n) {
-        store(out + b * s_.hidden + i, load(normed.data() + i, n), n);
-      });
-    }
+    std::vector<float> out(residual_.size());
+    for (int64_t b = 0; b < s_.batch; ++b) normalize(b, norm, out.data() + b * s_.hidden);
+    return out;
   }
 
  private:
@@ -125,7 +69,7 @@ class Step {
     return tiles() * attention(layers_[0], 0, 0, nullptr).result_size();
   }
 
-  void normalize(int64_t b, const T* weight, float* out) const {
+  void normalize(int64_t b, const float* weight, float* out) const {
     const float* x = residual_.data() + b * s_.hidden;
     const float squares = sums_over<float, 1>(s_.hidden, [&](int64_t i, auto n, Vec<float>* sum) {
       const Vec<float> v = load(x + i, n);
@@ -306,7 +250,7 @@ class Step {
     }
 
     // The rows that the next product multiplies.
-    void normed(const Weight& weight, const T* norm) {
+    void normed(const Weight& weight, const float* norm) {
       activations_.reset(weight.format, s_.batch);
       for (int64_t b = 0; b < s_.batch; ++b) {
         step_.normalize(b, norm, normed_.data());

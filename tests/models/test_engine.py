@@ -303,6 +303,25 @@ def test_logits_that_are_not_finite_change_nothing(model, monkeypatch):
         assert request.tokens == naive_greedy(model, request.prompt, 6)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_keys_and_values_in_another_dtype(packed, fused, monkeypatch):
+    """Half precision caches: close to the model's own dtype, chunks and drafts included."""
+    if not fused:
+        monkeypatch.setattr(DecoderLM, "_fused_step", lambda *_: None)
+    prompt = [i * 7 % 100 for i in range(40)]
+    results = []
+    for dtype in (None, torch.float16):
+        engine = Engine(packed, prefill_chunk=16, cache_dtype=dtype)
+        assert engine._memory[0].dtype == (dtype or torch.float32)
+        request = engine.add(prompt, 8)
+        run(engine)
+        results.append(torch.tensor(request.logprobs))
+    assert not torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=0, atol=0.02)
+    with pytest.raises(TypeError, match="cache_dtype must be a floating-point dtype"):
+        Engine(packed, cache_dtype=torch.int8)
+
+
 # ---- what is refused ------------------------------------------------------------------------
 
 

@@ -95,6 +95,25 @@ def test_matches_the_layers(name, dtype, quantize) -> None:
         assert error <= 2 * limit
 
 
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
+def test_caches_may_have_a_dtype_of_their_own(cache_dtype, hidden_dtype) -> None:
+    """As good as the layers with the same caches, against float64 with them."""
+    errors = {"ours": 0.0, "plain": 0.0}
+    for draw in range(8):
+        case = example(**CASES["batch"], draw=draw)
+        caches = [c.to(cache_dtype) for c in case[2]]
+        exact = cast((*case[:2], caches, *case[3:]), torch.float64)
+        true = _decoder_step.reference(*exact, False)
+        for name in errors:
+            args = cast(case, hidden_dtype)
+            args = (*args[:2], [c.clone() for c in caches], *args[3:])
+            out = _decoder_step.call({"plain": "reference", "ours": "cpu"}[name], *args, False)
+            assert out.dtype == hidden_dtype and all(c.dtype == cache_dtype for c in args[2])
+            errors[name] += (out - true).square().mean().item()
+    assert errors["ours"] <= 2**2 * errors["plain"]
+
+
 @pytest.mark.parametrize("quantize", [False, True])
 def test_the_bits_do_not_depend_on_the_threads(quantize) -> None:
     results = []
@@ -195,7 +214,7 @@ def refusals() -> dict:
         return [*values[:index], value, *values[index + 1 :]]
 
     changes = {
-        "float64": (TypeError, r"caches\[0\] must have the dtype", dict(hidden=hidden.double())),
+        "float64": (TypeError, r"weights\[0\] must have the dtype", dict(hidden=hidden.double())),
         "hidden_dim": (ValueError, "hidden must have 2 dimensions", dict(hidden=hidden[0])),
         "few_weights": (ValueError, "weights must be 6 tensors", dict(weights=weights[:-1])),
         "norm": (ValueError, r"weights\[3\] must have shape",

@@ -24,7 +24,8 @@ def attend(
 
     Args:
         query: (batch, q_len, num_heads, head_dim).
-        keys, values: (batch, length, num_kv_heads, head_dim), a cache, or the new tokens alone.
+        keys, values: (batch, length, num_kv_heads, head_dim), a cache, or the new tokens alone. A
+            cache may have another dtype, in which the products are then taken.
         ends: int32 (batch,), the valid entries of a cache with the new tokens counted in; None
             where keys and values are the new tokens and nothing was before them.
         block_table: of a cache in pages, as for `ops.decode_attention`.
@@ -54,7 +55,7 @@ def attend(
             return _softcapped(query, keys, values, scale, window or length, softcap)
         ends = torch.full(query.shape[:1], length, dtype=torch.int32, device=query.device)
     return ops.decode_attention(
-        query,
+        query.to(keys.dtype),
         keys,
         values,
         ends,
@@ -62,7 +63,7 @@ def attend(
         scale=scale,
         window=window,
         softcap=softcap,
-    )
+    ).to(query.dtype)
 
 
 def _visible(query: Tensor, window: int) -> Tensor:

@@ -110,11 +110,13 @@ class DecoderLM(nn.Module):
         model.load_state_dict(state, assign=True)
         return model.eval()
 
-    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache of the model's dtype and device."""
+    def new_cache(
+        self, batch_size: int, capacity: int, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """An empty cache on the model's device, of its dtype or a given one."""
         weight = self.norm.weight
         return KVCache.empty(
-            self.config, batch_size, capacity, dtype=weight.dtype, device=weight.device
+            self.config, batch_size, capacity, dtype=dtype or weight.dtype, device=weight.device
         )
 
     def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .decoder_lm import DecoderLM
 from .engine import Engine
 from .request import Request, Update
@@ -25,6 +27,7 @@ def generate(
     *,
     tokenizer: TextTokenizer | None = None,
     sampling: Sampling = GREEDY,
+    cache_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> list[Request]:
     """The answers to some prompts, in their order; arguments as for `stream`.
@@ -32,7 +35,9 @@ def generate(
     >>> [answer] = generate(model, ["Once upon a time"], 50, tokenizer=tokenizer)
     >>> answer.text, answer.tokens, answer.logprobs, answer.finish_reason
     """
-    engine, requests = _prepare(model, prompts, max_new_tokens, tokenizer, sampling, options)
+    engine, requests = _prepare(
+        model, prompts, max_new_tokens, tokenizer, sampling, cache_dtype, options
+    )
     while not engine.idle:
         engine.step()
     return requests
@@ -45,6 +50,7 @@ def stream(
     *,
     tokenizer: TextTokenizer | None = None,
     sampling: Sampling = GREEDY,
+    cache_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Iterator[Update]:
     """Yields what comes for each prompt as it comes. Closing the iterator ends all of it.
@@ -54,12 +60,13 @@ def stream(
             none is padded.
         max_new_tokens: how many tokens to generate at most.
         sampling: how a token is chosen; prompt i draws with seed + i.
+        cache_dtype: of keys and values, as for `Engine`.
         options: stop_tokens, stop_strings and draft_tokens, as for `Engine.add`.
 
     Raises:
         TypeError, ValueError: at once, naming the argument at fault.
     """
-    engine, _ = _prepare(model, prompts, max_new_tokens, tokenizer, sampling, options)
+    engine, _ = _prepare(model, prompts, max_new_tokens, tokenizer, sampling, cache_dtype, options)
     return _updates(engine)
 
 
@@ -74,6 +81,7 @@ def _prepare(
     max_new_tokens: int,
     tokenizer: TextTokenizer | None,
     sampling: Sampling,
+    cache_dtype: torch.dtype | None,
     options: dict[str, Any],
 ) -> tuple[Engine, list[Request]]:
     """An engine with just the memory these prompts need, and the prompts in it."""
@@ -93,6 +101,7 @@ def _prepare(
         num_pages=max(1, pages),
         page_size=_PAGE_SIZE,
         max_batch_size=min(len(prompts), _BATCH),
+        cache_dtype=cache_dtype,
     )
     requests = []
     for i, prompt in enumerate(prompts):

@@ -87,7 +87,10 @@ class Attention(nn.Module):
         if step.cache is not None:
             cached = step.cache.keys[self.layer], step.cache.values[self.layer]
             table = step.cache.block_table
-            ops.append_kv(key, value, *cached, step.cache.lengths, block_table=table)
+            dtype = cached[0].dtype
+            ops.append_kv(
+                key.to(dtype), value.to(dtype), *cached, step.cache.lengths, block_table=table
+            )
             if step.ends is not None:
                 keys, values, block_table = *cached, table
         out = attend(
