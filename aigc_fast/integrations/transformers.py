@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from aigc_fast import ops
 from aigc_fast.integrations._patching import Assignment, Replacement, Unfit
+from aigc_fast.integrations.transformers_cache import grow_in_place
 
 #: under which transformers knows our attention
 ATTENTION = "aigc_fast"
@@ -140,6 +141,7 @@ class RotaryAttention(Attention):
         key = ops.apply_rotary(key, cos, sin).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+            grow_in_place(past_key_values, self.layer_idx)
         out, weights = attention(
             self, query, key, value, attention_mask,
             dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling,

@@ -310,6 +310,69 @@ def test_another_attention_chosen_later() -> None:
     assert model.config._attn_implementation == "eager"
 
 
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+def steps(model, ids, cache, count):
+    with torch.no_grad():
+        for _ in range(count):
+            ids = model(ids[:, -1:], past_key_values=cache).logits[:, -1:].argmax(-1)
+    return ids
+
+
+def test_the_cache_grows_in_place() -> None:
+    from transformers import DynamicCache
+
+    model, (ids, _) = make("llama"), prompts()
+    aigc_fast.patch(model)
+    cache = DynamicCache(config=model.config)
+    steps(model, ids, cache, 3)
+    keys = cache.layers[0].keys
+    steps(model, ids, cache, 2)
+    assert cache.layers[0].keys.data_ptr() == keys.data_ptr()
+    assert cache.layers[0].keys.shape[2] == keys.shape[2] + 2
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "deepcopy", "reset", "inference"])
+def test_what_is_done_to_a_cache_between_steps(change) -> None:
+    """The same as transformers' own cache, and what was once handed out stays as it was."""
+    from transformers.cache_utils import DynamicLayer
+
+    from aigc_fast.integrations.transformers_cache import GrowingLayer
+
+    generator = torch.Generator().manual_seed(3)
+    new = lambda batch, n: torch.randn(batch, 2, n, 4, generator=generator)  # noqa: E731
+    ours, theirs, handed_out = GrowingLayer(), DynamicLayer(), []
+
+    def update(n):
+        key, value = new(4 if change == "repeat" and handed_out else 2, n), None
+        value = key + 1
+        mode = torch.inference_mode if change == "inference" and n == 1 else torch.no_grad
+        with mode():
+            got, want = ours.update(key, value), theirs.update(key, value)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        return got[0], want[0].clone()
+
+    first = [update(n) for n in (5, 1, 1, 2)]
+    handed_out += first
+    for cache in (ours, theirs):
+        if change == "crop":
+            cache.crop(-2)
+        elif change == "reorder":
+            cache.reorder_cache(torch.tensor([1, 1]))
+        elif change == "repeat":
+            cache.batch_repeat_interleave(2)
+        elif change == "reset":
+            cache.reset()
+    if change == "deepcopy":
+        branch = copy.deepcopy(ours)
+        with torch.no_grad():
+            branch.update(new(2, 1), new(2, 1))
+    handed_out += [update(n) for n in (1, 3, *[1] * 60)]
+    assert all(torch.equal(got, want) for got, want in handed_out)
+
+
 # ---- what is left alone --------------------------------------------------------------------------
 
 
