@@ -18,8 +18,10 @@ class GrowingLayer(DynamicLayer):
     outside (cropped, reordered, moved) copies them into new buffers at the next token.
     """
 
-    _buffers: tuple[Tensor, Tensor] | None = None
-    _views: tuple[Tensor, Tensor] | None = None
+    keys: Tensor
+    values: Tensor
+    _buffers: tuple[Tensor, ...] = ()
+    _views: tuple[Tensor, ...] = ()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -35,14 +37,14 @@ class GrowingLayer(DynamicLayer):
         keys, values = self._buffers
         keys[..., length:end, :] = key_states
         values[..., length:end, :] = value_states
-        self._views = self.keys, self.values = keys[..., :end, :], values[..., :end, :]
-        return self._views
+        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        self._views = self.keys, self.values
+        return self.keys, self.values
 
     def _has_room(self, end: int) -> bool:
-        if self._buffers is None or self._views is None:
-            return False
         return (
-            self.keys is self._views[0]
+            bool(self._buffers)
+            and self.keys is self._views[0]
             and self.values is self._views[1]
             and end <= self._buffers[0].shape[-2]
             # Torch forbids writing to what inference mode made outside of it.
