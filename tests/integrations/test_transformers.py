@@ -1,0 +1,423 @@
+"""aigc_fast.patch on transformers' models, beside the same models unpatched."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import aigc_fast
+from aigc_fast.integrations._patching import Replacement
+from tests.models.checkpoints import (
+    VOCAB,
+    Exact,
+    assert_error_ratio,
+    exact_logits,
+    exact_model,
+    hf_config,
+    hf_logits,
+    hf_model,
+)
+from tests.ops.test_every_op import assert_as_good_as_torch, recorded
+from tests.test_mechanism import run_python
+
+pytest.importorskip("transformers")
+
+STEP = {"rms_norm", "apply_rotary", "decode_attention", "swiglu"}
+LATE_WINDOW = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
+#: model_type: what its config has beside the sizes, and the operators of a decoding step
+MODELS = {
+    "llama": (dict(attention_bias=True), STEP),
+    "mistral": (dict(sliding_window=7), STEP),
+    "qwen2": (
+        dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+        STEP,
+    ),
+    "qwen3": ({}, STEP),
+    "gemma2": (dict(sliding_window=6, query_pre_attn_scalar=20), STEP - {"swiglu"} | {"geglu"}),
+    "gpt2": ({}, {"decode_attention"}),
+}
+EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
+
+
+def make(name, dtype=torch.float32, **changes):
+    attention = "eager" if name == "gemma2" else "sdpa"  # what from_pretrained takes by default
+    options = {"attn_implementation": attention} | MODELS[name][0] | changes
+    return hf_model(hf_config(name, **options), dtype)
+
+
+def prompts(padded=False, batch=3, length=11):
+    ids = torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :6] = 0
+        mask[2, :1] = 0
+    return ids, mask
+
+
+def greedy(model, ids, mask, **options):
+    return model.generate(
+        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, **options
+    )
+
+
+def snapshot(model):
+    """Everything that unpatch must bring back, by identity."""
+    state = [(id(m), type(m), dict(m.__dict__)) for m in model.modules()]
+    return state, dict(model.config.__dict__), {k: id(p) for k, p in model.named_parameters()}
+
+
+def layer(model):
+    return (model.transformer.h if hasattr(model, "transformer") else model.model.layers)[0]
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("padded", [False, True], ids=["equal", "padded"])
+@EVERY_MODEL
+def test_the_same_greedy_tokens(name, padded, cache) -> None:
+    model, (ids, mask) = make(name), prompts(padded)
+    want = greedy(model, ids, mask, cache_implementation=cache)
+    aigc_fast.patch(model)
+    with recorded() as calls:
+        got = greedy(model, ids, mask, cache_implementation=cache)
+    assert torch.equal(got, want)
+    names = [op.name.removesuffix("_full") for op, _ in calls]
+    assert set(names) == MODELS[name][1]
+    # Eleven steps follow the prompt, in three layers: all of them decoded.
+    assert names.count("decode_attention") == 33
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@EVERY_MODEL
+def test_logits_are_as_good_as_stock(name, dtype) -> None:
+    model, (ids, _) = make(name, dtype), prompts()
+    exact = exact_logits(model, ids)
+    chunks = (7, 1, 1, 2)
+    stock = hf_logits(model, ids), hf_logits(model, ids, *chunks)
+    aigc_fast.patch(model)
+    ours = hf_logits(model, ids), hf_logits(model, ids, *chunks)
+    for mine, theirs in zip(ours, stock, strict=True):
+        assert_error_ratio(mine, theirs, exact)
+
+
+def gradients(model, ids):
+    parameters = list(model.parameters())
+    loss = model(ids, labels=ids, use_cache=False).loss
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+
+@EVERY_MODEL
+def test_a_training_step(name) -> None:
+    model, (ids, _) = make(name), prompts()
+    with Exact():
+        exact = gradients(exact_model(model), ids)
+    stock = gradients(model, ids)
+    aigc_fast.patch(model)
+    assert_as_good_as_torch(gradients(model, ids), stock, exact, torch.float32)
+    model.gradient_checkpointing_enable()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert_as_good_as_torch(gradients(model, ids), stock, exact, torch.float32)
+
+
+@EVERY_MODEL
+def test_no_new_graph_breaks(name) -> None:
+    model, (ids, _) = make(name, num_hidden_layers=1), prompts(batch=1)
+
+    def breaks():
+        torch._dynamo.reset()
+        found = torch._dynamo.explain(lambda: model(ids, use_cache=False).logits)()
+        return found.graph_break_count, found.graph_count
+
+    before = breaks()
+    aigc_fast.patch(model)
+    assert breaks() == before
+    torch._dynamo.reset()
+
+
+@EVERY_MODEL
+def test_everything_comes_back(name) -> None:
+    model = make(name)
+    before, keys = snapshot(model), list(model.state_dict())
+    report = aigc_fast.patch(model)
+    assert list(model.state_dict()) == keys
+    assert aigc_fast.patch(model) == report
+    assert sum(n for n, _ in report.replaced.values()) >= 6
+    assert "Linear" in report.kept and "kept" in str(report) and "decode_attention" in str(report)
+    for module in model.modules():
+        assert isinstance(module, type(module).__mro__[-1])
+    aigc_fast.unpatch(model)
+    assert snapshot(model) == before
+    aigc_fast.unpatch(model)
+    assert snapshot(model) == before
+
+
+@EVERY_MODEL
+def test_copies_are_patched_and_can_be_unpatched(name) -> None:
+    model, (ids, _) = make(name), prompts()
+    stock = model(ids).logits
+    aigc_fast.patch(model)
+    want = model(ids).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+        assert torch.equal(twin(ids).logits, want)
+        aigc_fast.unpatch(twin)
+        assert torch.equal(twin(ids).logits, stock)
+    assert torch.equal(model(ids).logits, want)
+
+
+# ---- beside what users and other libraries do to a model -----------------------------------------
+
+
+class Adapter(nn.Module):
+    """As LoRA does it."""
+
+    def __init__(self, base) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("first", ["adapters", "patch"])
+def test_adapters(first) -> None:
+    model, (ids, _) = make("llama"), prompts()
+    if first == "patch":
+        aigc_fast.patch(model)
+    for parent, child in ((layer(model).mlp, "gate_proj"), (layer(model).self_attn, "q_proj")):
+        setattr(parent, child, Adapter(getattr(parent, child)))
+    ours = [*gradients(wrapped(model), ids)] if first == "patch" else None
+    aigc_fast.unpatch(model)
+    with Exact():
+        exact = gradients(copy.deepcopy(model).double(), ids)
+    stock = gradients(model, ids)
+    if ours is None:
+        aigc_fast.patch(model)
+        ours = gradients(model, ids)
+    assert_as_good_as_torch(ours, stock, exact, torch.float32)
+
+
+def wrapped(model):
+    """The model inside another, as in PEFT or an accelerator."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    return Outer()
+
+
+def test_a_model_inside_another() -> None:
+    model = make("llama")
+    before = snapshot(model)
+    aigc_fast.patch(model.model)
+    outer = wrapped(model)
+    assert aigc_fast.patch(outer).replaced["LlamaRMSNorm"] == (7, "rms_norm")
+    aigc_fast.unpatch(outer)
+    assert snapshot(model) == before
+
+
+def test_hooks_run_and_outputs_are_recorded() -> None:
+    model, (ids, _) = make("llama", attn_implementation="eager"), prompts()
+    seen = []
+    for part in (layer(model).mlp, layer(model).self_attn, layer(model).input_layernorm):
+        part.register_forward_hook(lambda module, args, out: seen.append(module))
+
+    def run(model):
+        out = model(ids, output_attentions=True, output_hidden_states=True)
+        return [*out.attentions, *out.hidden_states]
+
+    with Exact():
+        exact = run(exact_model(model))
+    stock = run(model)
+    aigc_fast.patch(model)
+    assert_as_good_as_torch(run(model), stock, exact, torch.float32)
+    assert len(seen) == 6 and set(seen[:3]) == set(seen[3:])
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "bool, one query", "packed"])
+def test_masks_of_the_caller(kind) -> None:
+    model, (ids, _) = make("llama"), prompts()
+    queries = 1 if "one" in kind else ids.shape[1]
+    generator = torch.Generator().manual_seed(2)
+    allowed = torch.rand(len(ids), 1, queries, ids.shape[1], generator=generator) < 0.5
+    allowed[..., -queries:] |= torch.eye(queries, dtype=torch.bool)
+    mask = allowed if "bool" in kind else torch.zeros(allowed.shape).masked_fill(~allowed, -1e9)
+    options = dict(attention_mask=mask)
+    if kind == "packed":
+        options = dict(position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]]))
+
+    def run():
+        if queries > 1:
+            return model(ids, **options, use_cache=False).logits
+        past = model(ids[:, :-1]).past_key_values
+        return model(ids[:, -1:], past_key_values=past, **options).logits
+
+    with torch.no_grad():
+        want = run()
+        aigc_fast.patch(model)
+        torch.testing.assert_close(run(), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_autocast(name) -> None:
+    model, (ids, _) = make(name), prompts()
+    exact = exact_logits(model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = hf_logits(model, ids, 9, 1, 1)
+        aigc_fast.patch(model)
+        assert_error_ratio(hf_logits(model, ids, 9, 1, 1), stock, exact)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_inference_mode_and_beams(name) -> None:
+    model, (ids, mask) = make(name), prompts(padded=True)
+    with torch.inference_mode():
+        want = greedy(model, ids, mask, num_beams=3)
+        aigc_fast.patch(model)
+        assert torch.equal(greedy(model, ids, mask, num_beams=3), want)
+
+
+def test_decoding_with_a_gradient() -> None:
+    """One query of which a gradient is asked must not reach decode_attention, which has none."""
+    model, (ids, _) = make("llama"), prompts(length=1)
+    stock = gradients(model, ids.expand(3, 2))
+    aigc_fast.patch(model)
+    for mine, theirs in zip(gradients(model, ids.expand(3, 2)), stock, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    model(ids).logits.sum().backward()
+
+
+def test_another_attention_chosen_later() -> None:
+    model, (ids, mask) = make("llama"), prompts(padded=True)
+    want = greedy(model, ids, mask)
+    aigc_fast.patch(model)
+    model.set_attn_implementation("eager")
+    with recorded() as calls:
+        assert torch.equal(greedy(model, ids, mask), want)
+    assert {op.name for op, _ in calls} == {"rms_norm", "swiglu"}
+    aigc_fast.unpatch(model)
+    assert model.config._attn_implementation == "eager"
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+def steps(model, ids, cache, count):
+    with torch.no_grad():
+        for _ in range(count):
+            ids = model(ids[:, -1:], past_key_values=cache).logits[:, -1:].argmax(-1)
+    return ids
+
+
+def test_the_cache_grows_in_place() -> None:
+    from transformers import DynamicCache
+
+    model, (ids, _) = make("llama"), prompts()
+    aigc_fast.patch(model)
+    cache = DynamicCache(config=model.config)
+    steps(model, ids, cache, 3)
+    keys = cache.layers[0].keys
+    steps(model, ids, cache, 2)
+    assert cache.layers[0].keys.data_ptr() == keys.data_ptr()
+    assert cache.layers[0].keys.shape[2] == keys.shape[2] + 2
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "deepcopy", "reset", "inference"])
+def test_what_is_done_to_a_cache_between_steps(change) -> None:
+    """The same as transformers' own cache, and what was once handed out stays as it was."""
+    from transformers.cache_utils import DynamicLayer
+
+    from aigc_fast.integrations.transformers_cache import GrowingLayer
+
+    generator = torch.Generator().manual_seed(3)
+    new = lambda batch, n: torch.randn(batch, 2, n, 4, generator=generator)  # noqa: E731
+    ours, theirs, handed_out = GrowingLayer(), DynamicLayer(), []
+
+    def update(n):
+        key, value = new(4 if change == "repeat" and handed_out else 2, n), None
+        value = key + 1
+        mode = torch.inference_mode if change == "inference" and n == 1 else torch.no_grad
+        with mode():
+            got, want = ours.update(key, value), theirs.update(key, value)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        return got[0], want[0].clone()
+
+    first = [update(n) for n in (5, 1, 1, 2)]
+    handed_out += first
+    for cache in (ours, theirs):
+        if change == "crop":
+            cache.crop(-2)
+        elif change == "reorder":
+            cache.reorder_cache(torch.tensor([1, 1]))
+        elif change == "repeat":
+            cache.batch_repeat_interleave(2)
+        elif change == "reset":
+            cache.reset()
+    if change == "deepcopy":
+        branch = copy.deepcopy(ours)
+        with torch.no_grad():
+            branch.update(new(2, 1), new(2, 1))
+    handed_out += [update(n) for n in (1, 3, *[1] * 60)]
+    assert all(torch.equal(got, want) for got, want in handed_out)
+
+
+# ---- what is left alone --------------------------------------------------------------------------
+
+
+def test_an_unknown_model_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    before = [(type(m), dict(m.__dict__)) for m in model.modules()]
+    report = aigc_fast.patch(model)
+    assert [(type(m), dict(m.__dict__)) for m in model.modules()] == before
+    assert report.replaced == {}
+    assert report.kept["LayerNorm"] == (1, "no replacement is known")
+    assert str(report).startswith("Sequential: 0 modules replaced")
+
+
+def test_what_does_not_fit_is_kept_and_reported() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    class Mine(LlamaRMSNorm):
+        pass
+
+    model = make("llama", hidden_act="relu", attn_implementation="flex_attention")
+    model.model.norm = Mine(72)
+    overridden = layer(model).input_layernorm
+    overridden.forward = lambda x: x
+    report = aigc_fast.patch(model)
+    assert report.kept["LlamaMLP"] == (3, "its activation is ReLU")
+    assert report.kept["LlamaAttention"] == (3, "its attention is flex_attention")
+    assert report.kept["LlamaRMSNorm"] == (1, "its forward was replaced on the object")
+    assert report.kept["Mine"] == (1, "no replacement is known")
+    assert report.replaced == {"LlamaRMSNorm": (5, "rms_norm")}
+    assert not isinstance(overridden, Replacement)
+    aigc_fast.unpatch(model)
+    assert not any(isinstance(m, Replacement) for m in model.modules())
+
+
+def test_refuses_what_is_no_module() -> None:
+    for function in (aigc_fast.patch, aigc_fast.unpatch):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+            function("gpt2")
+
+
+def test_imports_nothing_heavy() -> None:
+    code = """
+        import sys, torch, aigc_fast
+        assert "aigc_fast.integrations" not in sys.modules
+        aigc_fast.patch(torch.nn.Linear(2, 2))
+        print("transformers" in sys.modules)
+    """
+    assert "False" in run_python(code)
