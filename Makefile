@@ -23,7 +23,7 @@ demo: $(VENV)/.build $(VENV)/.demo
 	$(BIN)/aigc-fast demo
 
 test: $(VENV)/.build $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 bench: $(VENV)/.build $(VENV)/.test
 	$(BIN)/python -m benchmarks.report
@@ -65,7 +65,7 @@ $(VENV)/.demo: $(VENV)/.torch
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) pytest pytest-benchmark expecttest transformers diffusers
+	$(PIP) pytest pytest-xdist pytest-benchmark expecttest transformers diffusers
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

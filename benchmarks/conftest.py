@@ -23,7 +23,7 @@ from tests.ops.test_every_op import (
     worst,
 )
 
-_QUICK = 3
+_QUICK = 2  # calls of a benchmark
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -89,7 +89,7 @@ class Measure:
         # In the same turns: what the variants leave in the caches is then the same for all.
         kind = "read" if reads_only else "copy"
         limit = plain_pass(bytes_moved, kind)
-        times = interleaved({**calls, kind: limit}, seconds=0.5 if self.quick else 3.0)
+        times = interleaved({**calls, kind: limit}, seconds=0.3 if self.quick else 3.0)
         self.benchmark.extra_info.update(
             dtype=str(dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),

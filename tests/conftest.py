@@ -21,6 +21,11 @@ _M_PERTURB = -6
 ctypes.CDLL(None).mallopt(_M_PERTURB, 0x80)
 
 
+# The workers of pytest-xdist share the cores.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
