@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import fp32, tanh
+from .narrow import NARROW, widen
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_attend": (255, 81952), "_merge": (64, 1024)}
@@ -23,19 +24,6 @@ BUDGET = {"_attend": (255, 81952), "_merge": (64, 1024)}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_FP8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-
-
-@triton.jit
-def widen(x, FP8: tl.constexpr):
-    """fp8 from its bits, which older GPUs and the interpreter can not convert, as fp16."""
-    if FP8 == "e5m2":
-        x = (x.to(tl.int16) << 8).to(tl.float16, bitcast=True)
-    if FP8 == "e4m3":
-        bits = (x.to(tl.int16) << 7) & -16512  # 0xbf80: the sign, and 2^-8 of the number
-        bits = tl.where((bits & 0x3F80) == 0x3F80, 0x7FFF, bits).to(tl.int16)
-        x = bits.to(tl.float16, bitcast=True) * 256.0
-    return x
 
 
 @triton.jit
@@ -46,7 +34,7 @@ def _attend(
     value_batch, value_seq, value_head, lengths_stride,
     table_batch, table_page, num_pages,
     q_len, heads, kv_heads, group, head_dim, capacity, row_blocks, splits, scale, window, softcap,
-    fixed_split, PAGE: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr,
+    fixed_split, PAGE: tl.constexpr, CACHE: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, IN_FP32: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0) % splits
@@ -107,7 +95,7 @@ def _attend(
             value_at = page * value_batch + (keys % PAGE).to(tl.int64) * value_seq
         key = tl.load(key_ptr + key_at[:, None] + dims[None, :], mask, 0.0)
         value = tl.load(value_ptr + value_at[:, None] + dims[None, :], mask, 0.0)
-        key, value = widen(key, FP8), widen(value, FP8)
+        key, value = widen(key, CACHE), widen(value, CACHE)
         key, value = key.to(query.dtype), value.to(query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
         if softcap is not None:
@@ -206,8 +194,8 @@ def decode_attention_full(
     sinks, alibi_slopes, key_scale, value_scale = (
         x if x is None else x.contiguous() for x in (sinks, alibi_slopes, key_scale, value_scale)
     )
-    fp8 = _FP8.get(key_cache.dtype)
-    if fp8:
+    kind = NARROW.get(key_cache.dtype)
+    if kind:
         key_cache, value_cache = key_cache.view(torch.int8), value_cache.view(torch.int8)
     query, key_cache, value_cache = map(_with_contiguous_rows, (query, key_cache, value_cache))
     rows = heads // kv_heads * q_len
@@ -238,8 +226,8 @@ def decode_attention_full(
         cache_lengths.stride(0), *(block_table.stride() if page_size else (0, 0)),
         key_cache.shape[0], q_len, heads, kv_heads, heads // kv_heads, head_dim, capacity,
         row_blocks, splits, head_dim**-0.5 if scale is None else float(scale), window, softcap,
-        fixed_split, PAGE=page_size, FP8=fp8, ROWS=ROWS, KEYS=KEYS, DIM=DIM, IN_FP32=_INTERPRETED,
-        num_warps=4 if narrow else 8, num_stages=2,
+        fixed_split, PAGE=page_size, CACHE=kind, ROWS=ROWS, KEYS=KEYS, DIM=DIM,
+        IN_FP32=_INTERPRETED, num_warps=4 if narrow else 8, num_stages=2,
     )  # fmt: skip
     if not direct:
         _merge[(lse.numel(),)](

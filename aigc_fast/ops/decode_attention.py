@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._pages import can_look, capacity_of, check_block_table, check_pages
+from aigc_fast.ops._pages import NARROW, can_look, capacity_of, check_block_table, check_pages
 from aigc_fast.ops._registry import Op
 
 _LSES = (torch.float32, torch.float64)
-_NARROW = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @overload
@@ -219,10 +218,10 @@ def _check(
     value_scale: Tensor | None = None, fixed_split: int | None = None,
 ) -> None:  # fmt: skip
     check_tensor("query", query, ndim=4)
-    if not isinstance(key_cache, Tensor) or key_cache.dtype not in _NARROW:
+    if not isinstance(key_cache, Tensor) or key_cache.dtype not in NARROW:
         check_tensor("key_cache", key_cache, like=("query", query), ndim=4)
     else:
-        check_tensor("key_cache", key_cache, dtypes=_NARROW, ndim=4)
+        check_tensor("key_cache", key_cache, dtypes=NARROW, ndim=4)
     check_tensor("value_cache", value_cache, like=("key_cache", key_cache), shape=key_cache.shape)
     batch, _, heads, head_dim = query.shape
     kv_heads = key_cache.shape[2]

@@ -93,38 +93,6 @@ std::vector<int64_t> read_lengths(const Tensor& lengths, const Shape& s) {
   return values;
 }
 
-// A number for each head, in the type of the arithmetic; empty if not given.
-template <class A>
-std::vector<A> of_heads(const std::optional<Tensor>& x, const char* name, int64_t heads) {
-  if (!x) return {};
-  require(x->dim() == 1 && x->size(0) == heads, name, " must have shape (", heads, ",)");
-  std::vector<A> values(heads);
-  dispatch(*x, name, [&]<class T>(T) {
-    for (int64_t h = 0; h < heads; ++h) values[h] = load_n(data<T>(*x) + h * x->stride(0), 1)[0];
-  });
-  return values;
-}
-
-// Calls f with a value of the C++ type of the caches, where queries are T.
-template <class T, class F>
-void dispatch_cache(const Tensor& x, F&& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Char:
-      return f(int8_t{});
-    case ScalarType::Float8_e4m3fn:
-      return f(e4m3{});
-    case ScalarType::Float8_e5m2:
-      return f(e5m2{});
-    default:
-      dispatch(x, "key_cache", [&]<class C>(C) {
-        if constexpr (std::is_same_v<T, C>)
-          f(C{});
-        else
-          require(false, "the caches must have the dtype of query, int8 or fp8");
-      });
-  }
-}
-
 std::tuple<Tensor, Tensor> decode_attention_full(
     const Tensor& query_in, const Tensor& key_in, const Tensor& value_in, const Tensor& lengths_in,
     std::optional<double> scale, std::optional<int64_t> window, std::optional<double> softcap,
