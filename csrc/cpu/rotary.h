@@ -14,7 +14,8 @@ namespace aigc_fast {
 // (first, second) -> (first c - second s, second c + first s) with the halves of a head as the
 // two; `sign` is -1 to turn back.
 template <class T, class Y, class C>
-AIGC_INLINE void rotate_halves(const T* x, Y* y, const C* cos, const C* sin, Acc<T> sign, int64_t half) {
+AIGC_INLINE void rotate_halves(const T* x, Y* y, const C* cos, const C* sin, Acc<T> sign,
+                               int64_t half) {
   for_vectors<Acc<T>>(half, [&](int64_t i, auto lanes) {
     const Vec<Acc<T>> c = load(cos + i, lanes), s = load(sin + i, lanes) * sign;
     const Vec<Acc<T>> first = load(x + i, lanes), second = load(x + half + i, lanes);
@@ -47,7 +48,8 @@ void spread_pairs(const C* p, A* table, A sign_even, A sign, int64_t half) {
 
 // With neighbours as the pair: y[i] = x[i] * cos[i] + x[i ^ 1] * sin[i], sin negative at even i.
 template <class T, class Y>
-AIGC_INLINE void rotate_neighbours(const T* x, Y* y, const Acc<T>* cos, const Acc<T>* sin, int64_t rotated) {
+AIGC_INLINE void rotate_neighbours(const T* x, Y* y, const Acc<T>* cos, const Acc<T>* sin,
+                                   int64_t rotated) {
   using A = Acc<T>;
   const Vec<Bits<A>> swapped = lane_numbers<A>([](int i) { return i ^ 1; });
   for_vectors<A>(rotated, [&](int64_t i, auto lanes) {
