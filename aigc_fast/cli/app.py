@@ -41,6 +41,10 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most like
 TopK = Annotated[int, typer.Option(min=0, help="Draw among so many tokens; 0 for all.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among this much probability.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Draft = Annotated[
+    int, typer.Option(min=0, help="Guess so many tokens ahead from the text; the same answer.")
+]
+Context = Annotated[int, typer.Option(min=1, help="Tokens to make room for.")]
 Exact = Annotated[bool, typer.Option(help="Keep activations as they are, not as 8-bit codes.")]
 
 
@@ -49,19 +53,29 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to answer, or with --raw to continue.")],
     raw: Annotated[bool, typer.Option(help="No chat template around the prompt.")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="Text to end before; repeatable.")] = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    draft: Draft = 0,
     exact: Exact = False,
+    context: Context = 4096,
 ) -> None:
     """Streams the answer of a decoder, then its time to the first token and tokens a second."""
-    from .generate import Session
+    from .generate import Sampling, Session
 
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    console = Console(highlight=False)
-    session = Session.open(console, model, max_tokens, options, exact)
+    session = Session.open(
+        Console(highlight=False),
+        model,
+        exact=exact,
+        context=context,
+        max_tokens=max_tokens,
+        sampling=Sampling(temperature, top_k, top_p, seed=seed),
+        stop_strings=stop or [],
+        draft_tokens=draft,
+    )
     raise typer.Exit(2 if session is None else session.answer(prompt, raw=raw))
 
 
@@ -73,14 +87,22 @@ def chat(
     top_k: TopK = 0,
     top_p: TopP = 0.9,
     seed: Seed = None,
+    draft: Draft = 0,
     exact: Exact = False,
+    context: Context = 4096,
 ) -> None:
     """A conversation with a decoder; an empty line ends it."""
-    from .generate import Session
+    from .generate import Sampling, Session
 
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    console = Console(highlight=False)
-    session = Session.open(console, model, max_tokens, options, exact)
+    session = Session.open(
+        Console(highlight=False),
+        model,
+        exact=exact,
+        context=context,
+        max_tokens=max_tokens,
+        sampling=Sampling(temperature, top_k, top_p, seed=seed),
+        draft_tokens=draft,
+    )
     raise typer.Exit(2 if session is None else session.converse())
 
 

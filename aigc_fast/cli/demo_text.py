@@ -11,7 +11,7 @@ from rich.console import Console
 
 import aigc_fast
 from aigc_fast.io import load_tokenizer
-from aigc_fast.models.autoregressive import DecoderLM, stream_tokens
+from aigc_fast.models.autoregressive import DecoderLM, Update, stream
 
 QUESTION = "What is a rainbow, and how does it form?"
 
@@ -34,17 +34,19 @@ def run(console: Console, device: torch.device, *, tokens: int) -> TextResult:
         model = DecoderLM.from_pretrained(path, packed=True) if device.type == "cpu" else dense
     prompt = tokenizer.encode(tokenizer.chat_prompt([{"role": "user", "content": QUESTION}]))
     stop = tokenizer.stop_tokens
-    for _ in stream_tokens(model, [prompt], 4):
+    for _ in stream(model, [prompt], 4):
         pass  # the first tokens of a process are slower
 
     console.print(f"[bold]{QUESTION}[/]")
-    ours = _Clocked(stream_tokens(model, [prompt], tokens, stop_tokens=stop))
-    for piece in tokenizer.decode_stream(ours):
+    ours = _Clocked(stream(model, [prompt], tokens, tokenizer=tokenizer, stop_tokens=stop))
+    for piece in ours:
         console.print(piece, end="", markup=False, soft_wrap=True)
     console.print()
     with console.status("the same in plain PyTorch"), aigc_fast.backend("reference"):
-        reference = _Clocked(stream_tokens(dense, [prompt], tokens, stop_tokens=stop))
-        same = list(reference) == ours.tokens
+        reference = _Clocked(stream(dense, [prompt], tokens, stop_tokens=stop))
+        for _ in reference:
+            pass
+    same = reference.tokens == ours.tokens
     console.print(
         f"[dim]{1 / ours.seconds:.1f} tokens/s, plain PyTorch on the dequantised weights "
         f"{1 / reference.seconds:.1f}; "
@@ -62,23 +64,23 @@ def _weights() -> Path:
 
 
 class _Clocked:
-    """Iterates over the tokens of one sequence; `seconds` is the mean time of one."""
+    """Iterates over the text of one sequence; `seconds` is the mean time of a token."""
 
-    def __init__(self, stream: Iterator[torch.Tensor]) -> None:
-        self._stream = stream
+    def __init__(self, updates: Iterator[Update]) -> None:
+        self._updates = updates
         self.tokens: list[int] = []
         self.seconds = float("nan")
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[str]:
         busy = 0.0
         while True:
             start = time.perf_counter()
-            token = next(self._stream, None)
-            if token is None:
+            update = next(self._updates, None)
+            if update is None:
                 return
-            self.tokens.append(int(token))
             # Neither the prompt, which comes with the first token, nor what the caller does.
-            if len(self.tokens) > 1:
+            if self.tokens:
                 busy += time.perf_counter() - start
-                self.seconds = busy / (len(self.tokens) - 1)
-            yield self.tokens[-1]
+                self.seconds = busy / len(self.tokens)
+            self.tokens += update.tokens
+            yield update.text

@@ -3,51 +3,56 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from aigc_fast.io import load_tokenizer
-from aigc_fast.models.autoregressive import DecoderLM, Sampling, stream_tokens
+from aigc_fast.io import TextTokenizer, load_tokenizer
+from aigc_fast.models.autoregressive import DecoderLM, Engine, Request, Sampling
+
+__all__ = ["Sampling", "Session"]
+
+PAGE_SIZE = 16
 
 
 class Session:
-    """A model, its tokenizer and the messages so far."""
+    """An engine, which remembers what it has computed, and the messages so far."""
 
     def __init__(
         self,
         console: Console,
-        model: DecoderLM,
-        tokenizer: Any,
+        engine: Engine,
+        tokenizer: TextTokenizer,
         max_tokens: int,
-        sampling: Sampling,
+        **how: Any,
     ) -> None:
-        self.console, self.model, self.tokenizer = console, model, tokenizer
-        self.max_tokens, self.sampling = max_tokens, sampling
+        """`how` goes to `Engine.add` with every prompt."""
+        self.console, self.engine, self.tokenizer = console, engine, tokenizer
+        self.max_tokens, self.how = max_tokens, how
         self.messages: list[dict[str, str]] = []
 
     @classmethod
     def open(
-        cls, console: Console, path: Path, max_tokens: int, options: dict[str, Any], exact: bool
+        cls, console: Console, path: Path, *, exact: bool, context: int, **options: Any
     ) -> Session | None:
         """Reads model and tokenizer; None, with the reason on the console, where it cannot."""
+        on_gpu = torch.cuda.is_available()
         try:
             with console.status(f"reading {path.name}"):
-                packed = not path.is_dir() and not torch.cuda.is_available()
-                dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+                packed = not path.is_dir() and not on_gpu
+                dtype = torch.bfloat16 if on_gpu else torch.float32
                 model = DecoderLM.from_pretrained(
                     path, dtype, packed=packed, quantize_activations=packed and not exact
-                )
+                ).to("cuda" if on_gpu else "cpu")
                 tokenizer = load_tokenizer(path)
         except (OSError, ValueError, ImportError) as error:
             console.print(str(error), style="red", markup=False)
             return None
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(console, model.to(device), tokenizer, max_tokens, Sampling(**options))
+        pages = -(-min(context, model.config.max_position_embeddings) // PAGE_SIZE)
+        engine = Engine(model, tokenizer, num_pages=pages, page_size=PAGE_SIZE, max_batch_size=1)
+        return cls(console, engine, tokenizer, stop_tokens=tokenizer.stop_tokens, **options)
 
     def answer(self, prompt: str, *, raw: bool = False) -> int:
         """Streams one answer and what it took; the exit code."""
@@ -55,30 +60,25 @@ class Session:
             self.messages.append({"role": "user", "content": prompt})
             prompt = self.tokenizer.chat_prompt(self.messages)
         ids = self.tokenizer.encode(prompt)
-        room = self.model.config.max_position_embeddings - len(ids) + 1
-        if not ids or room < 1:
+        room = self.engine.max_length
+        if not 0 < len(ids) <= room:
             self.console.print(
-                f"the prompt has {len(ids)} tokens; it must have 1 to "
-                f"{self.model.config.max_position_embeddings}",
-                style="red",
+                f"the prompt has {len(ids)} tokens; it must have 1 to {room}", style="red"
             )
             return 2
-        clock = _Clock()
-        stream = stream_tokens(
-            self.model,
-            [ids],
-            min(self.max_tokens, room),
-            sampling=self.sampling,
-            stop_tokens=self.tokenizer.stop_tokens,
-        )
-        text = ""
-        for piece in self.tokenizer.decode_stream(clock.ticks(stream)):
-            self.console.print(piece, end="", markup=False, soft_wrap=True)
-            text += piece
+        request = self.engine.add(ids, min(self.max_tokens, room - len(ids) + 1), **self.how)
+        times = [time.perf_counter()]
+        try:
+            while not self.engine.idle:
+                for update in self.engine.step():
+                    times.append(time.perf_counter())
+                    self.console.print(update.text, end="", markup=False, soft_wrap=True)
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            self.engine.cancel(request)
         self.console.print()
-        self.console.print(f"[dim]{len(ids)} tokens of prompt, {clock}[/]")
+        self.console.print(f"[dim]{len(ids)} tokens of prompt, {_speed(request, times)}[/]")
         if not raw:
-            self.messages.append({"role": "assistant", "content": text})
+            self.messages.append({"role": "assistant", "content": request.text})
         return 0
 
     def converse(self) -> int:
@@ -88,20 +88,11 @@ class Session:
         return 0
 
 
-class _Clock:
-    """When the tokens of a stream came."""
-
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
-
-    def ticks(self, stream: Iterator[Tensor]) -> Iterator[int]:
-        for token in stream:
-            self.times.append(time.perf_counter())
-            yield int(token)
-
-    def __str__(self) -> str:
-        start, *times = self.times
-        text = f"{len(times)} new, the first after {(times[0] - start) * 1e3:.0f} ms"
-        if len(times) > 1:
-            text += f", {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s"
-        return text
+def _speed(request: Request, times: list[float]) -> str:
+    """What came when: `times` are of the start and of every update."""
+    text = f"{len(request.tokens)} new"
+    if len(times) > 1:
+        text += f", the first after {(times[1] - times[0]) * 1e3:.0f} ms"
+    if len(times) > 2:
+        text += f", {(len(request.tokens) - 1) / (times[-1] - times[1]):.1f} tokens/s"
+    return text

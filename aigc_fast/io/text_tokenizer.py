@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -59,16 +59,24 @@ class TextTokenizer:
         with sound(self.path):
             return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def decode_stream(self, token_ids: Iterable[int]) -> Iterator[str]:
-        """The text piece by piece, as the ids arrive; a piece never cuts a character."""
+    def stream_decoder(self) -> Callable[[int], str]:
+        """A function that takes one id after another and returns the text that each adds.
+
+        It never cuts a character: where one takes several ids, the last of them brings it.
+        """
         from tokenizers.decoders import DecodeStream
 
         decoder = DecodeStream(skip_special_tokens=True)
-        for token_id in token_ids:
+
+        def add(token_id: int) -> str:
             with sound(self.path):
-                piece = decoder.step(self.tokenizer, token_id)
-            if piece:
-                yield piece
+                return decoder.step(self.tokenizer, token_id) or ""
+
+        return add
+
+    def decode_stream(self, token_ids: Iterable[int]) -> Iterator[str]:
+        """The text piece by piece, as the ids arrive; a piece never cuts a character."""
+        return filter(None, map(self.stream_decoder(), token_ids))
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str:
         """Lays out a conversation, ready for the model's next answer.

@@ -55,7 +55,9 @@ def decoder_step(
     scale:   factor on the attention scores; None is 1 / sqrt(head_dim).
     quantize_activations: as for `quantized_linear`, in every product.
     block_table: int32 (batch, pages), as for `decode_attention`; capacity is pages * page_size.
-             Pages may be shared, but for those that a new token is written to.
+             Sequences may share pages, but no two new tokens a slot. All are written before any
+             is attended to: so the next tokens of one sequence, as guessed, can be rows of one
+             call, with the same pages and lengths that go on.
 
     Returns (batch, hidden_size) in the dtype of hidden. Computes in fp32 throughout; the caches and
     what attention gives are rounded to their dtype. Bytes that must move: the weights once, the

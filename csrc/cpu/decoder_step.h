@@ -14,6 +14,7 @@ namespace aigc_fast {
 
 constexpr int64_t kKeys = 256;      // keys of an item of attention
 constexpr int kLayerTensors = 6;    // attention norm, qkv, output, MLP norm, gate and up, down
+constexpr int kStages = 7;          // of a layer
 constexpr int64_t kGroupSize = 32;  // of all the weights
 
 struct Weight {
@@ -75,6 +76,8 @@ class Step {
         eps_(eps),
         scale_(scale),
         as_codes_(as_codes),
+        // Sequences with pages in common see each other's new tokens: all are written first.
+        shared_(s.pages.table && s.batch > 1),
         items_(4 * torch::stable::get_num_threads()),
         residual_(s.batch * s.hidden),
         packed_(s.batch * s.packed()),
@@ -94,7 +97,7 @@ class Step {
     for_vectors<float>(residual_.size(), [&](int64_t i, auto n) {
       store(residual_.data() + i, load(hidden + i, n), n);
     });
-    Stages stages(6 * layers_.size());
+    Stages stages(kStages * layers_.size());
     // More parts than threads: each thread that comes gets at least one.
     torch::stable::parallel_for(0, items_, 1,
                                 [&](int64_t, int64_t) { Worker(*this, stages).run(); });
@@ -153,23 +156,27 @@ class Step {
     void run() {
       for (size_t l = 0; l < step_.layers_.size(); ++l) {
         const Layer<T>& layer = step_.layers_[l];
-        const int64_t first = 6 * l;
+        const int64_t first = kStages * l;
         linear(
             first, layer.qkv, [&] { normed(layer.qkv, layer.attention_norm); },
             [&](int64_t row, int64_t tile, const float* y) {
               put(step_.packed_.data() + row * s_.packed(), s_.packed(), tile, y);
             });
-        stages_.run(first + 1, step_.units_.size(), [] {}, [&](int64_t u) { attend(layer, u); });
+        if (step_.shared_)
+          stages_.run(
+              first + 1, s_.batch * s_.kv_heads, [] {},
+              [&](int64_t i) { append(layer, i / s_.kv_heads, i % s_.kv_heads); });
+        stages_.run(first + 2, step_.units_.size(), [] {}, [&](int64_t u) { attend(layer, u); });
         if (step_.split_)
           stages_.run(
-              first + 2, s_.batch * s_.kv_heads, [] {},
+              first + 3, s_.batch * s_.kv_heads, [] {},
               [&](int64_t i) { merge(layer, i / s_.kv_heads, i % s_.kv_heads); });
         linear(
-            first + 3, layer.output, [&] { given(layer.output, step_.attended_); },
+            first + 4, layer.output, [&] { given(layer.output, step_.attended_); },
             [&](int64_t row, int64_t tile, const float* y) { add(row, tile, y); });
-        gated(first + 4, layer);
+        gated(first + 5, layer);
         linear(
-            first + 5, layer.down, [&] { given(layer.down, step_.inner_); },
+            first + 6, layer.down, [&] { given(layer.down, step_.inner_); },
             [&](int64_t row, int64_t tile, const float* y) { add(row, tile, y); });
       }
     }
@@ -217,19 +224,23 @@ class Step {
           });
     }
 
+    void append(const Layer<T>& layer, int64_t b, int64_t head) {
+      const int64_t dim = s_.head_dim;
+      const float* packed = step_.packed_.data() + b * s_.packed();
+      const int64_t at = s_.entry(b, step_.positions_[b]) + head * s_.key_head;
+      rotate(b, packed + (s_.heads + head) * dim, layer.keys + at);
+      const float* value = packed + (s_.heads + s_.kv_heads + head) * dim;
+      for_vectors<float>(
+          dim, [&](int64_t i, auto n) { store(layer.values + at + i, load(value + i, n), n); });
+    }
+
     void attend(const Layer<T>& layer, int64_t u) {
       const auto [b, head, split, splits] = step_.units_[u];
       const int64_t position = step_.positions_[b], dim = s_.head_dim;
       const float* packed = step_.packed_.data() + b * s_.packed();
       for (int64_t r = 0; r < s_.group(); ++r)
         rotate(b, packed + (head * s_.group() + r) * dim, rotated_.data() + r * dim);
-      if (split == splits - 1) {
-        const int64_t at = s_.entry(b, position) + head * s_.key_head;
-        rotate(b, packed + (s_.heads + head) * dim, layer.keys + at);
-        const float* value = packed + (s_.heads + s_.kv_heads + head) * dim;
-        for_vectors<float>(
-            dim, [&](int64_t i, auto n) { store(layer.values + at + i, load(value + i, n), n); });
-      }
+      if (!step_.shared_ && split == splits - 1) append(layer, b, head);
       const Attention<T, R> attention = step_.attention(layer, b, head, rotated_.data());
       const int64_t begin = split * kKeys, end = std::min(position + 1, begin + kKeys);
       float* result =
@@ -310,7 +321,7 @@ class Step {
   std::vector<int64_t> positions_;
   const float *cos_, *sin_;
   float eps_, scale_;
-  bool as_codes_, split_ = false;
+  bool as_codes_, shared_, split_ = false;
   int64_t items_;
   std::vector<Unit> units_;
   std::vector<float> residual_, packed_;

@@ -250,46 +250,52 @@ void tiles_times_codes(const QuantizedFormat& f, const uint8_t* block, const Act
 template <int bits, bool has_minimum, int group_size, int N, int M>
 void tiles_times_floats(const QuantizedFormat& f, const uint8_t* block,
                         const Activations& activations, int64_t first, float* out) {
-  static_assert(N == 1);
   constexpr int middle = 1 << (bits - 1), mask = (1 << bits) - 1;
   const float *x = activations.floats(first), *totals = activations.sums(first);
-  constexpr int chains = M == 1 ? 4 : 2;  // of additions, so that none waits for the one before
-  Vec<float> result[M][kParts] = {};
+  // Two sums in turn, so that an addition does not wait for the one before: as many for any M,
+  // which gives a row the same bits among any others.
+  Vec<float> result[N][M][kParts] = {};
   const int64_t code_bytes = group_size ? kTileRows * group_size * bits / 8 : f.code_bytes();
   const int64_t block_bytes = code_bytes + (has_minimum ? 4 : 2) * kTileRows;
-  const int64_t columns = f.columns();
+  const int64_t columns = f.columns(), tile_bytes = f.groups * block_bytes;
   for (int64_t g = 0; g < f.groups; ++g, block += block_bytes) {
-    Vec<float> sums[chains][M][kParts] = {};
+    Vec<float> sums[2][N][M][kParts] = {};
 #pragma GCC unroll 8
     for (int64_t at = 0; at < code_bytes; at += 64, x += 32 / bits) {
-      I32 raw[kParts];
-      load_bytes(block + at, raw);
-      __builtin_prefetch(block + at + 2048);
-#pragma GCC unroll 8
-      for (int k = 0; k < 32 / bits; ++k) {
-        const int shift = bits == 8 ? 8 * k : 8 * (k % 4) + k / 4 * 4;
 #pragma GCC unroll 4
-        for (int i = 0; i < kParts; ++i) {
-          const Vec<float> w =
-              __builtin_convertvector(((raw[i] >> shift) & mask) - middle, Vec<float>);
+      for (int n = 0; n < N; ++n) {
+        const uint8_t* p = block + n * tile_bytes + at;
+        I32 raw[kParts];
+        load_bytes(p, raw);
+        __builtin_prefetch(p + N * tile_bytes, 0, 2);
 #pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) sums[k % chains][m][i] += w * x[m * columns + k];
+        for (int k = 0; k < 32 / bits; ++k) {
+          const int shift = bits == 8 ? 8 * k : 8 * (k % 4) + k / 4 * 4;
+#pragma GCC unroll 4
+          for (int i = 0; i < kParts; ++i) {
+            const Vec<float> w =
+                __builtin_convertvector(((raw[i] >> shift) & mask) - middle, Vec<float>);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) sums[k % 2][n][m][i] += w * x[m * columns + k];
+          }
         }
       }
     }
-    Vec<float> scale[kParts], minimum[kParts];
-    load_halves(block + code_bytes, scale);
-    if constexpr (has_minimum) load_halves(block + code_bytes + 2 * kTileRows, minimum);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int i = 0; i < kParts; ++i) {
-        Vec<float> sum = sums[0][m][i] + sums[1][m][i];
-        if constexpr (chains == 4) sum += sums[2][m][i] + sums[3][m][i];
-        result[m][i] += sum * scale[i];
-        if constexpr (has_minimum)
-          result[m][i] += (minimum[i] + scale[i] * float(middle)) * totals[m * f.groups + g];
-      }
+    for (int n = 0; n < N; ++n) {
+      const uint8_t* p = block + n * tile_bytes + code_bytes;
+      Vec<float> scale[kParts], minimum[kParts];
+      load_halves(p, scale);
+      if constexpr (has_minimum) load_halves(p + 2 * kTileRows, minimum);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; ++i) {
+          result[n][m][i] += (sums[0][n][m][i] + sums[1][n][m][i]) * scale[i];
+          if constexpr (has_minimum)
+            result[n][m][i] += (minimum[i] + scale[i] * float(middle)) * totals[m * f.groups + g];
+        }
+    }
   }
   std::memcpy(out, result, sizeof result);
 }
@@ -326,17 +332,16 @@ void multiply_tiles(const QuantizedFormat& f, const uint8_t* blocks, const Activ
                                  std::integral_constant<int, M>) {
       alignas(64) float results[N * M * kTileRows];
       const uint8_t* block = blocks + tile * f.tile_bytes();
-      if (x.as_codes()) {
+      if (x.as_codes())
         tiles_times_codes<bits, has_minimum, group_size, N, M>(f, block, x, first, results);
-      } else if constexpr (N == 1) {
+      else
         tiles_times_floats<bits, has_minimum, group_size, N, M>(f, block, x, first, results);
-      }
       for (int n = 0; n < N; ++n)
         for (int m = 0; m < M; ++m) finish(first + m, tile + n, results + (n * M + m) * kTileRows);
     };
     const std::integral_constant<int, 1> one;
     int64_t tile = begin;
-    if (rows == 1 && x.as_codes())
+    if (rows == 1)
       for (; tile + 4 <= end; tile += 4) run(tile, 0, std::integral_constant<int, 4>{}, one);
     for (; tile < end; ++tile)
       for_row_runs<8>(rows, [&](int64_t first, auto m) { run(tile, first, one, m); });

@@ -179,3 +179,34 @@ def hf_names(model):
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     return state
+
+
+def naive_greedy(model, prompt, count):
+    """Greedy tokens by running the whole sequence anew at every step."""
+    token_ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            token_ids.append(int(model(torch.tensor([token_ids]))[0, -1].argmax()))
+    return token_ids[len(prompt) :]
+
+
+def llama_config(config):
+    """transformers' configuration of a DecoderConfig of the Llama type."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        rms_norm_eps=config.rms_norm_eps,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )

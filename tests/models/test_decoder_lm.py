@@ -14,9 +14,13 @@ from aigc_fast.models.autoregressive import (
     DecoderConfig,
     DecoderLM,
     generate,
-    stream_tokens,
 )
-from tests.models.checkpoints import assert_error_ratio, hf_names, step_by_step
+from tests.models.checkpoints import (
+    assert_error_ratio,
+    hf_names,
+    llama_config,
+    step_by_step,
+)
 
 CONFIGS = {
     "grouped": DecoderConfig(
@@ -63,24 +67,8 @@ def random_model(config=TINY, dtype=torch.float64, seed=0):
 def hf_model(config, seed=0):
     """transformers' Llama of that config, its weights of a size that makes logits near one."""
     transformers = pytest.importorskip("transformers")
-    hf_config = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
-        rms_norm_eps=config.rms_norm_eps,
-        max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=config.tie_word_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(hf_config).eval()
+    model = transformers.LlamaForCausalLM(llama_config(config)).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 1:
@@ -231,63 +219,12 @@ def test_real_model_answers_alike_on_every_backend(real_path):
     model, tokenizer = DecoderLM.from_pretrained(real_path), load_tokenizer(real_path)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = [tokenizer.encode(tokenizer.chat_prompt(question))]
-    answer = generate(model, prompt, 32, stop_tokens=tokenizer.stop_tokens)
+    options = dict(tokenizer=tokenizer, stop_tokens=tokenizer.stop_tokens)
+    [answer] = generate(model, prompt, 32, **options)
     with aigc_fast.backend("reference"):
-        reference = generate(model, prompt, 32, stop_tokens=tokenizer.stop_tokens)
-    assert torch.equal(answer, reference)
-    assert "Paris" in tokenizer.decode(answer[0].tolist())
-
-
-def naive_greedy(model, prompt, count):
-    """Greedy tokens by running the whole sequence anew at every step."""
-    token_ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            token_ids.append(int(model(torch.tensor([token_ids]))[0, -1].argmax()))
-    return token_ids[len(prompt) :]
-
-
-def test_prompts_of_different_lengths_are_independent():
-    model = random_model()
-    prompts = [[5], [1, 2, 3, 4, 5, 6, 7], [16, 0, 9]]
-    expected = [naive_greedy(model, prompt, 12) for prompt in prompts]
-    assert generate(model, prompts, 12).tolist() == expected
-    assert generate(model, prompts[:1], 12).tolist() == expected[:1]
-    stream = stream_tokens(model, torch.tensor(prompts[1:2]), 12)
-    assert [int(tokens) for tokens in stream] == expected[1]
-
-
-def test_a_cache_carries_a_conversation_on():
-    model = random_model()
-    cache = model.new_cache(2, 40)
-    prompts, more = [[1, 2, 3], [4]], [[7, 8], [9, 10, 11]]
-    first = generate(model, prompts, 5, cache=cache).tolist()
-    # The last token was never fed to the model, so it opens the next prompt.
-    replies = [first[row][-1:] + more[row] for row in range(2)]
-    second = generate(model, replies, 5, cache=cache)
-    for row in range(2):
-        history = prompts[row] + first[row] + more[row]
-        assert second[row].tolist() == naive_greedy(model, history, 5)
-    cache.reset()
-    assert generate(model, prompts, 5, cache=cache).tolist() == first
-
-
-def test_generation_stops_at_a_stop_token():
-    model = random_model()
-    free = generate(model, [[5], [6]], 12).tolist()
-    stop = free[0][3]
-    stopped = generate(model, [[5], [6]], 12, stop_tokens=[stop]).tolist()
-    for row, full in zip(stopped, free, strict=True):
-        end = full.index(stop) + 1 if stop in full else 12
-        assert row[:end] == full[:end] and set(row[end:]) <= {stop}
-    alone = generate(model, [[5]], 12, stop_tokens=[stop]).tolist()[0]
-    assert alone == free[0][: free[0].index(stop) + 1]
-
-
-def test_streaming_leaves_the_mode_of_the_caller_alone():
-    model = random_model()
-    for _ in stream_tokens(model, [[1, 2]], 3):
-        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        [reference] = generate(model, prompt, 32, **options)
+    assert answer.tokens == reference.tokens
+    assert "Paris" in answer.text and answer.text == tokenizer.decode(answer.tokens)
 
 
 def test_model_trains_after_it_has_generated():
@@ -325,30 +262,6 @@ def test_casting_the_model_leaves_its_angles_exact():
 def test_bad_token_ids(token_ids, error, message):
     with pytest.raises(error, match=re.escape(message)):
         random_model()(token_ids)
-
-
-@pytest.mark.parametrize(
-    "token_ids, new, options, error, message",
-    [
-        ([], 1, {}, ValueError, "at least one prompt"),
-        ([[1], []], 1, {}, ValueError, "none may be empty"),
-        ([1, 2], 1, {}, TypeError, "token_ids must be a tensor or one list of ids"),
-        ([[1.5]], 1, {}, TypeError, "token_ids must hold integers"),
-        ([[1, 17]], 1, {}, ValueError, "token_ids must lie in [0, 17), got 17"),
-        ([[1]], 0, {}, ValueError, "max_new_tokens must be positive, got 0"),
-        ([[1] * 60], 6, {}, ValueError, "need 65 positions, max_position_embeddings is 64"),
-        ([[1]], 1, {"stop_tokens": [17]}, ValueError, "stop_tokens must lie in [0, 17)"),
-        ([[1, 2, 3]], 7, {"cache": (1, 8)}, ValueError, "do not fit in a cache"),
-        ([[1], [2]], 1, {"cache": (1, 8)}, ValueError, "token_ids has a batch of 2"),
-    ],
-)
-def test_bad_generation_arguments(token_ids, new, options, error, message):
-    model = random_model()
-    if "cache" in options:
-        options = {"cache": model.new_cache(*options["cache"])}
-    # Without a single step taken: the arguments are checked at once.
-    with pytest.raises(error, match=re.escape(message)):
-        stream_tokens(model, token_ids, new, **options)
 
 
 def test_full_cache_is_refused_and_left_as_it_was():

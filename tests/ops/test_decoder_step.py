@@ -231,6 +231,41 @@ def test_refuses_and_writes_nothing(name) -> None:
     assert all(map(torch.equal, before, arguments["caches"]))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_guessed_tokens_are_rows_of_one_call(implementation) -> None:
+    """The same bits, in states and caches, as one call after another."""
+    hidden, weights, caches, _, cos, sin, eps, scale = cast(
+        example(**CASES["batch"]), torch.float32
+    )
+    batch, capacity = len(hidden), caches[0].shape[1]
+    pages = [cache.flatten(0, 1).unflatten(0, (-1, capacity // 8)) for cache in caches]
+    table = torch.arange(8, dtype=torch.int32).flip(0)[None]
+    fixed = dict(cos=cos, sin=sin, eps=eps, scale=scale)
+    results = []
+    with aigc_fast.backend(implementation):
+        for rows in (range(batch), *([row] for row in range(batch))):
+            if len(rows) != 1 or rows[0] == 0:
+                caches = [page.clone() for page in pages]
+                outs = []
+            at = torch.tensor(list(rows))
+            outs.append(
+                ops.decoder_step(
+                    hidden[at],
+                    weights,
+                    caches,
+                    (at + 2).int(),
+                    block_table=table.expand(len(rows), -1),
+                    **fixed,
+                )
+            )
+            results.append((torch.cat(outs), caches))
+    (together, written), (alone, expected) = results[0], results[-1]
+    if implementation == "cpu":
+        assert torch.equal(together, alone) and all(map(torch.equal, written, expected))
+    else:  # the library's products may differ by rounding
+        torch.testing.assert_close(together, alone)
+
+
 def test_has_no_derivative() -> None:
     hidden, weights, caches, lengths, cos, sin, *_ = cast(example(**CASES["one"]), torch.float32)
     with pytest.raises(RuntimeError, match="decoder_step has no derivative"):

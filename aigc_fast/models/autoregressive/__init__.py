@@ -3,15 +3,21 @@
 from .cache import KVCache
 from .config import DecoderConfig
 from .decoder_lm import DecoderLM
-from .generate import Sampling, generate, stream_tokens
+from .engine import Engine
+from .generate import generate, stream
+from .request import Request, Update
 from .rope import RopeScaling
+from .sampling import Sampling
 
 __all__ = [
     "DecoderConfig",
     "DecoderLM",
+    "Engine",
     "KVCache",
+    "Request",
     "RopeScaling",
     "Sampling",
+    "Update",
     "generate",
-    "stream_tokens",
+    "stream",
 ]

@@ -15,6 +15,7 @@ def attend(
     values: Tensor,
     ends: Tensor | None,
     *,
+    block_table: Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -26,6 +27,7 @@ def attend(
         keys, values: (batch, length, num_kv_heads, head_dim), a cache, or the new tokens alone.
         ends: int32 (batch,), the valid entries of a cache with the new tokens counted in; None
             where keys and values are the new tokens and nothing was before them.
+        block_table: of a cache in pages, as for `ops.decode_attention`.
         scale: factor on the scores; None is 1 / sqrt(head_dim).
         window: how many of the newest keys a query sees, its own included; None is all.
         softcap: scores become softcap * tanh(score / softcap).
@@ -34,7 +36,7 @@ def attend(
         (batch, q_len, num_heads, head_dim) in the dtype of query.
     """
     length = keys.shape[1]
-    if window is not None and window >= length:
+    if window is not None and window >= length and block_table is None:
         window = None
     if ends is None and softcap is None:
         return F.scaled_dot_product_attention(
@@ -52,7 +54,14 @@ def attend(
             return _softcapped(query, keys, values, scale, window or length, softcap)
         ends = torch.full(query.shape[:1], length, dtype=torch.int32, device=query.device)
     return ops.decode_attention(
-        query, keys, values, ends, scale=scale, window=window, softcap=softcap
+        query,
+        keys,
+        values,
+        ends,
+        block_table=block_table,
+        scale=scale,
+        window=window,
+        softcap=softcap,
     )
 
 

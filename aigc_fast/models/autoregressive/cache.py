@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .config import DecoderConfig
 
 
+def allocate(
+    config: DecoderConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device | str
+) -> list[Tensor]:
+    """Keys and values of each layer in turn, (rows, slots, num_kv_heads, head_dim)."""
+    shape = (rows, slots, config.num_kv_heads, config.head_dim)
+    # Zeros, not empty: a masked NaN times a weight of zero would still be NaN.
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.num_layers)]
+
+
 class KVCache:
-    """Preallocated keys and values, one pair of tensors a layer, for a batch of sequences.
+    """Preallocated keys and values for a batch of sequences.
 
     Attributes:
-        keys, values: num_layers tensors (batch, capacity, num_kv_heads, head_dim).
+        in_turn: keys and values of each layer in turn, (batch, capacity, num_kv_heads, head_dim);
+            with a block_table (num_pages, page_size, num_kv_heads, head_dim).
+        keys, values: those of each layer.
+        block_table: None, or int32 (batch, pages): the pages of each sequence, in order.
         lengths: int32 (batch,), the valid entries of each sequence. It may be lowered, to take
-            tokens back or to drop the padding of a prompt.
+            tokens back.
         used: at least the largest of `lengths`, kept so that room is checked without waiting
             for the device.
     """
 
     def __init__(
         self,
+        in_turn: list[Tensor],
+        lengths: Tensor,
+        *,
+        used: int = 0,
+        block_table: Tensor | None = None,
+    ) -> None:
+        self.in_turn, self.keys, self.values = in_turn, in_turn[::2], in_turn[1::2]
+        self.lengths, self.used, self.block_table = lengths, used, block_table
+        self.batch_size, self.capacity = len(lengths), in_turn[0].shape[1]
+        if block_table is not None:
+            self.capacity *= block_table.shape[1]
+
+    @classmethod
+    def empty(
+        cls,
         config: DecoderConfig,
         batch_size: int,
         capacity: int,
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-    ) -> None:
+    ) -> KVCache:
+        """A cache for `batch_size` sequences of at most `capacity` tokens."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         if not 1 <= capacity <= config.max_position_embeddings:
@@ -34,16 +63,8 @@ class KVCache:
                 f"capacity must be 1 to max_position_embeddings = "
                 f"{config.max_position_embeddings}, got {capacity}"
             )
-        self.batch_size, self.capacity = batch_size, capacity
-        shape = (batch_size, capacity, config.num_kv_heads, config.head_dim)
-        layers = range(config.num_layers)
-        # Zeros, not empty: a masked NaN times a weight of zero would still be NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        #: keys and values of each layer in turn
-        self.in_turn = [t for pair in zip(self.keys, self.values, strict=True) for t in pair]
-        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self.used = 0
+        lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        return cls(allocate(config, batch_size, capacity, dtype, device), lengths)
 
     def check_room(self, batch_size: int, new_tokens: int) -> None:
         """Raises ValueError where the cache cannot take that many more tokens."""

@@ -113,7 +113,9 @@ class DecoderLM(nn.Module):
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache of the model's dtype and device."""
         weight = self.norm.weight
-        return KVCache(self.config, batch_size, capacity, dtype=weight.dtype, device=weight.device)
+        return KVCache.empty(
+            self.config, batch_size, capacity, dtype=weight.dtype, device=weight.device
+        )
 
     def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Scores of the next token after each of the given ones.

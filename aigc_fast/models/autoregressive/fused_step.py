@@ -78,6 +78,7 @@ class FusedStep:
             cache.lengths,
             cos,
             sin,
+            block_table=cache.block_table,
             eps=self._eps,
             scale=self._scale,
             quantize_activations=self._quantize_activations,

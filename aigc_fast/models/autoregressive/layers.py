@@ -83,17 +83,19 @@ class Attention(nn.Module):
         if step.cos is not None and step.sin is not None:
             query_key = ops.apply_rotary(query_key, step.cos, step.sin)
         query, key = query_key.split_with_sizes(self.query_key_sizes, 2)
-        keys, values = key, value
+        keys, values, block_table = key, value, None
         if step.cache is not None:
             cached = step.cache.keys[self.layer], step.cache.values[self.layer]
-            ops.append_kv(key, value, *cached, step.cache.lengths)
+            table = step.cache.block_table
+            ops.append_kv(key, value, *cached, step.cache.lengths, block_table=table)
             if step.ends is not None:
-                keys, values = cached
+                keys, values, block_table = *cached, table
         out = attend(
             query,
             keys,
             values,
             step.ends,
+            block_table=block_table,
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,

@@ -1,0 +1,290 @@
+"""Many requests through one model, each joining and leaving as it comes and ends."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache, allocate
+from .decoder_lm import DecoderLM
+from .pages import PagePool
+from .request import FinishReason, Request, StoppedText, Update
+from .sampling import GREEDY, BatchSampler, Choice, Sampling
+
+if TYPE_CHECKING:
+    from aigc_fast.io import TextTokenizer
+
+
+class Engine:
+    """Generates for many requests at once, with keys and values in pages that they share.
+
+    Every step computes one token of each running request, then a piece of the prompt of the one
+    that is next. Prompts that begin alike share the pages of what is alike, also with requests
+    that have ended; the pages of these are the first to go when memory is needed. A request waits
+    until it can have all the pages it may need, so that a running one never fails for memory.
+
+    >>> engine = Engine(model, tokenizer)
+    >>> request = engine.add("Once upon a time", max_new_tokens=50, stop_strings=["\\n"])
+    >>> while not engine.idle:
+    ...     for update in engine.step():
+    ...         print(update.text, end="")
+
+    Attributes:
+        model, tokenizer: as given.
+        pool: who holds which page.
+    """
+
+    def __init__(
+        self,
+        model: DecoderLM,
+        tokenizer: TextTokenizer | None = None,
+        *,
+        num_pages: int = 2048,
+        page_size: int = 16,
+        max_batch_size: int = 32,
+        prefill_chunk: int = 512,
+    ) -> None:
+        """
+        Args:
+            tokenizer: for prompts given as text, for the text of updates and for stop strings.
+            num_pages, page_size: the memory for keys and values, num_pages * page_size tokens.
+            max_batch_size: how many requests run at once.
+            prefill_chunk: tokens of a prompt computed at once. Others wait as long for a token.
+
+        Raises:
+            ValueError: a number is not positive.
+        """
+        for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self.model, self.tokenizer = model, tokenizer
+        self.pool = PagePool(num_pages, page_size)
+        self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
+        weight = model.norm.weight
+        self._device = weight.device
+        self._memory = allocate(model.config, num_pages, page_size, weight.dtype, weight.device)
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._batch: _Batch | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Most keys and values a request may need: what the pages hold, or the model knows."""
+        room = self.pool.num_pages * self.pool.page_size
+        return min(room, self.model.config.max_position_embeddings)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self._waiting and not self._running
+
+    def add(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        stop_tokens: Iterable[int] = (),
+        stop_strings: Sequence[str] = (),
+        draft_tokens: int = 0,
+    ) -> Request:
+        """Queues a request; the steps to come work on it.
+
+        Args:
+            prompt: a text, or token ids.
+            max_new_tokens: how many tokens to generate at most.
+            sampling: how a token is chosen; by default the most likely one is.
+            stop_tokens: ids that end the answer, the last one being such.
+            stop_strings: texts that end the answer, which goes up to before the first of them.
+            draft_tokens: guess so many tokens at most from what followed the newest ones earlier in
+                the text, and check them in one step. The tokens are the same as without, with
+                sampling too; the time is less where text repeats itself. No guesses are made where
+                there are penalties.
+
+        Raises:
+            TypeError, ValueError: naming the argument at fault.
+        """
+        config = self.model.config
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
+        if draft_tokens < 0:
+            raise ValueError(f"draft_tokens must not be negative, got {draft_tokens}")
+        stops = frozenset(stop_tokens)
+        _check_ids("stop_tokens", stops, config.vocab_size)
+        if self.tokenizer is None and (stop_strings or isinstance(prompt, str)):
+            name = "stop_strings" if stop_strings else "a prompt in text"
+            raise ValueError(f"{name}: the engine has no tokenizer")
+        if isinstance(stop_strings, str) or not all(stop_strings):
+            raise ValueError("stop_strings must be a sequence of strings, none of them empty")
+        ids = self._ids(prompt)
+        decoder = None if self.tokenizer is None else self.tokenizer.stream_decoder()
+        request = Request(
+            ids,
+            max_new_tokens,
+            Choice(sampling, ids, config.vocab_size, self._device),
+            stops,
+            StoppedText(decoder, stop_strings),
+            0 if sampling.has_penalties else draft_tokens,
+        )
+        if request.capacity > self.max_length:
+            raise ValueError(
+                f"prompt of length {len(ids)} and max_new_tokens = {max_new_tokens} need "
+                f"{request.capacity} positions; the model knows {config.max_position_embeddings}, "
+                f"the engine's pages hold {self.pool.num_pages * self.pool.page_size}"
+            )
+        self._waiting.append(request)
+        return request
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            assert self.tokenizer is not None
+            ids = self.tokenizer.encode(prompt)
+        else:
+            try:
+                ids = list(prompt)
+            except TypeError:
+                raise TypeError(
+                    f"prompt must be a text or token ids, got {type(prompt).__name__}"
+                ) from None
+        if not ids:
+            raise ValueError("prompt must not be empty")
+        _check_ids("prompt", ids, self.model.config.vocab_size)
+        return ids
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request; what it has generated stays. Nothing happens if it has ended already."""
+        if request.finish_reason is None:
+            self._end(request, "cancelled")
+
+    # As a decorator, so that the mode holds inside a step and not in the code around it.
+    @torch.inference_mode()
+    def step(self) -> list[Update]:
+        """The next token of every running request, and a piece of the prompt of the next one.
+
+        Raises:
+            ValueError: the model's logits are not finite. The requests are as they were before.
+        """
+        updates = self._decode() if self._running else []
+        if self._waiting and len(self._running) < self.max_batch_size:
+            updates += self._prefill(self._waiting[0])
+        for update in updates:
+            if update.finish_reason:
+                self._end(update.request, update.finish_reason)
+        return updates
+
+    def _prefill(self, request: Request) -> list[Update]:
+        if request.held is None:
+            request.held = self.pool.acquire(request.prompt, request.capacity)
+            if request.held is None:
+                return []
+            request.computed = len(request.held.shared) * self.pool.page_size
+        begin = request.computed
+        end = min(len(request.prompt), begin + self.prefill_chunk)
+        cache = KVCache(
+            self._memory,
+            torch.tensor([begin], dtype=torch.int32, device=self._device),
+            used=begin,
+            block_table=self._block_table([request]),
+        )
+        ids = torch.tensor([request.prompt[begin:end]], device=self._device)
+        hidden = self.model.hidden_states(ids, cache)
+        if end < len(request.prompt):
+            request.computed = end
+            return []
+        sampler = BatchSampler([request.choice], self._device)
+        token, logprob = sampler(self.model.logits(hidden[:, -1]), [0])
+        request.computed = end
+        self.pool.publish(request.held, request.prompt)
+        sampler.count(0, int(token))
+        self._waiting.popleft()
+        self._running.append(request)
+        self._batch = None
+        return [request.accept([int(token)], [float(logprob)])]
+
+    def _decode(self) -> list[Update]:
+        """One step of all running requests; a guessed token is a row of its own, at its place in
+        the same pages."""
+        if self._batch is None:
+            self._batch = _Batch(self)
+        drafts = [request.draft() for request in self._running]
+        rows = [i for i, draft in enumerate(drafts) for _ in draft]
+        lengths = [
+            request.computed + i
+            for request, draft in zip(self._running, drafts, strict=True)
+            for i in range(len(draft))
+        ]
+        tokens, logprobs = self._batch.next_tokens([t for d in drafts for t in d], rows, lengths)
+        updates, at = [], 0
+        for row, (request, draft) in enumerate(zip(self._running, drafts, strict=True)):
+            right = 1
+            while right < len(draft) and tokens[at + right - 1] == draft[right]:
+                right += 1
+            update = request.accept(tokens[at : at + right], logprobs[at : at + right])
+            request.computed += len(update.tokens)
+            for token in update.tokens:
+                self._batch.sampler.count(row, token)
+            updates.append(update)
+            at += len(draft)
+        return updates
+
+    def _block_table(self, requests: Sequence[Request]) -> Tensor:
+        held = [request.held.ids for request in requests if request.held is not None]
+        width = max(map(len, held))
+        table = [ids + [0] * (width - len(ids)) for ids in held]
+        return torch.tensor(table, dtype=torch.int32, device=self._device)
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        request.finish_reason = reason
+        if request in self._running:
+            self._running.remove(request)
+            self._batch = None
+        else:
+            self._waiting.remove(request)
+        if request.held is not None:
+            self.pool.publish(request.held, request.known(request.computed))
+            self.pool.release(request.held)
+            request.held = None
+
+
+class _Batch:
+    """What the steps of the same requests share."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._model, self._memory, self._device = engine.model, engine._memory, engine._device
+        self._block_table = engine._block_table(engine._running)
+        self.sampler = BatchSampler([r.choice for r in engine._running], engine._device)
+
+    def next_tokens(
+        self, token_ids: list[int], rows: list[int], lengths: list[int]
+    ) -> tuple[list[int], list[float]]:
+        """What comes after each token, and the logarithm of its probability.
+
+        Args:
+            rows: the request of each token, in order.
+            lengths: the tokens before it.
+        """
+        table = self._block_table
+        if len(rows) != len(table):
+            table = table[torch.tensor(rows, device=self._device)]
+        cache = KVCache(
+            self._memory,
+            torch.tensor(lengths, dtype=torch.int32, device=self._device),
+            used=max(lengths),
+            block_table=table,
+        )
+        ids = torch.tensor(token_ids, device=self._device)[:, None]
+        hidden = self._model.hidden_states(ids, cache)[:, 0]
+        tokens, logprobs = self.sampler(self._model.logits(hidden), rows)
+        return tokens.tolist(), logprobs.tolist()
+
+
+def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    for token in ids:
+        if not isinstance(token, int):
+            raise TypeError(f"{name} must hold integers, got {type(token).__name__}")
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{name} must lie in [0, {vocab_size}), got {token}")

@@ -1,0 +1,356 @@
+"""Engine and generate: requests that join and leave, share pages, stop, are cancelled."""
+
+import re
+
+import pytest
+import torch
+
+from aigc_fast.models.autoregressive import DecoderLM, Engine, Sampling, generate, stream
+from tests.models.checkpoints import naive_greedy
+from tests.models.test_decoder_lm import TINY, random_model
+
+
+class Letters:
+    """A tokenizer of seventeen letters."""
+
+    stop_tokens = ()
+
+    def encode(self, text):
+        return [ord(letter) - ord("a") for letter in text]
+
+    def stream_decoder(self):
+        return lambda token: chr(ord("a") + token)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A model whose decoding step is one operator, in float32."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("transformers")
+    from tests.models.test_packed import written
+
+    path = written(tmp_path_factory.mktemp("packed"), "llama", "Q8_0")
+    assert gguf
+    return DecoderLM.from_pretrained(path, packed=True)
+
+
+def run(engine):
+    """Steps until nothing is left; the updates."""
+    updates = []
+    while not engine.idle:
+        updates += engine.step()
+    assert engine.pool.available == engine.pool.num_pages
+    return updates
+
+
+def tokens(requests):
+    return [request.tokens for request in requests]
+
+
+PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [16, 0, 9], [3, 3, 3, 3]]
+
+
+# ---- generate -------------------------------------------------------------------------------
+
+
+def test_prompts_of_different_lengths_are_independent(model):
+    expected = [naive_greedy(model, prompt, 12) for prompt in PROMPTS]
+    assert tokens(generate(model, PROMPTS, 12)) == expected
+    assert tokens(generate(model, PROMPTS[:1], 12)) == expected[:1]
+    updates = list(stream(model, PROMPTS[1:2], 12))
+    assert [update.tokens for update in updates] == [[token] for token in expected[1]]
+    assert [update.finish_reason for update in updates] == [None] * 11 + ["length"]
+
+
+def test_generation_stops_at_a_stop_token(model):
+    free = generate(model, PROMPTS, 12)
+    stop = free[0].tokens[3]
+    stopped = generate(model, PROMPTS, 12, stop_tokens=[stop])
+    for request, full in zip(stopped, tokens(free), strict=True):
+        end = full.index(stop) + 1 if stop in full else 12
+        assert request.tokens == full[:end]
+        assert request.finish_reason == ("stop" if stop in full else "length")
+
+
+def test_text_ends_before_a_stop_string(model):
+    letters = Letters()
+    [free] = generate(model, ["bcdefgh"], 12, tokenizer=letters)
+    assert free.text == "".join(map(letters.stream_decoder(), free.tokens))
+    stop = free.text[4:6]
+    at = free.text.index(stop)
+    [request] = generate(model, ["bcdefgh"], 12, tokenizer=letters, stop_strings=["zz", stop])
+    assert request.text == free.text[:at]
+    assert request.tokens == free.tokens[: at + 2] and request.finish_reason == "stop"
+    updates = list(stream(model, ["bcdefgh"], 12, tokenizer=letters, stop_strings=[stop]))
+    assert "".join(update.text for update in updates) == free.text[:at]
+
+
+def test_logprobs_are_of_the_model_s_own_distribution(model):
+    sampling = Sampling(temperature=2.0, top_k=5, seed=3)
+    [request] = generate(model, PROMPTS[1:2], 6, sampling=sampling)
+    ids = torch.tensor([request.prompt + request.tokens])
+    with torch.no_grad():
+        expected = model(ids).log_softmax(-1)[0, len(request.prompt) - 1 : -1]
+    ours = torch.tensor(request.logprobs, dtype=torch.float64)
+    at = torch.tensor(request.tokens)[:, None]
+    torch.testing.assert_close(ours, expected.gather(1, at)[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_streaming_leaves_the_mode_of_the_caller_alone(model):
+    for _ in stream(model, [[1, 2]], 3):
+        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+# ---- sampling -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+def test_a_seed_gives_the_same_text_whatever_the_batch(packed, draft_tokens):
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    sampling = Sampling(temperature=1.5, top_k=30, top_p=0.95, min_p=0.001, seed=11)
+    together = tokens(generate(packed, prompts, 10, sampling=sampling))
+    again = generate(packed, prompts, 10, sampling=sampling, draft_tokens=draft_tokens)
+    assert tokens(again) == together
+    alone = Sampling(**vars(sampling) | {"seed": 12})
+    assert tokens(generate(packed, prompts[1:2], 10, sampling=alone)) == together[1:2]
+    other = Sampling(**vars(sampling) | {"seed": 99})
+    assert tokens(generate(packed, prompts, 10, sampling=other)) != together
+
+
+def test_every_request_has_its_own_sampling(packed):
+    samplings = [
+        Sampling(),
+        Sampling(temperature=2.0, seed=5),
+        Sampling(temperature=2.0, top_k=3, presence_penalty=2.0, seed=5),
+        Sampling(frequency_penalty=-50.0),
+    ]
+    engine = Engine(packed)
+    requests = [engine.add([1, 2, 3], 10, sampling=sampling) for sampling in samplings]
+    run(engine)
+    for request, sampling in zip(requests, samplings, strict=True):
+        assert tokens(generate(packed, [[1, 2, 3]], 10, sampling=sampling)) == [request.tokens]
+    assert len(set(map(tuple, tokens(requests)))) == 4
+
+
+def test_no_seed_draws_from_torch(packed):
+    def draw(seed):
+        torch.manual_seed(seed)
+        return tokens(generate(packed, [[1, 2]], 16, sampling=Sampling(temperature=2.0)))
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+def test_top_k_of_one_is_greedy(packed):
+    drawn = generate(packed, [[1, 2]], 8, sampling=Sampling(temperature=3.0, top_k=1, seed=0))
+    assert tokens(drawn) == tokens(generate(packed, [[1, 2]], 8))
+
+
+def test_penalties_count_prompt_and_new_tokens(packed):
+    # Every token at most once: what was generated is pushed below all others.
+    once = generate(packed, [[1, 2], [3]], 20, sampling=Sampling(presence_penalty=1e5))
+    assert all(len(set(request.tokens)) == 20 for request in once)
+    prompts = [list(range(40)), [5]]
+    new = generate(packed, prompts, 1, sampling=Sampling(repetition_penalty=1e5))
+    assert new[0].tokens[0] >= 40
+
+
+# ---- drafts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_drafts_change_nothing_but_the_number_of_steps(packed, temperature):
+    sampling = Sampling(temperature=temperature, seed=1)
+    prompts = [[1, 2, 3, 4] * 4, [7, 8, 9] * 3, [5]]
+    plain = generate(packed, prompts, 40, sampling=sampling)
+    updates = list(stream(packed, prompts, 40, sampling=sampling, draft_tokens=4))
+    for request in plain:
+        drafted = [u for u in updates if u.request.prompt == request.prompt]
+        assert [token for u in drafted for token in u.tokens] == request.tokens
+        assert [p for u in drafted for p in u.logprobs] == request.logprobs
+    if temperature == 0.0:  # where a greedy answer comes to repeat itself
+        assert len(updates) < 3 * 40
+
+
+def test_a_stop_token_inside_a_draft_ends_the_answer(packed):
+    [plain] = generate(packed, [[1, 2, 3, 4] * 4], 40)
+    for at in range(20, 40):
+        stop = plain.tokens[at]
+        expected = plain.tokens[: plain.tokens.index(stop) + 1]
+        options = dict(draft_tokens=6, stop_tokens=[stop])
+        [drafted] = generate(packed, [[1, 2, 3, 4] * 4], 40, **options)
+        assert drafted.tokens == expected
+
+
+# ---- requests that come and go --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("max_batch_size", [1, 2, 8])
+def test_requests_join_and_leave_a_running_batch(model, page_size, max_batch_size):
+    engine = Engine(model, num_pages=200, page_size=page_size, max_batch_size=max_batch_size)
+    lengths = [12, 3, 7, 1]
+    requests = []
+    for prompt, new in zip(PROMPTS, lengths, strict=True):
+        requests.append(engine.add(prompt, new))
+        engine.step()
+        engine.step()
+    run(engine)
+    for request, prompt, new in zip(requests, PROMPTS, lengths, strict=True):
+        assert request.tokens == naive_greedy(model, prompt, new)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_prompts_in_chunks_give_the_same_answer(model, chunk):
+    prompt = [i * 7 % 17 for i in range(23)]
+    engine = Engine(model, num_pages=40, page_size=4, prefill_chunk=chunk)
+    request = engine.add(prompt, 5)
+    steps = 0
+    while not request.tokens:
+        engine.step()
+        steps += 1
+    assert steps == -(-len(prompt) // chunk)
+    run(engine)
+    assert request.tokens == naive_greedy(model, prompt, 5)
+
+
+def test_a_chunk_lets_running_requests_go_on(model):
+    engine = Engine(model, prefill_chunk=4)
+    first = engine.add([1, 2], 20)
+    engine.step()
+    engine.add(list(range(16)), 2)
+    for _ in range(3):
+        before = len(first.tokens)
+        engine.step()
+        assert len(first.tokens) == before + 1
+
+
+def test_prompts_that_begin_alike_are_computed_once(model, monkeypatch):
+    computed = []
+    hidden_states = DecoderLM.hidden_states
+
+    def counting(self, token_ids, cache=None):
+        computed.append(token_ids.numel())
+        return hidden_states(self, token_ids, cache)
+
+    monkeypatch.setattr(DecoderLM, "hidden_states", counting)
+    engine = Engine(model, num_pages=40, page_size=4)
+    beginning = [i * 5 % 17 for i in range(20)]
+    first = engine.add([*beginning, 1], 6)
+    run(engine)
+    assert sum(computed) == 21 + 5
+    computed.clear()
+    # Another ending, and a conversation that goes on from the answer.
+    second = engine.add([*beginning, 2, 3], 1)
+    third = engine.add([*first.prompt, *first.tokens, 4], 1)
+    run(engine)
+    assert computed == [2, 28 - 24]
+    for request in (second, third):
+        assert request.tokens == naive_greedy(model, request.prompt, 1)
+
+
+def test_requests_wait_for_pages_and_get_them(model):
+    engine = Engine(model, num_pages=6, page_size=4)  # one request at a time
+    requests = [engine.add(prompt, 12) for prompt in PROMPTS]
+    run(engine)
+    for request, prompt in zip(requests, PROMPTS, strict=True):
+        assert request.tokens == naive_greedy(model, prompt, 12)
+
+
+def test_cancelled_requests_leave_no_pages_behind(model):
+    engine = Engine(model, num_pages=40, page_size=2, prefill_chunk=2, max_batch_size=2)
+    requests = [engine.add(prompt, 12) for prompt in [*PROMPTS, [1, 2, 3, 4, 5, 6, 7, 8]]]
+    for _ in range(5):
+        engine.step()
+    running, waiting = requests[0], requests[-1]
+    assert running.tokens and not waiting.tokens
+    kept = list(running.tokens)
+    for request in (running, waiting, running):
+        engine.cancel(request)
+    assert running.tokens == kept and running.finish_reason == "cancelled"
+    run(engine)
+    for request, prompt in zip(requests[1:-1], PROMPTS[1:], strict=True):
+        assert request.tokens == naive_greedy(model, prompt, 12)
+
+
+def test_a_closed_stream_stops_all_work(model, monkeypatch):
+    updates = stream(model, PROMPTS, 12)
+    next(updates)
+    updates.close()
+    with pytest.raises(StopIteration):
+        next(updates)
+
+
+def test_logits_that_are_not_finite_change_nothing(model, monkeypatch):
+    engine = Engine(model)
+    requests = [engine.add(prompt, 6) for prompt in PROMPTS[:2]]
+    for _ in range(3):
+        engine.step()
+    before = [list(request.tokens) for request in requests]
+    logits = DecoderLM.logits
+    monkeypatch.setattr(DecoderLM, "logits", lambda self, hidden: logits(self, hidden) * torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        engine.step()
+    assert tokens(requests) == before
+    monkeypatch.setattr(DecoderLM, "logits", logits)
+    run(engine)
+    for request in requests:
+        assert request.tokens == naive_greedy(model, request.prompt, 6)
+
+
+# ---- what is refused ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompts, new, options, error, message",
+    [
+        ([], 1, {}, ValueError, "at least one prompt"),
+        ([[1], []], 1, {}, ValueError, "prompt must not be empty"),
+        ([1, 2], 1, {}, TypeError, "prompt must be a text or token ids, got int"),
+        ("text", 1, {}, TypeError, "prompts must be a list of prompts, got one text"),
+        (["text"], 1, {}, ValueError, "a prompt in text: the engine has no tokenizer"),
+        ([[1.5]], 1, {}, TypeError, "prompt must hold integers, got float"),
+        ([[1, 17]], 1, {}, ValueError, "prompt must lie in [0, 17), got 17"),
+        ([[1]], 0, {}, ValueError, "max_new_tokens must be positive, got 0"),
+        ([[1] * 60], 6, {}, ValueError, "need 65 positions; the model knows 64"),
+        ([[1]], 1, {"stop_tokens": [17]}, ValueError, "stop_tokens must lie in [0, 17), got 17"),
+        (
+            [[1]],
+            1,
+            {"stop_strings": ["a"]},
+            ValueError,
+            "stop_strings: the engine has no tokenizer",
+        ),
+        ([[1]], 1, {"draft_tokens": -1}, ValueError, "draft_tokens must not be negative, got -1"),
+    ],
+)
+def test_bad_generation_arguments(model, prompts, new, options, error, message):
+    # Without a single step taken: the arguments are checked at once.
+    with pytest.raises(error, match=re.escape(message)):
+        stream(model, prompts, new, **options)
+
+
+@pytest.mark.parametrize("stop_strings", ["stop", [""]])
+def test_bad_stop_strings(model, stop_strings):
+    with pytest.raises(ValueError, match="stop_strings must be a sequence of strings"):
+        Engine(model, Letters()).add([1], 1, stop_strings=stop_strings)
+
+
+@pytest.mark.parametrize("name", ["num_pages", "page_size", "max_batch_size", "prefill_chunk"])
+def test_sizes_must_be_positive(model, name):
+    with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
+        Engine(model, **{name: 0})
+
+
+def test_what_the_pages_never_hold_is_refused(model):
+    engine = Engine(model, num_pages=2, page_size=4)
+    engine.add([1, 2, 3], 6)
+    with pytest.raises(ValueError, match="the engine's pages hold 8"):
+        engine.add([1, 2, 3], 7)
+    assert len(run(engine)) == 6
+    assert TINY.max_position_embeddings == 64
