@@ -1,5 +1,6 @@
 """RMSNorm of every query and key head, then rotary position embedding, in one pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,12 +80,10 @@ def _reference_backward(
     factor = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     normed, gw = x * factor, g * weight
     dx = (gw - normed * (gw * normed).mean(-1, keepdim=True)) * factor
-    if weight_grad:
-        of_heads = (g * normed).sum((0, 1))
-        grads = of_heads[:num_heads].sum(0), of_heads[num_heads:].sum(0)
-    else:
-        grads = x.new_empty(0), x.new_empty(0)
-    return dx.to(query_key.dtype).contiguous(), *(t.to(query_key.dtype) for t in grads)
+    of_heads = (g * normed).sum((0, 1)) if weight_grad else x.new_empty(x.shape[2], 0)
+    dtype = query_key.dtype
+    query_grad, key_grad = of_heads[:num_heads].sum(0), of_heads[num_heads:].sum(0)
+    return dx.to(dtype).contiguous(), query_grad.to(dtype), key_grad.to(dtype)
 
 
 def _check(
@@ -138,6 +137,6 @@ class _QKNormRotary(OpFunction):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         weight_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         # The reference is made of differentiable operations: higher derivatives are torch's own.
-        run = _reference_backward if torch.is_grad_enabled() else _backward
+        run: Callable[..., Any] = _reference_backward if torch.is_grad_enabled() else _backward
         dx, *dweights = run(dy, *ctx.saved_tensors, *ctx.options, weight_grad)
         return dx, *(dweights if weight_grad else (None, None)), None, None, None, None, None
