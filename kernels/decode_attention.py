@@ -29,10 +29,10 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def _attend(
     query_ptr, key_ptr, value_ptr, lengths_ptr, table_ptr, slopes_ptr, key_scale_ptr,
-    value_scale_ptr, out_ptr, lse_ptr,
+    value_scale_ptr, mask_ptr, out_ptr, lse_ptr,
     query_batch, query_seq, query_head, key_batch, key_seq, key_head,
     value_batch, value_seq, value_head, lengths_stride,
-    table_batch, table_page, num_pages,
+    table_batch, table_page, num_pages, mask_batch,
     q_len, heads, kv_heads, group, head_dim, capacity, row_blocks, splits, scale, window, softcap,
     fixed_split, PAGE: tl.constexpr, CACHE: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, IN_FP32: tl.constexpr,
@@ -49,10 +49,13 @@ def _attend(
 
     length = tl.load(lengths_ptr + b * lengths_stride)
     length = tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
-    visible = length - q_len + position + 1
+    older = length - q_len  # what all see, where there is a mask
+    visible = older + position + 1
     # What the block sees: from the window of its first row to the token of its last one.
     low = 0 if window is None else tl.maximum(tl.min(visible, 0) - window, 0)
-    high = tl.max(tl.where(is_row, visible, 0), 0)
+    high = length
+    if mask_ptr is None:
+        high = tl.max(tl.where(is_row, visible, 0), 0)
     size = fixed_split
     if fixed_split is None:
         size = tl.cdiv(tl.cdiv(high - low, splits), KEYS) * KEYS
@@ -103,7 +106,13 @@ def _attend(
         if slopes_ptr is not None:
             distance = keys[None, :] - (visible - 1)[:, None]
             scores += slopes[:, None] * distance.to(tl.float32)
-        seen = (keys[None, :] < visible[:, None]) & (keys < end)[None, :]
+        if mask_ptr is None:
+            seen = (keys[None, :] < visible[:, None]) & (keys < end)[None, :]
+        else:
+            column = (keys - older)[None, :]
+            is_new = (column >= 0) & (keys < end)[None, :] & is_row[:, None]
+            at = mask_ptr + b * mask_batch + position[:, None] * q_len + column
+            seen = (tl.load(at, is_new, 1) != 0) & (keys < end)[None, :]
         if window is not None:
             seen = seen & (keys[None, :] >= (visible - window)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
@@ -170,13 +179,13 @@ def _processors(device: torch.device) -> int:
 def decode_attention(query, key_cache, value_cache, cache_lengths, scale) -> tuple[Tensor, Tensor]:
     return decode_attention_full(
         query, key_cache, value_cache, cache_lengths, scale, None, None, None, None, None, None,
-        None, None,
+        None, None, None,
     )  # fmt: skip
 
 
 def decode_attention_full(
     query, key_cache, value_cache, cache_lengths, scale, window, softcap, block_table, sinks,
-    alibi_slopes, key_scale, value_scale, fixed_split,
+    alibi_slopes, key_scale, value_scale, fixed_split, mask,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, q_len, heads, head_dim = query.shape
     capacity, kv_heads = key_cache.shape[1:3]
@@ -191,6 +200,10 @@ def decode_attention_full(
     lse = query.new_empty((batch, q_len, heads), dtype=torch.float32)
     if not lse.numel():
         return out, lse
+    mask_batch = 0
+    if mask is not None:
+        mask_batch = q_len * q_len if mask.dim() == 3 else 0
+        mask = mask.contiguous().view(torch.int8)
     sinks, alibi_slopes, key_scale, value_scale = (
         x if x is None else x.contiguous() for x in (sinks, alibi_slopes, key_scale, value_scale)
     )
@@ -221,12 +234,12 @@ def decode_attention_full(
         part_lse = parts.new_empty((*lse.shape, splits))
     _attend[(programs * splits,)](
         query, key_cache, value_cache, cache_lengths, block_table, alibi_slopes, key_scale,
-        value_scale, parts, part_lse,
+        value_scale, mask, parts, part_lse,
         *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
         cache_lengths.stride(0), *(block_table.stride() if page_size else (0, 0)),
-        key_cache.shape[0], q_len, heads, kv_heads, heads // kv_heads, head_dim, capacity,
-        row_blocks, splits, head_dim**-0.5 if scale is None else float(scale), window, softcap,
-        fixed_split, PAGE=page_size, CACHE=kind, ROWS=ROWS, KEYS=KEYS, DIM=DIM,
+        key_cache.shape[0], mask_batch, q_len, heads, kv_heads, heads // kv_heads, head_dim,
+        capacity, row_blocks, splits, head_dim**-0.5 if scale is None else float(scale), window,
+        softcap, fixed_split, PAGE=page_size, CACHE=kind, ROWS=ROWS, KEYS=KEYS, DIM=DIM,
         IN_FP32=_INTERPRETED, num_warps=4 if narrow else 8, num_stages=2,
     )  # fmt: skip
     if not direct:
