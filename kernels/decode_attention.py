@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import fp32, tanh
+from .narrow import NARROW, widen
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_attend": (255, 81952), "_merge": (64, 1024)}
@@ -23,30 +24,17 @@ BUDGET = {"_attend": (255, 81952), "_merge": (64, 1024)}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_FP8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-
-
-@triton.jit
-def widen(x, FP8: tl.constexpr):
-    """fp8 from its bits, which older GPUs and the interpreter can not convert, as fp16."""
-    if FP8 == "e5m2":
-        x = (x.to(tl.int16) << 8).to(tl.float16, bitcast=True)
-    if FP8 == "e4m3":
-        bits = (x.to(tl.int16) << 7) & -16512  # 0xbf80: the sign, and 2^-8 of the number
-        bits = tl.where((bits & 0x3F80) == 0x3F80, 0x7FFF, bits).to(tl.int16)
-        x = bits.to(tl.float16, bitcast=True) * 256.0
-    return x
 
 
 @triton.jit
 def _attend(
     query_ptr, key_ptr, value_ptr, lengths_ptr, table_ptr, slopes_ptr, key_scale_ptr,
-    value_scale_ptr, out_ptr, lse_ptr,
+    value_scale_ptr, mask_ptr, out_ptr, lse_ptr,
     query_batch, query_seq, query_head, key_batch, key_seq, key_head,
     value_batch, value_seq, value_head, lengths_stride,
-    table_batch, table_page, num_pages,
+    table_batch, table_page, num_pages, mask_batch,
     q_len, heads, kv_heads, group, head_dim, capacity, row_blocks, splits, scale, window, softcap,
-    fixed_split, PAGE: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr,
+    fixed_split, PAGE: tl.constexpr, CACHE: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, IN_FP32: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0) % splits
@@ -61,10 +49,13 @@ def _attend(
 
     length = tl.load(lengths_ptr + b * lengths_stride)
     length = tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
-    visible = length - q_len + position + 1
+    older = length - q_len  # what all see, where there is a mask
+    visible = older + position + 1
     # What the block sees: from the window of its first row to the token of its last one.
     low = 0 if window is None else tl.maximum(tl.min(visible, 0) - window, 0)
-    high = tl.max(tl.where(is_row, visible, 0), 0)
+    high = length
+    if mask_ptr is None:
+        high = tl.max(tl.where(is_row, visible, 0), 0)
     size = fixed_split
     if fixed_split is None:
         size = tl.cdiv(tl.cdiv(high - low, splits), KEYS) * KEYS
@@ -107,7 +98,7 @@ def _attend(
             value_at = page * value_batch + (keys % PAGE).to(tl.int64) * value_seq
         key = tl.load(key_ptr + key_at[:, None] + dims[None, :], mask, 0.0)
         value = tl.load(value_ptr + value_at[:, None] + dims[None, :], mask, 0.0)
-        key, value = widen(key, FP8), widen(value, FP8)
+        key, value = widen(key, CACHE), widen(value, CACHE)
         key, value = key.to(query.dtype), value.to(query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
         if softcap is not None:
@@ -115,7 +106,13 @@ def _attend(
         if slopes_ptr is not None:
             distance = keys[None, :] - (visible - 1)[:, None]
             scores += slopes[:, None] * distance.to(tl.float32)
-        seen = (keys[None, :] < visible[:, None]) & (keys < end)[None, :]
+        if mask_ptr is None:
+            seen = (keys[None, :] < visible[:, None]) & (keys < end)[None, :]
+        else:
+            column = (keys - older)[None, :]
+            is_new = (column >= 0) & (keys < end)[None, :] & is_row[:, None]
+            at = mask_ptr + b * mask_batch + position[:, None] * q_len + column
+            seen = (tl.load(at, is_new, 1) != 0) & (keys < end)[None, :]
         if window is not None:
             seen = seen & (keys[None, :] >= (visible - window)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
@@ -182,13 +179,13 @@ def _processors(device: torch.device) -> int:
 def decode_attention(query, key_cache, value_cache, cache_lengths, scale) -> tuple[Tensor, Tensor]:
     return decode_attention_full(
         query, key_cache, value_cache, cache_lengths, scale, None, None, None, None, None, None,
-        None, None,
+        None, None, None,
     )  # fmt: skip
 
 
 def decode_attention_full(
     query, key_cache, value_cache, cache_lengths, scale, window, softcap, block_table, sinks,
-    alibi_slopes, key_scale, value_scale, fixed_split,
+    alibi_slopes, key_scale, value_scale, fixed_split, mask,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, q_len, heads, head_dim = query.shape
     capacity, kv_heads = key_cache.shape[1:3]
@@ -203,11 +200,15 @@ def decode_attention_full(
     lse = query.new_empty((batch, q_len, heads), dtype=torch.float32)
     if not lse.numel():
         return out, lse
+    mask_batch = 0
+    if mask is not None:
+        mask_batch = q_len * q_len if mask.dim() == 3 else 0
+        mask = mask.contiguous().view(torch.int8)
     sinks, alibi_slopes, key_scale, value_scale = (
         x if x is None else x.contiguous() for x in (sinks, alibi_slopes, key_scale, value_scale)
     )
-    fp8 = _FP8.get(key_cache.dtype)
-    if fp8:
+    kind = NARROW.get(key_cache.dtype)
+    if kind:
         key_cache, value_cache = key_cache.view(torch.int8), value_cache.view(torch.int8)
     query, key_cache, value_cache = map(_with_contiguous_rows, (query, key_cache, value_cache))
     rows = heads // kv_heads * q_len
@@ -233,13 +234,13 @@ def decode_attention_full(
         part_lse = parts.new_empty((*lse.shape, splits))
     _attend[(programs * splits,)](
         query, key_cache, value_cache, cache_lengths, block_table, alibi_slopes, key_scale,
-        value_scale, parts, part_lse,
+        value_scale, mask, parts, part_lse,
         *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
         cache_lengths.stride(0), *(block_table.stride() if page_size else (0, 0)),
-        key_cache.shape[0], q_len, heads, kv_heads, heads // kv_heads, head_dim, capacity,
-        row_blocks, splits, head_dim**-0.5 if scale is None else float(scale), window, softcap,
-        fixed_split, PAGE=page_size, FP8=fp8, ROWS=ROWS, KEYS=KEYS, DIM=DIM, IN_FP32=_INTERPRETED,
-        num_warps=4 if narrow else 8, num_stages=2,
+        key_cache.shape[0], mask_batch, q_len, heads, kv_heads, heads // kv_heads, head_dim,
+        capacity, row_blocks, splits, head_dim**-0.5 if scale is None else float(scale), window,
+        softcap, fixed_split, PAGE=page_size, CACHE=kind, ROWS=ROWS, KEYS=KEYS, DIM=DIM,
+        IN_FP32=_INTERPRETED, num_warps=4 if narrow else 8, num_stages=2,
     )  # fmt: skip
     if not direct:
         _merge[(lse.numel(),)](

@@ -67,6 +67,15 @@ def weight(y):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x for x > 0, nearly: Newton's steps, which take no division."""
+    r = (0x7EF311C7 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    for _ in tl.static_range(4):
+        r = r * (2.0 - x * r)
+    return r
+
+
+@triton.jit
 def gumbel(seed, step, token):
     """Standard Gumbel noise of int32 token numbers for one int64 seed and step.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .gumbel import ONE, gumbel, log, log1p, weight
 from .math import fp32
-from .selection import first_of, key_of, kth_largest, logit_of, nucleus
+from .selection import first_of, keep_first, key_of, kth_largest, logit_of, nucleus, typical
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_sample": (128, 16384)}
@@ -26,7 +26,7 @@ _BLOCK = 2048
 @triton.jit
 def _setting(rows_ptr, value, row, i: tl.constexpr, PER_ROW: tl.constexpr):
     if PER_ROW:
-        return tl.load(rows_ptr + row * 9 + i)
+        return tl.load(rows_ptr + row * 10 + i)
     else:
         return fp32(value)
 
@@ -54,7 +54,7 @@ def _processed(
 def _sample(
     logits_ptr, rows_ptr, counts_ptr, allowed_ptr, seeds_ptr, steps_ptr, key_ptr, token_ptr,
     tokens_ptr, logprobs_ptr, vocab, logits_stride, counts_stride, allowed_stride,
-    temperature, top_k, top_p, min_p, repetition, presence, frequency, rate,
+    temperature, top_k, top_p, min_p, typical_p, repetition, presence, frequency, rate,
     unrepetition, PER_ROW: tl.constexpr, COUNTS: tl.constexpr, ALLOWED: tl.constexpr,
     PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -70,12 +70,13 @@ def _sample(
     top_k = _setting(rows_ptr, top_k, row, 1, PER_ROW)
     top_p = _setting(rows_ptr, top_p, row, 2, PER_ROW)
     min_p = _setting(rows_ptr, min_p, row, 3, PER_ROW)
-    repetition = _setting(rows_ptr, repetition, row, 4, PER_ROW)
-    presence = _setting(rows_ptr, presence, row, 5, PER_ROW)
-    frequency = _setting(rows_ptr, frequency, row, 6, PER_ROW)
+    typical_p = _setting(rows_ptr, typical_p, row, 4, PER_ROW)
+    repetition = _setting(rows_ptr, repetition, row, 5, PER_ROW)
+    presence = _setting(rows_ptr, presence, row, 6, PER_ROW)
+    frequency = _setting(rows_ptr, frequency, row, 7, PER_ROW)
     # Divisions in here would be calls: correctly rounded ones are, and they spill registers.
-    rate = _setting(rows_ptr, rate, row, 7, PER_ROW)
-    unrepetition = _setting(rows_ptr, unrepetition, row, 8, PER_ROW)
+    rate = _setting(rows_ptr, rate, row, 8, PER_ROW)
+    unrepetition = _setting(rows_ptr, unrepetition, row, 9, PER_ROW)
     lane = tl.arange(0, BLOCK)
 
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -105,8 +106,8 @@ def _sample(
     tl.debug_barrier()  # the keys are there for all threads
 
     least = tl.where(min_p > 0, log(tl.maximum(min_p, 1e-30)), float("-inf"))
-    # A logit below exp(-28) of the largest has no weight; it is never in a nucleus.
-    floor = tl.where(top_p < 1, -28.0, least)
+    # A logit below exp(-28) of the largest has no weight; it is never in a nucleus or typical.
+    floor = tl.where(tl.minimum(top_p, typical_p) < 1, -28.0, least)
     k = tl.minimum(tl.where(temperature > 0, top_k, 1.0), 4194304.0).to(tl.int32)
     edge = tl.full((), 0, tl.uint32)
     n = vocab + 0
@@ -133,6 +134,12 @@ def _sample(
     each = tl.full((), 0, tl.int64)
     if top_p < 1:
         edge, enough, each = nucleus(key_ptr, size, top_p, largest, rate, BLOCK)
+    mean = tl.full((), 0.0, tl.float32)
+    furthest = tl.full((), float("inf"), tl.float32)
+    if typical_p < 1:
+        size = keep_first(key_ptr, token_ptr, size, edge, enough, each, least, largest, rate, BLOCK)
+        edge = tl.full((), 0, tl.uint32)  # all of these are of the nucleus
+        mean, furthest = typical(key_ptr, size, typical_p, largest, rate, BLOCK)
     seed = tl.load(seeds_ptr + row)
     step = tl.load(steps_ptr + row)
     score = float("-inf")
@@ -144,7 +151,11 @@ def _sample(
         number = tl.load(token_ptr + at, at < size, 0)
         kept, seen = first_of(key, at < size, edge, enough, each, seen)
         y = (logit_of(key) - largest) * rate
-        s = tl.where(kept & (y >= least), y + gumbel(seed, step, number), float("-inf"))
+        s = tl.where(
+            kept & (y >= least) & (tl.abs(y - mean) <= furthest),
+            y + gumbel(seed, step, number),
+            float("-inf"),
+        )
         highest = tl.max(s, 0)
         # Numbers rise from block to block, so the first of equals stays.
         candidate = tl.min(tl.where(s == highest, number, 0x7FFFFFFF), 0)
@@ -183,10 +194,10 @@ def sample_tokens(
             _rows, (logits, token_counts, allowed)
         )
         if rows is None:
-            settings = [*settings, _inverse(settings[0]), _inverse(settings[4])]
+            settings = [*settings, _inverse(settings[0]), _inverse(settings[5])]
         else:
-            settings = [0.0] * 9
-            rows = torch.cat([rows, 1.0 / rows[:, ::4][:, :2].clamp(min=1e-30)], 1)
+            settings = [0.0] * 10
+            rows = torch.cat([rows, 1.0 / rows[:, [0, 5]].clamp(min=1e-30)], 1)
         scratch = torch.empty((2, batch, vocab), dtype=torch.int32, device=logits.device)
         block = min(_BLOCK, max(256, triton.next_power_of_2(vocab)))
         _sample[(batch,)](

@@ -6,7 +6,7 @@ Logits are 32-bit keys in the same order. Each function is one program's loop ov
 import triton
 import triton.language as tl
 
-from .gumbel import weight
+from .gumbel import reciprocal, weight
 
 
 @triton.jit
@@ -76,3 +76,64 @@ def first_of(key, mask, edge, enough, each, seen):
     before = seen + tl.cumsum(equal, 0) - equal
     kept = mask & ((key > edge) | ((equal != 0) & (before * each < enough)))
     return kept, seen + tl.sum(equal, 0)
+
+
+@triton.jit
+def keep_first(
+    key_ptr, token_ptr, size, edge, enough, each, least, largest, rate, BLOCK: tl.constexpr
+):  # fmt: skip
+    """How many remain: tokens of the nucleus that are likely enough move to the front."""
+    left = 0
+    seen = 0
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        key = tl.load(key_ptr + at, at < size, 0).to(tl.uint32, bitcast=True)
+        number = tl.load(token_ptr + at, at < size, 0)
+        kept, seen = first_of(key, at < size, edge, enough, each, seen)
+        kept = kept & ((logit_of(key) - largest) * rate >= least)
+        to = left + tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.debug_barrier()  # tokens move within what all threads have read
+        tl.store(key_ptr + to, key.to(tl.int32, bitcast=True), kept)
+        tl.store(token_ptr + to, number, kept)
+        left += tl.sum(kept.to(tl.int32), 0)
+    tl.debug_barrier()
+    return left
+
+
+@triton.jit
+def _near_mass(key_ptr, size, mean, furthest, largest, rate, BLOCK: tl.constexpr):
+    """Weight of the tokens whose distance from the mean has at most the bits `furthest`."""
+    total = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        key = tl.load(key_ptr + at, at < size, 0).to(tl.uint32, bitcast=True)
+        y = (logit_of(key) - largest) * rate
+        near = tl.abs(y - mean).to(tl.int32, bitcast=True) <= furthest
+        total += tl.where((at < size) & near, weight(y), 0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def typical(key_ptr, size, typical_p, largest, rate, BLOCK: tl.constexpr):
+    """(mean, distance): the tokens at most that far from the mean of log-probabilities are the
+    nearest whose mass reaches typical_p."""
+    weights = tl.zeros((BLOCK,), tl.int64)
+    moments = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        key = tl.load(key_ptr + at, at < size, 0).to(tl.uint32, bitcast=True)
+        y = (logit_of(key) - largest) * rate
+        w = tl.where(at < size, weight(y), 0)
+        weights += w
+        moments += (w.to(tl.float32) * tl.maximum(y, -30.0)).to(tl.int64)
+    total = tl.sum(weights, 0)
+    mean = tl.sum(moments, 0).to(tl.float32) * reciprocal(total.to(tl.float32))
+    reach = tl.minimum((total.to(tl.float32) * typical_p).to(tl.int64), total)
+    reach = tl.maximum(reach, 1)
+    # The largest bits of a distance below which there is too little.
+    below = tl.full((), -1, tl.int32)
+    for bit in range(31):
+        tried = below + (tl.full((), 1, tl.int32) << (30 - bit))
+        little = _near_mass(key_ptr, size, mean, tried, largest, rate, BLOCK) < reach
+        below = tl.where(little, tried, below)
+    return mean, (below + 1).to(tl.float32, bitcast=True)

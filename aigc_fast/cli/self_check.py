@@ -49,6 +49,11 @@ def _apply_rotary(x: Inputs) -> Result:
     return ops.apply_rotary(x(2, 7, 3, 40), angles.cos(), angles.sin())
 
 
+def _qk_norm_rotary(x: Inputs) -> Result:
+    angles = x.constant(7, 20)
+    return ops.qk_norm_rotary(x(2, 7, 3, 40), x(40), x(40), angles.cos(), angles.sin(), 2)
+
+
 def _decode_attention(x: Inputs) -> Result:
     cache = (3, 65, 2, 40)
     lengths = x.int32(65, 0, 17)
@@ -98,6 +103,7 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "decode_attention": _decode_attention,
     "decoder_step": _decoder_step,
     "geglu": lambda x: ops.geglu(x(5, 127), x(5, 127)),
+    "qk_norm_rotary": _qk_norm_rotary,
     "quantized_linear": _quantized_linear,
     "rms_norm": lambda x: ops.rms_norm(x(5, 127), x(127), 1e-6),
     "sample_tokens": lambda x: ops.sample_tokens(

@@ -4,10 +4,12 @@ from aigc_fast import _libraries
 from aigc_fast.ops._quantized_format import dequantize_weight, pack_weight, quantize_weight
 from aigc_fast.ops.add_noise import add_noise
 from aigc_fast.ops.bias_act import bias_act
-from aigc_fast.ops.decode_attention import decode_attention, merge_attention
+from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
 from aigc_fast.ops.gated_mlp import geglu, swiglu
 from aigc_fast.ops.kv_cache import append_kv
+from aigc_fast.ops.merge_attention import merge_attention
+from aigc_fast.ops.qk_norm_rotary import qk_norm_rotary
 from aigc_fast.ops.quantized_linear import quantized_linear
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
 from aigc_fast.ops.rotary import apply_rotary
@@ -29,6 +31,7 @@ __all__ = [
     "geglu",
     "merge_attention",
     "pack_weight",
+    "qk_norm_rotary",
     "quantize_weight",
     "quantized_linear",
     "rms_norm",

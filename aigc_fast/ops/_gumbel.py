@@ -66,6 +66,20 @@ def weight(y: Tensor) -> Tensor:
     return (e * scale).long()
 
 
+def moment(weights: Tensor, y: Tensor) -> Tensor:
+    """weights * y as integers, rounded towards zero; y is 0 or less. A weight has 24 bits, so that
+    its float is exact, and weights of 2^22 tokens times y still add up in int64."""
+    return (weights.float() * y.clamp(min=-30.0)).long()
+
+
+def reciprocal(x: Tensor) -> Tensor:
+    """1 / x of fp32 x > 0, nearly: Newton's steps, which take no division."""
+    r = (0x7EF311C7 - x.view(torch.int32)).view(torch.float32)
+    for _ in range(4):
+        r = r * (2.0 - x * r)
+    return r
+
+
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Philox4x32-10 (Salmon et al. 2011) of four counter words and two key words; all words are
     int64 tensors of values below 2^32."""

@@ -6,6 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from aigc_fast.ops._checks import check_tensor
 
+#: what caches may hold beside the dtype of the tokens
+NARROW = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 def capacity_of(cache: Tensor, block_table: Tensor | None) -> int:
     """Entries that a sequence has room for in (batch, capacity, ...) or (pages, page_size, ...)."""

@@ -1,17 +1,12 @@
 """Attention of the newest tokens to a key/value cache."""
 
-from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._pages import can_look, capacity_of, check_block_table, check_pages
+from aigc_fast.ops._attention import check, reference
 from aigc_fast.ops._registry import Op
-
-_LSES = (torch.float32, torch.float64)
-_NARROW = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @overload
@@ -21,7 +16,7 @@ def decode_attention(
     block_table: Tensor | None = None, sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None, key_scale: Tensor | None = None,
     value_scale: Tensor | None = None, fixed_split: int | None = None,
-    return_lse: Literal[False] = False,
+    mask: Tensor | None = None, return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def decode_attention(
@@ -29,7 +24,8 @@ def decode_attention(
     scale: float | None = None, window: int | None = None, softcap: float | None = None,
     block_table: Tensor | None = None, sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None, key_scale: Tensor | None = None,
-    value_scale: Tensor | None = None, fixed_split: int | None = None, return_lse: Literal[True],
+    value_scale: Tensor | None = None, fixed_split: int | None = None,
+    mask: Tensor | None = None, return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def decode_attention(
     query: Tensor,
@@ -46,6 +42,7 @@ def decode_attention(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     fixed_split: int | None = None,
+    mask: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query @ key_cache.T + causal mask) @ value_cache, for each sequence.
@@ -75,6 +72,10 @@ def decode_attention(
     fixed_split:   on GPUs, cut the entries in sight into parts of so many, rather than into as many
                    parts as fill the GPU: the bits of a sequence's result then depend on nothing but
                    its own query and entries. On CPUs every call is like that.
+    mask:          bool (q_len, q_len) or (batch, q_len, q_len): which of the q_len newest entries
+                   each query sees, in place of the causal order, as where drafts branch like a
+                   tree. The entries before them are seen by all. Distances, of window and
+                   alibi_slopes, still go by the order in the cache.
     return_lse:    also return log(sum(exp(scores))), by which parts of a cache can be merged; sinks
                    are part of the sum, so give them to one part only.
 
@@ -110,154 +111,15 @@ def decode_attention(
         )
     if (
         window is softcap is block_table is sinks is alibi_slopes is key_scale is value_scale
-        is fixed_split is None
+        is fixed_split is mask is None
     ):  # fmt: skip
         out, lse = _decode_attention(query, key_cache, value_cache, cache_lengths, scale)
     else:
         out, lse = _decode_attention_full(
             query, key_cache, value_cache, cache_lengths, scale, window, softcap, block_table,
-            sinks, alibi_slopes, key_scale, value_scale, fixed_split,
+            sinks, alibi_slopes, key_scale, value_scale, fixed_split, mask,
         )  # fmt: skip
     return (out, lse) if return_lse else out
-
-
-def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention to the whole of a cache from that to its parts, as of a prefix that many share.
-
-    outs: two or more results of `decode_attention` for the same queries and different entries,
-          (batch, q_len, num_heads, head_dim).
-    lses: their logarithms, (batch, q_len, num_heads), float32 or float64.
-
-    Returns what decode_attention with return_lse gives for all the entries: the results weighted by
-    exp(lse), in their dtype, and log(sum(exp(lses))). Plain PyTorch, differentiable.
-
-    Raises TypeError or ValueError for a wrong number, dtype, shape or device.
-    """
-    if len(outs) < 2 or len(outs) != len(lses):
-        raise ValueError(
-            f"outs and lses must be as many, at least 2, got {len(outs)} and {len(lses)}"
-        )
-    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        name = f"outs[{i}]"
-        check_tensor(name, out, like=("outs[0]", outs[0]) if i else None, shape=outs[0].shape)
-        check_tensor(f"lses[{i}]", lse, dtypes=_LSES, shape=out.shape[:-1])
-        if lse.device != out.device:
-            raise ValueError(f"lses[{i}] must be on the device of {name} ({out.device})")
-    parts = torch.stack(tuple(lses))
-    whole = parts.logsumexp(0)
-    weights = (parts - whole.masked_fill(whole == -torch.inf, 0)).exp()
-    merged = sum(w[..., None] * out.to(w.dtype) for w, out in zip(weights, outs, strict=True))
-    return merged.to(outs[0].dtype), whole
-
-
-def _reference(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_lengths: Tensor,
-    scale: float | None, window: int | None = None, softcap: float | None = None,
-    block_table: Tensor | None = None, sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None, key_scale: Tensor | None = None,
-    value_scale: Tensor | None = None, fixed_split: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, q_len, heads, head_dim = query.shape
-    kv_heads = key_cache.shape[2]
-    capacity = capacity_of(key_cache, block_table)
-    scale = head_dim**-0.5 if scale is None else scale
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-
-    lengths = cache_lengths.long().clamp(0, capacity)
-    entry = torch.arange(capacity, device=query.device)
-    newest = torch.arange(q_len, device=query.device) - (q_len - 1)
-    ends = (lengths[:, None] + newest)[..., None]
-    visible = entry < ends  # (batch, q_len, capacity)
-    valid = entry < lengths[:, None]
-    if window is not None:
-        visible = visible & (entry >= ends - window)
-        valid = valid & (entry > lengths[:, None] - q_len - window)
-    if can_look(cache_lengths):
-        _check_lengths(cache_lengths, capacity)
-    key, value = key_cache.to(accumulate), value_cache.to(accumulate)
-    if key_scale is not None:
-        key = key * key_scale.to(accumulate)[:, None]
-    if value_scale is not None:
-        value = value * value_scale.to(accumulate)[:, None]
-    if block_table is not None:
-        num_pages, page_size = key_cache.shape[:2]
-        if can_look(block_table):
-            check_pages(block_table, valid.view(*block_table.shape, page_size).any(-1), num_pages)
-        pages = block_table.long().clamp(0, num_pages - 1)
-        key, value = key[pages].flatten(1, 2), value[pages].flatten(1, 2)
-    value = value.where(valid[..., None, None], 0)
-
-    grouped = query.to(accumulate).view(batch, q_len, kv_heads, heads // kv_heads, head_dim)
-    scores = torch.einsum("bikgd,bjkd->bikgj", grouped, key) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.to(accumulate).view(kv_heads, heads // kv_heads, 1)
-        scores = scores + slopes * (entry - (ends - 1))[:, :, None, None]
-    scores = scores.masked_fill(~visible[:, :, None, None], -torch.inf)
-    lse = scores.logsumexp(-1)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(accumulate).view(kv_heads, heads // kv_heads))
-    probabilities = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-    out = torch.einsum("bikgj,bjkd->bikgd", probabilities, value).to(query.dtype)
-    return out.reshape(query.shape).contiguous(), lse.reshape(batch, q_len, heads).contiguous()
-
-
-def _check_lengths(cache_lengths: Tensor, capacity: int) -> None:
-    for sequence, length in enumerate(cache_lengths.tolist()):
-        if not 0 <= length <= capacity:
-            raise ValueError(
-                f"cache_lengths must be in [0, {capacity}], got {length} for sequence {sequence}"
-            )
-
-
-def _check(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_lengths: Tensor,
-    scale: float | None, window: int | None = None, softcap: float | None = None,
-    block_table: Tensor | None = None, sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None, key_scale: Tensor | None = None,
-    value_scale: Tensor | None = None, fixed_split: int | None = None,
-) -> None:  # fmt: skip
-    check_tensor("query", query, ndim=4)
-    if not isinstance(key_cache, Tensor) or key_cache.dtype not in _NARROW:
-        check_tensor("key_cache", key_cache, like=("query", query), ndim=4)
-    else:
-        check_tensor("key_cache", key_cache, dtypes=_NARROW, ndim=4)
-    check_tensor("value_cache", value_cache, like=("key_cache", key_cache), shape=key_cache.shape)
-    batch, _, heads, head_dim = query.shape
-    kv_heads = key_cache.shape[2]
-    if block_table is None and key_cache.shape[0] != batch:
-        raise ValueError(
-            f"key_cache must have the batch of query, {batch}, got {key_cache.shape[0]}"
-        )
-    if key_cache.shape[3] != head_dim or head_dim == 0:
-        raise ValueError(
-            "key_cache must have the head_dim of query, at least 1, "
-            f"got {key_cache.shape[3]} and {head_dim}"
-        )
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"query must have a multiple of key_cache's {kv_heads} heads, got {heads}")
-    check_tensor("cache_lengths", cache_lengths, dtypes=(torch.int32, torch.int64), shape=(batch,))
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
-    if block_table is not None:
-        check_block_table(block_table, ("query", query), ("key_cache", key_cache))
-    if fixed_split is not None and fixed_split < 1:
-        raise ValueError(f"fixed_split must be at least 1, got {fixed_split}")
-    of_heads = {"sinks": sinks, "alibi_slopes": alibi_slopes}
-    of_kv_heads = {"key_scale": key_scale, "value_scale": value_scale}
-    for numbers, count in ((of_heads, heads), (of_kv_heads, kv_heads)):
-        for name, x in numbers.items():
-            if x is not None:
-                check_tensor(name, x, shape=(count,))
-    others = {"key_cache": key_cache, "cache_lengths": cache_lengths}
-    for name, x in (others | of_heads | of_kv_heads).items():
-        if x is not None and x.device != query.device:
-            raise ValueError(
-                f"{name} must be on the device of query ({query.device}), got {x.device}"
-            )
 
 
 def _cuda_supports(
@@ -288,8 +150,8 @@ def _cuda_supports(
 _decode_attention = Op(
     "decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths,"
     " float? scale) -> (Tensor, Tensor)",
-    _reference,
-    _check,
+    reference,
+    check,
     stem="decode_attention",
     cuda=_cuda_supports,
 )
@@ -299,8 +161,8 @@ _decode_attention_full = Op(
     "decode_attention_full(Tensor query, Tensor key_cache, Tensor value_cache,"
     " Tensor cache_lengths, float? scale, int? window, float? softcap, Tensor? block_table,"
     " Tensor? sinks, Tensor? alibi_slopes, Tensor? key_scale, Tensor? value_scale,"
-    " int? fixed_split) -> (Tensor, Tensor)",
-    _reference,
-    _check,
+    " int? fixed_split, Tensor? mask) -> (Tensor, Tensor)",
+    reference,
+    check,
     stem="decode_attention",
 )

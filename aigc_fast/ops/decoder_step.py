@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aigc_fast.ops._attention import reference as _attend
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._pages import capacity_of, check_block_table
 from aigc_fast.ops._quantized_format import TILE
 from aigc_fast.ops._registry import Op
-from aigc_fast.ops.decode_attention import _reference as _attend
 from aigc_fast.ops.kv_cache import _reference as _append
 from aigc_fast.ops.quantized_linear import _reference as _linear
 from aigc_fast.ops.rms_norm import _reference as _norm

@@ -58,6 +58,12 @@ def _reference(
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> None:
     check_tensor("x", x, ndim=4)
+    check_angles(("x", x), cos, sin)
+
+
+def check_angles(of: tuple[str, Tensor], cos: Tensor, sin: Tensor) -> None:
+    """Refuses cos and sin that are not angles of the tensor (batch, seq, heads, head_dim)."""
+    name, x = of
     angles = (x.dtype,) if x.dtype == torch.float64 else (torch.float32, x.dtype)
     if isinstance(cos, Tensor) and cos.dtype not in angles:
         names = " or ".join(dict.fromkeys(map(name_of, angles)))
@@ -65,7 +71,7 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> None:
     check_tensor("cos", cos)
     batch, seq, _heads, head_dim = x.shape
     if cos.device != x.device:
-        raise ValueError(f"cos must be on the device of x ({x.device}), got {cos.device}")
+        raise ValueError(f"cos must be on the device of {name} ({x.device}), got {cos.device}")
     if cos.dim() not in (2, 3) or cos.shape[:-1] not in ((seq,), (batch, seq)):
         raise ValueError(
             f"cos must have shape ({seq}, r / 2) or ({batch}, {seq}, r / 2), got {tuple(cos.shape)}"

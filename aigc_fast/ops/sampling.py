@@ -16,6 +16,7 @@ _LIMITS = {
     "top_k": (0.0, math.inf),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
     "repetition_penalty": (1e-6, 1e6),
     "presence_penalty": (-1e6, 1e6),
     "frequency_penalty": (-1e6, 1e6),
@@ -29,6 +30,7 @@ def sample_tokens(
     top_k: int | Tensor = 0,
     top_p: float | Tensor = 1.0,
     min_p: float | Tensor = 0.0,
+    typical_p: float | Tensor = 1.0,
     repetition_penalty: float | Tensor = 1.0,
     presence_penalty: float | Tensor = 0.0,
     frequency_penalty: float | Tensor = 0.0,
@@ -37,7 +39,8 @@ def sample_tokens(
     seeds: int | Tensor | None = None,
     steps: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Draws one token a row: penalties, temperature, top-k, top-p, min-p, then a Gumbel maximum.
+    """Draws one token a row: penalties, temperature, top-k, top-p, min-p, typical-p, then a Gumbel
+    maximum.
 
     logits:       (batch, vocab), vocab from 1 to 2^22, float64/32/16 or bfloat16; rows may lie any
                   stride apart. All are taken as float32. -inf is a probability of zero.
@@ -45,6 +48,9 @@ def sample_tokens(
     top_k:        only the k largest logits survive; 0 for all.
     top_p:        of these, the smallest set of the likeliest whose probabilities reach top_p.
     min_p:        of these, those at least min_p times as likely as the likeliest.
+    typical_p:    of these, the smallest set of those whose log-probability is nearest to its mean,
+                  the negative entropy, whose probabilities reach typical_p; all as near as the last
+                  of them. (Log-probabilities and entropy are of what survives so far.)
     repetition_penalty: positive logits of tokens with a count other than 0 are divided by it,
                   negative ones multiplied.
     presence_penalty, frequency_penalty: subtracted from logits of tokens with a count above 0, the
@@ -75,12 +81,13 @@ def sample_tokens(
     twice (the log-probability needs the largest first).
 
     Source: the order of transformers' logits processors and its definitions of each, with vLLM's
-    distinction of prompt and output tokens; Gumbel-max with Philox4x32-10 (Salmon et al. 2011).
+    distinction of prompt and output tokens; Gumbel-max with Philox4x32-10 (Salmon et al. 2011);
+    typical sampling of Meister et al. 2022 (arXiv:2202.00666).
     """
     if logits.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("sample_tokens has no derivative: call it under torch.no_grad()")
     values = (
-        temperature, top_k, top_p, min_p,
+        temperature, top_k, top_p, min_p, typical_p,
         repetition_penalty, presence_penalty, frequency_penalty,
     )  # fmt: skip
     per_row = any(isinstance(v, Tensor) for v in values)
@@ -96,7 +103,7 @@ def sample_tokens(
 
 
 def _per_row(logits: Tensor, values: tuple) -> Tensor:
-    """The parameters as float32 (batch, 7)."""
+    """The parameters as float32 (batch, 8)."""
     columns = []
     for name, value in zip(_LIMITS, values, strict=True):
         if isinstance(value, Tensor):
@@ -126,7 +133,7 @@ def _reference(
         rows = torch.tensor([settings], dtype=torch.float32, device=logits.device)
     else:
         _check_values(rows)
-    temperature, top_k, top_p, min_p, repetition, presence, frequency = rows.split(1, 1)
+    temperature, top_k, top_p, min_p, typical_p, repetition, presence, frequency = rows.split(1, 1)
     x = raw
     if allowed is not None:
         x = x.masked_fill(~_unpacked(allowed, x.shape[1]), -math.inf)
@@ -147,6 +154,7 @@ def _reference(
     reach = (weight.sum(1, keepdim=True).float() * top_p).long().clamp(min=1)
     keep = keep & ((before < reach) | (top_p == 1))
     keep = keep & ((y >= _gumbel.log(min_p.clamp(min=1e-30))) | (min_p == 0))
+    keep = keep & (_is_typical(y, keep, typical_p) | (typical_p == 1))
     keep = keep & ((rank == 0) | (temperature != 0))
 
     noise = _gumbel.gumbel(seeds[:, None], steps[:, None], order.indices)
@@ -160,6 +168,20 @@ def _reference(
     rest = _gumbel.weight(raw - top).sum(1, keepdim=True) - _gumbel.ONE
     logprob = (raw.gather(1, token.clamp(min=0)) - top) - _gumbel.log1p(rest.float() * 2.0**-40)
     return token[:, 0].clone(), torch.where(good, logprob, math.nan)[:, 0].clone()
+
+
+def _is_typical(y: Tensor, keep: Tensor, typical_p: Tensor) -> Tensor:
+    """Log-probabilities are y less a constant, so that their distance from their mean is that of y
+    from its own."""
+    weight = torch.where(keep, _gumbel.weight(y), 0)
+    mass = weight.sum(1, keepdim=True)
+    mean = _gumbel.moment(weight, y).sum(1, keepdim=True).float()
+    distance = (y - mean * _gumbel.reciprocal(mass.float())).abs()
+    distance = torch.where(keep, distance, math.inf)
+    nearest = distance.sort(dim=1, stable=True)
+    reach = torch.minimum((mass.float() * typical_p).long(), mass).clamp(min=1)
+    last = (weight.gather(1, nearest.indices).cumsum(1) < reach).sum(1, keepdim=True)
+    return distance <= nearest.values.gather(1, last.clamp(max=y.shape[1] - 1))
 
 
 def _unpacked(allowed: Tensor, vocab: int) -> Tensor:

@@ -68,7 +68,7 @@ class Attention {
         for (int64_t k = 0; k < kBlock; ++k) next.keys[k] = after + k * keys_.seq;
       for (int64_t row = first; row < last; row += R) {
         const int64_t tile = (row - first) / R;
-        add_block(block, row == first ? next.keys : nullptr, head, row, std::min(last, row + R),
+        add_block(block, row == first ? next.keys : nullptr, b, head, row, std::min(last, row + R),
                   length, query + tile * query_size(), result + tile * result_size());
       }
     }
@@ -174,9 +174,9 @@ class Attention {
 
   // One block of keys for one tile of rows. The first tile fetches the block's values and the keys
   // of the next one.
-  void add_block(const Block& block, const C* const* next, int64_t head, int64_t row, int64_t last,
-                 int64_t length, const A* query, A* result) const {
-    const int64_t fewest = s_.visible(length, row / s_.group());
+  void add_block(const Block& block, const C* const* next, int64_t b, int64_t head, int64_t row,
+                 int64_t last, int64_t length, const A* query, A* result) const {
+    const int64_t fewest = s_.certain(length, row / s_.group());
     const int64_t most = s_.visible(length, (last - 1) / s_.group());
     const int64_t count = std::min(most, block.stop) - block.start;
     if (count <= 0 || block.stop <= s_.oldest(length, row / s_.group())) return;
@@ -202,7 +202,7 @@ class Attention {
         for (int lane = 0; lane < L; ++lane) {
           const int64_t i = std::min(row + lane % R, last - 1) / s_.group();
           const int64_t at = block.start + k + lane / R;
-          if (at >= s_.visible(length, i) || at < s_.oldest(length, i))
+          if (at < s_.oldest(length, i) || !sees(b, i, at, length))
             scores[k * R + lane] = lowest[0];
         }
         top = max<A>(top, load(scores + k * R));
@@ -224,6 +224,14 @@ class Attention {
     A decays[L];
     store(decays, decay);
     products_.add_values(scores, block.values, count, decays, result, next);
+  }
+
+  // Of the keys that are not too old: whether query i sees the one at `at`.
+  bool sees(int64_t b, int64_t i, int64_t at, int64_t length) const {
+    if (at >= s_.visible(length, i)) return false;
+    const int64_t newest = at - (length - s_.q_len);
+    return !s_.masked || newest < 0 ||
+           options_.mask[b * options_.mask_batch + i * s_.q_len + newest];
   }
 
   // Softcap and ALiBi for the scores of `count` keys from `start`; returns their maxima.

@@ -93,44 +93,13 @@ std::vector<int64_t> read_lengths(const Tensor& lengths, const Shape& s) {
   return values;
 }
 
-// A number for each head, in the type of the arithmetic; empty if not given.
-template <class A>
-std::vector<A> of_heads(const std::optional<Tensor>& x, const char* name, int64_t heads) {
-  if (!x) return {};
-  require(x->dim() == 1 && x->size(0) == heads, name, " must have shape (", heads, ",)");
-  std::vector<A> values(heads);
-  dispatch(*x, name, [&]<class T>(T) {
-    for (int64_t h = 0; h < heads; ++h) values[h] = load_n(data<T>(*x) + h * x->stride(0), 1)[0];
-  });
-  return values;
-}
-
-// Calls f with a value of the C++ type of the caches, where queries are T.
-template <class T, class F>
-void dispatch_cache(const Tensor& x, F&& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Char:
-      return f(int8_t{});
-    case ScalarType::Float8_e4m3fn:
-      return f(e4m3{});
-    case ScalarType::Float8_e5m2:
-      return f(e5m2{});
-    default:
-      dispatch(x, "key_cache", [&]<class C>(C) {
-        if constexpr (std::is_same_v<T, C>)
-          f(C{});
-        else
-          require(false, "the caches must have the dtype of query, int8 or fp8");
-      });
-  }
-}
-
 std::tuple<Tensor, Tensor> decode_attention_full(
     const Tensor& query_in, const Tensor& key_in, const Tensor& value_in, const Tensor& lengths_in,
     std::optional<double> scale, std::optional<int64_t> window, std::optional<double> softcap,
     const std::optional<Tensor>& table, const std::optional<Tensor>& sinks_in,
     const std::optional<Tensor>& slopes_in, const std::optional<Tensor>& key_scale_in,
-    const std::optional<Tensor>& value_scale_in, std::optional<int64_t> fixed_split) {
+    const std::optional<Tensor>& value_scale_in, std::optional<int64_t> fixed_split,
+    const std::optional<Tensor>& mask_in) {
   require(query_in.dim() == 4 && key_in.dim() == 4 && same_shape(key_in, value_in),
           "query and caches must have 4 dimensions, the caches the same shape");
   require(key_in.scalar_type() == value_in.scalar_type(), "the caches must have the same dtype");
@@ -152,6 +121,15 @@ std::tuple<Tensor, Tensor> decode_attention_full(
   const std::vector<int64_t> lengths = read_lengths(lengths_in, s);
   for (int64_t b = 0; table && b < s.batch; ++b)
     pages.check(b, s.oldest(lengths[b], 0), lengths[b], key_in.size(0));
+  s.masked = mask_in.has_value();
+  const Tensor mask = s.masked ? as_contiguous(*mask_in) : query_in;
+  if (s.masked) {
+    const int64_t dims = mask.dim();
+    require(mask.scalar_type() == ScalarType::Bool && (dims == 2 || dims == 3) &&
+                (dims == 2 || mask.size(0) == s.batch) && mask.size(dims - 2) == s.q_len &&
+                mask.size(dims - 1) == s.q_len,
+            "mask must be bool and have shape (q_len, q_len) or (batch, q_len, q_len)");
+  }
   const Tensor query = with_contiguous_rows(query_in), keys = with_contiguous_rows(key_in),
                values = with_contiguous_rows(value_in);
   const bool wide = query.scalar_type() == ScalarType::Double;
@@ -165,8 +143,13 @@ std::tuple<Tensor, Tensor> decode_attention_full(
     const auto key_scale = of_heads<A>(key_scale_in, "key_scale", s.kv_heads);
     const auto value_scale = of_heads<A>(value_scale_in, "value_scale", s.kv_heads);
     const auto given = [](const std::vector<A>& x) { return x.empty() ? nullptr : x.data(); };
-    const ScoreOptions<A> options{softcap ? static_cast<A>(*softcap) : A(0), given(slopes),
-                                  given(key_scale), given(value_scale), given(sinks)};
+    const ScoreOptions<A> options{softcap ? static_cast<A>(*softcap) : A(0),
+                                  given(slopes),
+                                  given(key_scale),
+                                  given(value_scale),
+                                  s.masked ? data<bool>(mask) : nullptr,
+                                  s.masked && mask.dim() == 3 ? s.q_len * s.q_len : 0,
+                                  given(sinks)};
     dispatch_cache<T>(keys, [&]<class C>(C) {
       auto with_tile = [&]<int R>(std::integral_constant<int, R>) {
         if (lse.numel() == 0) return;
@@ -184,7 +167,8 @@ std::tuple<Tensor, Tensor> decode_attention_full(
 std::tuple<Tensor, Tensor> decode_attention(const Tensor& query, const Tensor& keys,
                                             const Tensor& values, const Tensor& lengths,
                                             std::optional<double> scale) {
-  return decode_attention_full(query, keys, values, lengths, scale, {}, {}, {}, {}, {}, {}, {}, {});
+  return decode_attention_full(query, keys, values, lengths, scale, {}, {}, {}, {}, {}, {}, {}, {},
+                               {});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {

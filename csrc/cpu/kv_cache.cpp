@@ -1,5 +1,7 @@
-// Writes the keys and values of new tokens into preallocated caches.
-#include "attention_shape.h"
+// Writes the keys and values of new tokens into preallocated caches: a copy, or what the options
+// make of it on the way (rotated, divided by a scale, rounded to the type of the cache).
+#include "cache.h"
+#include "rotary.h"
 
 namespace aigc_fast {
 namespace {
@@ -46,60 +48,175 @@ struct Copy {
   }
 };
 
+// The same for tokens that are turned or whose type changes, head by head. C is the type of the
+// cache; its scales are of heads.
+template <class T, class C>
+struct Convert {
+  using A = Acc<T>;
+  Tensor source;
+  const T* from;
+  C* to;
+  std::array<int64_t, 4> from_strides, to_strides;
+  int64_t heads, head_dim;
+  std::vector<A> factors;
+
+  Convert(const Tensor& tokens, Tensor& cache, const std::optional<Tensor>& scale,
+          const char* scale_name)
+      : source(with_dense_rows(tokens)),
+        from(data<T>(source)),
+        to(mutable_data<C>(cache)),
+        heads(source.size(2)),
+        head_dim(source.size(3)),
+        factors(of_heads<A>(scale, scale_name, heads)) {
+    for (int d = 0; d < 4; ++d) from_strides[d] = source.stride(d), to_strides[d] = cache.stride(d);
+    for (A& factor : factors) factor = 1 / factor;
+    factors.resize(heads, A(1));
+  }
+
+  // turn(x, y) rotates the first `turned` features of a head. row, narrow: room for a head.
+  template <class Turn>
+  void operator()(int64_t batch, int64_t token, int64_t cache_row, int64_t slot, const Turn& turn,
+                  int64_t turned, std::vector<A>& row, std::vector<C>& narrow) const {
+    const T* x = from + batch * from_strides[0] + token * from_strides[1];
+    C* y = to + cache_row * to_strides[0] + slot * to_strides[1];
+    const bool dense = to_strides[3] == 1;
+    for (int64_t h = 0; h < heads; ++h, x += from_strides[2], y += to_strides[2]) {
+      turn(x, row.data());
+      for_vectors<A>(head_dim - turned, [&](int64_t i, auto n) {
+        store(row.data() + turned + i, load(x + turned + i, n), n);
+      });
+      C* out = dense ? y : narrow.data();
+      for_vectors<A>(head_dim, [&](int64_t i, auto n) {
+        const Vec<A> number = load(row.data() + i, n) * factors[h];
+        if constexpr (sizeof(C) == 1)
+          store_narrow(out + i, number, n);
+        else
+          store(out + i, number, n);
+      });
+      for (int64_t i = 0; !dense && i < head_dim; ++i) y[i * to_strides[3]] = out[i];
+    }
+  }
+};
+
+// Where the new tokens go.
+struct Slots {
+  Pages pages;
+  int64_t capacity;
+
+  Slots(const Tensor& key, const Tensor& cache, const Tensor& positions,
+        const std::optional<Tensor>& table)
+      : q_len_(key.size(1)),
+        wide_(positions.scalar_type() == ScalarType::Long),
+        positions_(positions.const_data_ptr()) {
+    const int64_t batch = key.size(0);
+    if (table) pages = {*table, cache, batch};
+    require(table || cache.size(0) == batch, "the caches must have the batch of key");
+    capacity = cache.size(1) * (table ? table->size(1) : 1);
+    require(q_len_ <= capacity, "key must not have more tokens than the caches have room for");
+    require(positions.dim() == 1 && positions.size(0) == batch,
+            "positions must have shape (batch,)");
+    require(wide_ || positions.scalar_type() == ScalarType::Int,
+            "positions must be int32 or int64");
+    stride_ = positions.stride(0);
+    // Nothing is written unless everything can be.
+    for (int64_t b = 0; b < batch && q_len_ > 0; ++b) {
+      const int64_t first = position(b);
+      require(first >= 0 && first <= capacity - q_len_,
+              "positions must lie in [0, capacity - q_len] = [0, ", capacity - q_len_, "], got ",
+              first, " for sequence ", b);
+      if (pages.table) pages.check(b, first, first + q_len_, cache.size(0));
+    }
+  }
+
+  // f(batch, token, row of the cache, slot) for the tokens [begin, end) of all sequences.
+  template <class F>
+  void each(int64_t begin, int64_t end, F&& f) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / q_len_, token = i % q_len_, entry = position(b) + token;
+      if (pages.table)
+        f(b, token, pages.at(b, entry / pages.size), entry % pages.size);
+      else
+        f(b, token, b, entry);
+    }
+  }
+
+ private:
+  int64_t position(int64_t b) const {
+    return wide_ ? static_cast<const int64_t*>(positions_)[b * stride_]
+                 : static_cast<const int32_t*>(positions_)[b * stride_];
+  }
+
+  int64_t q_len_, stride_;
+  bool wide_;
+  const void* positions_;
+};
+
 void check(const Tensor& source, const Tensor& cache, const Tensor& like, const char* name) {
   require(source.dim() == 4 && cache.dim() == 4, name, " and its cache must have 4 dimensions");
   for (int d : {2, 3})
     require(source.size(d) == cache.size(d), name, " must have the heads of its cache");
-  require(cache.size(0) == like.size(0) && cache.size(1) == like.size(1),
-          "caches must have the same shape");
-  require(source.scalar_type() == like.scalar_type() && cache.scalar_type() == like.scalar_type(),
-          name, " must have the dtype of the caches");
+  require(same_shape(cache, like) && cache.scalar_type() == like.scalar_type(),
+          "caches must have the same shape and dtype");
   for (int d = 0; d < 4; ++d)
     require(cache.stride(d) != 0 || cache.size(d) <= 1, name, "_cache must not be expanded");
 }
 
 void append_kv_full(const Tensor& key, const Tensor& value, Tensor key_cache, Tensor value_cache,
-                    const Tensor& positions, const std::optional<Tensor>& table) {
+                    const Tensor& positions, const std::optional<Tensor>& table,
+                    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                    bool interleaved, const std::optional<Tensor>& key_scale,
+                    const std::optional<Tensor>& value_scale) {
   check(key, key_cache, key_cache, "key");
   check(value, value_cache, key_cache, "value");
-  require(same_shape(key, value), "value must have the shape of key");
-  const int64_t batch = key.size(0), q_len = key.size(1);
-  const Pages pages = table ? Pages(*table, key_cache, batch) : Pages();
-  require(table || key_cache.size(0) == batch, "the caches must have the batch of key");
-  const int64_t capacity = key_cache.size(1) * (table ? table->size(1) : 1);
-  require(q_len <= capacity, "key must not have more tokens than the caches have room for");
-  const bool wide = positions.scalar_type() == ScalarType::Long;
-  require(positions.dim() == 1 && positions.size(0) == batch, "positions must have shape (batch,)");
-  require(wide || positions.scalar_type() == ScalarType::Int, "positions must be int32 or int64");
-  dispatch(key, "key", [](auto) {});
-  const auto position = [p = positions.const_data_ptr(), s = positions.stride(0), wide](int64_t b) {
-    return wide ? static_cast<const int64_t*>(p)[b * s] : static_cast<const int32_t*>(p)[b * s];
-  };
-  // Nothing is written unless everything can be.
-  for (int64_t b = 0; b < batch && q_len > 0; ++b) {
-    const int64_t first = position(b);
-    require(first >= 0 && first <= capacity - q_len,
-            "positions must lie in [0, capacity - q_len] = [0, ", capacity - q_len, "], got ",
-            first, " for sequence ", b);
-    if (table) pages.check(b, first, first + q_len, key_cache.size(0));
-  }
-  const Copy copy_key(key, key_cache), copy_value(value, value_cache);
-  const int64_t grain =
-      std::max<int64_t>(1, kGrain / std::max<int64_t>(1, key.size(2) * key.size(3)));
-  torch::stable::parallel_for(0, batch * q_len, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / q_len, token = i % q_len, entry = position(b) + token;
-      const int64_t row = table ? pages.at(b, entry / pages.size) : b;
-      const int64_t slot = table ? entry % pages.size : entry;
-      copy_key(b, token, row, slot);
-      copy_value(b, token, row, slot);
+  require(same_shape(key, value) && key.scalar_type() == value.scalar_type(),
+          "value must have the shape and dtype of key");
+  require(cos.has_value() == sin.has_value(), "cos and sin must be given together");
+  if (cos) check_angles(key, *cos, *sin);
+  const Slots slots(key, key_cache, positions, table);
+  const int64_t tokens = key.size(0) * key.size(1), token_size = key.size(2) * key.size(3);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, token_size));
+  dispatch(key, "key", [&]<class T>(T) {
+    using A = Acc<T>;
+    if (!cos && !key_scale && !value_scale && key_cache.scalar_type() == key.scalar_type()) {
+      const Copy copy_key(key, key_cache), copy_value(value, value_cache);
+      return torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+        slots.each(begin, end, [&](int64_t b, int64_t token, int64_t row, int64_t slot) {
+          copy_key(b, token, row, slot);
+          copy_value(b, token, row, slot);
+        });
+      });
     }
+    const auto wide_angles = [](const Tensor& x) {
+      const bool wide = std::is_same_v<A, double>;
+      return with_dense_rows(torch::stable::to(x, wide ? ScalarType::Double : ScalarType::Float));
+    };
+    const Tensor wide_cos = cos ? wide_angles(*cos) : key, wide_sin = cos ? wide_angles(*sin) : key;
+    std::optional<Rotation<A, A>> rotation;
+    if (cos) rotation.emplace(wide_cos, wide_sin, interleaved, false);
+    dispatch_cache<T>(key_cache, [&]<class C>(C) {
+      const Convert<T, C> convert_key(key, key_cache, key_scale, "key_scale");
+      const Convert<T, C> convert_value(value, value_cache, value_scale, "value_scale");
+      torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+        auto turns = rotation;
+        std::vector<A> head(key.size(3));
+        std::vector<C> narrow(key.size(3));
+        slots.each(begin, end, [&](int64_t b, int64_t token, int64_t row, int64_t slot) {
+          const auto write = [&](const auto& convert, const auto& turn, int64_t turned) {
+            convert(b, token, row, slot, turn, turned, head, narrow);
+          };
+          const auto stay = [](const T*, A*) {};
+          write(convert_value, stay, 0);
+          if (!turns) return write(convert_key, stay, 0);
+          turns->at(b, token, [&](const auto& turn) { write(convert_key, turn, turns->width()); });
+        });
+      });
+    });
   });
 }
 
 void append_kv(const Tensor& key, const Tensor& value, Tensor key_cache, Tensor value_cache,
                const Tensor& positions) {
-  append_kv_full(key, value, key_cache, value_cache, positions, {});
+  append_kv_full(key, value, key_cache, value_cache, positions, {}, {}, {}, false, {}, {});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {

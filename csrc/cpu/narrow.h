@@ -1,5 +1,5 @@
 // Numbers of one byte, as caches hold them: int8 and the two formats of fp8. Read as pairs of
-// vectors, the first half and the second (vector_pair.h), in units of kUnit.
+// vectors, the first half and the second (vector_pair.h), in units of kUnit; written as vectors.
 #pragma once
 
 #include <aigc_fast/vec.h>
@@ -84,6 +84,52 @@ AIGC_INLINE void load_pair(const T* p, V& a, V& b) {
 #else
     for (int i = 0; i < lanes; ++i) a[i] = half_value(bits[i]), b[i] = half_value(bits[lanes + i]);
 #endif
+  }
+}
+
+// The nearest number of T, of two as near the even one; the largest ones for what lies beyond them.
+// NaN stays NaN, and is 0 as int8.
+template <class T>
+  requires(sizeof(T) == 1)
+AIGC_INLINE Vec<int32_t> to_narrow(Vec<float> x) {
+  typedef Vec<int32_t> I;
+  if constexpr (std::is_same_v<T, int8_t>) {
+    x = max<float>(min<float>(x == x ? x : Vec<float>{}, broadcast(127.0f)), broadcast(-128.0f));
+    return __builtin_convertvector((x + 12582912.0f) - 12582912.0f, I);
+  } else {
+    constexpr bool e4 = std::is_same_v<T, e4m3>;
+    constexpr int mantissa = e4 ? 3 : 2, bias = e4 ? 7 : 15;
+    constexpr float largest = e4 ? 448.0f : 57344.0f;
+    constexpr float normal = e4 ? 0x1p-6f : 0x1p-14f;                  // the smallest normal number
+    constexpr float magic = normal * (int64_t{1} << (23 - mantissa));  // its ulp is that of T
+    const I sign = reinterpret_cast<I>(x) >> 24 & 0x80;
+    const Vec<float> magnitude = min<float>(abs<float>(x), broadcast(largest));
+    const I bits = reinterpret_cast<I>(magnitude);
+    const I odd = (bits >> (23 - mantissa)) & 1;
+    const I rounded = (bits + ((1 << (22 - mantissa)) - 1) + odd) >> (23 - mantissa);
+    const I small = reinterpret_cast<I>(magnitude + magic) - reinterpret_cast<I>(broadcast(magic));
+    const I finite = magnitude < normal ? small : rounded - ((127 - bias) << mantissa);
+    return (x == x ? finite : I{} + 0x7f) | sign;
+  }
+}
+
+// The first n of the lanes, to p.
+template <class T, class V, class N>
+  requires(sizeof(T) == 1)
+AIGC_INLINE void store_narrow(T* p, V v, N n) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  if constexpr (!std::is_same_v<V, Vec<float>>) {
+    Vec<float> wide = {};
+    for (int i = 0; i < lanes; ++i) wide[i] = static_cast<float>(v[i]);
+    const Vec<int32_t> numbers = to_narrow<T>(wide);
+    for (int i = 0; i < static_cast<int>(n); ++i) {
+      const int8_t byte = static_cast<int8_t>(numbers[i]);
+      std::memcpy(static_cast<void*>(p + i), &byte, 1);
+    }
+  } else {
+    typedef int8_t Narrow __attribute__((vector_size(kVectorBytes / 4)));
+    const Narrow bytes = __builtin_convertvector(to_narrow<T>(v), Narrow);
+    std::memcpy(static_cast<void*>(p), &bytes, static_cast<int>(n));
   }
 }
 

@@ -4,84 +4,18 @@
 // gumbel.h.
 #pragma once
 
-#include <functional>
-
-#include <aigc_fast/gumbel.h>
-
 #include "rows.h"
+#include "sampler_items.h"
 
 namespace aigc_fast {
 
-using gumbel::F;
-using gumbel::I64;
-using gumbel::kOne;
-using gumbel::U;
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // 128 k logits have 1002 blocks: enough for every usual top_k, and few to select from.
 constexpr int64_t kBlock = 128;
-constexpr float kWeightless = -28;  // exp(-28) < 2^-40
-constexpr int kBins = 64;           // of the histogram, for a factor of e each
 
 struct Settings {
-  float temperature, top_k, top_p, min_p, repetition, presence, frequency;
+  float temperature, top_k, top_p, min_p, typical_p, repetition, presence, frequency;
 };
-constexpr int kSettings = 7;
-
-// A token and its logit as one number: larger logits first, then lower token numbers.
-using Item = uint64_t;
-
-inline Item item(float logit, int64_t token) {
-  const float x = logit + 0.0f;  // -0 ties with 0
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t key = uint32_t(bits ^ (bits >> 31 & 0x7fffffff)) ^ 0x80000000u;
-  return Item(key) << 32 | (0xffffffffu - uint32_t(token));
-}
-inline uint32_t token_of(Item item) { return 0xffffffffu - uint32_t(item); }
-inline float logit_of(Item item) {
-  const int32_t key = int32_t(uint32_t(item >> 32) ^ 0x80000000u);
-  const int32_t bits = key ^ (key >> 31 & 0x7fffffff);
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-template <class N>
-AIGC_INLINE F load_or_inf(const float* p, N n) {  // lanes past the end are -inf
-  if constexpr (!std::is_same_v<N, int>) {
-    return load(p);
-  } else {
-    F v = broadcast(-kInfinity);
-    std::memcpy(&v, p, n * sizeof(float));
-    return v;
-  }
-}
-inline float max_lanes(F v) {
-  float m = v[0];
-  for (int i = 1; i < gumbel::kWidth; ++i) m = v[i] > m ? v[i] : m;
-  return m;
-}
-inline int64_t sum_lanes(I64 v) {
-  int64_t sum = 0;
-  for (int i = 0; i < kLanes<double>; ++i) sum += v[i];
-  return sum;
-}
-
-// One bit for each lane of a comparison's result.
-AIGC_INLINE uint32_t bits_of(Vec<int32_t> lanes) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)lanes);
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)lanes);
-#elif defined(__SSE2__)
-  return _mm_movemask_ps((__m128)lanes);
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < gumbel::kWidth; ++i) bits |= (lanes[i] & 1u) << i;
-  return bits;
-#endif
-}
+constexpr int kSettings = 8;
 
 // One row at a time; a thread keeps its sampler, and so the memory.
 class Sampler {
@@ -143,13 +77,19 @@ class Sampler {
     if (s.top_p < 1) {
       const int64_t total = all ? take_bulk(s.top_p) : mass(0, items.size());
       all = false;
-      cut_mass(reach(total, s.top_p));
+      items.resize(reach_mass(items, reach(total, s.top_p), std::greater<>(),
+                              [&](size_t begin, size_t end) { return mass(begin, end); }));
     }
     if (s.min_p > 0) {
       const float least = gumbel::log(broadcast(std::max(s.min_p, 1e-30f)))[0];
       if (all) take([&](F v) { return scaled(v) >= least; });
       std::erase_if(items, [&](Item i) { return !(scaled(logit_of(i)) >= least); });
       all = false;
+    }
+    if (s.typical_p < 1) {
+      if (all) take([&](F v) { return scaled(v) > kWeightless; });  // the others come last
+      all = false;
+      keep_typical(s.typical_p);
     }
     return all ? draw_from_all(seed, step) : draw(seed, step);
   }
@@ -250,43 +190,27 @@ class Sampler {
     return sum_lanes(sum);
   }
 
-  // Keeps the first items, in order, whose mass reaches `enough`: each round halves the range in
-  // which the last of them lies.
-  void cut_mass(int64_t enough) {
-    size_t begin = 0, end = items.size();
-    while (end - begin > 1) {
-      const size_t middle = (begin + end) / 2;
-      const auto at = items.begin();
-      std::nth_element(at + begin, at + middle, at + end, std::greater<>());
-      const int64_t first = mass(begin, middle);
-      if (first >= enough) {
-        end = middle;
-      } else {
-        enough -= first;
-        begin = middle;
+  // Keeps the items whose y is nearest to its mean and whose mass reaches typical_p, and all that
+  // are as near as the last of them.
+  void keep_typical(float typical_p) {
+    std::vector<Near> near(items.size());
+    int64_t total = 0, moment = 0;
+    for_items(0, items.size(), [&, at = near.data()](F y, U) mutable {
+      const gumbel::Weights w = gumbel::weights(y);
+      int64_t weight[gumbel::kWidth];
+      std::memcpy(weight, &w, sizeof weight);
+      for (int j = 0; j < gumbel::kWidth && at != near.data() + near.size(); ++j, ++at) {
+        *at = {y[j], weight[j]};
+        total += weight[j];
+        moment += static_cast<int64_t>(float(weight[j]) * std::max(y[j], -30.0f));
       }
-    }
-    items.resize(end);
+    });
+    const float mean = float(moment) * gumbel::reciprocal(float(total));
+    for (Near& n : near) n.distance = std::abs(n.distance - mean);
+    const float furthest = reaching(near, std::min(reach(total, typical_p), total));
+    std::erase_if(items,
+                  [&](Item i) { return !(std::abs(scaled(logit_of(i)) - mean) <= furthest); });
   }
-
-  // The largest y + noise, and of equal ones the lowest token.
-  struct Best {
-    F score = broadcast(-kInfinity);
-    U token = {};
-
-    AIGC_INLINE void offer(F y, U t, F noise) {
-      const F s = y + noise;
-      const auto better = (s > score) | ((s == score) & (Vec<int32_t>)(t < token));
-      score = better ? s : score;
-      token = better ? t : token;
-    }
-    int64_t result() const {
-      int best = 0;
-      for (int i = 1; i < gumbel::kWidth; ++i)
-        if (score[i] > score[best] || (score[i] == score[best] && token[i] < token[best])) best = i;
-      return token[best];
-    }
-  };
 
   int64_t draw(uint64_t seed, uint64_t step) const {
     Best best;

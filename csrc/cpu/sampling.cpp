@@ -16,6 +16,7 @@ void check(const Settings& s, int64_t row) {
                          {"top_k", s.top_k, 0, kMost},
                          {"top_p", s.top_p, 0, 1},
                          {"min_p", s.min_p, 0, 1},
+                         {"typical_p", s.typical_p, 0, 1},
                          {"repetition_penalty", s.repetition, 1e-6f, 1e6f},
                          {"presence_penalty", s.presence, -1e6f, 1e6f},
                          {"frequency_penalty", s.frequency, -1e6f, 1e6f}})

@@ -8,7 +8,8 @@ from tests.op_samples.sample import OpSamples, Refusal, Sample, rand
 def _call(
     name: str, batch: int, q_len: int, heads: int, kv_heads: int, head_dim: int, capacity: int,
     lengths: list[int], dtype: torch.dtype = torch.int32, *, page_size: int | None = None,
-    per_head: tuple[str, ...] = (), cache: torch.dtype | None = None, **kwargs: float,
+    per_head: tuple[str, ...] = (), cache: torch.dtype | None = None,
+    mask: tuple[int, ...] | None = None, **kwargs: float,
 ) -> Sample:  # fmt: skip
     """per_head: options that are a number for each head. With a page_size the cache is cut into
     pages, in an order of their own, and the table holds garbage behind the lengths. `cache` is the
@@ -24,6 +25,8 @@ def _call(
         options["value_scale"] = rand(kv_heads, seed=8).exp() / unit
     if page_size is not None:
         keys, values, options["block_table"] = paged(keys, values, lengths, page_size)
+    if mask is not None:
+        options["mask"] = rand(*mask, seed=9) > 0
     args = (query, keys, values, torch.tensor(lengths, dtype=dtype))
     return Sample(name, args, {"return_lse": True, **kwargs, **options})
 
@@ -143,6 +146,28 @@ def _samples() -> list[Sample]:
             window=50,
             per_head=("sinks",),
         ),
+        _call("mask", 2, 5, 4, 2, 32, 40, [33, 9], mask=(2, 5, 5)),
+        _call("mask_shared", 2, 4, 3, 1, 16, 40, [40, 4], mask=(4, 4)),
+        _call("mask_of_one", 2, 1, 4, 2, 16, 8, [8, 0], mask=(2, 1, 1)),
+        _call("mask_from_nothing", 3, 7, 2, 1, 8, 9, [7, 3, 0], mask=(3, 7, 7)),
+        _call("mask_window", 2, 5, 6, 2, 16, 50, [50, 13], mask=(5, 5), window=9),
+        _call("mask_long", 1, 40, 4, 2, 16, 300, [290], mask=(1, 40, 40)),
+        _call(
+            "mask_everything",
+            2,
+            6,
+            6,
+            2,
+            40,
+            70,
+            [70, 33],
+            mask=(2, 6, 6),
+            page_size=4,
+            window=29,
+            softcap=3.0,
+            cache=torch.int8,
+            per_head=("sinks", "alibi_slopes"),
+        ),
         _call("many_rows", 1, 70, 4, 2, 40, 300, [290]),
     ]
 
@@ -190,6 +215,13 @@ def _refusals() -> list[Refusal]:
         option("slopes", ValueError, r"alibi_slopes must have shape \(4,\)", alibi_slopes=rand(1)),
         option("key_scale", ValueError, r"key_scale must have shape \(2,\)", key_scale=rand(4)),
         option("value_scale", TypeError, "value_scale must be float64", value_scale=lengths),
+        option("mask", TypeError, "mask must be bool", mask=rand(1, 1)),
+        option(
+            "mask_shape",
+            ValueError,
+            r"mask must have shape \(1, 1\) or \(2, 1, 1\)",
+            mask=torch.ones(1, 2, dtype=torch.bool),
+        ),
         option("fixed_split", ValueError, "fixed_split must be at least 1", fixed_split=0),
         refusal("int_cache", TypeError, "key_cache must have the dtype", keys=keys.to(torch.int16)),
         refusal(

@@ -432,3 +432,29 @@ def test_merge_attention_of_nothing_and_refusals() -> None:
         ops.merge_attention([nothing] * 2, [no_lse, no_lse[:1]])
     with pytest.raises(TypeError, match=r"lses\[0\] must be float32, float64"):
         ops.merge_attention([nothing] * 2, [no_lse.half()] * 2)
+
+
+@EVERYWHERE
+def test_a_causal_mask_changes_nothing(implementation, device) -> None:
+    query, keys, values = inputs(2, 5, 4, 2, 32, 40)
+    lengths, causal = torch.tensor([40, 3]), torch.ones(5, 5, dtype=torch.bool).tril()
+    masked = run(implementation, device, query, keys, values, lengths, mask=causal.to(device))
+    plain = run(implementation, device, query, keys, values, lengths)
+    torch.testing.assert_close(masked, plain)
+
+
+@EVERYWHERE
+def test_branches_of_a_tree_are_sequences_of_their_own(implementation, device) -> None:
+    """Three drafts behind one prefix, 0-1, 0-2-3: each token gets what it gets in its own draft."""
+    query, keys, values = inputs(1, 4, 2, 1, 16, 24)
+    tree = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=torch.bool)
+    length = torch.tensor([24])
+    out, lse = run(implementation, device, query, keys, values, length, mask=tree.to(device))
+    for draft in ([0, 1], [0, 2, 3]):
+        entries = [*range(20), *(20 + i for i in draft)]
+        alone, alone_lse = run(
+            implementation, device, query[:, draft], keys[:, entries], values[:, entries],
+            torch.tensor([len(entries)]),
+        )  # fmt: skip
+        torch.testing.assert_close(out[:, draft], alone)
+        torch.testing.assert_close(lse[:, draft], alone_lse)

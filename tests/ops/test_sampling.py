@@ -19,7 +19,12 @@ def draws(logits: Tensor, count: int, **kwargs: object) -> Tensor:
 
 
 def survivors(
-    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    typical_p: float = 1.0,
 ) -> Tensor:
     """Probabilities of one row in float64 after the filters, by sorting after each of them."""
     x = logits.double() / temperature
@@ -32,6 +37,12 @@ def survivors(
     if min_p:
         p = x.softmax(-1)
         x[p < min_p * p.max()] = -torch.inf
+    if typical_p < 1:
+        p = x.softmax(-1)
+        distance = (p.log() - torch.where(p > 0, p * p.log(), 0).sum()).abs()
+        order = distance.sort(stable=True)
+        last = (p[order.indices].cumsum(0) < typical_p).sum()
+        x[distance > order.values[last] + 1e-6] = -torch.inf
     return x.softmax(-1)
 
 
@@ -83,6 +94,8 @@ FILTERS = [
     {"top_k": 7},
     {"top_p": 0.8},
     {"min_p": 0.1},
+    {"typical_p": 0.6},
+    {"typical_p": 0.8, "top_k": 15, "top_p": 0.97, "min_p": 0.02},
     {"temperature": 1.5, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
 ]
 
@@ -108,6 +121,8 @@ def test_no_token_outside_the_filters(vocab, kwargs) -> None:
     kept = survivors(logits, **kwargs)
     if kwargs.get("top_p"):
         kept = kept + survivors(logits, **kwargs | {"top_p": kwargs["top_p"] + 1e-6})
+    if kwargs.get("typical_p"):
+        kept = kept + survivors(logits, **kwargs | {"typical_p": kwargs["typical_p"] + 1e-6})
     tokens = draws(logits, 50, **kwargs)
     assert (kept[tokens] > 0).all()
 
@@ -215,7 +230,8 @@ def test_penalties_are_those_of_the_field() -> None:
     assert torch.equal(token, theirs.argmax(-1))
 
 
-def test_filters_keep_what_those_of_transformers_keep() -> None:
+@pytest.mark.parametrize("typical_p", [1.0, 0.7, 0.2])
+def test_filters_keep_what_those_of_transformers_keep(typical_p) -> None:
     processors = pytest.importorskip("transformers.generation.logits_process")
     logits = rand(1, 60, scale=1.5).float()
     x = processors.TemperatureLogitsWarper(1.3)(None, logits)
@@ -223,6 +239,9 @@ def test_filters_keep_what_those_of_transformers_keep() -> None:
     x = processors.TopPLogitsWarper(0.95)(None, x)
     x = processors.MinPLogitsWarper(0.04)(None, x)
     kwargs = {"temperature": 1.3, "top_k": 30, "top_p": 0.95, "min_p": 0.04}
+    if typical_p < 1:
+        x = processors.TypicalLogitsWarper(typical_p)(None, x)
+        kwargs["typical_p"] = typical_p
     drawn = draws(logits[0], 20_000, **kwargs).unique()
     assert drawn.tolist() == x[0].isfinite().nonzero()[:, 0].tolist()
 

@@ -94,6 +94,10 @@ class DecoderConfig:
             )
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError(f"windows must be positive, got {self.windows}")
+        if self.qk_norm and self.learned_positions:
+            raise ValueError(
+                "qk_norm must be False with learned_positions: it goes with a rotation"
+            )
         if self.rotary_dim is None:
             object.__setattr__(self, "rotary_dim", self.head_dim)
         self._check_rotary(self.rotary_dim or self.head_dim)

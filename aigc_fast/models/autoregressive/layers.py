@@ -74,14 +74,22 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
         batch, seq, _ = hidden.shape
         packed = self.qkv_proj(hidden).view(batch, seq, -1, self.head_dim)
-        # Query and key heads lie side by side: one rotation for both. (split_with_sizes makes
-        # both views in the time of one slice.)
+        # Query and key heads lie side by side: one norm and rotation for both. (split_with_sizes
+        # makes both views in the time of one slice.)
         query_key, value = packed.split_with_sizes(self.packed_sizes, 2)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = query_key.split_with_sizes(self.query_key_sizes, 2)
-            query_key = torch.cat([self.query_norm.alone(query), self.key_norm.alone(key)], 2)
         if step.cos is not None and step.sin is not None:
-            query_key = ops.apply_rotary(query_key, step.cos, step.sin)
+            if self.query_norm is None or self.key_norm is None:
+                query_key = ops.apply_rotary(query_key, step.cos, step.sin)
+            else:
+                query_key = ops.qk_norm_rotary(
+                    query_key,
+                    self.query_norm.weight,
+                    self.key_norm.weight,
+                    step.cos,
+                    step.sin,
+                    self.query_key_sizes[0],
+                    self.query_norm.eps,
+                )
         query, key = query_key.split_with_sizes(self.query_key_sizes, 2)
         keys, values, block_table = key, value, None
         if step.cache is not None:

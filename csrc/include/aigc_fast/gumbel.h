@@ -91,6 +91,17 @@ AIGC_INLINE Weights weights(F y) {
 #endif
 }
 
+// 1 / x for x > 0, nearly: Newton's steps, which take no division.
+inline float reciprocal(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = 0x7EF311C7 - bits;
+  float r;
+  std::memcpy(&r, &bits, sizeof r);
+  for (int i = 0; i < 4; ++i) r = r * (2.0f - x * r);
+  return r;
+}
+
 // Products of the even 32-bit lanes, 64 bits each.
 AIGC_INLINE U64 multiply_even(U a, U b) {
 #if defined(__AVX512F__)

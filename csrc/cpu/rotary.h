@@ -1,0 +1,130 @@
+// Rotary position embedding of one token's heads: each pair of features turned by an angle.
+//
+// The pair is (i, i + r / 2) or, interleaved, (2i, 2i + 1). All heads of a token share its angles.
+#pragma once
+
+#include <vector>
+
+#include "tensor.h"
+
+namespace aigc_fast {
+
+// Inlined by force: a call for each head would cost 15%.
+
+// (first, second) -> (first c - second s, second c + first s) with the halves of a head as the
+// two; `sign` is -1 to turn back.
+template <class T, class Y, class C>
+AIGC_INLINE void rotate_halves(const T* x, Y* y, const C* cos, const C* sin, Acc<T> sign,
+                               int64_t half) {
+  for_vectors<Acc<T>>(half, [&](int64_t i, auto lanes) {
+    const Vec<Acc<T>> c = load(cos + i, lanes), s = load(sin + i, lanes) * sign;
+    const Vec<Acc<T>> first = load(x + i, lanes), second = load(x + half + i, lanes);
+    store(y + i, first * c - second * s, lanes);
+    store(y + half + i, second * c + first * s, lanes);
+  });
+}
+
+template <class A, class F>
+constexpr Vec<Bits<A>> lane_numbers(F f) {
+  Vec<Bits<A>> numbers = {};
+  for (int i = 0; i < kLanes<A>; ++i) numbers[i] = f(i);
+  return numbers;
+}
+
+// table[2i] = sign_even * p[i] * sign, table[2i + 1] = p[i] * sign; writes whole vectors.
+template <class A, class C>
+void spread_pairs(const C* p, A* table, A sign_even, A sign, int64_t half) {
+  constexpr int lanes = kLanes<A>;
+  const Vec<Bits<A>> low = lane_numbers<A>([](int i) { return i / 2; });
+  const Vec<Bits<A>> high = low + lanes / 2;
+  Vec<A> signs = broadcast(sign);
+  for (int i = 0; i < lanes; i += 2) signs[i] *= sign_even;
+  for_vectors<A>(half, [&](int64_t i, auto n) {
+    const Vec<A> v = load(p + i, n);
+    store(table + 2 * i, __builtin_shuffle(v, low) * signs);
+    store(table + 2 * i + lanes, __builtin_shuffle(v, high) * signs);
+  });
+}
+
+// With neighbours as the pair: y[i] = x[i] * cos[i] + x[i ^ 1] * sin[i], sin negative at even i.
+template <class T, class Y>
+AIGC_INLINE void rotate_neighbours(const T* x, Y* y, const Acc<T>* cos, const Acc<T>* sin,
+                                   int64_t rotated) {
+  using A = Acc<T>;
+  const Vec<Bits<A>> swapped = lane_numbers<A>([](int i) { return i ^ 1; });
+  for_vectors<A>(rotated, [&](int64_t i, auto lanes) {
+    const Vec<A> v = load(x + i, lanes);
+    const Vec<A> partner = __builtin_shuffle(v, swapped);
+    store(y + i, v * load(cos + i, lanes) + partner * load(sin + i, lanes), lanes);
+  });
+}
+
+// Refuses angles that are not of x (batch, seq, heads, head_dim).
+inline void check_angles(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  const int64_t dims = cos.dim();
+  require(dims == 2 || dims == 3, "cos must have 2 or 3 dimensions");
+  require(same_shape(cos, sin), "sin must have the shape of cos");
+  require(dims == 2 || cos.size(0) == x.size(0), "cos must have the batch size of x");
+  require(cos.size(dims - 2) == x.size(1), "cos must have the sequence length of x");
+  require(2 * cos.size(dims - 1) <= x.size(3), "cos must be at most half of head_dim wide");
+  const ScalarType dtype = x.scalar_type(), angles = cos.scalar_type();
+  require(angles == dtype || (angles == ScalarType::Float && dtype != ScalarType::Double),
+          "cos must be float32 or have the dtype of x");
+  require(sin.scalar_type() == angles, "sin must have the dtype of cos");
+}
+
+// Turns the heads of one token after another. C is the type of the angles, A of the arithmetic.
+template <class A, class C>
+class Rotation {
+ public:
+  // The last dimension of cos and sin must be contiguous.
+  Rotation(const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse)
+      : cos_(cos),
+        sin_(sin),
+        half_(cos.size(cos.dim() - 1)),
+        padded_((half_ + kLanes<A> - 1) / kLanes<A> * kLanes<A> * 2),
+        sign_(inverse ? -1 : 1),
+        table_(interleaved ? 2 * padded_ : 0) {}
+
+  int64_t width() const { return 2 * half_; }
+
+  // Calls f(turn) with turn(x, y) rotating the first width() features of a head of that token; y
+  // may be x.
+  template <class F>
+  void at(int64_t batch, int64_t token, F&& f) {
+    const C *cos = cos_.at(batch, token), *sin = sin_.at(batch, token);
+    if (table_.empty())
+      return f([cos, sin, sign = sign_, half = half_](const auto* x, auto* y) {
+        rotate_halves(x, y, cos, sin, sign, half);
+      });
+    A *cosines = table_.data(), *sines = cosines + padded_;
+    spread_pairs<A>(cos, cosines, A(1), A(1), half_);
+    spread_pairs<A>(sin, sines, A(-1), sign_, half_);
+    f([cosines, sines, width = width()](const auto* x, auto* y) {
+      rotate_neighbours(x, y, cosines, sines, width);
+    });
+  }
+
+ private:
+  struct Angles {
+    const C* data;
+    int64_t batch, token;
+    explicit Angles(const Tensor& table)
+        : data(aigc_fast::data<C>(table)),
+          batch(table.dim() == 3 ? table.stride(0) : 0),
+          token(table.stride(table.dim() - 2)) {}
+    const C* at(int64_t b, int64_t t) const { return data + b * batch + t * token; }
+  };
+
+  Angles cos_, sin_;
+  int64_t half_, padded_;
+  A sign_;
+  std::vector<A> table_;  // of interleaved pairs, empty otherwise
+};
+
+inline Tensor with_dense_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) == 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+}  // namespace aigc_fast
