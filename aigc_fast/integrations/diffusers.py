@@ -36,12 +36,10 @@ class Fused(NamedTuple):
     float_timesteps: bool = False  # an integer timestep is an error
     warns: bool = False  # of a loop without scale_model_input
     upcasts: bool = False  # x0 is returned in float32
-    ignored: tuple[str, ...] = ()  # options without effect
     noise_levels: str | None = None  # of add_noise and scale_noise
 
 
 X0 = ("prev_sample", "pred_original_sample")
-CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 FUSED = {
     "DDPMScheduler": Fused(X0, by_timestep=True, noise_levels="training"),
     "DDIMScheduler": Fused(X0, by_timestep=True, noise_levels="training"),
@@ -70,9 +68,7 @@ FUSED = {
     "DEISMultistepScheduler": Fused(noise_levels="lambda"),
     "UniPCMultistepScheduler": Fused(noise_levels="lambda"),
     "SASolverScheduler": Fused(noise_levels="training"),
-    "FlowMatchEulerDiscreteScheduler": Fused(
-        float_timesteps=True, ignored=CHURN, noise_levels="flow"
-    ),
+    "FlowMatchEulerDiscreteScheduler": Fused(float_timesteps=True, noise_levels="flow"),
     "FlowMatchHeunDiscreteScheduler": Fused(float_timesteps=True),
     "FlowMatchLCMScheduler": Fused(float_timesteps=True, noise_levels="flow"),
 }
@@ -84,7 +80,8 @@ def install() -> list[str]:
 
     for name, how in FUSED.items():
         cls = getattr(diffusers, name, None)
-        if cls is None or cls in _stock:
+        # A class whose requirements are missing (LMS without scipy) has nothing to replace.
+        if cls is None or cls in _stock or "step" not in vars(cls):
             continue
         methods = {"step": _step(cls, getattr(schedulers, name), how)}
         if how.noise_levels is not None:
@@ -145,11 +142,11 @@ def _step(cls: type, ours: type, how: Fused) -> Callable:
             isinstance(sample, Tensor)
             and isinstance(model_output, Tensor)
             and model_output.dtype is sample.dtype
-            and model_output.device == sample.device
             and (model_output.shape == sample.shape or _has_variance(self, model_output, sample))
-            and not (warns and not self.is_scale_input_called)
-            and not (float_timesteps and not _is_float(timestep))
-            and not (refuses is not None and refuses(self, sample, options))
+            and model_output.device == sample.device
+            and (not warns or self.is_scale_input_called)
+            and (not float_timesteps or _is_float(timestep))
+            and (refuses is None or not refuses(self, sample, options))
         ):
             index = find(self, timestep)
         if index is None:
@@ -192,7 +189,7 @@ def _has_variance(self: Any, output: Tensor, sample: Tensor) -> bool:
 
 
 def _is_float(timestep: Any) -> bool:
-    if isinstance(timestep, Tensor):
+    if type(timestep) is Tensor:
         return timestep.is_floating_point()
     return not isinstance(timestep, int)
 
@@ -260,7 +257,7 @@ def _edm_dpm_refuses(self: Any, sample: Tensor, options: dict) -> bool:
 
 
 def _flow_euler_refuses(self: Any, sample: Tensor, options: dict) -> bool:
-    return options.get("per_token_timesteps") is not None
+    return bool(options) and options.get("per_token_timesteps") is not None
 
 
 def _flow_lcm_refuses(self: Any, sample: Tensor, options: dict) -> bool:

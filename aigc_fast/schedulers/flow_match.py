@@ -26,6 +26,8 @@ from aigc_fast.schedulers.two_stage import FIRST, doubled
 
 
 def euler_rows(s: Any) -> Row:
+    if getattr(s.config, "stochastic_sampling", False):
+        return renoise_rows(s)
     sigmas = s.sigmas.cpu()
     sigma, later = sigmas[:-1], sigmas[1:]
     return Row(SAMPLE - sigma * OUTPUT, SAMPLE + (later - sigma) * OUTPUT)
@@ -60,10 +62,11 @@ def euler_step(
     s: Any, index: int, sample: Tensor, output: Tensor, generator: Generator, return_x0: bool,
     guidance: dict,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    if s.config.stochastic_sampling:
-        return renoise_step(s, index, sample, output, generator, return_x0, guidance)
     step = steps_of(s, sample.device, euler_rows)[index]
-    result = step(sample, output, return_x0=return_x0, **guidance)
+    noise = None
+    if step.stochastic:
+        noise = draw_noise(sample, generator, at_least_fp32(sample))
+    result = step(sample, output, noise, return_x0=return_x0, **guidance)
     return result if return_x0 else (result, None)
 
 
