@@ -1,7 +1,7 @@
 """step() of diffusers' own schedulers, with aigc_fast.integrations.diffusers installed and without.
 
 Loops over one schedule, from the same noise; a stochastic solver draws its noise with torch in
-both. The rows are made in the first loop, which is not timed.
+both, and `noise` is what that alone takes. The rows are made in the first loop, which is not timed.
 """
 
 import inspect
@@ -9,6 +9,7 @@ import logging
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aigc_fast._timing import interleaved
 from benchmarks.machine import DEVICE
@@ -45,6 +46,16 @@ CONFIGS = {
     "FlowMatchHeunDiscrete": {},
     "FlowMatchLCM": {},
 }
+
+
+class Draws(TorchDispatchMode):
+    """Counts the calls of randn."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "randn" in func.name()
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -84,6 +95,10 @@ def bench_step_through_install(benchmark, request, name, shape) -> None:
 
         return run, len(timesteps)
 
+    def draw():
+        for _ in range(draws):
+            torch.randn(shape, generator=generator, device=DEVICE)
+
     stock, count = loop(cls.step)
     integration.install()
     try:
@@ -94,11 +109,17 @@ def bench_step_through_install(benchmark, request, name, shape) -> None:
         want, got = stock(), fused()
         assert (want - got).abs().max() <= 1e-3 * want.abs().max()
         seconds = 0.3 if request.config.getoption("--quick") else 2
-        times = interleaved({"diffusers": stock, "installed": fused}, seconds=seconds)
+        with Draws() as recorder:
+            fused()
+        draws = recorder.count
+        variants = {"diffusers": stock, "installed": fused, **({"noise": draw} if draws else {})}
+        times = interleaved(variants, seconds=seconds)
         benchmark.extra_info.update(
             dtype="float32",
             threads=torch.get_num_threads(),
             seconds={key: value / count for key, value in times.items()},
             diffusers_over_installed=times["diffusers"] / times["installed"],
+            without_noise=(times["diffusers"] - times.get("noise", 0.0))
+            / (times["installed"] - times.get("noise", 0.0)),
         )
         benchmark.pedantic(fused, rounds=3, warmup_rounds=1)
