@@ -10,7 +10,7 @@ from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._registry import Op
 
-_MAX_HISTORY = 4
+_MAX_HISTORY = 5
 
 
 def scheduler_step(
@@ -24,23 +24,25 @@ def scheduler_step(
     guidance_scale: float = 1.0,
     guidance_rescale: float = 0.0,
     return_x0: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """The sample at the previous timestep, or (that sample, x0).
 
-        x0   = clamp(A * sample + B * m, -r, r)
-        prev = P * x0 + Q * sample + R * m + N * noise + sum_k H_k * history[k]
+        x0     = clamp(A * sample + B * m, -r, r)
+        prev   = P * x0 + Q * sample + R * m + N * noise + sum_k H_k * history[k]
+        second = p * x0 + q * sample + r * m + n * noise + sum_k h_k * history[k]
 
     sample:       (batch, ...), float64/32/16 or bfloat16. Its memory order is that of the results.
     model_output: shape and dtype of sample, as all tensors below. A batch of samples that are
                   dense one by one (half of a packed output) is read in place.
     coefficients: the row (A, B, r, P, Q, R, N, H_1, ..., H_k), k = len(history), for all samples,
-                  or (batch, 7 + k) with a row for each. A float32 or float64 tensor on the device
-                  of sample, or Python floats (aigc_fast.schedulers.StepCoefficients names them).
+                  or (batch, 7 + k) with a row for each. With (p, q, r, n, h_1, ..., h_k) behind it
+                  `second` is returned too, as the last result. A float32 or float64 tensor on the
+                  device of sample, or Python floats (aigc_fast.schedulers.Row names them).
                   A tensor costs a call 0.75 us less than a list of floats in the schema, makes no
                   graph of its own for each step under torch.compile, and may change between
                   replays of a CUDA graph. r may be inf.
     noise:        standard normal noise, or None for zero.
-    history:      up to four earlier tensors, those that a multistep solver keeps.
+    history:      up to five earlier tensors, those that a multistep solver keeps.
     uncond_output: the unconditional output u of the model; then m = u + guidance_scale *
                   (model_output - u), else m = model_output.
     guidance_rescale: phi; m is multiplied with phi * std(model_output) / std(m) + 1 - phi, the
@@ -89,7 +91,7 @@ def scheduler_step(
         results = _scheduler_step(sample, model_output, coefficients, history, noise)
     else:
         results = _scheduler_step(sample, model_output, coefficients, history)
-    return tuple(results) if return_x0 else results[0]
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def _columns(coefficients: Tensor, sample: Tensor) -> tuple[torch.dtype, tuple[Tensor, ...]]:
@@ -127,21 +129,32 @@ def _reference(
     guidance_rescale: float = 0.0,
     return_x0: bool = False,
 ) -> list[Tensor]:
-    dtype, (a, b, r, p, q, c, n, *h) = _columns(coefficients, sample)
+    dtype, (a, b, r, *rest) = _columns(coefficients, sample)
     x = sample.to(dtype)
     m = _guided(model_output, uncond_output, guidance_scale, guidance_rescale, dtype)
     x0 = (a * x + b * m).clamp(-r, r)
-    y = p * x0 + q * x + c * m
-    if noise is not None:
-        y = y + n * noise.to(dtype)
-    for scale, earlier in zip(h, history, strict=True):
-        y = y + scale * earlier.to(dtype)
-    return [torch.empty_like(sample).copy_(t) for t in ((y, x0) if return_x0 else (y,))]
+
+    def combine(p: Tensor, q: Tensor, c: Tensor, n: Tensor, *h: Tensor) -> Tensor:
+        y = p * x0 + q * x + c * m
+        if noise is not None:
+            y = y + n * noise.to(dtype)
+        for scale, earlier in zip(h, history, strict=True):
+            y = y + scale * earlier.to(dtype)
+        return y
+
+    terms = 4 + len(history)
+    results = [combine(*rest[:terms])]
+    if return_x0:
+        results.append(x0)
+    if len(rest) > terms:
+        results.append(combine(*rest[terms:]))
+    return [torch.empty_like(sample).copy_(t) for t in results]
 
 
 def _reference_backward(
     grad_output: Tensor,
     grad_x0: Tensor | None,
+    grad_second: Tensor | None,
     sample: Tensor,
     model_output: Tensor,
     coefficients: Tensor,
@@ -150,17 +163,23 @@ def _reference_backward(
     has_noise: bool,
     num_history: int,
 ) -> list[Tensor]:
-    dtype, (a, b, r, p, q, c, n, *h) = _columns(coefficients, sample)
+    dtype, (a, b, r, *rest) = _columns(coefficients, sample)
     m = _guided(model_output, uncond_output, guidance_scale, 0.0, dtype)
     inside = (a * sample.to(dtype) + b * m).abs() <= r
+    terms = 4 + num_history
     g = grad_output.to(dtype)
-    t = p * g if grad_x0 is None else p * g + grad_x0.to(dtype)
+    inner = [scale * g for scale in rest[:terms]]
+    if grad_second is not None:
+        g = grad_second.to(dtype)
+        inner = [y + scale * g for y, scale in zip(inner, rest[terms:], strict=True)]
+    through_x0, dx, dm, d_noise, *d_history = inner
+    t = through_x0 if grad_x0 is None else through_x0 + grad_x0.to(dtype)
     t = torch.where(inside, t, 0.0)
-    dm = b * t + c * g
-    grads = [a * t + q * g, dm]
+    dm = b * t + dm
+    grads = [a * t + dx, dm]
     if uncond_output is not None:
         grads = [grads[0], dm * guidance_scale, dm * (1 - guidance_scale)]
-    grads += [scale * g for scale in ([n] if has_noise else []) + h]
+    grads += [d_noise, *d_history] if has_noise else d_history
     # Out of place: under create_graph these are differentiated again.
     return [torch.empty_like(sample).copy_(t) for t in grads]
 
@@ -195,16 +214,18 @@ def _check(
             "sample must have more than a batch dimension for guidance_rescale, "
             f"got shape {tuple(sample.shape)}"
         )
-    _check_coefficients(coefficients, sample, 7 + len(history))
+    _check_coefficients(coefficients, sample, len(history))
 
 
-def _check_coefficients(coefficients: Tensor, sample: Tensor, columns: int) -> None:
+def _check_coefficients(coefficients: Tensor, sample: Tensor, num_history: int) -> None:
     check_tensor("coefficients", coefficients, dtypes=(torch.float32, torch.float64))
-    if tuple(coefficients.shape) not in ((columns,), (*sample.shape[:1], columns)):
+    columns, both = 7 + num_history, 11 + 2 * num_history
+    shape = tuple(coefficients.shape)
+    if shape[-1:] not in ((columns,), (both,)) or shape[:-1] not in ((), tuple(sample.shape[:1])):
         raise ValueError(
             f"coefficients must have shape ({columns},) or (batch, {columns}) = "
-            f"({sample.shape[0] if sample.dim() else 1}, {columns}): 7 + len(history) columns; "
-            f"got {tuple(coefficients.shape)}"
+            f"({sample.shape[0] if sample.dim() else 1}, {columns}): 7 + len(history) columns, "
+            f"or {both} for two results; got {shape}"
         )
     if coefficients.device != sample.device:
         raise ValueError(
@@ -216,6 +237,7 @@ def _check_coefficients(coefficients: Tensor, sample: Tensor, columns: int) -> N
 def _check_backward(
     grad_output: Tensor,
     grad_x0: Tensor | None,
+    grad_second: Tensor | None,
     sample: Tensor,
     model_output: Tensor,
     coefficients: Tensor,
@@ -227,8 +249,9 @@ def _check_backward(
     history = [sample] * num_history
     _check(sample, model_output, coefficients, history, None, uncond_output, guidance_scale)
     check_tensor("grad_output", grad_output, like=("sample", sample), shape=sample.shape)
-    if grad_x0 is not None:
-        check_tensor("grad_output", grad_x0, like=("sample", sample), shape=sample.shape)
+    for grad in (grad_x0, grad_second):
+        if grad is not None:
+            check_tensor("grad_output", grad, like=("sample", sample), shape=sample.shape)
 
 
 _scheduler_step = Op(
@@ -240,9 +263,9 @@ _scheduler_step = Op(
     stem="scheduler_step",
 )
 _backward = Op(
-    "scheduler_step_backward(Tensor grad_output, Tensor? grad_x0, Tensor sample,"
-    " Tensor model_output, Tensor coefficients, Tensor? uncond_output, float guidance_scale,"
-    " bool has_noise, int num_history) -> Tensor[]",
+    "scheduler_step_backward(Tensor grad_output, Tensor? grad_x0, Tensor? grad_second,"
+    " Tensor sample, Tensor model_output, Tensor coefficients, Tensor? uncond_output,"
+    " float guidance_scale, bool has_noise, int num_history) -> Tensor[]",
     _reference_backward,
     _check_backward,
     stem="scheduler_step",
@@ -265,6 +288,7 @@ class _SchedulerStep(OpFunction):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(sample, model_output, uncond_output, coefficients)
         ctx.guidance_scale, ctx.has_noise, ctx.k = guidance_scale, noise is not None, len(history)
+        ctx.return_x0 = return_x0
         return tuple(
             _scheduler_step(
                 sample, model_output, coefficients, history, noise, uncond_output, guidance_scale,
@@ -273,15 +297,17 @@ class _SchedulerStep(OpFunction):
         )  # fmt: skip
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_x0: Tensor | None = None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple:
         sample, model_output, uncond_output, coefficients = ctx.saved_tensors
+        grad_x0 = others[0] if ctx.return_x0 else None
+        grad_second = others[-1] if len(others) > ctx.return_x0 else None
         if grad is None:
             grad = torch.zeros_like(sample)
         # Linear in the gradients, so that their derivative is torch's own.
         run = _reference_backward if torch.is_grad_enabled() else _backward
         grad_sample, grad_output, *rest = run(
-            grad, grad_x0, sample, model_output, coefficients, uncond_output, ctx.guidance_scale,
-            ctx.has_noise, ctx.k,
+            grad, grad_x0, grad_second, sample, model_output, coefficients, uncond_output,
+            ctx.guidance_scale, ctx.has_noise, ctx.k,
         )  # fmt: skip
         grad_uncond = None if uncond_output is None else rest.pop(0)
         grad_noise = rest.pop(0) if ctx.has_noise else None

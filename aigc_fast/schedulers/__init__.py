@@ -1,14 +1,62 @@
 """Noise schedules and solvers: each solver is a table of rows for ops.scheduler_step."""
 
-from aigc_fast.schedulers.ddim import DDIMScheduler
-from aigc_fast.schedulers.ddpm import DDPMScheduler
-from aigc_fast.schedulers.dpm_solver_multistep import DPMSolverMultistepScheduler
-from aigc_fast.schedulers.scheduler import Scheduler, StepCoefficients
+from aigc_fast.schedulers.adams import IPNDMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from aigc_fast.schedulers.ancestral import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
+from aigc_fast.schedulers.distilled import (
+    CMStochasticIterativeScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
+from aigc_fast.schedulers.dpm_solver import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
+)
+from aigc_fast.schedulers.euler import (
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
+from aigc_fast.schedulers.flow_match import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
+from aigc_fast.schedulers.linear import Row
+from aigc_fast.schedulers.predictor_corrector import SASolverScheduler, UniPCMultistepScheduler
+from aigc_fast.schedulers.scheduler import Scheduler
+from aigc_fast.schedulers.two_stage import (
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+)
 
 __all__ = [
+    "CMStochasticIterativeScheduler",
+    "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "HeunDiscreteScheduler",
+    "IPNDMScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "Row",
+    "SASolverScheduler",
     "Scheduler",
-    "StepCoefficients",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
 ]

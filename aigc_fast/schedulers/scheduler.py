@@ -1,188 +1,172 @@
-"""What all solvers share: a table of coefficients, made once, and a step that reads one row."""
+"""What all schedulers share: the loop, the configuration and the noise levels of training."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aigc_fast import ops
+from aigc_fast.schedulers.linear import Row, Tables, steps_of
 from aigc_fast.schedulers.schedule import (
     make_betas,
+    noise_to_signal,
     one_of,
     rescale_zero_terminal_snr,
-    space_timesteps,
+    respace,
 )
 
-
-class StepCoefficients(NamedTuple):
-    """A row of ops.scheduler_step, in its order:
-
-        x0   = clamp(x0_sample * sample + x0_output * model_output, -clip, clip)
-        prev = prev_x0 * x0 + prev_sample * sample + prev_output * model_output
-               + prev_noise * noise + sum_k prev_history[k] * history[k]
-
-    Each is a number, or a tensor with a value for each step; history[0] is the last x0.
-    """
-
-    x0_sample: float | Tensor
-    x0_output: float | Tensor
-    clip: float | Tensor = math.inf
-    prev_x0: float | Tensor = 0.0
-    prev_sample: float | Tensor = 0.0
-    prev_output: float | Tensor = 0.0
-    prev_noise: float | Tensor = 0.0
-    prev_history: Sequence[float | Tensor] = ()
-
-    def table(self, steps: int) -> Tensor:
-        """(steps, 7 + len(prev_history)) fp32"""
-        columns = [*self[:-1], *self.prev_history]
-        return torch.stack(
-            [torch.as_tensor(c, dtype=torch.float32).expand(steps) for c in columns], dim=1
-        )
+CONFIG_NAME = "scheduler_config.json"
+Generator = torch.Generator | Sequence[torch.Generator] | None
+logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Scheduler:
-    """The schedule and the loop; a solver adds `coefficients` and the fields it needs.
+    """The loop; a solver adds its schedule (`lay_out`), its rows and its step.
 
-    Fields have the names and meaning of diffusers' constructor arguments. Coefficients are
-    computed in fp32 in diffusers' order of operations: its published results depend on how they
-    round. `set_timesteps` makes all rows at once; a step is one call of ops.scheduler_step, does
-    no arithmetic on scalars and never waits for the device.
+    Fields have the names, the meaning and the defaults of diffusers' constructor arguments.
+    Coefficients are computed in fp32 in diffusers' order of operations: its published results
+    depend on how they round. All rows of a schedule are made at once, in the first step of it; a
+    step is one call of ops.scheduler_step, does no arithmetic on scalars and never waits for the
+    device.
+
+    `advance(scheduler, index, sample, output, generator, return_x0, guidance, **options)` is the
+    solver: (sample at the next timestep, x0 or None). It reads and keeps its history in attributes
+    that diffusers' class of the same name has too, so that the same function runs those.
     """
 
     num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    trained_betas: Sequence[float] | None = None
-    prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
-    steps_offset: int = 0
-    rescale_betas_zero_snr: bool = False
+
+    #: the model is asked this often for one step
+    order: ClassVar[int] = 1
+    #: solvers without history: rows(scheduler, *key), and the key
+    rows: ClassVar[Callable[..., Row] | None] = None
+    advance: ClassVar[Callable[..., tuple[Tensor, Tensor | None]]]
+    #: lay_out(steps, **custom) sets num_inference_steps, timesteps and sigmas, on the CPU
+    lay_out: ClassVar[Callable[..., None]]
 
     def __post_init__(self) -> None:
-        one_of("prediction_type", self.prediction_type, ("epsilon", "sample", "v_prediction"))
-        one_of("timestep_spacing", self.timestep_spacing, ("linspace", "leading", "trailing"))
-        if self.trained_betas is None:
-            betas = make_betas(
-                self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps
-            )
-        else:
-            betas = torch.as_tensor(self.trained_betas, dtype=torch.float32)
-        if self.rescale_betas_zero_snr:
-            betas = rescale_zero_terminal_snr(betas)
-        self.betas = betas
-        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
-        self._noise_scales: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.timesteps = torch.empty(0, dtype=torch.int64)
-        self._steps: list[int] = []
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0)
+        self._steps: list[float] = []
         self.set_begin_index(0)
 
-    # ---- what a solver defines ----------------------------------------------------------------
+    def forget(self) -> None:
+        """Begins a history."""
 
     @property
-    def order(self) -> int:
-        """A step reads its own x0 and up to order - 1 earlier ones."""
-        return 1
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the sample that the loop begins with."""
+        return 1.0
 
-    def coefficients(self, history: int) -> StepCoefficients:
-        """The rows of all steps of self.timesteps where `history` earlier x0 are at hand."""
-        raise NotImplementedError
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """What the model is to be given at `timestep`."""
+        return sample
 
-    def space(self, num_inference_steps: int) -> np.ndarray:
-        """The timesteps to visit."""
-        return space_timesteps(
-            self.timestep_spacing, self.num_train_timesteps, num_inference_steps, self.steps_offset
-        )
+    def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of training at each of the timesteps (batch,)."""
+        raise NotImplementedError(f"{type(self).__name__} adds no noise for training")
 
     # ---- the loop -----------------------------------------------------------------------------
 
     def set_timesteps(
-        self, num_inference_steps: int, device: torch.device | str | None = None
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        **custom: Any,
     ) -> None:
-        """Lays out the timesteps and their rows of coefficients on the device of the samples."""
-        if not 0 < num_inference_steps <= self.num_train_timesteps:
+        """Lays out the schedule. `custom` is what the class of diffusers takes beside the number
+        of steps: timesteps, sigmas, mu, original_inference_steps, strength."""
+        if num_inference_steps is not None and not (
+            0 < num_inference_steps <= self.num_train_timesteps
+        ):
             raise ValueError(
                 f"num_inference_steps must be in [1, {self.num_train_timesteps}], "
                 f"got {num_inference_steps}"
             )
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.from_numpy(self.space(num_inference_steps))
+        given = [name for name, value in custom.items() if value is not None]
+        if (num_inference_steps is None) == (not {"timesteps", "sigmas"} & set(given)):
+            if num_inference_steps is None or "mu" not in given:
+                raise ValueError(
+                    "set_timesteps takes either num_inference_steps or a list of timesteps or "
+                    f"sigmas, got num_inference_steps={num_inference_steps} and {given or 'none'}"
+                )
+        try:
+            self.lay_out(num_inference_steps, **{name: custom[name] for name in given})
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise TypeError(f"{type(self).__name__}.set_timesteps: {error}") from None
         self._steps = self.timesteps.tolist()
-        n = len(self._steps)
-        tables = [self.coefficients(k).table(n) for k in range(self.order)]
-        self._noisy = (tables[0][:, 6] != 0).tolist()
-        # Row tensors are cut here: indexing the table would cost more than the step's own call.
-        self._rows = [table.to(device).unbind() for table in tables]
-        self._table = tables[0].to(device)
-        index_of = torch.zeros(self.num_train_timesteps, dtype=torch.int64)
-        index_of[self.timesteps] = torch.arange(n)
-        self._index_of = index_of.to(device)
         self.timesteps = self.timesteps.to(device)
         self.set_begin_index(0)
 
-    def set_begin_index(self, begin_index: int) -> None:
+    def set_begin_index(self, begin_index: int = 0) -> None:
         """The next step is that of timesteps[begin_index], with no history."""
-        self._next = begin_index
-        self._history: tuple[Tensor, ...] = ()
+        self._step_index = begin_index
+        self.forget()
+
+    @property
+    def step_index(self) -> int:
+        """The step that is next in order."""
+        return self._step_index
 
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Generator = None,
         *,
         uncond_output: Tensor | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         return_x0: bool = False,
+        **options: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The sample at the previous timestep, or (that sample, the predicted x0).
+        """The sample at the next timestep, or (that sample, the predicted x0).
 
         timestep: one of self.timesteps. One that lies on another device than the CPU is not read
             (that would wait for the device): the call takes the next step in order. A solver
             without history takes a tensor (batch,) too, with a timestep for each sample.
-        generator: draws the noise of stochastic solvers, on its own device.
+        generator: draws the noise of stochastic solvers, on its own device; or one each sample.
+        options: those of diffusers' step (eta, s_churn, order, ...).
         For the other arguments see ops.scheduler_step.
         """
-        if isinstance(timestep, Tensor) and timestep.dim() == 1 and self.order == 1:
-            index, noisy = self._next, any(self._noisy)
-            row = self._table[self._index_of[timestep]]
-        else:
-            index = self._locate(timestep)
-            if index != self._next:  # a new start: the history belongs to other steps
-                self._history = ()
-            self._next = index + 1
-            noisy, row = self._noisy[index], self._rows[len(self._history)][index]
-        keep = self.order > 1
-        result = ops.scheduler_step(
-            sample,
-            model_output,
-            row,
-            noise=_randn_like(model_output, generator) if noisy else None,
-            history=self._history,
-            uncond_output=uncond_output,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            return_x0=keep or return_x0,
-        )
-        if keep:
-            self._history = (result[1], *self._history)[: self.order - 1]
+        guidance: dict[str, Any] = {}
+        if uncond_output is not None or guidance_scale != 1 or guidance_rescale != 0:
+            guidance = {
+                "uncond_output": uncond_output,
+                "guidance_scale": guidance_scale,
+                "guidance_rescale": guidance_rescale,
+            }
+        if isinstance(timestep, Tensor) and timestep.dim() == 1 and self.rows is not None:
+            result = self._step_each(
+                model_output, timestep, sample, generator, return_x0, guidance, options
+            )
             return result if return_x0 else result[0]
-        return result
+        index = self._locate(timestep)
+        if index != self._step_index:  # a new start: the history belongs to other steps
+            self.set_begin_index(index)
+        # Through the class: a field of the same name as an option stays a field.
+        result = type(self).advance(
+            self, index, sample, model_output, generator, return_x0, guidance, **options
+        )
+        self._step_index = index + 1
+        return result if return_x0 else result[0]  # type: ignore[return-value]
 
-    def _locate(self, timestep: int | Tensor) -> int:
-        index = self._next
+    def _locate(self, timestep: float | Tensor) -> int:
+        index = self._step_index
         if isinstance(timestep, Tensor):
             if timestep.device.type != "cpu" and index < len(self._steps):
                 return index
-            timestep = int(timestep)
+            timestep = timestep.item()
         if index < len(self._steps) and self._steps[index] == timestep:
             return index
         if timestep not in self._steps:
@@ -190,6 +174,40 @@ class Scheduler:
                 f"timestep must be one of the {len(self._steps)} of set_timesteps, got {timestep}"
             )
         return self._steps.index(timestep)
+
+    def _step_each(
+        self,
+        output: Tensor,
+        timesteps: Tensor,
+        sample: Tensor,
+        generator: Generator,
+        return_x0: bool,
+        guidance: dict,
+        options: dict,
+    ) -> Any:
+        if not self._steps:
+            raise ValueError("timestep must be one of the 0 of set_timesteps")
+        table, index_of, noisy = self._table_for_each(sample.device, tuple(options.items()))
+        result = ops.scheduler_step(
+            sample,
+            output,
+            table[index_of[timesteps]],
+            noise=draw_noise(output, generator) if noisy else None,
+            return_x0=return_x0,
+            **guidance,
+        )
+        return result if return_x0 else (result,)
+
+    def _table_for_each(self, device: torch.device, options: tuple) -> Any:
+        made: dict = Tables.of(self).made
+        if ("each", device, options) not in made:
+            row: Row = type(self).rows(self, **dict(options))  # type: ignore[misc]
+            table = row.table(len(self._steps))
+            index_of = torch.zeros(self.num_train_timesteps, dtype=torch.int64)
+            index_of[torch.tensor(self._steps)] = torch.arange(len(self._steps))
+            noisy = bool((table[:, 6] != 0).any())
+            made["each", device, options] = (table.to(device), index_of.to(device), noisy)
+        return made["each", device, options]
 
     # ---- training -----------------------------------------------------------------------------
 
@@ -200,38 +218,187 @@ class Scheduler:
 
         The noise levels are those of training, whatever set_timesteps was given.
         """
-        scales = self._noise_scales.get(sample.device)
-        if scales is None:
-            alphas = self.alphas_cumprod
-            scales = ((alphas**0.5).to(sample.device), ((1 - alphas) ** 0.5).to(sample.device))
-            self._noise_scales[sample.device] = scales
-        alpha, sigma = (s.index_select(0, timesteps) for s in scales)
+        alpha, sigma = self.levels(timesteps)
         return ops.add_noise(sample, noise, alpha, sigma, return_velocity=return_velocity)
 
-    # ---- what solvers have in common ------------------------------------------------------------
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The v target: alpha * noise - sigma * sample."""
+        return self.add_noise(sample, noise, timesteps, return_velocity=True)[1]
 
-    def x0_of(self, alpha: Tensor, sigma: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        """Factors of (sample, model_output) in x0, where sample = alpha * x0 + sigma * epsilon."""
-        match self.prediction_type:
-            case "epsilon":
-                return 1 / alpha, -(sigma / alpha)
-            case "sample":
-                return 0.0, 1.0
-            case _:
-                return alpha, -sigma
+    # ---- configuration ------------------------------------------------------------------------
 
-    def epsilon_of(self, alpha: Tensor, sigma: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        """Factors of (sample, model_output) in epsilon."""
-        match self.prediction_type:
-            case "epsilon":
-                return 0.0, 1.0
-            case "sample":
-                return 1 / sigma, -(alpha / sigma)
-            case _:
-                return sigma, alpha
+    @property
+    def config(self) -> Self:
+        """The fields; solvers read them here, where diffusers' classes keep theirs."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"_class_name": type(self).__name__, **values}
+
+    def save_config(self, folder: str | Path) -> None:
+        """Writes scheduler_config.json, which diffusers reads too."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def from_config(
+        cls, config: "Mapping[str, Any] | Scheduler | str | Path", **changes: Any
+    ) -> Self:
+        """The scheduler of a configuration of diffusers or of this library.
+
+        config: a dict, a scheduler, a scheduler_config.json or the folder that holds one. It may
+            be that of another class: arguments that this one does not have are left out, with a
+            warning if no scheduler has them; those that the other class was left to choose take
+            this class's own defaults, as in diffusers.
+        changes: arguments to replace. An unknown one is a TypeError.
+        """
+        if isinstance(config, str | Path):
+            path = Path(config)
+            config = json.loads((path / CONFIG_NAME if path.is_dir() else path).read_text())
+        values = config.to_dict() if isinstance(config, Scheduler) else dict(config)  # type: ignore[arg-type]
+        if cls is Scheduler or "from_any" in changes:
+            raise TypeError("from_config is a method of each scheduler class, not of Scheduler")
+        chosen = set(values.get("_use_default_values", ()))
+        own = {f.name for f in fields(cls)}
+        unknown = {
+            name for name in values if not name.startswith("_") and name not in known_arguments()
+        }
+        if unknown:
+            logger.warning(
+                "%s: unknown arguments in the configuration are ignored: %s",
+                cls.__name__, ", ".join(sorted(unknown)),
+            )  # fmt: skip
+        kept = {k: v for k, v in values.items() if k in own and k not in chosen}
+        return cls(**{**kept, **changes})
 
 
-def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = x.device if generator is None else generator.device
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device)
-    return noise if device == x.device else noise.to(x.device)
+def known_arguments() -> set[str]:
+    """The arguments of all schedulers."""
+    found, classes = set(), [Scheduler]
+    while classes:
+        cls = classes.pop()
+        found |= {f.name for f in fields(cls)}
+        classes += cls.__subclasses__()
+    return found
+
+
+@dataclass
+class DiffusionScheduler(Scheduler):
+    """Schedules that begin as betas: alphas_cumprod, and x_t = alpha x_0 + sigma epsilon."""
+
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: Sequence[float] | None = None
+    _: KW_ONLY
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+
+    predictions: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
+
+    def __post_init__(self) -> None:
+        one_of("prediction_type", self.prediction_type, self.predictions)
+        one_of("timestep_spacing", self.timestep_spacing, ("linspace", "leading", "trailing"))
+        if self.trained_betas is None:
+            betas = make_betas(
+                self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps
+            )
+        else:
+            betas = torch.as_tensor(self.trained_betas, dtype=torch.float32)
+        if getattr(self, "rescale_betas_zero_snr", False):  # not all classes have it
+            betas = rescale_zero_terminal_snr(betas)
+        self.betas = betas
+        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        self._levels: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        super().__post_init__()
+
+    def training_levels(self) -> tuple[Tensor, Tensor]:
+        return self.alphas_cumprod**0.5, (1 - self.alphas_cumprod) ** 0.5
+
+    def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        table = self._levels.get(timesteps.device)
+        if table is None:
+            alpha, sigma = self.training_levels()
+            table = (alpha.to(timesteps.device), sigma.to(timesteps.device))
+            self._levels[timesteps.device] = table
+        index = timesteps if timesteps.dtype == torch.int64 else timesteps.round().long()
+        return table[0].index_select(0, index), table[1].index_select(0, index)
+
+
+@dataclass
+class SigmaScheduler(DiffusionScheduler):
+    """Schedules of sigmas, of which a Karras, exponential or beta spacing may be asked."""
+
+    _: KW_ONLY
+    timestep_spacing: str = "linspace"
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_spacings(self)
+        if getattr(self, "rescale_betas_zero_snr", False):
+            self.alphas_cumprod[-1] = 2**-24  # sigma must be finite
+        self.sigmas = torch.empty(0)
+
+    def spacing(self) -> str | None:
+        """karras, exponential or beta, if one of them is asked for."""
+        return spacing_of(self)
+
+    def train_sigmas(self) -> np.ndarray:
+        return noise_to_signal(self.alphas_cumprod)
+
+    def respaced(self, sigmas: np.ndarray, steps: int) -> np.ndarray | None:
+        """The sigmas of the spacing asked for, between the first and the last given."""
+        kind = spacing_of(self)
+        if kind is None:
+            return None
+        bounds = (getattr(self, "sigma_min", None), getattr(self, "sigma_max", None))
+        return respace(kind, sigmas, steps, *bounds)
+
+
+def spacing_of(scheduler: Any) -> str | None:
+    for kind in ("karras", "exponential", "beta"):
+        if getattr(scheduler, f"use_{kind}_sigmas"):
+            return kind
+    return None
+
+
+def check_spacings(scheduler: Any) -> None:
+    asked = [k for k in ("karras", "exponential", "beta") if getattr(scheduler, f"use_{k}_sigmas")]
+    if len(asked) > 1:
+        names = ", ".join(f"use_{kind}_sigmas" for kind in asked)
+        raise ValueError(f"only one spacing of the sigmas can be used, got {names}")
+    if "beta" in asked:
+        import scipy.stats  # noqa: F401  (says at once that it is missing)
+
+
+def draw_noise(
+    like: Tensor, generator: Generator = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Standard normal noise of `like`, drawn in `dtype` on the generator's device; a list of
+    generators draws a sample each. The calls are those of diffusers, so that seeds agree."""
+    dtype, device, shape = dtype or like.dtype, like.device, like.shape
+    if isinstance(generator, Sequence):
+        if len(generator) != 1:
+            one = (1, *shape[1:])
+            parts = [
+                torch.randn(one, generator=generator[i], device=generator[i].device, dtype=dtype)
+                for i in range(shape[0])
+            ]
+            return torch.cat(parts).to(device=device, dtype=like.dtype)
+        generator = generator[0]
+    where = device if generator is None else generator.device
+    if where.type == "cuda" and device.type != "cuda":
+        raise ValueError(f"a {where.type} generator cannot draw a tensor on {device.type}")
+    noise = torch.randn(shape, generator=generator, device=where, dtype=dtype)
+    if where != device or dtype != like.dtype:
+        noise = noise.to(device=device, dtype=like.dtype)
+    return noise
+
+
+__all__ = ["DiffusionScheduler", "Scheduler", "SigmaScheduler", "draw_noise", "steps_of"]

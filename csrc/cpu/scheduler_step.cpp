@@ -1,24 +1,39 @@
 // One denoising step: x0 = clamp(A * sample + B * m, -r, r);
-// prev = P * x0 + Q * sample + R * m + N * noise + sum_k H_k * history_k, and its backward.
+// prev = P * x0 + Q * sample + R * m + N * noise + sum_k H_k * history_k; maybe a second such
+// combination of the same tensors; and the backward.
 // m is the model's output, or of two outputs uncond + scale * (cond - uncond) times a factor.
 #include "per_sample.h"
 
 namespace aigc_fast {
 namespace {
 
-constexpr int kMaxExtras = 5;  // noise and four of history
+constexpr int kMaxHistory = 5, kMaxExtras = 1 + kMaxHistory;  // noise and history
 
-// A row (A, B, r, P, Q, R, N, H_1, ..., H_k) of the coefficients; `extra` holds those of the
-// noise, if there is noise, and of the history.
+// The factors of x0, the sample, m, the noise (if there is noise) and the history.
+template <class A>
+struct Combination {
+  A x0 = 0, sample = 0, output = 0, extra[kMaxExtras] = {};
+
+  template <class F>
+  void read(F at, int64_t begin, int64_t end, bool has_noise) {
+    x0 = at(begin), sample = at(begin + 1), output = at(begin + 2);
+    for (int64_t i = begin + (has_noise ? 3 : 4), e = 0; i < end; ++i) extra[e++] = at(i);
+  }
+};
+
+// A row (A, B, r, P, Q, R, N, H_1, ..., H_k) of the coefficients, and (P, Q, R, N, H_1, ..., H_k)
+// of the second result.
 template <class A>
 struct Row {
-  A x0_sample, x0_output, clip, prev_x0, prev_sample, prev_output, extra[kMaxExtras] = {};
+  A x0_sample, x0_output, clip;
+  Combination<A> prev, second;
 
-  Row(const Scalars& table, int64_t columns, int64_t row, bool has_noise) {
+  Row(const Scalars& table, int64_t columns, int64_t num_history, int64_t row, bool has_noise) {
     const auto at = [&](int64_t i) { return A(table[row * columns + i]); };
     x0_sample = at(0), x0_output = at(1), clip = at(2);
-    prev_x0 = at(3), prev_sample = at(4), prev_output = at(5);
-    for (int64_t i = has_noise ? 6 : 7, e = 0; i < columns; ++i) extra[e++] = at(i);
+    const int64_t end = 7 + num_history;
+    prev.read(at, 3, end, has_noise);
+    if (columns > end) second.read(at, end, columns, has_noise);
   }
 };
 
@@ -26,7 +41,7 @@ struct Call {
   const Tensor &sample, &output, &coefficients;
   const std::optional<Tensor>& uncond;
   double scale;
-  bool per_sample;
+  bool per_sample, has_second;
   int64_t columns;
 
   Call(const Tensor& sample, const Tensor& output, const Tensor& coefficients,
@@ -36,11 +51,13 @@ struct Call {
     if (uncond) check_like(*uncond, "uncond_output");
     require(uncond || (scale == 1 && rescale == 0), "uncond_output must be given for guidance");
     const int64_t dim = coefficients.dim();
-    require(num_history >= 0 && num_history <= 4, "history must hold at most 4 tensors");
+    require(num_history >= 0 && num_history <= kMaxHistory, "history must hold at most 5 tensors");
     require(dim == 1 || (dim == 2 && sample.dim() && coefficients.size(0) == sample.size(0)),
             "coefficients must be one row or one row for each sample");
     columns = coefficients.size(dim - 1);
-    require(columns == 7 + num_history, "coefficients must have 7 + len(history) columns");
+    has_second = columns == 11 + 2 * num_history;
+    require(has_second || columns == 7 + num_history,
+            "coefficients must have 7 + len(history) columns, or 11 + 2 * len(history)");
     require(coefficients.scalar_type() == ScalarType::Float ||
                 coefficients.scalar_type() == ScalarType::Double,
             "coefficients must be float32 or float64");
@@ -111,13 +128,14 @@ std::vector<Acc<T>> rescale_factors(Rows& rows, RowPointer<const T> cond,
   return factors;
 }
 
-// [prev] or [prev, x0]
+// [prev], then x0 if asked for, then the second result if the row has one
 std::vector<Tensor> scheduler_step(const Tensor& sample_in, const Tensor& output_in,
                                    const Tensor& coefficients, std::vector<Tensor> history,
                                    const std::optional<Tensor>& noise,
                                    const std::optional<Tensor>& uncond_in, double scale,
                                    double rescale, bool return_x0) {
-  const Call call(sample_in, output_in, coefficients, uncond_in, scale, rescale, history.size());
+  const int64_t num_history = history.size();
+  const Call call(sample_in, output_in, coefficients, uncond_in, scale, rescale, num_history);
   if (noise) {
     call.check_like(*noise, "noise");
     history.insert(history.begin(), *noise);
@@ -132,30 +150,44 @@ std::vector<Tensor> scheduler_step(const Tensor& sample_in, const Tensor& output
   const int extras = history.size();
   const Scalars table(coefficients, "coefficients");
   Tensor prev = rows.order(), x0 = return_x0 ? rows.like() : prev;
+  Tensor second = call.has_second ? rows.like() : prev;
   dispatch(sample, "sample", [&]<class T>(T) {
     using A = Acc<T>;
     const auto x = rows.read<T>(sample), c = rows.read<T>(output), u = rows.read<T>(uncond);
     const auto out = rows.write<T>(prev), out_x0 = rows.write<T>(x0);
+    const auto out_second = rows.write<T>(second);
     RowPointer<const T> extra[kMaxExtras];
     for (int e = 0; e < extras; ++e) extra[e] = rows.read<T>(history[e]);
     std::vector<A> factors;
     if (rescale != 0) factors = rescale_factors<T>(rows, c, u, scale, rescale);
     auto run = [&]<bool guided>() {
       rows.for_pieces([&](int64_t row, int64_t begin, int64_t length) {
-        const Row<A> k(table, call.columns, call.per_sample ? row : 0, noise.has_value());
+        const Row<A> k(table, call.columns, num_history, call.per_sample ? row : 0,
+                       noise.has_value());
         const A s = A(scale), factor = factors.empty() ? A(1) : factors[row];
         const auto from = [=](auto p) { return p.at + row * p.stride + begin; };
         const T *xs = from(x), *cs = from(c), *us = from(u), *es[kMaxExtras] = {};
         for (int e = 0; e < extras; ++e) es[e] = from(extra[e]);
         T *ys = from(out), *zs = return_x0 ? from(out_x0) : nullptr;
+        T* ss = call.has_second ? from(out_second) : nullptr;
         for_vectors<A>(length, [=](int64_t i, auto lanes) {
           const Vec<A> xi = load(xs + i, lanes);
           Vec<A> m = load(cs + i, lanes);
           if constexpr (guided) m = guide<A>(m, load(us + i, lanes), s) * factor;
           Vec<A> zi = xi * k.x0_sample + m * k.x0_output;
           zi = max<A>(min<A>(zi, broadcast(k.clip)), broadcast(-k.clip));
-          Vec<A> y = zi * k.prev_x0 + xi * k.prev_sample + m * k.prev_output;
-          for (int e = 0; e < extras; ++e) y += load(es[e] + i, lanes) * k.extra[e];
+          Vec<A> y = zi * k.prev.x0 + xi * k.prev.sample + m * k.prev.output;
+          if (ss) {
+            Vec<A> w = zi * k.second.x0 + xi * k.second.sample + m * k.second.output;
+            for (int e = 0; e < extras; ++e) {
+              const Vec<A> h = load(es[e] + i, lanes);
+              y += h * k.prev.extra[e];
+              w += h * k.second.extra[e];
+            }
+            store(ss + i, w, lanes);
+          } else {
+            for (int e = 0; e < extras; ++e) y += load(es[e] + i, lanes) * k.prev.extra[e];
+          }
           store(ys + i, y, lanes);
           if (zs) store(zs + i, zi, lanes);
         });
@@ -163,13 +195,16 @@ std::vector<Tensor> scheduler_step(const Tensor& sample_in, const Tensor& output
     };
     uncond_in ? run.template operator()<true>() : run.template operator()<false>();
   });
-  if (return_x0) return {rows.finish(prev), rows.finish(x0)};
-  return {rows.finish(prev)};
+  std::vector<Tensor> results{rows.finish(prev)};
+  if (return_x0) results.push_back(rows.finish(x0));
+  if (call.has_second) results.push_back(rows.finish(second));
+  return results;
 }
 
 // Gradients of sample, model_output, uncond_output (if given), noise (if has_noise), history.
 std::vector<Tensor> scheduler_step_backward(const Tensor& grad_in,
                                             const std::optional<Tensor>& grad_x0_in,
+                                            const std::optional<Tensor>& grad_second_in,
                                             const Tensor& sample_in, const Tensor& output_in,
                                             const Tensor& coefficients,
                                             const std::optional<Tensor>& uncond_in, double scale,
@@ -177,11 +212,13 @@ std::vector<Tensor> scheduler_step_backward(const Tensor& grad_in,
   const Call call(sample_in, output_in, coefficients, uncond_in, scale, 0, num_history);
   call.check_like(grad_in, "grad_output");
   if (grad_x0_in) call.check_like(*grad_x0_in, "grad_output");
+  if (grad_second_in) call.check_like(*grad_second_in, "grad_output");
   Rows rows(sample_in, call.per_sample);
   const Tensor sample = rows.arrange(sample_in), output = rows.arrange(output_in);
   const Tensor uncond = uncond_in ? rows.arrange(*uncond_in) : output;
   const Tensor grad = rows.arrange(grad_in);
   const Tensor grad_x0 = grad_x0_in ? rows.arrange(*grad_x0_in) : grad;
+  const Tensor grad_second = grad_second_in ? rows.arrange(*grad_second_in) : grad;
   const int first = uncond_in ? 3 : 2, extras = has_noise + num_history;
   std::vector<Tensor> grads{rows.order()};
   while (static_cast<int>(grads.size()) < first + extras) grads.push_back(rows.like());
@@ -190,28 +227,36 @@ std::vector<Tensor> scheduler_step_backward(const Tensor& grad_in,
     using A = Acc<T>;
     const auto x = rows.read<T>(sample), c = rows.read<T>(output), u = rows.read<T>(uncond);
     const auto g = rows.read<T>(grad), g_x0 = rows.read<T>(grad_x0);
+    const auto g_second = rows.read<T>(grad_second);
     RowPointer<T> out[3 + kMaxExtras];
     for (size_t i = 0; i < grads.size(); ++i) out[i] = rows.write<T>(grads[i]);
     rows.for_pieces([&](int64_t row, int64_t begin, int64_t length) {
-      const Row<A> k(table, call.columns, call.per_sample ? row : 0, has_noise);
+      const Row<A> k(table, call.columns, num_history, call.per_sample ? row : 0, has_noise);
       const A s = A(scale);
       const bool guided = uncond_in.has_value(), has_x0 = grad_x0_in.has_value();
+      const bool has_second = grad_second_in.has_value();
       const auto from = [=](auto p) { return p.at + row * p.stride + begin; };
       const T *xs = from(x), *cs = from(c), *us = from(u), *gs = from(g), *hs = from(g_x0);
+      const T* ws = from(g_second);
       T* to[3 + kMaxExtras] = {};
       for (int i = 0; i < first + extras; ++i) to[i] = from(out[i]);
       for_vectors<A>(length, [=](int64_t i, auto lanes) {
         const Vec<A> xi = load(xs + i, lanes), gi = load(gs + i, lanes);
         Vec<A> m = load(cs + i, lanes);
         if (guided) m = guide<A>(m, load(us + i, lanes), s);
-        Vec<A> t = gi * k.prev_x0;
+        const Vec<A> wi = has_second ? load(ws + i, lanes) : Vec<A>{};
+        const auto both = [&](A prev, A second) {
+          return has_second ? gi * prev + wi * second : gi * prev;
+        };
+        Vec<A> t = both(k.prev.x0, k.second.x0);
         if (has_x0) t += load(hs + i, lanes);
         t = abs<A>(xi * k.x0_sample + m * k.x0_output) <= k.clip ? t : Vec<A>{};
-        const Vec<A> dm = t * k.x0_output + gi * k.prev_output;
-        store(to[0] + i, t * k.x0_sample + gi * k.prev_sample, lanes);
+        const Vec<A> dm = t * k.x0_output + both(k.prev.output, k.second.output);
+        store(to[0] + i, t * k.x0_sample + both(k.prev.sample, k.second.sample), lanes);
         store(to[1] + i, guided ? dm * s : dm, lanes);
         if (guided) store(to[2] + i, dm * (A(1) - s), lanes);
-        for (int e = 0; e < extras; ++e) store(to[first + e] + i, gi * k.extra[e], lanes);
+        for (int e = 0; e < extras; ++e)
+          store(to[first + e] + i, both(k.prev.extra[e], k.second.extra[e]), lanes);
       });
     });
   });

@@ -6,17 +6,25 @@ from aigc_fast import ops
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
 
 #: (A, B, r, P, Q, R, N, H_1, ...)
-ROW = (1.3, -0.8, 0.9, 0.6, 0.3, -0.2, 0.5, -0.7, 0.25, -0.125, 0.0625)
-FREE = (1.3, -0.8, inf, 0.6, 0.3, -0.2, 0.5, -0.7, 0.25, -0.125, 0.0625)
+ROW = (1.3, -0.8, 0.9, 0.6, 0.3, -0.2, 0.5, -0.7, 0.25, -0.125, 0.0625, -0.5)
+FREE = (1.3, -0.8, inf, 0.6, 0.3, -0.2, 0.5, -0.7, 0.25, -0.125, 0.0625, -0.5)
+#: (p, q, r, n, h_1, ...)
+SECOND = (-0.4, 0.7, 0.1, -0.3, 0.6, -0.8, 0.2, 0.9, -0.35)
 
 
-def _call(name, *shape, row=ROW, noise=False, history=0, guided=False, **kwargs) -> Sample:
+def _call(
+    name, *shape, row=ROW, noise=False, history=0, guided=False, second=False, **kwargs
+) -> Sample:
     x, m, z, u, *h = (rand(*shape, seed=i) for i in range(4 + history))
     if noise:
         kwargs["noise"] = z
     if guided:
         kwargs["uncond_output"] = u
-    row = row[: 7 + history] if isinstance(row[0], float) else tuple(r[: 7 + history] for r in row)
+    behind = SECOND[: 4 + history] if second else ()
+    if isinstance(row[0], float):
+        row = (*row[: 7 + history], *behind)
+    else:
+        row = tuple((*r[: 7 + history], *behind) for r in row)
     differentiable = x.numel() < 500 and "guidance_rescale" not in kwargs
     return Sample(name, (x, m, row), {**kwargs, "history": h}, differentiable)
 
@@ -28,7 +36,13 @@ def _samples() -> list[Sample]:
     nhwc = [channels_last(rand(*shape, seed=i)) for i in range(4)]
     special = torch.tensor([[0.0, -0.0, 1e-30, 1e4, inf, -inf, torch.nan]]).double()
     return [
-        _call("everything", *shape, history=4, **everything),
+        _call("everything", *shape, history=5, second=True, **everything),
+        _call("history", *shape, history=4, **everything),
+        _call("second", *shape, second=True),
+        _call("second_history", *shape, row=FREE, history=3, second=True, return_x0=True),
+        _call("second_noise", *shape, noise=True, history=1, second=True),
+        _call("second_for_each", *shape, row=(ROW, FREE), history=2, second=True, **everything),
+        _call("second_long", 2, 9001, history=2, second=True, return_x0=True),
         _call("plain", *shape),
         _call("x0", *shape, return_x0=True),
         _call("noise", *shape, noise=True),
@@ -69,8 +83,8 @@ def _refusals() -> list[Refusal]:
                 uncond_output=rand(3)),
         refusal("history", ValueError, r"history\[1\] must have shape", x, x, ROW[:9],
                 history=[x, rand(3)]),
-        refusal("history_length", ValueError, "history must hold at most 4", x, x, (0.0,) * 12,
-                history=[x] * 5),
+        refusal("history_length", ValueError, "history must hold at most 5", x, x, (0.0,) * 13,
+                history=[x] * 6),
         refusal("columns", ValueError, r"coefficients must have shape \(7,\)", x, x, ROW[:8]),
         refusal("columns_history", ValueError, r"coefficients must have shape \(8,\)", x, x, row,
                 history=[x]),
@@ -94,6 +108,7 @@ OPS = {
         large=lambda: [
             _call("ddim", 2, 16, 128, 128),
             _call("dpm++_2m", 2, 16, 128, 128, row=FREE, history=1, return_x0=True),
+            _call("unipc", 2, 16, 128, 128, row=FREE, history=2, second=True, return_x0=True),
             _call("guided", 2, 16, 128, 128, guided=True, guidance_scale=7.5),
             _call(
                 "rescaled", 2, 16, 128, 128, guided=True, guidance_scale=7.5, guidance_rescale=0.7

@@ -4,10 +4,22 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aigc_fast import ops
-from aigc_fast.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from aigc_fast import ops, schedulers
+from aigc_fast.schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    Scheduler,
+    UniPCMultistepScheduler,
+)
 
-ALL = [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler]
+ALL = [
+    cls
+    for cls in (getattr(schedulers, name) for name in schedulers.__all__)
+    if isinstance(cls, type) and issubclass(cls, Scheduler) and cls is not Scheduler
+]
 
 
 class Recorder(TorchDispatchMode):
@@ -30,12 +42,18 @@ def run(scheduler, steps=6, start=0):
 
 @pytest.mark.parametrize("cls", ALL)
 def test_a_step_is_one_operator_and_reads_no_scalar(cls) -> None:
+    """Once the first loop has made the rows."""
     scheduler = cls()
     scheduler.set_timesteps(5)
     sample = torch.randn(2, 3, 4, 5)
-    for t in scheduler.timesteps.tolist():
-        with Recorder() as recorder:
-            sample = scheduler.step(sample, t, sample)
+    for _ in range(2):
+        scheduler.set_begin_index(0)
+        recorders = []
+        for t in scheduler.timesteps.tolist():
+            with Recorder() as recorder:
+                sample = scheduler.step(sample, t, sample)
+            recorders.append(recorder)
+    for recorder in recorders:
         assert [n for n in recorder.called if not n.startswith("aten::randn")] == [
             "aigc_fast::scheduler_step"
         ]
@@ -50,7 +68,7 @@ def test_timesteps_on_another_device_are_not_read(cls) -> None:
     scheduler.set_begin_index(0)
     generator = torch.Generator().manual_seed(3)
     sample = torch.randn(2, 3, 4, 5, generator=generator)
-    for t in scheduler.timesteps.to("meta"):
+    for t in scheduler.timesteps[:6].to("meta"):
         sample = scheduler.step(torch.sin(sample), t, sample, generator)
     assert torch.equal(sample, want)
 
@@ -82,7 +100,7 @@ def test_a_timestep_for_each_sample(cls) -> None:
     together = scheduler.step(output, timesteps, sample, torch.Generator().manual_seed(1))
     noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(1))
     for i, t in enumerate(timesteps.tolist()):
-        row = scheduler._rows[0][scheduler.timesteps.tolist().index(t)]
+        row = type(scheduler).rows(scheduler).table(10)[scheduler.timesteps.tolist().index(t)]
         alone = ops.scheduler_step(sample[i], output[i], row, noise=noise[i])
         torch.testing.assert_close(together[i], alone)
 
@@ -94,7 +112,7 @@ def test_guidance_in_the_step(cls) -> None:
     for scheduler in (guided, plain):
         scheduler.set_timesteps(4)
     for t in plain.timesteps.tolist():
-        generators = [torch.Generator().manual_seed(t) for _ in range(2)]
+        generators = [torch.Generator().manual_seed(int(abs(1000 * t))) for _ in range(2)]
         a, a_x0 = guided.step(
             cond, t, sample, generators[0],
             uncond_output=uncond, guidance_scale=3.0, return_x0=True,
@@ -128,14 +146,83 @@ def test_refusals() -> None:
         scheduler.step(x, 3, x)
     with pytest.raises(ValueError, match=r"num_inference_steps must be in \[1, 1000\], got 0"):
         scheduler.set_timesteps(0)
-    for wrong in (
-        {"prediction_type": "score"},
-        {"timestep_spacing": "random"},
-        {"beta_schedule": "cosine"},
-    ):
+    for wrong in ({"prediction_type": "score"}, {"timestep_spacing": "random"}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
             DDIMScheduler(**wrong)
-    with pytest.raises(ValueError, match="solver_order must be one of 1, 2, got 3"):
-        DPMSolverMultistepScheduler(solver_order=3)
+    with pytest.raises(NotImplementedError, match="beta_schedule must be"):
+        DDIMScheduler(beta_schedule="cosine")
+    with pytest.raises(ValueError, match="solver_order must be one of 1, 2, 3, got 4"):
+        DPMSolverMultistepScheduler(solver_order=4)
+    with pytest.raises(NotImplementedError, match="algorithm_type must be one of"):
+        DPMSolverMultistepScheduler(algorithm_type="unipc")
+    with pytest.raises(ValueError, match="final_sigmas_type must be sigma_min"):
+        DPMSolverMultistepScheduler(algorithm_type="dpmsolver")
+    with pytest.raises(ValueError, match="only one spacing of the sigmas"):
+        LMSDiscreteScheduler(use_karras_sigmas=True, use_exponential_sigmas=True)
     with pytest.raises(ValueError, match="variance_type must be one of"):
-        DDPMScheduler(variance_type="learned")
+        DDPMScheduler(variance_type="large")
+
+
+def test_refused_lists_and_arguments() -> None:
+    with pytest.raises(ValueError, match="timesteps must be in descending order"):
+        DDPMScheduler().set_timesteps(timesteps=[10, 20, 5])
+    with pytest.raises(ValueError, match="timesteps must start before 1000, got 1000"):
+        DDPMScheduler().set_timesteps(timesteps=[1000, 5])
+    with pytest.raises(ValueError, match="either num_inference_steps or a list"):
+        DDPMScheduler().set_timesteps()
+    with pytest.raises(ValueError, match="either num_inference_steps or a list"):
+        DDPMScheduler().set_timesteps(3, timesteps=[9, 5, 1])
+    with pytest.raises(TypeError, match=r"DDIMScheduler.set_timesteps: .*'timesteps'"):
+        DDIMScheduler().set_timesteps(timesteps=[9, 5, 1])
+    with pytest.raises(ValueError, match="mu must be given"):
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).set_timesteps(4)
+    with pytest.raises(ValueError, match="of one length, got"):
+        FlowMatchEulerDiscreteScheduler().set_timesteps(sigmas=[0.9, 0.5], timesteps=[900.0])
+    with pytest.raises(ValueError, match="timesteps cannot be given with karras"):
+        DPMSolverMultistepScheduler(use_karras_sigmas=True).set_timesteps(timesteps=[9, 5])
+    with pytest.raises(TypeError, match="num_steps"):
+        UniPCMultistepScheduler.from_config({"solver_order": 3}, num_steps=3)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_refused_samples(cls) -> None:
+    scheduler = cls()
+    scheduler.set_timesteps(4)
+    t, x = scheduler.timesteps[0], torch.randn(2, 3, 4, 5)
+    with pytest.raises(ValueError, match="model_output must have shape"):
+        scheduler.step(x[:, :2] if cls is not DDPMScheduler else x[:1], t, x)
+    scheduler.set_begin_index(0)
+    with pytest.raises(ValueError, match="model_output must be on"):
+        scheduler.step(torch.empty_like(x, device="meta"), t, x)
+    scheduler.set_begin_index(0)
+    with pytest.raises(TypeError, match="model_output must have the dtype"):
+        scheduler.step(x.double(), t, x)
+
+
+def test_unknown_arguments_of_a_configuration_are_named(caplog) -> None:
+    DDIMScheduler.from_config({"eta": 0.5, "solver_order": 3, "num_steps": 7, "_class_name": "X"})
+    assert "num_steps" in caplog.text and "solver_order" not in caplog.text
+
+
+def test_a_configuration_of_another_class() -> None:
+    """As in diffusers: what that class was left to choose, this one chooses anew."""
+    config = {"beta_end": 0.03, "timestep_spacing": "leading"}
+    assert UniPCMultistepScheduler.from_config(config).timestep_spacing == "leading"
+    config["_use_default_values"] = ["timestep_spacing"]
+    other = UniPCMultistepScheduler.from_config(config, solver_order=3)
+    assert (other.timestep_spacing, other.beta_end, other.solver_order) == ("linspace", 0.03, 3)
+    again = DPMSolverMultistepScheduler.from_config(other)
+    assert (again.beta_end, again.solver_order) == (0.03, 3)
+
+
+def test_a_list_of_generators_draws_one_sample_each() -> None:
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(4)
+    x = torch.randn(2, 3, 4, 5)
+    generators = [torch.Generator().manual_seed(i) for i in (5, 6)]
+    both = scheduler.step(x, scheduler.timesteps[0], x, generators)
+    for i, seed in enumerate((5, 6)):
+        scheduler.set_begin_index(0)
+        generator = torch.Generator().manual_seed(seed)
+        one = scheduler.step(x[i : i + 1], scheduler.timesteps[0], x[i : i + 1], generator)
+        assert torch.equal(both[i : i + 1], one)

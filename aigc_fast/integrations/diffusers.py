@@ -1,0 +1,415 @@
+"""The fused step, add_noise, scale_noise and get_velocity in diffusers' own scheduler classes.
+
+    from aigc_fast.integrations import diffusers
+    diffusers.install()
+
+Class identity, signatures, outputs and the state that diffusers keeps (step_index, model_outputs,
+ets, ...) stay as they are, and so does a pipeline. A call that the fused step does not serve (a
+sample of another dtype than the model's output, a timestep outside the schedule, ...) runs the
+stock method, with its own errors.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aigc_fast import ops, schedulers
+from aigc_fast.schedulers.adams import pndm_step
+from aigc_fast.schedulers.dpm_solver import levels_of
+from aigc_fast.schedulers.flow_match import growing_step, renoise_step
+from aigc_fast.schedulers.linear import Tables
+
+#: class -> {attribute: the stock method}, while installed
+_stock: dict[type, dict[str, Any]] = {}
+
+
+class Fused(NamedTuple):
+    """How a class of diffusers runs a step of ours."""
+
+    outputs: tuple[str, ...] = ("prev_sample",)
+    output_class: str | None = None  # by default that of the scheduler's module, SchedulerOutput
+    by_timestep: bool = False  # a step is found by its timestep, not by step_index
+    float_timesteps: bool = False  # an integer timestep is an error
+    warns: bool = False  # of a loop without scale_model_input
+    upcasts: bool = False  # x0 is returned in float32
+    noise_levels: str | None = None  # of add_noise and scale_noise
+
+
+X0 = ("prev_sample", "pred_original_sample")
+FUSED = {
+    "DDPMScheduler": Fused(X0, by_timestep=True, noise_levels="training"),
+    "DDIMScheduler": Fused(X0, by_timestep=True, noise_levels="training"),
+    "DDIMInverseScheduler": Fused(X0, "DDIMSchedulerOutput", by_timestep=True),
+    "PNDMScheduler": Fused(by_timestep=True, noise_levels="training"),
+    "LCMScheduler": Fused(("prev_sample", "denoised"), noise_levels="training"),
+    "TCDScheduler": Fused(("prev_sample", "pred_noised_sample"), noise_levels="training"),
+    "CMStochasticIterativeScheduler": Fused(float_timesteps=True, warns=True, noise_levels="sigma"),
+    "EulerDiscreteScheduler": Fused(
+        X0, float_timesteps=True, warns=True, upcasts=True, noise_levels="sigma"
+    ),
+    "EulerAncestralDiscreteScheduler": Fused(
+        X0, float_timesteps=True, warns=True, upcasts=True, noise_levels="sigma"
+    ),
+    "EDMEulerScheduler": Fused(
+        X0, float_timesteps=True, warns=True, upcasts=True, noise_levels="sigma"
+    ),
+    "HeunDiscreteScheduler": Fused(X0, noise_levels="sigma"),
+    "KDPM2DiscreteScheduler": Fused(X0, noise_levels="sigma"),
+    "KDPM2AncestralDiscreteScheduler": Fused(X0, noise_levels="sigma"),
+    "LMSDiscreteScheduler": Fused(X0, warns=True, noise_levels="sigma"),
+    "IPNDMScheduler": Fused(),
+    "DPMSolverMultistepScheduler": Fused(noise_levels="lambda"),
+    "DPMSolverSinglestepScheduler": Fused(noise_levels="lambda"),
+    "EDMDPMSolverMultistepScheduler": Fused(noise_levels="sigma"),
+    "DEISMultistepScheduler": Fused(noise_levels="lambda"),
+    "UniPCMultistepScheduler": Fused(noise_levels="lambda"),
+    "SASolverScheduler": Fused(noise_levels="training"),
+    "FlowMatchEulerDiscreteScheduler": Fused(float_timesteps=True, noise_levels="flow"),
+    "FlowMatchHeunDiscreteScheduler": Fused(float_timesteps=True),
+    "FlowMatchLCMScheduler": Fused(float_timesteps=True, noise_levels="flow"),
+}
+
+
+def install() -> list[str]:
+    """Puts the fused methods into diffusers' classes; returns their names. Once is enough."""
+    import diffusers
+
+    for name, how in FUSED.items():
+        cls = getattr(diffusers, name, None)
+        # A class whose requirements are missing (LMS without scipy) has nothing to replace.
+        if cls is None or cls in _stock or "step" not in vars(cls):
+            continue
+        methods = {"step": _step(cls, getattr(schedulers, name), how)}
+        if how.noise_levels is not None:
+            for method, make in _NOISE.items():
+                if method in vars(cls):
+                    methods[method] = make(vars(cls)[method], how.noise_levels)
+        _stock[cls] = {method: vars(cls)[method] for method in methods}
+        for method, function in methods.items():
+            setattr(cls, method, function)
+    return [cls.__name__ for cls in _stock]
+
+
+def uninstall() -> None:
+    """Gives diffusers' classes their own methods back."""
+    for cls, methods in _stock.items():
+        for method, function in methods.items():
+            setattr(cls, method, function)
+    _stock.clear()
+
+
+# ---- step ---------------------------------------------------------------------------------------
+
+
+def _step(cls: type, ours: type, how: Fused) -> Callable:
+    stock = vars(cls)["step"]
+    advance = ours.advance  # type: ignore[attr-defined]
+    if advance is growing_step:  # what enlarges its samples runs the stock method
+        advance = renoise_step
+    names = list(inspect.signature(stock).parameters)[4:]
+    accepted = set(inspect.signature(advance).parameters)
+    module: Any = inspect.getmodule(cls)
+    output_class = getattr(module, how.output_class or f"{cls.__name__}Output", None)
+    output_class = output_class or module.SchedulerOutput
+    wants_x0 = len(how.outputs) > 1
+    second = how.outputs[-1]
+    by_timestep, float_timesteps, warns, upcasts = how[2:6]
+    find = _pndm_index if advance is pndm_step else _index_of_timestep if by_timestep else _index
+    in_order = find is _index
+    refuses = _REFUSES.get(cls.__name__)
+    before = _BEFORE.get(cls.__name__)
+
+    @functools.wraps(stock)
+    def step(
+        self: Any,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *args: Any,
+        generator: Any = None,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        if args:
+            options.update(zip(names, args, strict=False))
+            generator = options.pop("generator", generator)
+            return_dict = options.pop("return_dict", return_dict)
+        index = None
+        if (
+            isinstance(sample, Tensor)
+            and isinstance(model_output, Tensor)
+            and model_output.dtype is sample.dtype
+            and (model_output.shape == sample.shape or _has_variance(self, model_output, sample))
+            and model_output.get_device() == sample.get_device()
+            and (not warns or self.is_scale_input_called)
+            and (not float_timesteps or _is_float(timestep))
+            and (refuses is None or not refuses(self, sample, options))
+        ):
+            index = self._step_index if in_order else None
+            if index is None:
+                index = find(self, timestep)
+        if index is None:
+            if "generator" in names:
+                options["generator"] = generator
+            return stock(self, model_output, timestep, sample, return_dict=return_dict, **options)
+        if options:
+            options = {k: v for k, v in options.items() if k in accepted}
+        if before is not None:
+            before(self, model_output, timestep, options)
+        prev, x0 = advance(
+            self, index, sample, model_output, generator, wants_x0, _NO_GUIDANCE, **options
+        )
+        if not by_timestep:
+            self._step_index = index + 1
+        if not wants_x0:
+            return output_class(prev_sample=prev) if return_dict else (prev,)
+        if upcasts and x0.dtype is not torch.float32:
+            x0 = x0.to(torch.float32)
+        if not return_dict:
+            return prev, x0
+        return output_class(**{"prev_sample": prev, second: x0})
+
+    return step
+
+
+_NO_GUIDANCE: dict[str, Any] = {}
+
+
+def _has_variance(self: Any, output: Tensor, sample: Tensor) -> bool:
+    """Of a model that predicts a variance too, by twice the channels."""
+    return (
+        output.dim() == sample.dim() > 1
+        and output.shape[0] == sample.shape[0]
+        and output.shape[1] == 2 * sample.shape[1]
+        and output.shape[2:] == sample.shape[2:]
+        and getattr(self.config, "variance_type", None) in ("learned", "learned_range")
+        and (sample.shape[1] == 3 or "DDPM" in type(self).__name__)
+    )
+
+
+def _is_float(timestep: Any) -> bool:
+    if type(timestep) is Tensor:
+        return timestep.is_floating_point()
+    return not isinstance(timestep, int)
+
+
+def _index(self: Any, timestep: Any) -> int | None:
+    if self.num_inference_steps is None:
+        return None
+    self._init_step_index(timestep)
+    return self._step_index
+
+
+def _index_of_timestep(self: Any, timestep: Any) -> int | None:
+    if self.timesteps is None:
+        return None
+    return Tables.of(self).index(timestep)
+
+
+def _pndm_index(self: Any, timestep: Any) -> int | None:
+    """The timesteps of Runge-Kutta stages stand there twice: the counter tells them apart."""
+    index = _index_of_timestep(self, timestep)
+    if index is None or index == self.counter:
+        return index
+    values = Tables.of(self).values()
+    if self.counter < len(values) and values[index] == values[self.counter]:
+        return self.counter
+    runge_kutta = self.counter < len(self.prk_timesteps) and not self.config.skip_prk_steps
+    return None if runge_kutta else index
+
+
+# ---- what a class has of its own ----------------------------------------------------------------
+
+
+def _ddpm_refuses(self: Any, sample: Tensor, options: dict) -> bool:
+    return self.variance_type in ("learned", "learned_range") and sample.dim() < 2
+
+
+def _ddim_refuses(self: Any, sample: Tensor, options: dict) -> bool:
+    if self.num_inference_steps is None:
+        return True
+    noise = options.get("variance_noise")
+    options.setdefault("eta", 0.0)
+    return noise is not None and (noise.dtype != sample.dtype or noise.shape != sample.shape)
+
+
+def _pndm_refuses(self: Any, sample: Tensor, options: dict) -> bool:
+    if self.num_inference_steps is None:
+        return True
+    runge_kutta = not self.config.skip_prk_steps
+    return runge_kutta and self.counter >= len(self.prk_timesteps) and len(self.ets) < 3
+
+
+def _lms_refuses(self: Any, sample: Tensor, options: dict) -> bool:
+    return not 1 <= options.get("order", 4) <= 4
+
+
+def _edm_euler_refuses(self: Any, sample: Tensor, options: dict) -> bool:
+    return options.get("pred_original_sample") is not None
+
+
+def _edm_dpm_refuses(self: Any, sample: Tensor, options: dict) -> bool:
+    return self.config.solver_order == 3 and self.config.algorithm_type == "sde-dpmsolver++"
+
+
+def _flow_euler_refuses(self: Any, sample: Tensor, options: dict) -> bool:
+    return bool(options) and options.get("per_token_timesteps") is not None
+
+
+def _flow_lcm_refuses(self: Any, sample: Tensor, options: dict) -> bool:
+    return bool(self._scale_factors and self._upscale_mode)
+
+
+def _unipc_refuses(self: Any, sample: Tensor, options: dict) -> bool:
+    return self.solver_p is not None
+
+
+_REFUSES: dict[str, Callable[[Any, Tensor, dict], bool]] = {
+    "DDPMScheduler": _ddpm_refuses,
+    "DDIMScheduler": _ddim_refuses,
+    "DDIMInverseScheduler": lambda self, sample, options: self.num_inference_steps is None,
+    "PNDMScheduler": _pndm_refuses,
+    "LMSDiscreteScheduler": _lms_refuses,
+    "EDMEulerScheduler": _edm_euler_refuses,
+    "EDMDPMSolverMultistepScheduler": _edm_dpm_refuses,
+    "FlowMatchEulerDiscreteScheduler": _flow_euler_refuses,
+    "FlowMatchLCMScheduler": _flow_lcm_refuses,
+    "UniPCMultistepScheduler": _unipc_refuses,
+}
+
+
+def _keep_timestep(self: Any, output: Tensor, timestep: Any, options: dict) -> None:
+    del self.timestep_list[0]
+    self.timestep_list.append(timestep)
+
+
+def _keep_size(self: Any, output: Tensor, timestep: Any, options: dict) -> None:
+    if self._init_size is None:
+        self._init_size = output.size()[2:]
+
+
+_BEFORE: dict[str, Callable[[Any, Tensor, Any, dict], None]] = {
+    "UniPCMultistepScheduler": _keep_timestep,
+    "SASolverScheduler": _keep_timestep,
+    "FlowMatchLCMScheduler": _keep_size,
+}
+
+
+# ---- noise --------------------------------------------------------------------------------------
+
+
+def _level_tables(self: Any, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma) by timestep of training, or by step of the schedule."""
+    made: dict = Tables.of(self).made
+    found = made.get((kind, device))
+    if found is None:
+        if kind == "training":
+            alphas = self.alphas_cumprod.cpu()
+            levels = (alphas**0.5, (1 - alphas) ** 0.5)
+        else:
+            sigma = self.sigmas.cpu().float()
+            if kind == "lambda":
+                levels = levels_of(self)[:2]
+            elif kind == "flow":
+                levels = (1.0 - sigma, sigma)
+            else:
+                levels = (torch.ones_like(sigma), sigma)
+        found = made[kind, device] = tuple(v.to(device) for v in levels)
+    return found
+
+
+def _step_indices(self: Any, timesteps: Tensor, device: torch.device) -> Tensor | None:
+    """Where each timestep stands in the schedule: the second place of one that stands in two."""
+    schedule = self.timesteps
+    if device.type == "cpu":
+        try:
+            found = [self.index_for_timestep(t, schedule) for t in timesteps]
+        except IndexError:
+            return None
+        return torch.tensor(found)
+    same = timesteps.to(device)[:, None] == schedule.to(device)[None]
+    count = same.sum(1, keepdim=True)
+    torch._assert_async((count > 0).all())
+    return ((same.cumsum(1) == count.clamp(max=2)) & same).int().argmax(1)
+
+
+def _levels(self: Any, kind: str, sample: Tensor, timesteps: Any) -> tuple[Tensor, Tensor] | None:
+    """(alpha, sigma) of each sample, or None where the stock method has to do it."""
+    device, batch = sample.device, sample.shape[:1]
+    if not isinstance(timesteps, Tensor) or not batch or device.type == "mps":
+        return None
+    alpha, sigma = _level_tables(self, kind, device)
+    if kind == "training":
+        index: Tensor | None = timesteps.to(device).flatten()
+        if timesteps.is_floating_point():
+            return None
+    elif self.begin_index is not None:
+        step = self.begin_index if self.step_index is None else self.step_index
+        index = torch.full(batch, step, device=device)
+    else:
+        index = _step_indices(self, timesteps, device) if timesteps.dim() == 1 else None
+    if index is None:
+        return None
+    if index.numel() != batch[0]:
+        if index.numel() != 1:
+            return None
+        index = index.expand(batch)
+    return alpha[index], sigma[index]
+
+
+def _fits(sample: Any, noise: Any) -> bool:
+    return (
+        isinstance(sample, Tensor)
+        and isinstance(noise, Tensor)
+        and sample.is_floating_point()
+        and noise.dtype is sample.dtype
+        and noise.shape == sample.shape
+        and noise.device == sample.device
+    )
+
+
+def _add_noise(stock: Callable, kind: str) -> Callable:
+    @functools.wraps(stock)
+    def add_noise(self: Any, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Any:
+        levels = None
+        if _fits(original_samples, noise):
+            levels = _levels(self, kind, original_samples, timesteps)
+        if levels is None:
+            return stock(self, original_samples, noise, timesteps)
+        return ops.add_noise(original_samples, noise, *levels)
+
+    return add_noise
+
+
+def _scale_noise(stock: Callable, kind: str) -> Callable:
+    @functools.wraps(stock)
+    def scale_noise(self: Any, sample: Tensor, timestep: Any, noise: Any = None) -> Any:
+        levels = None
+        if _fits(sample, noise):
+            levels = _levels(self, kind, sample, timestep)
+        if levels is None:
+            return stock(self, sample, timestep, noise)
+        return ops.add_noise(sample, noise, *levels)
+
+    return scale_noise
+
+
+def _get_velocity(stock: Callable, kind: str) -> Callable:
+    @functools.wraps(stock)
+    def get_velocity(self: Any, sample: Tensor, noise: Tensor, timesteps: Any) -> Any:
+        levels = None
+        if kind == "training" and _fits(sample, noise):
+            levels = _levels(self, kind, sample, timesteps)
+        if levels is None:
+            return stock(self, sample, noise, timesteps)
+        alpha, sigma = levels
+        return ops.add_noise(noise, sample, alpha, -sigma)
+
+    return get_velocity
+
+
+_NOISE = {"add_noise": _add_noise, "scale_noise": _scale_noise, "get_velocity": _get_velocity}

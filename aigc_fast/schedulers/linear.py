@@ -1,0 +1,269 @@
+"""Solvers as linear algebra: what a step computes, and the rows of ops.scheduler_step it makes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aigc_fast import ops
+from aigc_fast.ops.scheduler_step import _scheduler_step
+
+Scalar = float | Tensor
+
+
+class Form:
+    """A linear combination of tensors that a step reads, by name.
+
+    A coefficient is a number or a tensor (steps,) with one for each step. Formulas of the papers
+    are written with these, and the rows fall out. The scalars of a formula are fp32 tensors, in
+    diffusers' order of operations, with IEEE's inf and NaN; what multiplies a form is a float64
+    from there, so that a row is rounded once.
+    """
+
+    __slots__ = ("terms",)
+    __array_ufunc__ = None  # a numpy scalar on the left leaves the arithmetic to this class
+
+    def __init__(self, terms: dict[str, Scalar]) -> None:
+        self.terms = terms
+
+    def __add__(self, other: "Form") -> "Form":
+        terms = dict(self.terms)
+        for name, scale in other.terms.items():
+            terms[name] = terms[name] + scale if name in terms else scale
+        return Form(terms)
+
+    def __sub__(self, other: "Form") -> "Form":
+        return self + -other
+
+    def __neg__(self) -> "Form":
+        return Form({name: -scale for name, scale in self.terms.items()})
+
+    def __mul__(self, factor: Scalar) -> "Form":
+        factor = factor.double() if isinstance(factor, Tensor) else factor
+        return Form({name: factor * scale for name, scale in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Scalar) -> "Form":
+        divisor = divisor.double() if isinstance(divisor, Tensor) else divisor
+        return Form({name: scale / divisor for name, scale in self.terms.items()})
+
+
+def named(name: str) -> Form:
+    return Form({name: 1.0})
+
+
+#: What every step has: the sample, the model's output, x0 after clipping, noise.
+SAMPLE, OUTPUT, X0, NOISE = map(named, ("sample", "output", "x0", "noise"))
+
+
+def predictions(kind: str, alpha: Scalar, sigma: Scalar) -> tuple[Form, Form]:
+    """x0 and epsilon from (sample, output), where sample = alpha * x0 + sigma * epsilon."""
+    if kind == "epsilon":
+        return (SAMPLE - sigma * OUTPUT) / alpha, OUTPUT
+    if kind == "sample":
+        return OUTPUT, (SAMPLE - alpha * OUTPUT) / sigma
+    if kind == "v_prediction":
+        return alpha * SAMPLE - sigma * OUTPUT, alpha * OUTPUT + sigma * SAMPLE
+    if kind == "flow_prediction":
+        x0 = SAMPLE - sigma * OUTPUT
+        return x0, (SAMPLE - alpha * x0) / sigma
+    raise ValueError(
+        f"prediction_type must be epsilon, sample, v_prediction or flow_prediction, got {kind!r}"
+    )
+
+
+class Threshold(NamedTuple):
+    """Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3): x0 is clipped to
+    this quantile of its own size, which is held between 1 and `most` (`most` wins), and divided
+    by it."""
+
+    quantile: float
+    most: float
+
+    def rows(self, row: Tensor, sample: Tensor, output: Tensor, guidance: dict) -> Tensor:
+        """(batch, columns): `row` for each sample, with its own threshold."""
+        plain = torch.zeros(7, dtype=row.dtype, device=row.device)
+        plain[:2], plain[2], plain[3] = row[:2], math.inf, 1.0
+        x0: Any = ops.scheduler_step(sample, output, plain, **guidance)
+        size = x0.flatten(1).abs().to(row.dtype)
+        threshold = torch.quantile(size, self.quantile, dim=1).clamp(min=1, max=self.most)
+        rows = row.repeat(len(sample), 1)
+        rows[:, :2] /= threshold[:, None]
+        rows[:, 2] = 1.0
+        return rows
+
+
+class Step(NamedTuple):
+    """A row of ops.scheduler_step, and which tensors it reads."""
+
+    row: Tensor
+    noisy: bool
+    reads: tuple[int, ...]
+    threshold: Threshold | None = None
+    stochastic: bool = False  # the solver draws noise here, read or not
+
+    def __call__(
+        self,
+        sample: Tensor,
+        output: Tensor,
+        noise: Tensor | None = None,
+        history: Sequence[Tensor] = (),
+        *,
+        return_x0: bool = False,
+        **guidance: Any,
+    ) -> Any:
+        row = self.row
+        if self.threshold is not None:
+            row = self.threshold.rows(row, sample, output, guidance)
+        elif not guidance and not torch.is_grad_enabled():
+            # The operator itself: the public function's questions cost a fifth of a small step.
+            tensors = [history[i] for i in self.reads] if self.reads else ()
+            noise = noise if self.noisy else None
+            if return_x0:
+                return tuple(
+                    _scheduler_step(sample, output, row, tensors, noise, None, 1.0, 0.0, True)
+                )
+            results = _scheduler_step(sample, output, row, tensors, noise)
+            return tuple(results) if len(results) > 1 else results[0]
+        return ops.scheduler_step(
+            sample,
+            output,
+            row,
+            noise=noise if self.noisy else None,
+            history=[history[i] for i in self.reads] if self.reads else (),
+            return_x0=return_x0,
+            **guidance,
+        )
+
+
+class Row(NamedTuple):
+    """The rows of all steps, written as forms; `history` names what a step may read beside its
+    own tensors, in the order in which the solver hands it over."""
+
+    x0: Form
+    prev: Form
+    second: Form | None = None
+    history: tuple[str, ...] = ()
+    clip: Scalar = math.inf
+    threshold: Threshold | None = None
+
+    def table(self, count: int) -> Tensor:
+        """(count, columns) fp32"""
+        names = ("x0", "sample", "output", "noise", *self.history)
+        columns = [self.x0.terms.get(name, 0.0) for name in ("sample", "output")] + [self.clip]
+        results = [self.prev] if self.second is None else [self.prev, self.second]
+        for form in results:
+            assert not set(form.terms) - set(names), form.terms
+            columns += [form.terms.get(name, 0.0) for name in names]
+        values = [torch.as_tensor(c, dtype=torch.float32) for c in columns]
+        return torch.stack([v[:count] if v.dim() else v.expand(count) for v in values], 1)
+
+    def steps(self, count: int, device: torch.device | str | None) -> list[Step]:
+        """One Step each; history and noise that have the coefficient 0 are not read."""
+        table = self.table(count)
+        optional = 1 + len(self.history)
+        firsts = [6] if self.second is None else [6, 9 + optional]
+        used = (table[:, firsts[0] : firsts[0] + optional] != 0) | (
+            table[:, firsts[-1] : firsts[-1] + optional] != 0
+        )
+        patterns = [tuple(row) for row in used.tolist()]
+        rows: dict[tuple, tuple[Tensor, ...]] = {}
+        for pattern in set(patterns):
+            kept = [
+                c
+                for c in range(table.shape[1])
+                if not any(f <= c < f + optional and c != f and not pattern[c - f] for f in firsts)
+            ]
+            rows[pattern] = table[:, kept].to(device).unbind()
+        return [
+            Step(
+                rows[p][i],
+                p[0],
+                tuple(k for k, read in enumerate(p[1:]) if read),
+                self.threshold,
+                "noise" in self.prev.terms,
+            )
+            for i, p in enumerate(patterns)
+        ]
+
+
+class Tables:
+    """The steps that a scheduler has made of its schedule, for as long as that stays the same."""
+
+    __slots__ = ("config", "index_of", "inputs", "made", "pointer", "size", "span")
+
+    INPUTS = ("timesteps", "sigmas", "alphas_cumprod", "betas", "num_inference_steps")
+
+    def __init__(self, scheduler: Any) -> None:
+        state = scheduler.__dict__
+        self.inputs = tuple(state.get(name) for name in self.INPUTS)
+        self.config = state.get("_internal_dict")
+        self.made: dict[Any, Any] = {}
+        timesteps = scheduler.timesteps
+        self.pointer = timesteps.data_ptr() if timesteps.device.type != "meta" else -1
+        self.size = timesteps.element_size()
+        self.span = self.size * timesteps.numel() if timesteps.is_contiguous() else 0
+        self.index_of: dict[float, int] | None = None
+
+    @staticmethod
+    def of(scheduler: Any) -> "Tables":
+        state = scheduler.__dict__
+        tables: Tables | None = state.get("_aigc_fast_tables")
+        if tables is not None:
+            a, b, c, d, n = tables.inputs
+            if (
+                state.get("timesteps") is a
+                and state.get("sigmas") is b
+                and state.get("alphas_cumprod") is c
+                and state.get("betas") is d
+                and state.get("num_inference_steps") == n
+                and state.get("_internal_dict") is tables.config
+            ):
+                return tables
+        tables = state["_aigc_fast_tables"] = Tables(scheduler)
+        return tables
+
+    def index(self, timestep: float | Tensor) -> int | None:
+        """Where `timestep` stands in the schedule. A view of the schedule's own tensor, what a
+        loop over it yields, is found by its address: its value is not read."""
+        if isinstance(timestep, Tensor):
+            at = timestep.data_ptr() - self.pointer
+            if 0 <= at < self.span and timestep.dim() == 0:
+                return at // self.size
+            if timestep.numel() != 1:
+                return None
+            timestep = timestep.item()
+        if self.index_of is None:
+            self.index_of = {t: i for i, t in reversed(list(enumerate(self.values())))}
+        return self.index_of.get(timestep)
+
+    def values(self) -> list[float]:
+        """The timesteps as numbers; read from their device once."""
+        if "values" not in self.made:
+            self.made["values"] = self.inputs[0].tolist()
+        return self.made["values"]
+
+
+class Mixed(NamedTuple):
+    """Steps of several orders: step i is that of rows[orders[i]]."""
+
+    rows: dict[int, Row]
+    orders: list[int]
+
+    def steps(self, count: int, device: torch.device | str | None) -> list[Step]:
+        steps = {order: row.steps(count, device) for order, row in self.rows.items()}
+        return [steps[order][i] for i, order in enumerate(self.orders)]
+
+
+def steps_of(scheduler: Any, device: torch.device, build: Any, *key: Any) -> list[Step]:
+    """The steps of `build(scheduler, *key)`, on the device of the samples; made once."""
+    made = Tables.of(scheduler).made
+    steps: list[Step] | None = made.get((build, device, key))
+    if steps is None:
+        with torch.no_grad():
+            steps = build(scheduler, *key).steps(len(scheduler.timesteps), device)
+        made[build, device, key] = steps
+    return steps
