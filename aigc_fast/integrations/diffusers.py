@@ -119,7 +119,6 @@ def _step(cls: type, ours: type, how: Fused) -> Callable:
     second = how.outputs[-1]
     by_timestep, float_timesteps, warns, upcasts = how[2:6]
     find = _pndm_index if advance is pndm_step else _index_of_timestep if by_timestep else _index
-    in_order = find is _index
     refuses = _REFUSES.get(cls.__name__)
     before = _BEFORE.get(cls.__name__)
 
@@ -149,9 +148,7 @@ def _step(cls: type, ours: type, how: Fused) -> Callable:
             and (not float_timesteps or _is_float(timestep))
             and (refuses is None or not refuses(self, sample, options))
         ):
-            index = self._step_index if in_order else None
-            if index is None:
-                index = find(self, timestep)
+            index = find(self, timestep)
         if index is None:
             if "generator" in names:
                 options["generator"] = generator
@@ -200,8 +197,11 @@ def _is_float(timestep: Any) -> bool:
 def _index(self: Any, timestep: Any) -> int | None:
     if self.num_inference_steps is None:
         return None
-    self._init_step_index(timestep)
-    return self._step_index
+    index = self._step_index
+    if index is None:
+        self._init_step_index(timestep)
+        index = self._step_index
+    return index
 
 
 def _index_of_timestep(self: Any, timestep: Any) -> int | None:

@@ -139,6 +139,20 @@ def test_install_in_the_middle_of_a_loop(name) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_custom_timesteps_of_a_consistency_model() -> None:
+    """With a list of timesteps diffusers sets no number of steps: those run the stock method."""
+    results = []
+    for install in (integration.uninstall, integration.install):
+        install()
+        scheduler = diffusers.CMStochasticIterativeScheduler()
+        scheduler.set_timesteps(timesteps=[39, 22, 0])
+        generator, x = torch.Generator().manual_seed(4), torch.ones(SHAPE)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x), t, x, generator).prev_sample
+        results.append(x)
+    torch.testing.assert_close(*results)
+
+
 def test_positional_arguments_and_tuples() -> None:
     scheduler = make("DDIMScheduler")
     x = torch.randn(SHAPE)
