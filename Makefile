@@ -65,7 +65,7 @@ $(VENV)/.demo: $(VENV)/.torch
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) pytest pytest-xdist pytest-benchmark expecttest transformers diffusers
+	$(PIP) pytest pytest-xdist pytest-benchmark expecttest transformers diffusers scipy
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

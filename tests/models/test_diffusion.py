@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from aigc_fast import schedulers
 from aigc_fast.models.diffusion import UNet, sample_images
 from aigc_fast.schedulers import DDIMScheduler
 
@@ -50,7 +51,7 @@ class Oracle(torch.nn.Module):
         self.alphas, self.sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def forward(self, sample, timesteps, labels=None):
-        one = (-1, 1, 1, 1)
+        one, timesteps = (-1, 1, 1, 1), timesteps.long()
         alpha, sigma = self.alphas[timesteps].view(one), self.sigmas[timesteps].view(one)
         x0 = self.images[labels if labels is not None else torch.zeros_like(timesteps)]
         noise = (sample - alpha * x0) / sigma
@@ -80,3 +81,22 @@ def test_ddim_finds_what_the_model_knows(guidance_scale):
     sample, x0 = stages[-1]
     torch.testing.assert_close(sample, guidance_scale * images[labels], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(x0, sample)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        schedulers.DDIMScheduler,
+        schedulers.EulerDiscreteScheduler,
+        schedulers.HeunDiscreteScheduler,
+        schedulers.DPMSolverMultistepScheduler,
+        schedulers.UniPCMultistepScheduler,
+    ],
+)
+def test_schedulers_by_time_and_by_noise_find_what_the_model_knows(scheduler):
+    scheduler = scheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+    images = torch.linspace(-0.5, 0.5, 16).view(1, 1, 4, 4)
+    model = Oracle(images, scheduler.alphas_cumprod)
+    noise = torch.randn(2, 1, 4, 4)
+    *_, (sample, _) = sample_images(model, noise, scheduler, num_steps=10)
+    torch.testing.assert_close(sample, images.expand(2, -1, -1, -1), atol=1e-3, rtol=0)

@@ -28,10 +28,10 @@ def sample_images(
     scheduler.set_timesteps(num_steps, noise.device)
     if labels is not None and null_label is not None:
         labels = torch.cat([labels, torch.full_like(labels, null_label)])
-    sample, copies = noise, 1 if null_label is None else 2
+    sample, copies = noise * scheduler.init_noise_sigma, 1 if null_label is None else 2
     for timestep in scheduler.timesteps.tolist():
         with torch.no_grad():  # no longer than the step: it must not outlive a yield
-            model_input = torch.cat([sample] * copies)
+            model_input = torch.cat([scheduler.scale_model_input(sample, timestep)] * copies)
             steps = torch.full((len(model_input),), timestep, device=noise.device)
             output, *uncond = model(model_input, steps, labels).chunk(copies)
             sample, x0 = scheduler.step(
