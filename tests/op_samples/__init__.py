@@ -15,12 +15,14 @@ from tests.op_samples import (
     rotary,
     sampling,
     scheduler_step,
+    upfirdn2d,
 )
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
 
 OPS: dict[str, OpSamples] = {
     **bias_act.OPS,
     **batch_norm_act.OPS,
+    **upfirdn2d.OPS,
     **rms_norm.OPS,
     **gated_mlp.OPS,
     **rotary.OPS,
