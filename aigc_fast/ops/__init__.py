@@ -3,6 +3,7 @@
 from aigc_fast import _libraries
 from aigc_fast.ops._quantized_format import dequantize_weight, pack_weight, quantize_weight
 from aigc_fast.ops.add_noise import add_noise
+from aigc_fast.ops.batch_norm_act import batch_norm_act
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
@@ -15,6 +16,7 @@ from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
 from aigc_fast.ops.rotary import apply_rotary
 from aigc_fast.ops.sampling import sample_tokens
 from aigc_fast.ops.scheduler_step import scheduler_step
+from aigc_fast.ops.upfirdn2d import upfirdn2d
 
 # The schemas stand; now the compiled libraries can register their kernels.
 _libraries.load()
@@ -24,6 +26,7 @@ __all__ = [
     "add_rms_norm",
     "append_kv",
     "apply_rotary",
+    "batch_norm_act",
     "bias_act",
     "decode_attention",
     "decoder_step",
@@ -38,4 +41,5 @@ __all__ = [
     "sample_tokens",
     "scheduler_step",
     "swiglu",
+    "upfirdn2d",
 ]

@@ -26,6 +26,18 @@ _SELU_SCALE = 1.0507009873554804934193349852946
 _SELU_ALPHA = 1.6732632423543772848170429916717
 
 
+def resolve(act: str, alpha: float | None) -> tuple[int, float]:
+    """(number in the schema, alpha or its default); ValueError for what is no activation."""
+    known = ACTIVATIONS.get(act)
+    if known is None:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if alpha is None:
+        return known[0], known[1]
+    if act not in TAKE_ALPHA:
+        raise ValueError(f"alpha must be None for act={act!r}, got {alpha}")
+    return known[0], alpha
+
+
 def activate(x: Tensor, act: int, alpha: float) -> Tensor:
     match list(ACTIVATIONS)[act]:
         case "linear":
@@ -54,7 +66,8 @@ def slope(x: Tensor, act: int, alpha: float) -> Tensor:
         case "linear":
             return torch.ones_like(x)
         case "relu" | "lrelu":
-            return torch.where(x > 0, 1.0, alpha).to(x.dtype)
+            # Two Python numbers would make float32, and 0.2 not that of float64.
+            return torch.where(x > 0, torch.ones_like(x), alpha)
         case "tanh":
             return 1 - torch.tanh(x) ** 2
         case "sigmoid":

@@ -9,9 +9,9 @@ from torch import Tensor
 from aigc_fast.ops._activations import (
     ACTIVATIONS,
     DEFAULT_ALPHA,
-    TAKE_ALPHA,
     activate,
     curvature,
+    resolve,
     slope,
 )
 from aigc_fast.ops._autograd import OpFunction
@@ -48,14 +48,8 @@ def bias_act(
 
     Source: the operation of StyleGAN2 (Karras et al. 2020, arXiv:1912.04958) and its defaults.
     """
-    known = ACTIVATIONS.get(act)
-    if known is None:
-        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    number, default_alpha, default_gain, from_sign = known
-    if alpha is None:
-        alpha = default_alpha
-    elif act not in TAKE_ALPHA:
-        raise ValueError(f"alpha must be None for act={act!r}, got {alpha}")
+    number, alpha = resolve(act, alpha)
+    _, _, default_gain, from_sign = ACTIVATIONS[act]
     if gain is None:
         gain = default_gain
     if dim < 0:
@@ -182,6 +176,20 @@ _double_backward = Op(
 )
 
 
+def bias_act_gradients(
+    dy: Tensor, saved: Tensor, bias: Tensor | None, options: tuple
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and bias, differentiable where gradients are enabled.
+
+    options: (act, gain, dim, clamp, alpha, from_output); `saved` is y where from_output, else x.
+    """
+    if torch.is_grad_enabled():
+        dx, dbias = _BiasActBackward.call(dy, saved, bias, options)
+    else:
+        dx, dbias = _backward(dy, saved, bias, *options)
+    return dx, None if bias is None else dbias
+
+
 class _BiasAct(OpFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
@@ -193,11 +201,7 @@ class _BiasAct(OpFunction):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         saved, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            dx, dbias = _BiasActBackward.call(dy, saved, bias, ctx.options)
-        else:
-            dx, dbias = _backward(dy, saved, bias, *ctx.options)
-        return dx, None if bias is None else dbias, None
+        return *bias_act_gradients(dy, saved, bias, ctx.options), None
 
 
 class _BiasActBackward(OpFunction):

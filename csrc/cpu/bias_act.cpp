@@ -4,9 +4,8 @@
 // dimension at stride `inner`, element i has channel (i / inner) % channels. So contiguous and
 // channels_last are one case each: rows of `inner` elements that share a bias value, or (inner
 // == 1) rows of `channels` elements with one value each.
+#include "act_dispatch.h"
 #include "tensor.h"
-
-#include <aigc_fast/activation.h>
 
 namespace aigc_fast {
 namespace {
@@ -84,15 +83,6 @@ struct Params {
 template <class A>
 A limit_of(const std::optional<double>& clamp) {
   return clamp ? A(*clamp) : std::numeric_limits<A>::infinity();
-}
-
-// Calls body(act) with the activation as a compile-time constant.
-template <class F>
-void with_act(int64_t act, F&& body) {
-  require(act >= 0 && act < kNumActs, "act must be in [0, ", kNumActs, "), got ", act);
-  [&]<int64_t... ids>(std::integer_sequence<int64_t, ids...>) {
-    ((act == ids ? body(std::integral_constant<Act, Act(ids)>{}) : void()), ...);
-  }(std::make_integer_sequence<int64_t, kNumActs>{});
 }
 
 // Where |y| passes the limit the derivative is zero. `saved` is y itself (whose values at the

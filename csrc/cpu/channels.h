@@ -1,0 +1,267 @@
+// Walks over a dense tensor channel by channel: sums over each channel, then a pass that uses them.
+//
+// With dimension 1 at stride `inner`, element i in memory order has channel (i / inner) % channels.
+// A channel of a contiguous tensor is read for its sums and at once again for the result, while it
+// lies in the cache: the channel is the unit of work. Where channels are innermost (channels_last,
+// and matrices) blocks of rows are, in two passes over memory.
+#pragma once
+
+#include "tensor.h"
+
+namespace aigc_fast {
+
+struct Channels {
+  int64_t size, channels, inner;
+
+  int64_t count() const { return channels ? size / channels : 0; }  // elements of a channel
+  bool innermost() const { return inner == 1; }
+};
+
+inline Channels channels_of(const Tensor& x) {
+  require(x.dim() >= 2, "x must have at least 2 dimensions");
+  const int64_t size = x.numel(), channels = x.size(1);
+  // The stride of a dimension of one element says nothing.
+  return {size, channels, channels == 1 ? std::max<int64_t>(size, 1) : x.stride(1)};
+}
+
+// Elements whose sums meet in fp32 before fp64 takes over; 16 KB stay in L1 for a second pass.
+constexpr int64_t kBlock = 4096;
+// Rows of channels that a thread takes at a time: about 64 KB, but enough that the sums of the
+// blocks are little beside the rows.
+inline int64_t rows_of_block(const Channels& l) {
+  return std::max<int64_t>(32, 16384 / std::max<int64_t>(1, l.channels));
+}
+
+// Calls block(n, for_each) for blocks of about kBlock elements of channel c; for_each(f) calls
+// f(i, lanes) for the vectors of the block's n elements.
+template <class A, class F>
+AIGC_INLINE void for_blocks(const Channels& l, int64_t c, F&& block) {
+  const int64_t rows = l.count() / l.inner;
+  const int64_t height = std::max<int64_t>(1, kBlock / l.inner), width = std::min(l.inner, kBlock);
+  for (int64_t r = 0; r < rows; r += height)
+    for (int64_t start = 0; start < l.inner; start += width) {
+      const int64_t last = std::min(rows, r + height), n = std::min(width, l.inner - start);
+      block((last - r) * n, [&](auto&& f) __attribute__((always_inline)) {
+        for (int64_t row = r; row < last; ++row) {
+          const int64_t at = (row * l.channels + c) * l.inner + start;
+          for_vectors<A>(
+              n, [&](int64_t j, auto lanes) __attribute__((always_inline)) { f(at + j, lanes); });
+        }
+      });
+    }
+}
+
+// The lanes of v that hold elements, zero in the others.
+template <class A, class N>
+AIGC_INLINE Vec<A> only(Vec<A> v, N lanes) {
+  if constexpr (std::is_same_v<N, int>)
+    for (int k = lanes; k < kLanes<A>; ++k) v[k] = 0;
+  return v;
+}
+
+// Calls f(first row, last row, block) for blocks of rows, in parallel.
+template <class F>
+void for_row_blocks(const Channels& l, F f) {
+  const int64_t block = rows_of_block(l), rows = l.count();
+  torch::stable::parallel_for(0, (rows + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) f(b * block, std::min(rows, (b + 1) * block), b);
+  });
+}
+
+// ---- what is summed ----------------------------------------------------------------------------
+
+// Mean and variance of every channel of x. Each block's squares are of deviations from its own
+// mean, and blocks are joined as Chan, Golub and LeVeque (1983) do: a large mean costs no digits.
+template <class T>
+struct Statistics {
+  static constexpr int kSums = 2;
+  const T* x;
+  using A = Acc<T>;
+
+  struct Moments {
+    double count = 0, mean = 0, squares = 0;
+    void join(double n, double block_mean, double block_squares) {
+      const double delta = block_mean - mean, total = count + n;
+      squares += block_squares + delta * delta * count * n / total;
+      mean += delta * n / total;
+      count = total;
+    }
+  };
+
+  void channel(const Channels& l, int64_t c, const Vec<A>*, double* out) const {
+    Moments moments;
+    for_blocks<A>(l, c, [&](int64_t n, auto for_each) {
+      Vec<A> sum[2] = {};
+      for_each([&](int64_t i, auto lanes)
+                   __attribute__((always_inline)) { sum[0] += load(x + i, lanes); });
+      const A mean = sum_lanes<A>(sum[0]) / static_cast<A>(n);
+      for_each([&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        const Vec<A> d = only<A>(load(x + i, lanes) - mean, lanes);
+        sum[1] += d * d;
+      });
+      moments.join(n, mean, sum_lanes<A>(sum[1]));
+    });
+    out[0] = moments.mean;
+    out[1] = moments.squares / moments.count;
+  }
+
+  // out: [2][channels]
+  void rows(const Channels& l, const A*, double* out) const {
+    const int64_t width = l.channels, block = rows_of_block(l);
+    std::vector<A> parts((l.count() + block - 1) / block * 2 * width);
+    for_row_blocks(l, [&](int64_t first, int64_t last, int64_t b) {
+      A *mean = parts.data() + b * 2 * width, *squares = mean + width;
+      for (int64_t r = first; r < last; ++r)
+        for_vectors<A>(width, [&](int64_t j, auto lanes) {
+          store(mean + j, load(mean + j, lanes) + load(x + r * width + j, lanes), lanes);
+        });
+      for (int64_t j = 0; j < width; ++j) mean[j] /= static_cast<A>(last - first);
+      for (int64_t r = first; r < last; ++r)
+        for_vectors<A>(width, [&](int64_t j, auto lanes) {
+          const Vec<A> d = load(x + r * width + j, lanes) - load(mean + j, lanes);
+          store(squares + j, load(squares + j, lanes) + d * d, lanes);
+        });
+    });
+    std::vector<Moments> moments(width);
+    for (int64_t first = 0; first < l.count(); first += block) {
+      const A* part = parts.data() + first / block * 2 * width;
+      for (int64_t c = 0; c < width; ++c)
+        moments[c].join(std::min(block, l.count() - first), part[c], part[width + c]);
+    }
+    for (int64_t c = 0; c < width; ++c) {
+      out[c] = moments[c].mean;
+      out[width + c] = moments[c].squares / moments[c].count;
+    }
+  }
+};
+
+// N sums over every channel: add(i, lanes, values, sums) adds to them, nothing in unused lanes.
+template <class A, int V, int N, class F>
+struct Sums {
+  static constexpr int kSums = N;
+  F add;
+
+  void channel(const Channels& l, int64_t c, const Vec<A>* values, double* out) const {
+    for (int s = 0; s < N; ++s) out[s] = 0;
+    for_blocks<A>(l, c, [&](int64_t, auto for_each) {
+      Vec<A> sums[N] = {};
+      for_each([&](int64_t i, auto lanes)
+                   __attribute__((always_inline)) { add(i, lanes, values, sums); });
+      for (int s = 0; s < N; ++s) out[s] += sum_lanes<A>(sums[s]);
+    });
+  }
+
+  void rows(const Channels& l, const A* values, double* out) const {
+    const int64_t width = l.channels, block = rows_of_block(l);
+    const int64_t blocks = (l.count() + block - 1) / block;
+    std::vector<A> parts(blocks * N * width);
+    for_row_blocks(l, [&](int64_t first, int64_t last, int64_t b) {
+      A* part = parts.data() + b * N * width;
+      for (int64_t r = first; r < last; ++r)
+        for_vectors<A>(width, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+          Vec<A> at[V], sums[N];
+          for (int v = 0; v < V; ++v) at[v] = load(values + v * width + j, lanes);
+          for (int s = 0; s < N; ++s) sums[s] = load(part + s * width + j, lanes);
+          add(r * width + j, lanes, at, sums);
+          for (int s = 0; s < N; ++s) store(part + s * width + j, sums[s], lanes);
+        });
+    });
+    std::fill(out, out + N * width, 0.0);
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t i = 0; i < N * width; ++i) out[i] += parts[b * N * width + i];
+  }
+};
+template <class A, int V, int N, class F>
+Sums<A, V, N, F> sums(F add) {
+  return {add};
+}
+
+struct NoSums {
+  static constexpr int kSums = 1;
+  template <class... Args>
+  void channel(const Args&...) const {}
+  template <class... Args>
+  void rows(const Args&...) const {}
+};
+
+// ---- the walk ----------------------------------------------------------------------------------
+
+// For each channel: the sums, then finish(c, sums), which completes the channel's `values`
+// ([V][channels]), then write(i, lanes, values) for its elements.
+template <class A, int V, class S, class Finish, class Write>
+void sum_then_write(const Channels& l, A* values, const S& summed, Finish finish, Write write) {
+  constexpr int N = S::kSums;
+  if (l.size == 0 || l.innermost()) {
+    std::vector<double> totals(N * l.channels);
+    if (l.size) summed.rows(l, values, totals.data());
+    for (int64_t c = 0; c < l.channels; ++c) {
+      double own[N];
+      for (int s = 0; s < N; ++s) own[s] = totals[s * l.channels + c];
+      finish(c, own);
+    }
+    for_row_blocks(l, [&](int64_t first, int64_t last, int64_t) {
+      for (int64_t r = first; r < last; ++r)
+        for_vectors<A>(l.channels, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+          Vec<A> at[V];
+          for (int v = 0; v < V; ++v) at[v] = load(values + v * l.channels + j, lanes);
+          write(r * l.channels + j, lanes, at);
+        });
+    });
+    return;
+  }
+  const auto of_channel = [&](int64_t c, Vec<A>* at) {
+    for (int v = 0; v < V; ++v) at[v] = broadcast(values[v * l.channels + c]);
+  };
+  const int64_t grain = std::max<int64_t>(1, kGrain / l.count());
+  torch::stable::parallel_for(0, l.channels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      Vec<A> at[V];
+      double own[N];
+      of_channel(c, at);
+      summed.channel(l, c, at, own);
+      finish(c, own);
+      of_channel(c, at);
+      for_blocks<A>(l, c, [&](int64_t, auto for_each) {
+        for_each([&](int64_t i, auto lanes)
+                     __attribute__((always_inline)) { write(i, lanes, at); });
+      });
+    }
+  });
+}
+
+// ---- values of channels ------------------------------------------------------------------------
+
+// The parameter's values, or `missing` for each channel, in to[0, channels).
+template <class A>
+void channel_values(const std::optional<Tensor>& parameter, int64_t channels, const char* name,
+                    A missing, A* to) {
+  if (!parameter) return std::fill(to, to + channels, missing), void();
+  require(parameter->dim() == 1 && parameter->size(0) == channels, name, " must have shape (",
+          channels, ",)");
+  const Tensor dense = as_contiguous(*parameter);
+  dispatch(dense, name, [&]<class T>(T) {
+    const T* from = data<T>(dense);
+    for (int64_t c = 0; c < channels; ++c) {
+      if constexpr (std::is_same_v<T, double>) {
+        to[c] = static_cast<A>(from[c]);
+      } else {
+        to[c] = load_n(from + c, 1)[0];
+      }
+    }
+  });
+}
+
+// `values` as a tensor in the dtype of `parameter`; empty where there is none.
+inline Tensor like_parameter(const std::vector<double>& values,
+                             const std::optional<Tensor>& parameter, ScalarType missing) {
+  if (!parameter) return empty({0}, missing);
+  Tensor out = empty({static_cast<int64_t>(values.size())}, parameter->scalar_type());
+  dispatch(out, "parameter", [&]<class T>(T) {
+    T* to = mutable_data<T>(out);
+    for (size_t c = 0; c < values.size(); ++c)
+      store_n(to + c, broadcast(static_cast<Acc<T>>(values[c])), 1);
+  });
+  return out;
+}
+
+}  // namespace aigc_fast
