@@ -2,7 +2,16 @@
 
 from .bias_act import BiasAct, LinearBiasAct
 from .gated_mlp import GEGLU, SwiGLU
+from .group_norm_act import GroupNormAct
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
 
-__all__ = ["GEGLU", "BiasAct", "LinearBiasAct", "QuantizedLinear", "RMSNorm", "SwiGLU"]
+__all__ = [
+    "GEGLU",
+    "BiasAct",
+    "GroupNormAct",
+    "LinearBiasAct",
+    "QuantizedLinear",
+    "RMSNorm",
+    "SwiGLU",
+]

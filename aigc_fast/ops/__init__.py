@@ -7,6 +7,7 @@ from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention, merge_attention
 from aigc_fast.ops.decoder_step import decoder_step
 from aigc_fast.ops.gated_mlp import geglu, swiglu
+from aigc_fast.ops.group_norm_act import group_norm_act
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.quantized_linear import quantized_linear
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
@@ -27,6 +28,7 @@ __all__ = [
     "decoder_step",
     "dequantize_weight",
     "geglu",
+    "group_norm_act",
     "merge_attention",
     "pack_weight",
     "quantize_weight",

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from aigc_fast import ops
-from aigc_fast.nn import GEGLU, BiasAct, LinearBiasAct, QuantizedLinear, RMSNorm, SwiGLU
+from aigc_fast.nn import (
+    GEGLU,
+    BiasAct,
+    GroupNormAct,
+    LinearBiasAct,
+    QuantizedLinear,
+    RMSNorm,
+    SwiGLU,
+)
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -64,6 +72,31 @@ def test_rms_norm_is_that_of_torch(eps):
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(3, 5, 17, dtype=torch.float64)
     assert_same(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("activation", "torch_module"),
+    [
+        ("none", nn.Identity()),
+        ("silu", nn.SiLU()),
+        ("gelu", nn.GELU()),
+        ("gelu_tanh", nn.GELU("tanh")),
+    ],
+)
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norm_act_is_group_norm_and_activation(activation, torch_module, affine):
+    options = {"eps": 1e-3, "affine": affine, "dtype": torch.float64}
+    ours, theirs = (
+        GroupNormAct(3, 6, activation=activation, **options),
+        nn.GroupNorm(3, 6, **options),
+    )
+    if affine:
+        nn.init.normal_(theirs.weight)
+        nn.init.normal_(theirs.bias)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    assert_same(ours(x), torch_module(theirs(x)))
+    assert activation in repr(ours)
 
 
 def test_swiglu():

@@ -8,6 +8,7 @@ from tests.op_samples import (
     bias_act,
     decode_attention,
     gated_mlp,
+    group_norm_act,
     kv_cache,
     quantized_linear,
     rms_norm,
@@ -28,6 +29,7 @@ OPS: dict[str, OpSamples] = {
     **sampling.OPS,
     **scheduler_step.OPS,
     **add_noise.OPS,
+    **group_norm_act.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]
