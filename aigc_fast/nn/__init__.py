@@ -3,6 +3,7 @@
 from .bias_act import BiasAct, LinearBiasAct
 from .gated_mlp import GEGLU, SwiGLU
 from .group_norm_act import GroupNormAct
+from .layer_norm import LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
 
@@ -10,7 +11,10 @@ __all__ = [
     "GEGLU",
     "BiasAct",
     "GroupNormAct",
+    "LayerNorm",
     "LinearBiasAct",
+    "ModulatedLayerNorm",
+    "ModulatedRMSNorm",
     "QuantizedLinear",
     "RMSNorm",
     "SwiGLU",

@@ -121,9 +121,8 @@ def _reference_backward(
     inner = g.sum(-1, keepdim=True) / size + n * ((g * n).sum(-1, keepdim=True) / size)
     dx = _in_order_of(((g - inner) * rstd.unsqueeze(-1)).reshape(x.shape), x)
     over = [d for d in range(x.dim()) if d != 1]
-    none = dx.new_empty(0)
-    dweight = none if weight is None else (grad * normed).sum(over).to(x.dtype)
-    dbias = none if bias is None else grad.sum(over).to(x.dtype)
+    dweight = dx.new_empty(0) if weight is None else (grad * normed).sum(over).to(x.dtype)
+    dbias = dx.new_empty(0) if bias is None else grad.sum(over).to(x.dtype)
     return dx, dweight, dbias
 
 

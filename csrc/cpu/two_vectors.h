@@ -58,7 +58,7 @@ AIGC_INLINE void map_row(int64_t count, std::array<const T*, X> x, T* out, F&& f
 }
 
 // The N sums along a row that f({x[0][i], ...}, sums) adds to, in four chains of additions; past
-// the end of the row f is called with `fill`, for which it must add nothing.
+// the end of the row x[0] is `fill` and the others are 0, for which f must add nothing.
 template <class T, int N, size_t X, class F>
 AIGC_INLINE std::array<Acc<T>, N> sum_row(int64_t count, std::array<const T*, X> x, Acc<T> fill,
                                           F&& f) {
@@ -76,10 +76,8 @@ AIGC_INLINE std::array<Acc<T>, N> sum_row(int64_t count, std::array<const T*, X>
     }
   for_vectors<A>(count - i, [&](int64_t j, auto n) {
     Vectors<A, X> a;
-    for (size_t k = 0; k < X; ++k) {
-      a[k] = load(x[k] + i + j, n);
-      for (int lane = n; lane < lanes; ++lane) a[k][lane] = fill;
-    }
+    for (size_t k = 0; k < X; ++k) a[k] = load(x[k] + i + j, n);
+    for (int lane = n; lane < lanes; ++lane) a[0][lane] = fill;
     f(a, sums[0]);
   });
   std::array<A, N> total;

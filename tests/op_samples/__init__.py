@@ -10,6 +10,7 @@ from tests.op_samples import (
     gated_mlp,
     group_norm_act,
     kv_cache,
+    layer_norm,
     quantized_linear,
     rms_norm,
     rotary,
@@ -30,6 +31,7 @@ OPS: dict[str, OpSamples] = {
     **scheduler_step.OPS,
     **add_noise.OPS,
     **group_norm_act.OPS,
+    **layer_norm.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]
