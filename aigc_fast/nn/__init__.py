@@ -3,6 +3,8 @@
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d
 from .bias_act import BiasAct, LinearBiasAct
 from .gated_mlp import GEGLU, SwiGLU
+from .group_norm_act import GroupNormAct
+from .layer_norm import LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
 from .upfirdn2d import Blur, Downsample2d, Upsample2d
@@ -14,7 +16,11 @@ __all__ = [
     "BiasAct",
     "Blur",
     "Downsample2d",
+    "GroupNormAct",
+    "LayerNorm",
     "LinearBiasAct",
+    "ModulatedLayerNorm",
+    "ModulatedRMSNorm",
     "QuantizedLinear",
     "RMSNorm",
     "SwiGLU",

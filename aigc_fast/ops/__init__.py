@@ -8,7 +8,10 @@ from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
 from aigc_fast.ops.gated_mlp import geglu, swiglu
+from aigc_fast.ops.gated_residual import gated_residual, gated_residual_norm
+from aigc_fast.ops.group_norm_act import group_norm_act
 from aigc_fast.ops.kv_cache import append_kv
+from aigc_fast.ops.layer_norm import layer_norm, modulated_layer_norm, modulated_rms_norm
 from aigc_fast.ops.merge_attention import merge_attention
 from aigc_fast.ops.qk_norm_rotary import qk_norm_rotary
 from aigc_fast.ops.quantized_linear import quantized_linear
@@ -31,8 +34,14 @@ __all__ = [
     "decode_attention",
     "decoder_step",
     "dequantize_weight",
+    "gated_residual",
+    "gated_residual_norm",
     "geglu",
+    "group_norm_act",
+    "layer_norm",
     "merge_attention",
+    "modulated_layer_norm",
+    "modulated_rms_norm",
     "pack_weight",
     "qk_norm_rotary",
     "quantize_weight",

@@ -2,6 +2,8 @@
 // halves of one packed tensor: both are read in place.
 #include "rows.h"
 
+#include <aigc_fast/smooth_activation.h>
+
 namespace aigc_fast {
 namespace {
 
@@ -30,30 +32,7 @@ void check(const Tensor& gate, const Tensor& other, const char* name) {
   require(gate.scalar_type() == other.scalar_type(), name, " must have the dtype of gate");
 }
 
-enum class Act { silu, gelu, gelu_tanh };
-
-// act(x) and its derivative; the forward pass leaves the latter to the compiler to drop.
-template <class A>
-struct Activated {
-  Vec<A> value, slope;
-};
-template <Act act, class A>
-AIGC_INLINE Activated<A> activate(Vec<A> x) {
-  if constexpr (act == Act::gelu) {
-    const Normal<A> n = normal<A>(x);
-    return {x * n.cumulative, n.cumulative + x * n.density};
-  } else {
-    // gelu's (1 + tanh(u)) / 2 is sigmoid(2 u).
-    constexpr A k = A(1.59576912160573071176), c = A(0.044715);  // sqrt(8 / pi)
-    constexpr bool tanh = act == Act::gelu_tanh;
-    const Vec<A> u = tanh ? k * x * (A(1) + c * x * x) : x;
-    const Vec<A> du = tanh ? k * (A(1) + A(3) * c * x * x) : broadcast(A(1));
-    const Vec<A> s = sigmoid<A>(u);
-    return {x * s, s * (A(1) + x * du * (A(1) - s))};
-  }
-}
-
-template <Act act>
+template <Smooth act>
 Tensor forward(const Tensor& gate_in, const Tensor& up_in) {
   check(gate_in, up_in, "up");
   const Rows gate = as_rows(gate_in), up = as_rows(up_in);
@@ -67,7 +46,7 @@ Tensor forward(const Tensor& gate_in, const Tensor& up_in) {
                  const T *g = gate.at<T>(row) + column, *u = up.at<T>(row) + column;
                  T* o = out + row * width + column;
                  for_vectors<A>(count, [&](int64_t i, auto lanes) {
-                   const Vec<A> value = activate<act, A>(load(g + i, lanes)).value;
+                   const Vec<A> value = smooth<act, A>(load(g + i, lanes));
                    store(o + i, value * load(u + i, lanes), lanes);
                  });
                });
@@ -76,7 +55,7 @@ Tensor forward(const Tensor& gate_in, const Tensor& up_in) {
 }
 
 // (dgate, dup) = (dy * up * act'(gate), dy * act(gate))
-template <Act act>
+template <Smooth act>
 std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& gate_in,
                                     const Tensor& up_in) {
   check(gate_in, up_in, "up");
@@ -103,16 +82,16 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& gate_in,
   return {dgate, dup};
 }
 
-Tensor swiglu(const Tensor& gate, const Tensor& up) { return forward<Act::silu>(gate, up); }
+Tensor swiglu(const Tensor& gate, const Tensor& up) { return forward<Smooth::silu>(gate, up); }
 std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
-  return backward<Act::silu>(dy, gate, up);
+  return backward<Smooth::silu>(dy, gate, up);
 }
 Tensor geglu(const Tensor& gate, const Tensor& up, bool tanh) {
-  return tanh ? forward<Act::gelu_tanh>(gate, up) : forward<Act::gelu>(gate, up);
+  return tanh ? forward<Smooth::gelu_tanh>(gate, up) : forward<Smooth::gelu>(gate, up);
 }
 std::tuple<Tensor, Tensor> geglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up,
                                           bool tanh) {
-  return tanh ? backward<Act::gelu_tanh>(dy, gate, up) : backward<Act::gelu>(dy, gate, up);
+  return tanh ? backward<Smooth::gelu_tanh>(dy, gate, up) : backward<Smooth::gelu>(dy, gate, up);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {

@@ -8,7 +8,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from aigc_fast import ops
-from aigc_fast.nn import GEGLU, BiasAct, LinearBiasAct, QuantizedLinear, RMSNorm, SwiGLU
+from aigc_fast.nn import (
+    GEGLU,
+    BiasAct,
+    GroupNormAct,
+    LayerNorm,
+    LinearBiasAct,
+    ModulatedLayerNorm,
+    ModulatedRMSNorm,
+    QuantizedLinear,
+    RMSNorm,
+    SwiGLU,
+)
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -64,6 +75,57 @@ def test_rms_norm_is_that_of_torch(eps):
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(3, 5, 17, dtype=torch.float64)
     assert_same(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("activation", "torch_module"),
+    [
+        ("none", nn.Identity()),
+        ("silu", nn.SiLU()),
+        ("gelu", nn.GELU()),
+        ("gelu_tanh", nn.GELU("tanh")),
+    ],
+)
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norm_act_is_group_norm_and_activation(activation, torch_module, affine):
+    options = {"eps": 1e-3, "affine": affine, "dtype": torch.float64}
+    ours, theirs = (
+        GroupNormAct(3, 6, activation=activation, **options),
+        nn.GroupNorm(3, 6, **options),
+    )
+    if affine:
+        nn.init.normal_(theirs.weight)
+        nn.init.normal_(theirs.bias)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    assert_same(ours(x), torch_module(theirs(x)))
+    assert activation in repr(ours)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm_and_its_modulated_form(affine):
+    options = {"eps": 1e-3, "elementwise_affine": affine, "dtype": torch.float64}
+    theirs = nn.LayerNorm(17, **options)
+    if affine:
+        nn.init.normal_(theirs.weight)
+        nn.init.normal_(theirs.bias)
+    plain, modulated = LayerNorm(17, **options), ModulatedLayerNorm(17, **options)
+    x = torch.randn(2, 6, 17, dtype=torch.float64)
+    scale, shift = torch.randn(2, 2, 17, dtype=torch.float64)
+    for module in (plain, modulated):
+        module.load_state_dict(theirs.state_dict())
+    assert_same(plain(x), theirs(x))
+    assert_same(modulated(x, scale, shift), theirs(x) * (1 + scale[:, None]) + shift[:, None])
+
+
+def test_modulated_rms_norm():
+    ours = ModulatedRMSNorm(17, 1e-3, dtype=torch.float64)
+    theirs = nn.RMSNorm(17, 1e-3, dtype=torch.float64)
+    nn.init.normal_(theirs.weight)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, 17, dtype=torch.float64)
+    scale, shift = torch.randn(2, 2, 17, dtype=torch.float64)
+    assert_same(ours(x, scale, shift), theirs(x) * (1 + scale[:, None]) + shift[:, None])
 
 
 def test_swiglu():

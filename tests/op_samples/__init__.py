@@ -9,7 +9,9 @@ from tests.op_samples import (
     bias_act,
     decode_attention,
     gated_mlp,
+    group_norm_act,
     kv_cache,
+    layer_norm,
     qk_norm_rotary,
     quantized_linear,
     rms_norm,
@@ -34,6 +36,8 @@ OPS: dict[str, OpSamples] = {
     **sampling.OPS,
     **scheduler_step.OPS,
     **add_noise.OPS,
+    **group_norm_act.OPS,
+    **layer_norm.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]

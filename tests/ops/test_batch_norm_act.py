@@ -76,8 +76,9 @@ def test_keeps_channels_last_and_a_large_mean_costs_no_digits() -> None:
 
 
 def test_triton_sums_in_several_parts(monkeypatch) -> None:
-    import aigc_fast
     from aigc_fast.kernels import batch_norm_act as kernels
+
+    import aigc_fast
 
     monkeypatch.setattr(kernels, "_TILE", 16)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.nn import GroupNormAct
 
 
 def _swish(x: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, in_channels)
+        self.norm1 = GroupNormAct(8, in_channels, activation="silu")
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.modulation = nn.Linear(embedding_dim, 2 * out_channels)
         self.norm2 = nn.GroupNorm(8, out_channels)
@@ -41,7 +42,7 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.norm2(self.conv1(_swish(self.norm1(x))))
+        h = self.norm2(self.conv1(self.norm1(x)))
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         return self.skip(x) + self.conv2(_swish(torch.addcmul(h + shift, h, scale)))
 
@@ -83,7 +84,7 @@ class UNet(nn.Module):
             for _ in range(blocks):
                 self.up.append(ResBlock(width + out, out, dim))
                 width = out
-        self.norm_out = nn.GroupNorm(8, width)
+        self.norm_out = GroupNormAct(8, width, activation="silu")
         self.conv_out = nn.Conv2d(width, image_channels * patch**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
 
@@ -110,4 +111,4 @@ class UNet(nn.Module):
             if i > 0 and i % self.blocks == 0:
                 h = F.interpolate(h, size=skips[-1].shape[2:])
             h = block(torch.cat([h, skips.pop()], dim=1), embedding)
-        return F.pixel_shuffle(self.conv_out(_swish(self.norm_out(h))), self.patch)
+        return F.pixel_shuffle(self.conv_out(self.norm_out(h)), self.patch)

@@ -1,0 +1,78 @@
+// What the two directions of group_norm_act have in common.
+#pragma once
+
+#include "group_moments.h"
+
+#include <aigc_fast/smooth_activation.h>
+
+namespace aigc_fast {
+
+// The values of weight or bias, or `missing` for each channel.
+template <class T>
+std::vector<Acc<T>> values(const std::optional<Tensor>& from, int64_t channels, Acc<T> missing) {
+  std::vector<Acc<T>> result(channels, missing);
+  if (!from) return result;
+  const Tensor x = as_contiguous(*from);
+  for (int64_t c = 0; c < channels; ++c) result[c] = load_n(data<T>(x) + c, 1)[0];
+  return result;
+}
+
+template <class F>
+void with_act(int64_t act, F&& body) {
+  require(act >= 0 && act < kNumSmooth, "activation must be in [0, ", kNumSmooth, "), got ", act);
+  [&]<int64_t... ids>(std::integer_sequence<int64_t, ids...>) {
+    ((act == ids ? body.template operator()<Smooth(ids)>() : void()), ...);
+  }(std::make_integer_sequence<int64_t, kNumSmooth>{});
+}
+
+// f(i) for every i below count; each takes about so many elements.
+template <class F>
+void in_parallel(int64_t count, int64_t elements, F&& f) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// What both directions know of a call: the statistics are (batch, groups).
+template <class T>
+struct GroupNormCall {
+  using A = Acc<T>;
+  GroupShape s;
+  const T* x;
+  std::vector<A> weight, bias;
+  A *mean, *rstd;
+
+  // f(channel, begin, end) for the stretches of one channel in [begin, end) of group u.
+  template <class F>
+  AIGC_INLINE void for_channels(int64_t u, int64_t begin, int64_t end, F&& f) const {
+    const int64_t first = u % s.groups * s.width();
+    while (begin < end) {
+      const int64_t c = begin / s.spatial, stop = std::min(end, (c + 1) * s.spatial);
+      f(first + c, u * s.group_size() + begin, stop - begin);
+      begin = stop;
+    }
+  }
+  // f(sample, first row, rows) for pieces of channels_last samples.
+  template <class F>
+  void for_row_pieces(F&& f) const {
+    const int64_t pieces = s.row_pieces(), rows = s.rows();
+    in_parallel(s.batch * pieces, rows * s.channels, [&](int64_t i) {
+      const int64_t row = i % pieces * rows;
+      f(i, i / pieces, row, std::min(rows, s.spatial - row));
+    });
+  }
+  // One of the statistics, or a value of each group, for each channel of a sample.
+  std::vector<A> spread(int64_t sample, const A* of_group) const {
+    std::vector<A> result(s.channels);
+    for (int64_t c = 0; c < s.channels; ++c)
+      result[c] = of_group[sample * s.groups + c / s.width()];
+    return result;
+  }
+};
+
+inline ScalarType statistics_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace aigc_fast

@@ -1,0 +1,319 @@
+"""y = act(group_norm(x) * weight + bias) and its derivative.
+
+A sample is channels x positions, at strides that tell contiguous from channels_last; a program
+takes a tile of BLOCK_C x BLOCK_P of it. A group that fits a tile is one program (_whole). Others
+are cut into pieces of positions, so that few groups still fill the machine: _moments leaves mean
+and squared differences of each channel's piece, _merge those of each group, _apply writes y. In
+backward _sums leaves what each channel's pieces add up to and _gradient writes dx.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gated_mlp import _activate
+from .math import fp32
+
+#: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
+BUDGET = {
+    "_whole": (112, 1024),
+    "_moments": (136, 1024),
+    "_merge": (48, 1024),
+    "_apply": (96, 1024),
+    "_sums": (192, 1024),
+    "_gradient": (136, 1024),
+}
+
+_TILE = 4096
+_WHOLE = 8192  # elements of a group's tile in _whole
+_PROGRAMS = 1024  # that fill the largest GPUs
+_CHANNELS = 32  # of a tile in channels_last
+
+
+@triton.jit
+def _tile(channels, positions, pieces, BLOCK_C: tl.constexpr):
+    """This program's sample, channels (as a column) and piece."""
+    across = tl.cdiv(channels, BLOCK_C)
+    pid = tl.program_id(0).to(tl.int64)
+    channel = pid // pieces % across * BLOCK_C + tl.arange(0, BLOCK_C)
+    return pid // pieces // across, channel[:, None], pid % pieces
+
+
+@triton.jit
+def _param(ptr, channel, mask, HAS: tl.constexpr, missing: tl.constexpr):
+    if HAS:
+        return tl.load(ptr + channel, mask, 0.0).to(tl.float32)
+    else:
+        return tl.where(mask, missing, missing)
+
+
+@triton.jit
+def _act(x, ACT: tl.constexpr):
+    """act(x) and its derivative."""
+    if ACT == 0:
+        return x, tl.where(x == x, 1.0, 1.0)
+    else:
+        return _activate(x, ACT - 1)
+
+
+@triton.jit
+def _whole(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, groups, width, positions, c_stride,
+    p_stride, eps, ACT: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    inside = tl.arange(0, BLOCK_C)[:, None]
+    channel, position = pid % groups * width + inside, tl.arange(0, BLOCK_P)[None, :]
+    mask = (inside < width) & (position < positions)
+    at = pid // groups * groups * width * positions + channel * c_stride + position * p_stride
+    x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+    size = width * positions
+    mean = tl.sum(x) / size
+    # The differences are taken twice: what the mean's rounding left over goes to the mean.
+    mean += tl.sum(tl.where(mask, x - mean, 0.0)) / size
+    centred = tl.where(mask, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred) / size + fp32(eps))
+    weight = _param(weight_ptr, channel, inside < width, WEIGHT, 1.0)
+    bias = _param(bias_ptr, channel, inside < width, BIAS, 0.0)
+    y, _ = _act(centred * (rstd * weight) + bias, ACT)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask)
+    tl.store(mean_ptr + pid, mean)
+    tl.store(rstd_ptr + pid, rstd)
+
+
+@triton.jit
+def _moments(
+    x_ptr, mean_ptr, squares_ptr, channels, positions, pieces, piece_size, c_stride, p_stride,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
+    first = piece * piece_size
+    last = tl.minimum(first + piece_size, positions)
+    position = tl.arange(0, BLOCK_P)[None, :]
+    x_ptr += sample * channels * positions + channel * c_stride
+    # Welford's update in every lane; the lanes are merged in the end.
+    mean = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    squares = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for start in range(first, last, BLOCK_P):
+        count = (start - first) // BLOCK_P + 1
+        at = start + position
+        mask = (at < last) & (channel < channels)
+        x = tl.load(x_ptr + at * p_stride, mask, 0.0).to(tl.float32)
+        delta = tl.where(mask, x - mean, 0.0)
+        mean += delta * (1.0 / count)
+        squares += delta * tl.where(mask, x - mean, 0.0)
+    counts = tl.maximum(tl.cdiv(last - first - position, BLOCK_P), 0).to(tl.float32)
+    total = (last - first).to(tl.float32)
+    centre = tl.sum(mean * counts, 1)[:, None] / total
+    apart = mean - centre
+    merged = tl.sum(squares + apart * apart * counts, 1)[:, None]
+    to = (sample * channels + channel) * pieces + piece
+    tl.store(mean_ptr + to, centre, channel < channels)
+    tl.store(squares_ptr + to, merged, channel < channels)
+
+
+@triton.jit
+def _merge(
+    part_mean_ptr, part_squares_ptr, mean_ptr, rstd_ptr, width, positions, pieces, piece_size, eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    parts = width * pieces
+    lane = tl.arange(0, BLOCK)
+    part_mean_ptr += pid * parts
+    part_squares_ptr += pid * parts
+    size = width * positions.to(tl.float32)
+    mean = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, parts, BLOCK):
+        at = start + lane
+        count = tl.minimum(positions - at % pieces * piece_size, piece_size).to(tl.float32)
+        mean += tl.load(part_mean_ptr + at, at < parts, 0.0) * (count / size)
+    centre = tl.sum(mean)
+    squares = tl.zeros([BLOCK], tl.float32)
+    rest = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, parts, BLOCK):
+        at = start + lane
+        count = tl.minimum(positions - at % pieces * piece_size, piece_size).to(tl.float32)
+        apart = tl.load(part_mean_ptr + at, at < parts, 0.0) - centre
+        apart = tl.where(at < parts, apart, 0.0)
+        squares += tl.load(part_squares_ptr + at, at < parts, 0.0) + apart * apart * count
+        rest += apart * count
+    tl.store(mean_ptr + pid, centre + tl.sum(rest) / size)
+    tl.store(rstd_ptr + pid, 1.0 / tl.sqrt(tl.sum(squares) / size + fp32(eps)))
+
+
+@triton.jit
+def _apply(
+    x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, y_ptr, channels, width, positions, pieces,
+    c_stride, p_stride, ACT: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
+    # Backwards: what the pass before read last is still in the L2 cache.
+    sample = tl.num_programs(0) // (pieces * tl.cdiv(channels, BLOCK_C)) - 1 - sample
+    position = (pieces - 1 - piece) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    known = channel < channels
+    mask = known & (position < positions)
+    group = (sample * channels + channel) // width
+    mean, rstd = tl.load(mean_ptr + group, known, 0.0), tl.load(rstd_ptr + group, known, 0.0)
+    weight = _param(weight_ptr, channel, known, WEIGHT, 1.0)
+    bias = _param(bias_ptr, channel, known, BIAS, 0.0)
+    at = sample * channels * positions + channel * c_stride + position * p_stride
+    x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+    y, _ = _act((x - mean) * (rstd * weight) + bias, ACT)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _terms(x_ptr, dy_ptr, at, mask, mean, rstd, weight, bias, ACT: tl.constexpr):
+    """The normalised x, and dy times the activation's slope."""
+    normed = (tl.load(x_ptr + at, mask, 0.0).to(tl.float32) - mean) * rstd
+    dy = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32)
+    _, slope = _act(normed * weight + bias, ACT)
+    return normed, tl.where(mask, dy * slope, 0.0)
+
+
+@triton.jit
+def _sums(
+    x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, part_ptr, channels, width, positions,
+    pieces, piece_size, c_stride, p_stride, ACT: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
+    first = piece * piece_size
+    last = tl.minimum(first + piece_size, positions)
+    known = channel < channels
+    group = (sample * channels + channel) // width
+    mean, rstd = tl.load(mean_ptr + group, known, 0.0), tl.load(rstd_ptr + group, known, 0.0)
+    weight = _param(weight_ptr, channel, known, WEIGHT, 1.0)
+    bias = _param(bias_ptr, channel, known, BIAS, 0.0)
+    grads = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    products = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for start in range(first, last, BLOCK_P):
+        position = start + tl.arange(0, BLOCK_P)[None, :]
+        at = sample * channels * positions + channel * c_stride + position * p_stride
+        mask = known & (position < last)
+        normed, grad = _terms(x_ptr, dy_ptr, at, mask, mean, rstd, weight, bias, ACT)
+        grads += grad
+        products += tl.where(mask, grad * normed, 0.0)
+    to = part_ptr + ((sample * channels + channel) * pieces + piece) * 2
+    tl.store(to, tl.sum(grads, 1)[:, None], known)
+    tl.store(to + 1, tl.sum(products, 1)[:, None], known)
+
+
+@triton.jit
+def _gradient(
+    x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr, dx_ptr, channels, width,
+    positions, pieces, c_stride, p_stride, ACT: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
+    position = piece * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    known = channel < channels
+    mask = known & (position < positions)
+    group = (sample * channels + channel) // width
+    mean, rstd = tl.load(mean_ptr + group, known, 0.0), tl.load(rstd_ptr + group, known, 0.0)
+    weight = _param(weight_ptr, channel, known, WEIGHT, 1.0)
+    bias = _param(bias_ptr, channel, known, BIAS, 0.0)
+    grads = tl.load(sums_ptr + group * 2, known, 0.0)
+    products = tl.load(sums_ptr + group * 2 + 1, known, 0.0)
+    at = sample * channels * positions + channel * c_stride + position * p_stride
+    normed, grad = _terms(x_ptr, dy_ptr, at, mask, mean, rstd, weight, bias, ACT)
+    dx = (grad * weight - grads - normed * products) * rstd
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask)
+
+
+# ---- launchers ------------------------------------------------------------------------------
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """x where it is contiguous or channels_last, else a contiguous copy."""
+    for dim, order in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == dim and x.is_contiguous(memory_format=order):
+            return x
+    return x.contiguous()
+
+
+class _Layout:
+    """Where the elements of a call lie, and the tiles that its passes take."""
+
+    def __init__(self, x: Tensor, num_groups: int) -> None:
+        self.batch, self.channels = x.shape[:2]
+        self.groups, self.width = num_groups, self.channels // num_groups
+        self.positions = x.shape[2:].numel()
+        last = not x.is_contiguous()
+        self.strides = (1, self.channels) if last else (self.positions, 1)
+        wanted = _CHANNELS if last else triton.cdiv(_TILE, triton.next_power_of_2(self.positions))
+        self.block_c = min(triton.next_power_of_2(self.channels), wanted)
+        self.block_p = min(triton.next_power_of_2(self.positions), max(_TILE // self.block_c, 1))
+        across = self.batch * triton.cdiv(self.channels, self.block_c)
+        # Pieces for a pass that sums: as many as fill the machine.
+        self.tiles = triton.cdiv(self.positions, self.block_p)
+        run = triton.cdiv(self.tiles, max(triton.cdiv(_PROGRAMS, across), 1))
+        self.piece_size = run * self.block_p
+        self.pieces = triton.cdiv(self.positions, self.piece_size)
+        self.sums_grid, self.map_grid = (across * self.pieces,), (across * self.tiles,)
+        warps = max(1, min(8, self.block_c * self.block_p // 512))
+        self.blocks = {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p, "num_warps": warps}
+
+
+def _params(weight: Tensor | None, bias: Tensor | None, act: int) -> tuple[list, dict]:
+    tensors = [None if p is None else p.contiguous() for p in (weight, bias)]
+    return tensors, {"ACT": act, "WEIGHT": weight is not None, "BIAS": bias is not None}
+
+
+def group_norm_act(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, act: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = _ordered(x)
+    y = torch.empty_like(x)
+    mean = x.new_zeros(x.shape[0], num_groups, dtype=torch.float32)
+    rstd = torch.zeros_like(mean)
+    if not x.numel():
+        return y, mean, rstd
+    t = _Layout(x, num_groups)
+    params, options = _params(weight, bias, act)
+    block_c, block_p = triton.next_power_of_2(t.width), triton.next_power_of_2(t.positions)
+    if block_c * block_p <= _WHOLE:
+        warps = max(1, min(16, block_c * block_p // 512))
+        _whole[(mean.numel(),)](x, *params, y, mean, rstd, t.groups, t.width, t.positions,
+                                *t.strides, float(eps), **options, BLOCK_C=block_c,
+                                BLOCK_P=block_p, num_warps=warps)  # fmt: skip
+        return y, mean, rstd
+    part = x.new_empty(2, t.batch * t.channels * t.pieces, dtype=torch.float32)
+    _moments[t.sums_grid](x, part[0], part[1], t.channels, t.positions, t.pieces, t.piece_size,
+                          *t.strides, **t.blocks)  # fmt: skip
+    block = min(triton.next_power_of_2(t.width * t.pieces), 1024)
+    _merge[(mean.numel(),)](part[0], part[1], mean, rstd, t.width, t.positions, t.pieces,
+                            t.piece_size, float(eps), BLOCK=block)  # fmt: skip
+    _apply[t.map_grid](x, *params, mean, rstd, y, t.channels, t.width, t.positions, t.tiles,
+                       *t.strides, **options, **t.blocks)  # fmt: skip
+    return y, mean, rstd
+
+
+def group_norm_act_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+    num_groups: int, act: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x = _ordered(x)
+    dx = torch.empty_like(x)
+    if dy.stride() != x.stride():
+        dy = torch.empty_like(x).copy_(dy)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    t = _Layout(x, num_groups) if x.numel() else None
+    part = x.new_zeros(x.shape[0], x.shape[1], t.pieces if t else 1, 2, dtype=torch.float32)
+    params, options = _params(weight, bias, act)
+    if t:
+        _sums[t.sums_grid](x, dy, *params, mean, rstd, part, t.channels, t.width, t.positions,
+                           t.pieces, t.piece_size, *t.strides, **options, **t.blocks)  # fmt: skip
+        channel = part.sum(2)
+        weighted = channel if weight is None else channel * weight.float()[:, None]
+        size = t.width * t.positions
+        group = weighted.view(t.batch, num_groups, t.width, 2).sum(2) / size
+        _gradient[t.map_grid](x, dy, *params, mean, rstd, group, dx, t.channels, t.width,
+                              t.positions, t.tiles, *t.strides, **options, **t.blocks)  # fmt: skip
+    total = part.sum((0, 2)).to(x.dtype)
+    dweight = x.new_empty(0) if weight is None else total[:, 1].contiguous()
+    return dx, dweight, x.new_empty(0) if bias is None else total[:, 0].contiguous()

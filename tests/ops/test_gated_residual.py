@@ -1,0 +1,67 @@
+"""What the table of samples does not say of the adaLN operators."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aigc_fast import ops
+from tests.op_samples import rand
+
+
+def _inputs(modulation: tuple[int, ...]) -> list[torch.Tensor]:
+    """residual, x, gate, scale, shift, weight, bias"""
+    shapes = [(2, 6, 33)] * 2 + [modulation] * 3 + [(33,)] * 2
+    return [rand(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+
+
+def _over_tokens(p: torch.Tensor) -> torch.Tensor:
+    return p.reshape(2, -1, 33).repeat_interleave(6 // p.reshape(2, -1, 33).shape[1], 1)
+
+
+def _plain(residual, x, gate, scale, shift, weight, bias, *, rms=False):
+    h = residual + _over_tokens(gate) * x
+    if rms:
+        y = F.rms_norm(h, (33,), weight, 1e-6)
+    else:
+        y = F.layer_norm(h, (33,), weight, bias, 1e-6)
+    return y * (1 + _over_tokens(scale)) + _over_tokens(shift), h
+
+
+@pytest.mark.parametrize("modulation", [(2, 33), (2, 3, 33), (2, 6, 33)], ids=str)
+@pytest.mark.parametrize("used", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("rms", [False, True])
+def test_is_the_chain_of_operations(modulation, used, rms) -> None:
+    inputs = _inputs(modulation)
+    norm = {"norm": "rms"} if rms else {}
+    args = [*inputs[:6], None] if rms else inputs
+    ours = ops.gated_residual_norm(*args, **norm)
+    theirs = _plain(*inputs, rms=rms)
+    torch.testing.assert_close(ours, theirs)
+    ours, theirs = (
+        torch.autograd.grad(
+            sum(y.pow(3).sum() for y, u in zip(out, used, strict=True) if u),
+            inputs,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for out in (ours, theirs)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_frozen_inputs() -> None:
+    inputs = _inputs((2, 33))
+    both = ops.gated_residual_norm(*inputs)
+    expected = torch.autograd.grad(sum(y.square().sum() for y in both), inputs)
+    for i, t in enumerate(inputs):
+        alone = [t if i == j else s.detach() for j, s in enumerate(inputs)]
+        out = sum(y.square().sum() for y in ops.gated_residual_norm(*alone))
+        assert torch.equal(torch.autograd.grad(out, t)[0], expected[i])
+
+
+def test_packed_projection_is_read_in_place() -> None:
+    x = rand(2, 6, 33).bfloat16()
+    packed = rand(2, 3, 6 * 33).bfloat16()
+    scale, shift = packed.chunk(6, -1)[2:4]
+    expected = ops.modulated_layer_norm(x, scale.contiguous(), shift.contiguous())
+    assert torch.equal(ops.modulated_layer_norm(x, scale, shift), expected)
