@@ -72,7 +72,7 @@ struct Statistics {
   A mean, factor, rest;
   std::array<A, N + 2> sums;
 };
-template <class T, bool rms, int N, size_t X, class F>
+template <class T, bool rms, int N, int X, class F>
 AIGC_INLINE Statistics<Acc<T>, N> statistics(std::array<const T*, X> x, int64_t width, double eps,
                                              F&& f) {
   using A = Acc<T>;

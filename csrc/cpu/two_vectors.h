@@ -12,7 +12,7 @@
 namespace aigc_fast {
 
 // std::array would forget that its elements are vectors.
-template <class A, size_t N>
+template <class A, int N>
 struct Vectors {
   Vec<A> at[N > 0 ? N : 1];
   AIGC_INLINE Vec<A>& operator[](size_t i) { return at[i]; }
@@ -40,26 +40,26 @@ AIGC_INLINE void store_two(T* p, V a, V b) {
 }
 
 // out[i] = f(x[0][i], x[1][i], ...) for a row of `count` elements.
-template <class T, size_t X, class F>
+template <class T, int X, class F>
 AIGC_INLINE void map_row(int64_t count, std::array<const T*, X> x, T* out, F&& f) {
   using A = Acc<T>;
   constexpr int lanes = kLanes<A>;
   int64_t i = 0;
   for (; i + 2 * lanes <= count; i += 2 * lanes) {
     Vectors<A, X> a, b;
-    for (size_t k = 0; k < X; ++k) load_pair(x[k] + i, a[k], b[k]);
+    for (int k = 0; k < X; ++k) load_pair(x[k] + i, a[k], b[k]);
     store_two(out + i, f(a), f(b));
   }
   for_vectors<A>(count - i, [&](int64_t j, auto n) {
     Vectors<A, X> a;
-    for (size_t k = 0; k < X; ++k) a[k] = load(x[k] + i + j, n);
+    for (int k = 0; k < X; ++k) a[k] = load(x[k] + i + j, n);
     store(out + i + j, f(a), n);
   });
 }
 
 // The N sums along a row that f({x[0][i], ...}, sums) adds to, in four chains of additions; past
 // the end of the row x[0] is `fill` and the others are 0, for which f must add nothing.
-template <class T, int N, size_t X, class F>
+template <class T, int N, int X, class F>
 AIGC_INLINE std::array<Acc<T>, N> sum_row(int64_t count, std::array<const T*, X> x, Acc<T> fill,
                                           F&& f) {
   using A = Acc<T>;
@@ -70,13 +70,13 @@ AIGC_INLINE std::array<Acc<T>, N> sum_row(int64_t count, std::array<const T*, X>
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       Vectors<A, X> a, b;
-      for (size_t k = 0; k < X; ++k) load_pair(x[k] + i + half * 2 * lanes, a[k], b[k]);
+      for (int k = 0; k < X; ++k) load_pair(x[k] + i + half * 2 * lanes, a[k], b[k]);
       f(a, sums[2 * half]);
       f(b, sums[2 * half + 1]);
     }
   for_vectors<A>(count - i, [&](int64_t j, auto n) {
     Vectors<A, X> a;
-    for (size_t k = 0; k < X; ++k) a[k] = load(x[k] + i + j, n);
+    for (int k = 0; k < X; ++k) a[k] = load(x[k] + i + j, n);
     for (int lane = n; lane < lanes; ++lane) a[0][lane] = fill;
     f(a, sums[0]);
   });
@@ -88,27 +88,27 @@ AIGC_INLINE std::array<Acc<T>, N> sum_row(int64_t count, std::array<const T*, X>
 
 // Calls f(first column, lanes, params of the first vector, of the second) for all columns, two
 // vectors at a time and in the end one, whose `lanes` is then no multiple of two vectors.
-template <class T, size_t P, class F>
+template <class T, int P, class F>
 AIGC_INLINE void for_columns(int64_t width, std::array<const Acc<T>*, P> params, F&& f) {
   using A = Acc<T>;
   constexpr int lanes = kLanes<A>;
   Vectors<A, P> a = {}, b = {};
   int64_t j = 0;
   for (; j + 2 * lanes <= width; j += 2 * lanes) {
-    for (size_t k = 0; k < P; ++k) {
+    for (int k = 0; k < P; ++k) {
       a[k] = load(params[k] + j), b[k] = load(params[k] + j + lanes);
       halves_to_pair<T>(a[k], b[k]);
     }
     f(j, TwoVectors<A>{}, a, b);
   }
   for_vectors<A>(width - j, [&](int64_t i, auto n) {
-    for (size_t k = 0; k < P; ++k) a[k] = load(params[k] + j + i, n);
+    for (int k = 0; k < P; ++k) a[k] = load(params[k] + j + i, n);
     f(j + i, n, a, b);
   });
 }
 
 // out[r][j] = f({x[0][r][j], ...}, {params[0][j], ...})
-template <class T, size_t X, size_t P, class F>
+template <class T, int X, int P, class F>
 AIGC_INLINE void map_columns(int64_t rows, int64_t width, std::array<const T*, X> x,
                              std::array<const Acc<T>*, P> params, T* out, F&& f) {
   using A = Acc<T>;
@@ -116,10 +116,10 @@ AIGC_INLINE void map_columns(int64_t rows, int64_t width, std::array<const T*, X
     for (int64_t at = j; at < j + rows * width; at += width) {
       Vectors<A, X> a, b;
       if constexpr (std::is_same_v<decltype(n), TwoVectors<A>>) {
-        for (size_t k = 0; k < X; ++k) load_pair(x[k] + at, a[k], b[k]);
+        for (int k = 0; k < X; ++k) load_pair(x[k] + at, a[k], b[k]);
         store_two(out + at, f(a, p), f(b, q));
       } else {
-        for (size_t k = 0; k < X; ++k) a[k] = load(x[k] + at, n);
+        for (int k = 0; k < X; ++k) a[k] = load(x[k] + at, n);
         store(out + at, f(a, p), n);
       }
     }
@@ -129,7 +129,7 @@ AIGC_INLINE void map_columns(int64_t rows, int64_t width, std::array<const T*, X
 // out[k * width + j] = the sum over rows of what f({x[0][r][j], ...}, {params[0][j], ...}, sums)
 // adds to sums[k]. Runs of 8 rows are added before they meet the rest: a third of the rounding
 // error of one chain.
-template <class T, int N, size_t X, size_t P, class F>
+template <class T, int N, int X, int P, class F>
 AIGC_INLINE void sum_columns(int64_t rows, int64_t width, std::array<const T*, X> x,
                              std::array<const Acc<T>*, P> params, Acc<T>* out, F&& f) {
   using A = Acc<T>;
@@ -142,10 +142,10 @@ AIGC_INLINE void sum_columns(int64_t rows, int64_t width, std::array<const T*, X
       for (int64_t at = j + r * width; at < end; at += width) {
         Vectors<A, X> a, b;
         if constexpr (std::is_same_v<decltype(n), TwoVectors<A>>) {
-          for (size_t k = 0; k < X; ++k) load_pair(x[k] + at, a[k], b[k]);
+          for (int k = 0; k < X; ++k) load_pair(x[k] + at, a[k], b[k]);
           f(b, q, run[1]);
         } else {
-          for (size_t k = 0; k < X; ++k) a[k] = load(x[k] + at, n);
+          for (int k = 0; k < X; ++k) a[k] = load(x[k] + at, n);
         }
         f(a, p, run[0]);
       }
