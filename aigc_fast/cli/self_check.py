@@ -99,10 +99,21 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "add_rms_norm": lambda x: ops.add_rms_norm(x(5, 127), x(5, 127), x(127), 1e-6),
     "append_kv": _append_kv,
     "apply_rotary": _apply_rotary,
+    "batch_norm_act": lambda x: ops.batch_norm_act(
+        x(5, 7, 9), weight=x(7), bias=x(7), training=True, act="lrelu"
+    ),
     "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
     "decode_attention": _decode_attention,
     "decoder_step": _decoder_step,
+    "gated_residual": lambda x: ops.gated_residual(x(2, 5, 127), x(2, 5, 127), x(2, 127)),
+    "gated_residual_norm": lambda x: ops.gated_residual_norm(
+        x(2, 5, 127), x(2, 5, 127), x(2, 127), x(2, 127), x(2, 127)
+    ),
     "geglu": lambda x: ops.geglu(x(5, 127), x(5, 127)),
+    "group_norm_act": lambda x: ops.group_norm_act(x(2, 6, 5, 7), 3, x(6), x(6), activation="silu"),
+    "layer_norm": lambda x: ops.layer_norm(x(5, 127), x(127), x(127)),
+    "modulated_layer_norm": lambda x: ops.modulated_layer_norm(x(2, 5, 127), x(2, 127), x(2, 127)),
+    "modulated_rms_norm": lambda x: ops.modulated_rms_norm(x(2, 5, 127), x(2, 127), x(2, 127)),
     "qk_norm_rotary": _qk_norm_rotary,
     "quantized_linear": _quantized_linear,
     "rms_norm": lambda x: ops.rms_norm(x(5, 127), x(127), 1e-6),
@@ -111,6 +122,7 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     ),
     "scheduler_step": _scheduler_step,
     "swiglu": lambda x: ops.swiglu(x(5, 127), x(5, 127)),
+    "upfirdn2d": lambda x: ops.upfirdn2d(x(2, 3, 7, 9), x.constant(4, 4), up=2, padding=2),
 }
 
 
