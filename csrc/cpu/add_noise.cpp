@@ -15,7 +15,7 @@ std::vector<Tensor> add_noise(const Tensor& sample_in, const std::optional<Tenso
   if (noise_in)
     require(same_shape(*noise_in, sample_in) && noise_in->scalar_type() == sample_in.scalar_type(),
             "noise must have the shape and dtype of sample");
-  Rows rows(sample_in, true);
+  SampleRows rows(sample_in, true);
   Tensor noisy = rows.order(), velocity = return_velocity ? rows.like() : noisy;
   const Tensor sample = rows.arrange(sample_in);
   const Tensor noise = noise_in ? rows.arrange(*noise_in) : sample;

@@ -23,7 +23,7 @@ class Attention {
   static constexpr int L = P::L, K = P::K;  // lanes; keys of a score tile
   static_assert(kBlock % K == 0 && kRows % R == 0);
 
-  Attention(const Shape& shape, Rows<T> query, Rows<C> keys, Rows<C> values, A scale,
+  Attention(const Shape& shape, HeadRows<T> query, HeadRows<C> keys, HeadRows<C> values, A scale,
             const Pages& pages = {}, const ScoreOptions<A>& options = {})
       : s_(shape),
         query_(query),
@@ -255,8 +255,8 @@ class Attention {
   }
 
   Shape s_;
-  Rows<T> query_;
-  Rows<C> keys_, values_;
+  HeadRows<T> query_;
+  HeadRows<C> keys_, values_;
   A scale_;
   Pages pages_;
   ScoreOptions<A> options_;

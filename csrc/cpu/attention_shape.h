@@ -8,12 +8,12 @@
 namespace aigc_fast {
 
 template <class T>
-struct Rows {  // a tensor (batch, seq, head, head_dim) with its last dimension contiguous
+struct HeadRows {  // a tensor (batch, seq, head, head_dim) with its last dimension contiguous
   const T* data;
   int64_t batch, seq, head;
-  Rows(const T* rows, int64_t batch, int64_t seq, int64_t head)
+  HeadRows(const T* rows, int64_t batch, int64_t seq, int64_t head)
       : data(rows), batch(batch), seq(seq), head(head) {}
-  explicit Rows(const Tensor& x)
+  explicit HeadRows(const Tensor& x)
       : data(aigc_fast::data<T>(x)), batch(x.stride(0)), seq(x.stride(1)), head(x.stride(2)) {}
 };
 

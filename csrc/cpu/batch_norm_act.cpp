@@ -101,30 +101,31 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor& dy_in, 
     const auto finish = [&, v](int64_t c, const double* sums) {
       const auto value = [&](int k) -> A& { return v[k * l.channels + c]; };
       dbias[c] = sums[0];
-      dweight[c] = sums[1];
+      dweight[c] = sums[1] * value(kRstd);
       const double scale = double(value(kWeight)) * value(kRstd);
       value(kG) = static_cast<A>(scale);
       value(kConstant) = static_cast<A>(-scale * share * sums[0]);
-      value(kNormed) = static_cast<A>(-scale * share * sums[1]);
+      value(kNormed) = static_cast<A>(-scale * share * dweight[c]);
     };
     const T *grad = data<T>(dy), *in = data<T>(x);
     T* out = mutable_data<T>(dx);
     const A slope_alpha = static_cast<A>(alpha), factor = static_cast<A>(gain);
     with_act(act, [&]<Act a>(std::integral_constant<Act, a>) {
       struct Element {
-        Vec<A> normed, g;
+        Vec<A> centred, normed, g;
       };
       const auto element = [=](int64_t i, auto lanes,
                                const Vec<A>* at) __attribute__((always_inline)) {
-        const Vec<A> normed = (load(in + i, lanes) - at[kMean]) * at[kRstd];
+        const Vec<A> centred = load(in + i, lanes) - at[kMean], normed = centred * at[kRstd];
         const Vec<A> z = normed * at[kWeight] + at[kBias];
-        return Element{normed, load(grad + i, lanes) * (slope<a, A>(z, slope_alpha) * factor)};
+        return Element{centred, normed,
+                       load(grad + i, lanes) * (slope<a, A>(z, slope_alpha) * factor)};
       };
       const auto add = [=](int64_t i, auto lanes, const Vec<A>* at, Vec<A>* sums)
                            __attribute__((always_inline)) {
                              const Element e = element(i, lanes, at);
                              sums[0] += e.g;
-                             sums[1] += e.g * e.normed;
+                             sums[1] += e.g * e.centred;
                            };
       const auto write = [=](int64_t i, auto lanes,
                              const Vec<A>* at) __attribute__((always_inline)) {

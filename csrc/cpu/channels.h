@@ -6,6 +6,8 @@
 // and matrices) blocks of rows are, in two passes over memory.
 #pragma once
 
+#include <utility>
+
 #include "tensor.h"
 
 namespace aigc_fast {
@@ -135,6 +137,9 @@ struct Statistics {
   }
 };
 
+// Terms of an fp32 sum that meet before they join the others: short chains round less.
+constexpr int64_t kChain = 8;
+
 // N sums over every channel: add(i, lanes, values, sums) adds to them, nothing in unused lanes.
 template <class A, int V, int N, class F>
 struct Sums {
@@ -144,10 +149,14 @@ struct Sums {
   void channel(const Channels& l, int64_t c, const Vec<A>* values, double* out) const {
     for (int s = 0; s < N; ++s) out[s] = 0;
     for_blocks<A>(l, c, [&](int64_t, auto for_each) {
-      Vec<A> sums[N] = {};
-      for_each([&](int64_t i, auto lanes)
-                   __attribute__((always_inline)) { add(i, lanes, values, sums); });
-      for (int s = 0; s < N; ++s) out[s] += sum_lanes<A>(sums[s]);
+      Vec<A> sums[N] = {}, chain[N] = {};
+      int64_t terms = 0;
+      for_each([&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        add(i, lanes, values, chain);
+        if (++terms % kChain) return;
+        for (int s = 0; s < N; ++s) sums[s] += std::exchange(chain[s], Vec<A>{});
+      });
+      for (int s = 0; s < N; ++s) out[s] += sum_lanes<A>(sums[s] + chain[s]);
     });
   }
 
@@ -157,13 +166,14 @@ struct Sums {
     std::vector<A> parts(blocks * N * width);
     for_row_blocks(l, [&](int64_t first, int64_t last, int64_t b) {
       A* part = parts.data() + b * N * width;
-      for (int64_t r = first; r < last; ++r)
+      for (int64_t start = first; start < last; start += kChain)
         for_vectors<A>(width, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-          Vec<A> at[V], sums[N];
+          Vec<A> at[V], sums[N] = {};
           for (int v = 0; v < V; ++v) at[v] = load(values + v * width + j, lanes);
-          for (int s = 0; s < N; ++s) sums[s] = load(part + s * width + j, lanes);
-          add(r * width + j, lanes, at, sums);
-          for (int s = 0; s < N; ++s) store(part + s * width + j, sums[s], lanes);
+          for (int64_t r = start; r < std::min(last, start + kChain); ++r)
+            add(r * width + j, lanes, at, sums);
+          for (int s = 0; s < N; ++s)
+            store(part + s * width + j, load(part + s * width + j, lanes) + sums[s], lanes);
         });
     });
     std::fill(out, out + N * width, 0.0);

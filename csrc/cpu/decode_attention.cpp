@@ -153,8 +153,10 @@ std::tuple<Tensor, Tensor> decode_attention_full(
     dispatch_cache<T>(keys, [&]<class C>(C) {
       auto with_tile = [&]<int R>(std::integral_constant<int, R>) {
         if (lse.numel() == 0) return;
-        run<T, R, C>(s, {s, Rows<T>(query), Rows<C>(keys), Rows<C>(values), factor, pages, options},
-                     lengths, mutable_data<T>(out), mutable_data<A>(lse));
+        run<T, R, C>(
+            s,
+            {s, HeadRows<T>(query), HeadRows<C>(keys), HeadRows<C>(values), factor, pages, options},
+            lengths, mutable_data<T>(out), mutable_data<A>(lse));
       };
       if (s.rows() == 1) return with_tile(std::integral_constant<int, 1>{});
       if (s.rows() == 2 || kLanes<A> == 2) return with_tile(std::integral_constant<int, 2>{});

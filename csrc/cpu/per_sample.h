@@ -35,9 +35,9 @@ struct RowPointer {
 // memory order. `order()` is the first result and has the memory order in which all tensors are
 // walked; where samples are interleaved and need different coefficients that is a contiguous one,
 // which finish() copies to what the caller gets.
-class Rows {
+class SampleRows {
  public:
-  Rows(const Tensor& sample, bool per_sample)
+  SampleRows(const Tensor& sample, bool per_sample)
       : out_(is_dense(sample) ? empty_like_dense(sample) : torch::stable::empty_like(sample)),
         order_(out_),
         per_sample_(per_sample) {

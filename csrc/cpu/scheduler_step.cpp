@@ -102,15 +102,15 @@ AIGC_INLINE Vec<A> guide(Vec<A> cond, Vec<A> uncond, A scale) {
 
 // For each sample rescale * std(cond) / std(guided) + 1 - rescale.
 template <class T>
-std::vector<Acc<T>> rescale_factors(Rows& rows, RowPointer<const T> cond,
+std::vector<Acc<T>> rescale_factors(SampleRows& rows, RowPointer<const T> cond,
                                     RowPointer<const T> uncond, double scale, double rescale) {
   using A = Acc<T>;
-  const int64_t pieces = (rows.inner + Rows::kPiece - 1) / Rows::kPiece;
+  const int64_t pieces = (rows.inner + SampleRows::kPiece - 1) / SampleRows::kPiece;
   std::vector<std::pair<Moments, Moments>> partial(rows.rows * pieces);
   rows.for_pieces([&](int64_t row, int64_t begin, int64_t length) {
     const T* c = cond.at + row * cond.stride + begin;
     const T* u = uncond.at + row * uncond.stride + begin;
-    partial[row * pieces + begin / Rows::kPiece] = {
+    partial[row * pieces + begin / SampleRows::kPiece] = {
         moments<A>(length, [=](int64_t i, auto lanes) { return load(c + i, lanes); }),
         moments<A>(length, [=](int64_t i, auto lanes) {
           return guide<A>(load(c + i, lanes), load(u + i, lanes), A(scale));
@@ -140,7 +140,7 @@ std::vector<Tensor> scheduler_step(const Tensor& sample_in, const Tensor& output
     call.check_like(*noise, "noise");
     history.insert(history.begin(), *noise);
   }
-  Rows rows(sample_in, call.per_sample || rescale != 0);
+  SampleRows rows(sample_in, call.per_sample || rescale != 0);
   const Tensor sample = rows.arrange(sample_in), output = rows.arrange(output_in);
   const Tensor uncond = uncond_in ? rows.arrange(*uncond_in) : output;
   for (Tensor& h : history) {
@@ -213,7 +213,7 @@ std::vector<Tensor> scheduler_step_backward(const Tensor& grad_in,
   call.check_like(grad_in, "grad_output");
   if (grad_x0_in) call.check_like(*grad_x0_in, "grad_output");
   if (grad_second_in) call.check_like(*grad_second_in, "grad_output");
-  Rows rows(sample_in, call.per_sample);
+  SampleRows rows(sample_in, call.per_sample);
   const Tensor sample = rows.arrange(sample_in), output = rows.arrange(output_in);
   const Tensor uncond = uncond_in ? rows.arrange(*uncond_in) : output;
   const Tensor grad = rows.arrange(grad_in);
