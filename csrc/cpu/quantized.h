@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 
 #include "tensor.h"
 
@@ -322,11 +323,13 @@ AIGC_INLINE void for_row_runs(int64_t rows, F&& f, int64_t first = 0) {
   if constexpr (M > 1) for_row_runs<M / 2>(rows, f, first);
 }
 
-// The products of the tiles [begin, end) with all rows: finish(row, tile, results) gets the 16
-// outputs of one row. A tile is read from memory once for all of them.
-template <class F>
-void multiply_tiles(const QuantizedFormat& f, const uint8_t* blocks, const Activations& x,
-                    int64_t rows, int64_t begin, int64_t end, F&& finish) {
+// Takes the 16 outputs of one row: finish(row, tile, outputs).
+using Finish = std::function<void(int64_t, int64_t, const float*)>;
+
+// The products of the tiles [begin, end) with all rows. A tile is read from memory once for all of
+// them. (Not a template: the forty kernels would be compiled for each of a hundred callers.)
+inline void multiply_tiles(const QuantizedFormat& f, const uint8_t* blocks, const Activations& x,
+                           int64_t rows, int64_t begin, int64_t end, const Finish& finish) {
   with_format(f, [&](auto bits, auto has_minimum, auto group_size) {
     auto run = [&]<int N, int M>(int64_t tile, int64_t first, std::integral_constant<int, N>,
                                  std::integral_constant<int, M>) {
