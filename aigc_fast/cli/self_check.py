@@ -99,9 +99,6 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "add_rms_norm": lambda x: ops.add_rms_norm(x(5, 127), x(5, 127), x(127), 1e-6),
     "append_kv": _append_kv,
     "apply_rotary": _apply_rotary,
-    "batch_norm_act": lambda x: ops.batch_norm_act(
-        x(5, 7, 9), weight=x(7), bias=x(7), training=True, act="lrelu"
-    ),
     "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
     "decode_attention": _decode_attention,
     "decoder_step": _decoder_step,

@@ -1,6 +1,5 @@
 """nn.Module twins of the operators; the names in their state dicts are torch's own."""
 
-from .batch_norm_act import BatchNormAct1d, BatchNormAct2d
 from .bias_act import BiasAct, LinearBiasAct
 from .gated_mlp import GEGLU, SwiGLU
 from .group_norm_act import GroupNormAct
@@ -11,8 +10,6 @@ from .upfirdn2d import Blur, Downsample2d, Upsample2d
 
 __all__ = [
     "GEGLU",
-    "BatchNormAct1d",
-    "BatchNormAct2d",
     "BiasAct",
     "Blur",
     "Downsample2d",

@@ -3,7 +3,6 @@
 from aigc_fast import _libraries
 from aigc_fast.ops._quantized_format import dequantize_weight, pack_weight, quantize_weight
 from aigc_fast.ops.add_noise import add_noise
-from aigc_fast.ops.batch_norm_act import batch_norm_act
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
@@ -29,7 +28,6 @@ __all__ = [
     "add_rms_norm",
     "append_kv",
     "apply_rotary",
-    "batch_norm_act",
     "bias_act",
     "decode_attention",
     "decoder_step",

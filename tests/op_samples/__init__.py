@@ -5,7 +5,6 @@ One file per stem; the generic tests (tests/ops/test_every_op.py) and the benchm
 
 from tests.op_samples import (
     add_noise,
-    batch_norm_act,
     bias_act,
     decode_attention,
     gated_mlp,
@@ -24,7 +23,6 @@ from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, r
 
 OPS: dict[str, OpSamples] = {
     **bias_act.OPS,
-    **batch_norm_act.OPS,
     **upfirdn2d.OPS,
     **rms_norm.OPS,
     **gated_mlp.OPS,

@@ -192,8 +192,15 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 #: fewer and more than the 15 below which these solvers end with lower orders
 TWICE = ("DPMSolver", "EDMDPMSolver", "DEIS", "UniPC", "SASolver")
+
+
+def named(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The items of a configuration, functions by their names: the same in every process."""
+    return [(key, getattr(value, "__name__", value)) for key, value in config.items()]
+
+
 CASES = [
-    pytest.param(name, config, steps, id=f"{name}-{'-'.join(map(str, config.items()))}-{steps}")
+    pytest.param(name, config, steps, id=f"{name}-{'-'.join(map(str, named(config)))}-{steps}")
     for name, configs in CONFIGS.items()
     for config in configs
     for steps in ((7, 17) if name.startswith(TWICE) else (9,))
