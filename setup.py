@@ -9,6 +9,8 @@ torch.ops.load_library: they know neither Python nor a torch newer than 2.11.
 
 AIGC_FAST_CUDA=auto|0|1    auto builds the CUDA library where nvcc is found; 1 demands it
 TORCH_CUDA_ARCH_LIST       CUDA architectures, "8.0;9.0a" if unset
+AIGC_FAST_CPU_LEVELS       instruction-set levels to build, "avx512" or "baseline avx2"; all if unset.
+                           Not for a wheel: other machines would find nothing that they can run
 AIGC_FAST_PYTHONS          further interpreters that the wheel shall serve, "python3.10 python3.12":
                            only the pybind11 module depends on one, and is built once for each
 AIGC_FAST_SANITIZE=1       AddressSanitizer and UndefinedBehaviorSanitizer in csrc/cpu, level avx2
@@ -37,10 +39,20 @@ X86_LEVELS = {
     "avx512": "-march=x86-64 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
     " -mavx512vnni -mprefer-vector-width=512",
 }
-CPU_LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
 SANITIZE = os.environ.get("AIGC_FAST_SANITIZE") == "1"
-if SANITIZE:
-    CPU_LEVELS = {"avx2": X86_LEVELS["avx2"]}
+
+
+def cpu_levels() -> dict[str, str]:
+    """Level -> its compiler flags, of the levels to be built."""
+    known = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+    wish = "avx2" if SANITIZE else os.environ.get("AIGC_FAST_CPU_LEVELS", "")
+    names = wish.replace(",", " ").split() or list(known)
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"AIGC_FAST_CPU_LEVELS must be among {list(known)}, got {unknown}")
+    return {name: known[name] for name in names}
+
+
+CPU_LEVELS = cpu_levels()
 
 # The uninitialized warnings fire inside GCC 12's own intrinsics headers.
 CXX_FLAGS = (
