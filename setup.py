@@ -32,9 +32,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 
-# Explicit instruction sets, never -march=native: a wheel built here runs elsewhere.
+# Explicit instruction sets, never -march=native: a wheel built here runs elsewhere. What runs on
+# processors from before 2013 is to be right and not more: -O1 compiles in 60% of the time.
 X86_LEVELS = {
-    "baseline": "-march=x86-64",
+    "baseline": "-march=x86-64 -O1",
     "avx2": "-march=x86-64 -mavx2 -mfma -mf16c",
     "avx512": "-march=x86-64 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
     " -mavx512vnni -mprefer-vector-width=512",
