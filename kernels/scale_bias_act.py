@@ -43,7 +43,9 @@ def _act(z, alpha, gain):
 
 @triton.jit
 def _slope(z, alpha, gain, limit):
-    d = tl.where(z > 0, gain, gain * alpha)
+    """dy/dz / gain. Sums are multiplied by the gain at their end, in fp64: so their terms are
+    rounded once less, where z > 0."""
+    d = tl.where(z > 0, 1.0, alpha)
     return tl.where(tl.abs(_act(z, alpha, gain)) > limit, 0.0, d)
 
 
@@ -95,7 +97,7 @@ def _backward(
             x, scale, bias, noise_ptr, strength_ptr, noise_at, position, positions
         )
         g = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32) * _slope(z, alpha, gain, limit)
-        tl.store(dx_ptr + at, (g * scale).to(dx_ptr.dtype.element_ty), mask)
+        tl.store(dx_ptr + at, (g * (scale * gain)).to(dx_ptr.dtype.element_ty), mask)
         if scale_ptr is not None:
             scales += g * x
         if strength_ptr is not None:
@@ -143,8 +145,8 @@ def _double_backward(
             gg_x = tl.load(gg_x_ptr + at, mask, 0.0).to(tl.float32)
             u += gg_x * scale
             scales += g * gg_x
-        tl.store(grad_dy_ptr + at, (slope * u).to(grad_dy_ptr.dtype.element_ty), mask)
-        tl.store(grad_x_ptr + at, (g * gg_scale).to(grad_x_ptr.dtype.element_ty), mask)
+        tl.store(grad_dy_ptr + at, (slope * (u * gain)).to(grad_dy_ptr.dtype.element_ty), mask)
+        tl.store(grad_x_ptr + at, (g * (gg_scale * gain)).to(grad_x_ptr.dtype.element_ty), mask)
     to = part_ptr + (sample * channels + channel) * pieces + piece
     tl.store(to, tl.sum(scales, 1)[:, None], known)
 
@@ -205,7 +207,7 @@ def scale_bias_act_backward(
             t.positions, t.pieces, t.piece_size, *t.strides,
             *_numbers(x, noise, alpha, gain, clamp), **t.blocks,
         )  # fmt: skip
-    sums = part.sum(2, dtype=torch.float64)
+    sums = part.sum(2, dtype=torch.float64) * gain
     return dx, _like(sums[..., 0], scale), _like(sums[..., 1], strength), _like(sums[..., 2], bias)
 
 
@@ -224,4 +226,4 @@ def scale_bias_act_double_backward(
             t.pieces, t.piece_size, *t.strides, *_numbers(x, noise, alpha, gain, clamp),
             **t.blocks,
         )  # fmt: skip
-    return grad_dy, grad_x, _like(part.sum(2, dtype=torch.float64), scale)
+    return grad_dy, grad_x, _like(part.sum(2, dtype=torch.float64) * gain, scale)

@@ -36,8 +36,9 @@ std::vector<A> values(const Tensor& parameter, const char* name) {
   return result;
 }
 
-// `totals`, added up to the size of the parameter (which divides theirs), in its dtype.
-Tensor like_parameter(const std::vector<double>& totals, const MaybeTensor& parameter) {
+// `totals` times gain, added up to the size of the parameter (which divides theirs), in its dtype.
+Tensor like_parameter(const std::vector<double>& totals, double gain,
+                      const MaybeTensor& parameter) {
   if (!parameter) return empty({0}, ScalarType::Float);
   const auto sizes = parameter->sizes();
   Tensor result = empty({sizes.begin(), sizes.end()}, parameter->scalar_type());
@@ -47,7 +48,8 @@ Tensor like_parameter(const std::vector<double>& totals, const MaybeTensor& para
     sums[i % size] += totals[i];
   dispatch(result, "parameter", [&]<class P>(P) {
     P* to = mutable_data<P>(result);
-    for (int64_t i = 0; i < size; ++i) store_n(to + i, broadcast(static_cast<Acc<P>>(sums[i])), 1);
+    for (int64_t i = 0; i < size; ++i)
+      store_n(to + i, broadcast(static_cast<Acc<P>>(sums[i] * gain)), 1);
   });
   return result;
 }
@@ -108,8 +110,10 @@ struct Call {
     const Vec<A> below = alpha == 0 ? Vec<A>{} : z * alpha;  // relu of -inf is 0
     return (z < 0 ? below : z) * gain;
   }
+  // dy/dz / gain. Sums are multiplied by the gain at their end, in double: so their terms are
+  // rounded once less, where z > 0.
   AIGC_INLINE Vec<A> slope(Vec<A> z) const {
-    const Vec<A> d = z > 0 ? broadcast(gain) : broadcast(gain * alpha);
+    const Vec<A> d = z > 0 ? broadcast(A(1)) : broadcast(alpha);
     return abs<A>(activate(z)) > limit ? Vec<A>{} : d;
   }
 
@@ -232,15 +236,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bias_act_backward(
         [&, in, grad, out](int64_t i, auto lanes, const V* at, V n, V* sums) {
           const V x = load(in + i, lanes);
           const V g = load(grad + i, lanes) * call.slope(call.before_act(x, at[0], n, at[1]));
-          store(out + i, g * at[0], lanes);
+          store(out + i, g * (at[0] * call.gain), lanes);
           sums[0] += g * x;
           sums[1] += g * n;
           sums[2] += g;
         });
   });
-  const auto third = totals.begin() + totals.size() / 3, two = third + totals.size() / 3;
-  return {dx, like_parameter({totals.begin(), third}, scale), like_parameter({third, two}, strength),
-          like_parameter({two, totals.end()}, bias)};
+  const auto second = totals.begin() + totals.size() / 3, third = second + totals.size() / 3;
+  return {dx, like_parameter({totals.begin(), second}, gain, scale),
+          like_parameter({second, third}, gain, strength),
+          like_parameter({third, totals.end()}, gain, bias)};
 }
 
 // The results of backward are the derivative of sum(g u), where u = gg_x * scale + x * gg_scale +
@@ -273,12 +278,12 @@ std::tuple<Tensor, Tensor, Tensor> scale_bias_act_double_backward(
           const V slope = call.slope(call.before_act(x, at[0], n, at[1]));
           const V g = load(grad + i, lanes) * slope;
           const V u = v * at[0] + x * at[2] + (n * to_strength + at[3]);
-          store(out + i, slope * u, lanes);
-          store(out_x + i, g * at[2], lanes);
+          store(out + i, slope * (u * call.gain), lanes);
+          store(out_x + i, g * (at[2] * call.gain), lanes);
           sums[0] += g * v;
         });
   });
-  return {grad_dy, grad_x, like_parameter(totals, scale)};
+  return {grad_dy, grad_x, like_parameter(totals, gain, scale)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
