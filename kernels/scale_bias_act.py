@@ -3,7 +3,8 @@ backward; act is linear, relu or lrelu, which is lrelu with its alpha.
 
 A sample is channels x positions, at strides that tell contiguous from channels_last; a program
 takes tiles of BLOCK_C x BLOCK_P of it: in forward one, in the derivatives a piece of the positions,
-whose sums for scale, strength and bias it leaves in fp32; these few are added in fp64, in a fixed order.
+whose sums for scale, strength and bias it leaves in fp32. These few are added in fp64, in a fixed
+order.
 """
 
 import torch

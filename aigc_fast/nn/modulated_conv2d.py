@@ -18,7 +18,7 @@ class ModulatedConv2d(nn.Module):
     up, down:   factors of `ops.conv2d_resample`.
     kernel:     taps of the FIR filter, used where up or down is not 1.
 
-    State dict: weight (1, out_channels, in_channels, kernel_size, kernel_size), modulation.weight,
+    State dict: weight (out_channels, in_channels, kernel_size, kernel_size), modulation.weight,
     modulation.bias, and blur.kernel where there is a filter.
 
     >>> ModulatedConv2d(512, 256, 3, style_dim=512, up=2)(x, style, act="lrelu")
@@ -39,7 +39,7 @@ class ModulatedConv2d(nn.Module):
         super().__init__()
         self.up, self.down, self.demodulate = up, down, demodulate
         self.scale = 1 / (in_channels * kernel_size**2) ** 0.5
-        shape = (1, out_channels, in_channels, kernel_size, kernel_size)
+        shape = (out_channels, in_channels, kernel_size, kernel_size)
         self.weight = nn.Parameter(torch.randn(shape))
         self.modulation = EqualizedLinear(style_dim, in_channels, bias_init=1.0)
         self.blur = Blur(kernel, upsample_factor=up) if up * down > 1 else None
@@ -52,7 +52,7 @@ class ModulatedConv2d(nn.Module):
         """
         return ops.modulated_conv2d(
             x,
-            self.weight[0],
+            self.weight,
             self.modulation(style) * self.scale,
             *epilogue,
             demodulate=self.demodulate,
@@ -63,7 +63,7 @@ class ModulatedConv2d(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        _, out_channels, in_channels, kernel_size, _ = self.weight.shape
+        out_channels, in_channels, kernel_size, _ = self.weight.shape
         return (
             f"{in_channels}, {out_channels}, kernel_size={kernel_size}, "
             f"demodulate={self.demodulate}, up={self.up}, down={self.down}"

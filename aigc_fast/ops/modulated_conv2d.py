@@ -1,5 +1,7 @@
 """StyleGAN2's convolutions: with resampling, and with weights that a style modulates."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,13 +60,19 @@ def modulated_conv2d(
         if x.dtype == torch.float16:
             weight = weight / (_largest(weight, (1, 2, 3)) * weight[0].numel() ** 0.5)
             style = style / _largest(style, (1,))
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device.type):
             energy = wide(weight).square().sum((2, 3))
             demodulation = torch.rsqrt(style.square() @ energy.t() + eps)
     y = conv2d_resample(scale_bias_act(x, style), weight.to(x.dtype), filter, up, down)
     if demodulate or any(p is not None for p in (noise, bias, gain, clamp)) or act != "linear":
         y = scale_bias_act(y, demodulation, noise, strength, bias, act, alpha, gain, clamp)
     return y
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager:
+    if not torch.amp.is_autocast_available(device):  # meta
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _largest(x: Tensor, dim: tuple[int, ...]) -> Tensor:

@@ -24,8 +24,8 @@ def _samples() -> list[Sample]:
         Sample("bias_relu", (x, None, None, None, bias, "relu"), {"gain": -0.7}),
         Sample("noise", (x, None, rand(1, 1, 3, 7), None, None, "lrelu", -0.3)),
         Sample("smooth", (x, scale, rand(1, 1, 3, 7), rand(), bias, "swish"), {"clamp": 1.0}),
-        Sample("line", (rand(3, 2, 33), rand(3, 2, seed=1), None, None, rand(2, seed=4), "lrelu")),
-        Sample("volume", (rand(2, 3, 2, 3, 4), rand(2, 3, seed=1), rand(2, 1, 2, 3, 4), rand(1, 1))),
+        Sample("line", (rand(3, 2, 33), rand(3, 2, seed=1), None, None, rand(2), "lrelu")),
+        Sample("volume", (rand(2, 3, 2, 3, 4), rand(2, 3), rand(2, 1, 2, 3, 4), rand(1, 1))),
         Sample("vectors", (rand(4, 17), rand(4, 17, seed=1), rand(4, 1), None, rand(17, seed=4))),
         _call("channels_last", 2, 18, 3, 5, samples=1),
         Sample("channels_last_scale", (last, scale)),
@@ -46,7 +46,9 @@ def _refusals() -> list[Refusal]:
         Refusal("scale_dtype", (x, scale.float()), TypeError, "scale must be float64, got float32"),
         Refusal("wider", (x.float(), scale), TypeError, "scale must be float32, bfloat16, float16"),
         Refusal("noise", (x, None, noise[..., :4]), ValueError, r"noise must have shape \(2, 1, 3"),
-        Refusal("strength", (x, None, noise, rand(2)), ValueError, r"strength must have shape \(\)"),
+        Refusal(
+            "strength", (x, None, noise, rand(2)), ValueError, r"strength must have shape \(\)"
+        ),
         Refusal("no_noise", (x, None, None, rand(1)), ValueError, "strength must be None where"),
         Refusal("bias", (x, None, None, None, rand(5)), ValueError, r"bias must have shape \(4,\)"),
         Refusal("act", (x, scale), ValueError, "act must be one of", {"act": "gelu"}),
@@ -62,7 +64,14 @@ OPS = {
             Sample("prologue_8x256x64x64", (rand(8, 256, 64, 64), rand(8, 256))),
             Sample(
                 "epilogue_8x256x64x64",
-                (rand(8, 256, 64, 64), rand(8, 256), rand(8, 1, 64, 64), rand(1), rand(256), "lrelu"),
+                (
+                    rand(8, 256, 64, 64),
+                    rand(8, 256),
+                    rand(8, 1, 64, 64),
+                    rand(1),
+                    rand(256),
+                    "lrelu",
+                ),
             ),
         ],
         constants=(2,),

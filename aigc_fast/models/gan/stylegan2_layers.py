@@ -1,12 +1,15 @@
 """The blocks of StyleGAN2, under the names that rosinality's checkpoints give their weights."""
 
 from math import sqrt
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn import BiasAct, Blur, EqualizedConv2d, ModulatedConv2d, Upsample2d
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def channels_at(resolution: int, multiplier: float, most: int) -> int:
@@ -89,16 +92,18 @@ class ConvLayer(nn.Sequential):
         if activate:
             layers.append(BiasAct(out_channels, act="lrelu", clamp=clamp))
         super().__init__(*layers)
-        self.down, self.activate = down, activate
+
+    def _first(self, kind: type[Layer]) -> Layer | None:
+        return next((layer for layer in self if isinstance(layer, kind)), None)
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """gain: factor on the result, at no cost; the clamp grows with it."""
-        filter = self[0].kernel if self.down else None
-        conv = self[int(self.down)]
-        down = 2 if self.down else 1
-        if not self.activate:
+        blur, end = self._first(Blur), self._first(BiasAct)
+        conv = self[int(blur is not None)]
+        filter, down = (None, 1) if blur is None else (blur.kernel, 2)
+        if end is None:
             return conv(x, filter, down=down, gain=gain)
-        y, end = conv(x, filter, down=down), self[-1]
+        y = conv(x, filter, down=down)
         clamp = None if end.clamp is None else end.clamp * gain
         return ops.bias_act(y, end.bias.to(y.dtype), 1, "lrelu", gain=sqrt(2) * gain, clamp=clamp)
 

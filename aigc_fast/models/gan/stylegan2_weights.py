@@ -15,7 +15,8 @@ def load_stylegan2(
     """Loads a state dict with rosinality's or NVlabs' names, in place.
 
     rosinality/stylegan2-pytorch: the members "g_ema" (or "g") and "d" of a checkpoint. These are
-    the model's own names: style.N.weight, input.input, conv1.conv.weight, conv1.activate.bias,
+    the model's own names, with a leading dimension of 1 in the weight of modulated convolutions:
+    style.N.weight, input.input, conv1.conv.weight, conv1.activate.bias,
     convs.N.conv.modulation.weight, to_rgbs.N.bias, noises.noise_N; convs.0.0.weight,
     convs.N.conv2.1.weight, final_linear.1.bias.
 
@@ -35,10 +36,11 @@ def load_stylegan2(
     Buffers (FIR filters, constant noise, the average style) that are not there keep their values.
 
     Raises ValueError for a name or shape that the model does not have, and for a parameter that is
-    missing. The conditional discriminator of NVlabs, with a mapping network of its own, is not ours.
+    missing. NVlabs' conditional discriminator, with a mapping network of its own, is another model.
     """
     if any(re.match(r"(synthesis|mapping|b\d+)\.", name) for name in weights):
         weights = _from_nvlabs(weights)
+    weights = {name: w[0] if w.dim() == 5 else w for name, w in weights.items()}
     own = model.state_dict()
     if unknown := sorted(set(weights) - set(own)):
         raise ValueError(f"weights must be those of the model, got also {_some(unknown)}")
@@ -63,7 +65,7 @@ def _from_nvlabs(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith("resample_filter"):
             continue  # the model has its own, with the gain of upsampling in it
         renamed = _rename(name, resolution)
-        if renamed.endswith("conv.weight") or renamed == "input.input":
+        if renamed == "input.input":
             value = value.unsqueeze(0)
         elif ".noise_" in renamed:
             value = value.reshape(1, 1, *value.shape)
