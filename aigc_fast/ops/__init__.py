@@ -12,11 +12,13 @@ from aigc_fast.ops.group_norm_act import group_norm_act
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.layer_norm import layer_norm, modulated_layer_norm, modulated_rms_norm
 from aigc_fast.ops.merge_attention import merge_attention
+from aigc_fast.ops.modulated_conv2d import conv2d_resample, modulated_conv2d
 from aigc_fast.ops.qk_norm_rotary import qk_norm_rotary
 from aigc_fast.ops.quantized_linear import quantized_linear
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
 from aigc_fast.ops.rotary import apply_rotary
 from aigc_fast.ops.sampling import sample_tokens
+from aigc_fast.ops.scale_bias_act import scale_bias_act
 from aigc_fast.ops.scheduler_step import scheduler_step
 from aigc_fast.ops.upfirdn2d import upfirdn2d
 
@@ -29,6 +31,7 @@ __all__ = [
     "append_kv",
     "apply_rotary",
     "bias_act",
+    "conv2d_resample",
     "decode_attention",
     "decoder_step",
     "dequantize_weight",
@@ -38,6 +41,7 @@ __all__ = [
     "group_norm_act",
     "layer_norm",
     "merge_attention",
+    "modulated_conv2d",
     "modulated_layer_norm",
     "modulated_rms_norm",
     "pack_weight",
@@ -46,6 +50,7 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "sample_tokens",
+    "scale_bias_act",
     "scheduler_step",
     "swiglu",
     "upfirdn2d",

@@ -16,6 +16,7 @@ from tests.op_samples import (
     rms_norm,
     rotary,
     sampling,
+    scale_bias_act,
     scheduler_step,
     upfirdn2d,
 )
@@ -24,6 +25,7 @@ from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, r
 OPS: dict[str, OpSamples] = {
     **bias_act.OPS,
     **upfirdn2d.OPS,
+    **scale_bias_act.OPS,
     **rms_norm.OPS,
     **gated_mlp.OPS,
     **rotary.OPS,
