@@ -118,6 +118,7 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
         x.constant(5, 127), top_k=50, top_p=0.9, temperature=0.8, seeds=1
     ),
     "scheduler_step": _scheduler_step,
+    "snake": lambda x: ops.snake(x(2, 6, 17), x(6) + 3, x(6) + 3),
     "swiglu": lambda x: ops.swiglu(x(5, 127), x(5, 127)),
     "upfirdn2d": lambda x: ops.upfirdn2d(x(2, 3, 7, 9), x.constant(4, 4), up=2, padding=2),
 }
