@@ -92,18 +92,22 @@ def sines(u):
         r = tl.where(far, tl.where(rest > 0.8, 0.8, tl.where(rest < -0.8, -0.8, rest)), r)
         half_m = m * 0.5
         odd = tl.where(far, half_m != tl.floor(half_m), odd)
+    # sin^2(r) and sin(2r) by minimax polynomials of their own: products of sin(r) and cos(r) would
+    # round twice more.
     z = r * r
-    p = -1.9515295891e-4 * z + 8.3321608736e-3
-    p = p * z - 1.6666654611e-1
-    sin = p * z * r + r
-    q = 2.443315711809948e-5 * z - 1.388731625493765e-3
-    q = q * z + 4.166664568298827e-2
-    cos = q * z * z - 0.5 * z + 1.0
-    square = sin * sin
+    p = 1.3474253938e-4 * z - 3.1712938404e-3
+    p = p * z + 4.4443759425e-2
+    p = p * z - 3.3333328889e-1
+    square = p * z * z + z
+    t = r + r
+    zt = t * t
+    q = 2.6057505956e-6 * zt - 1.9809590059e-4
+    q = q * zt + 8.3330660822e-3
+    q = q * zt - 1.6666659545e-1
     # 1 - square is at least 1/2: nothing cancels.
     turn = tl.where(odd, -1.0, 1.0)
     return (
         tl.where(odd, 1.0 - square, square),
-        turn * (2.0 * sin * cos),
+        turn * (q * zt * t + t),
         turn * (1.0 - 2.0 * square),
     )

@@ -43,11 +43,13 @@ def _backward(
     dy = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32)
     x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
     alpha = _load_bias(alpha_ptr, row, col, rows, cols, channels, PER_COLUMN)
-    b = _inverse(_load_bias(beta_ptr, row, col, rows, cols, channels, PER_COLUMN))
+    beta = _load_bias(beta_ptr, row, col, rows, cols, channels, PER_COLUMN) + 1e-9
     squared, sin_twice, _ = sines(alpha * x)
-    dx = dy * (1.0 + alpha * b * sin_twice)
+    # Divided, not multiplied by a rounded 1 / beta, whose error all terms of a sum would share.
+    scaled = tl.div_rn(dy, beta)
+    dx = dy + alpha * scaled * sin_twice
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask)
-    dalpha, dbeta = dy * x * b * sin_twice, -dy * b * b * squared
+    dalpha, dbeta = scaled * x * sin_twice, -tl.div_rn(scaled, beta) * squared
     _store_bias_grad(dalpha_ptr, dalpha, rows, cols, ROWS, COLS, PER_COLUMN)
     _store_bias_grad(dbeta_ptr, dbeta, rows, cols, ROWS, COLS, PER_COLUMN)
 

@@ -8,9 +8,7 @@
 // where even and odd hold snake's values, continued by even[0] and odd[time - 1]. The adjoint of
 // either line is the other one, with its taps; that of continuing a signal is to add what lies
 // beyond an end to the sample there.
-#include "channels.h"
-
-#include <aigc_fast/snake.h>
+#include "snake.h"
 
 namespace aigc_fast {
 namespace {
@@ -196,14 +194,13 @@ Shape check(const Tensor& x, const Tensor& alpha, const Tensor& beta) {
 template <class A>
 struct Parameters {
   A up[kTaps], down[kTaps];
-  std::vector<A> alpha, inverse_beta;
+  std::vector<A> alpha;
+  std::vector<double> inverse_beta;
 
   Parameters(const Shape& s, const Tensor& alpha_in, const Tensor& beta_in,
              const Tensor& up_filter, const Tensor& down_filter)
-      : alpha(s.channels), inverse_beta(s.channels) {
+      : alpha(s.channels), inverse_beta(inverse_of(beta_in, s.channels)) {
     channel_values<A>(alpha_in, s.channels, "alpha", A(0), alpha.data());
-    channel_values<A>(beta_in, s.channels, "beta", A(0), inverse_beta.data());
-    for (A& b : inverse_beta) b = 1 / (b + A(kSnakeEps));
     channel_values<A>(up_filter, kTaps, "up_filter", A(0), up);
     channel_values<A>(down_filter, kTaps, "down_filter", A(0), down);
     for (A& tap : up) tap *= 2;
@@ -218,7 +215,7 @@ struct Parameters {
       std::copy_n(down, kTaps, work.down);
       for (int64_t u = begin; u < end; ++u) {
         const int64_t row = u / s.pieces, c = row % s.channels;
-        f(work, u, row * s.time, s.tile(u % s.pieces), Snake<A>{alpha[c], inverse_beta[c]});
+        f(work, u, row * s.time, s.tile(u % s.pieces), Snake<A>{alpha[c], A(inverse_beta[c])});
       }
     });
   }

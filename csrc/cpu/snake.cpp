@@ -1,8 +1,6 @@
 // y = x + sin^2(alpha x) / (beta + eps) with alpha and beta per channel, its backward and double
 // backward. The gradients of alpha and beta are summed in the pass that writes those of x.
-#include "channels.h"
-
-#include <aigc_fast/snake.h>
+#include "snake.h"
 
 namespace aigc_fast {
 namespace {
@@ -20,12 +18,11 @@ void check_gradient(const Tensor& gradient, const Tensor& x) {
 
 // [2][channels]: alpha and 1 / (beta + eps), with room for `more` values of each channel.
 template <class A>
-std::vector<A> values_of(const Channels& l, const Tensor& alpha, const Tensor& beta, int more = 0) {
+std::vector<A> values_of(const Channels& l, const Tensor& alpha, const std::vector<double>& inverse,
+                         int more = 0) {
   std::vector<A> values((2 + more) * l.channels);
-  A* inverse = values.data() + l.channels;
   channel_values<A>(alpha, l.channels, "alpha", A(0), values.data());
-  channel_values<A>(beta, l.channels, "beta", A(0), inverse);
-  for (int64_t c = 0; c < l.channels; ++c) inverse[c] = 1 / (inverse[c] + A(kSnakeEps));
+  std::copy(inverse.begin(), inverse.end(), values.begin() + l.channels);
   return values;
 }
 
@@ -36,7 +33,7 @@ Tensor snake(const Tensor& x_in, const Tensor& alpha, const Tensor& beta) {
   Tensor y = empty_like_dense(x);
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
-    std::vector<A> values = values_of<A>(l, alpha, beta);
+    std::vector<A> values = values_of<A>(l, alpha, inverse_of(beta, l.channels));
     const T* in = data<T>(x);
     T* out = mutable_data<T>(y);
     sum_then_write<A, 2>(
@@ -59,10 +56,11 @@ std::tuple<Tensor, Tensor, Tensor> snake_backward(const Tensor& dy_in, const Ten
   const Tensor x = as_dense(x_in), dy = in_order_of(dy_in, x);
   const Channels l = channels_of(x);
   Tensor dx = empty_like_dense(x);
+  const std::vector<double> inverse = inverse_of(beta, l.channels);
   std::vector<double> dalpha(l.channels), dbeta(l.channels);
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
-    const std::vector<A> values = values_of<A>(l, alpha, beta);
+    const std::vector<A> values = values_of<A>(l, alpha, inverse);
     const T *in = data<T>(x), *grad = data<T>(dy);
     T* out = mutable_data<T>(dx);
     sum_channels<A, 2>(
@@ -77,9 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> snake_backward(const Tensor& dy_in, const Ten
                   sums[1] += g * s.squared;
                 }),
         [&](int64_t c, const double* sums) {
-          const double b = values[l.channels + c];
-          dalpha[c] = sums[0] * b;
-          dbeta[c] = -sums[1] * b * b;
+          dalpha[c] = sums[0] * inverse[c];
+          dbeta[c] = -sums[1] * inverse[c] * inverse[c];
         });
   });
   return {dx, like_parameter(dalpha, alpha, x.scalar_type()),
@@ -99,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> snake_double_backward(
   std::vector<double> dalpha(l.channels), dbeta(l.channels);
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
-    std::vector<A> values = values_of<A>(l, alpha, beta, 2);
+    std::vector<A> values = values_of<A>(l, alpha, inverse_of(beta, l.channels), 2);
     A *b = values.data() + l.channels, *of_alpha = b + l.channels, *of_beta = of_alpha + l.channels;
     channel_values<A>(gg_alpha, l.channels, "gg_alpha", A(0), of_alpha);
     channel_values<A>(gg_beta, l.channels, "gg_beta", A(0), of_beta);
