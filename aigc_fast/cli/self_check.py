@@ -127,6 +127,7 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
         x(2, 3, 7, 9), x(2, 3), x.constant(2, 1, 7, 9), x(1), x(3), "lrelu", clamp=1.0
     ),
     "scheduler_step": _scheduler_step,
+    "snake": lambda x: ops.snake(x(2, 6, 17), x(6) + 3, x(6) + 3),
     "swiglu": lambda x: ops.swiglu(x(5, 127), x(5, 127)),
     "upfirdn2d": lambda x: ops.upfirdn2d(x(2, 3, 7, 9), x.constant(4, 4), up=2, padding=2),
 }

@@ -3,6 +3,7 @@
 from aigc_fast import _libraries
 from aigc_fast.ops._quantized_format import dequantize_weight, pack_weight, quantize_weight
 from aigc_fast.ops.add_noise import add_noise
+from aigc_fast.ops.alias_free_snake import alias_free_snake
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
@@ -20,6 +21,7 @@ from aigc_fast.ops.rotary import apply_rotary
 from aigc_fast.ops.sampling import sample_tokens
 from aigc_fast.ops.scale_bias_act import scale_bias_act
 from aigc_fast.ops.scheduler_step import scheduler_step
+from aigc_fast.ops.snake import snake
 from aigc_fast.ops.upfirdn2d import upfirdn2d
 
 # The schemas stand; now the compiled libraries can register their kernels.
@@ -28,6 +30,7 @@ _libraries.load()
 __all__ = [
     "add_noise",
     "add_rms_norm",
+    "alias_free_snake",
     "append_kv",
     "apply_rotary",
     "bias_act",
@@ -52,6 +55,7 @@ __all__ = [
     "sample_tokens",
     "scale_bias_act",
     "scheduler_step",
+    "snake",
     "swiglu",
     "upfirdn2d",
 ]

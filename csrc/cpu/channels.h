@@ -196,19 +196,42 @@ struct NoSums {
 
 // ---- the walk ----------------------------------------------------------------------------------
 
+// The sums of channels that are innermost, then finish(c, sums) for each.
+template <class A, class S, class Finish>
+void sum_rows(const Channels& l, const A* values, const S& summed, Finish& finish) {
+  constexpr int N = S::kSums;
+  std::vector<double> totals(N * l.channels);
+  if (l.size) summed.rows(l, values, totals.data());
+  for (int64_t c = 0; c < l.channels; ++c) {
+    double own[N];
+    for (int s = 0; s < N; ++s) own[s] = totals[s * l.channels + c];
+    finish(c, own);
+  }
+}
+
+// For each channel: the sums, whose terms may be written as they are added, then finish(c, sums).
+template <class A, int V, class S, class Finish>
+void sum_channels(const Channels& l, const A* values, const S& summed, Finish finish) {
+  if (l.size == 0 || l.innermost()) return sum_rows<A>(l, values, summed, finish);
+  const int64_t grain = std::max<int64_t>(1, kGrain / l.count());
+  torch::stable::parallel_for(0, l.channels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      Vec<A> at[V];
+      double own[S::kSums];
+      for (int v = 0; v < V; ++v) at[v] = broadcast(values[v * l.channels + c]);
+      summed.channel(l, c, at, own);
+      finish(c, own);
+    }
+  });
+}
+
 // For each channel: the sums, then finish(c, sums), which completes the channel's `values`
 // ([V][channels]), then write(i, lanes, values) for its elements.
 template <class A, int V, class S, class Finish, class Write>
 void sum_then_write(const Channels& l, A* values, const S& summed, Finish finish, Write write) {
   constexpr int N = S::kSums;
   if (l.size == 0 || l.innermost()) {
-    std::vector<double> totals(N * l.channels);
-    if (l.size) summed.rows(l, values, totals.data());
-    for (int64_t c = 0; c < l.channels; ++c) {
-      double own[N];
-      for (int s = 0; s < N; ++s) own[s] = totals[s * l.channels + c];
-      finish(c, own);
-    }
+    sum_rows<A>(l, values, summed, finish);
     for_row_blocks(l, [&](int64_t first, int64_t last, int64_t) {
       for (int64_t r = first; r < last; ++r)
         for_vectors<A>(l.channels, [&](int64_t j, auto lanes) __attribute__((always_inline)) {

@@ -18,6 +18,7 @@ from tests.op_samples import (
     sampling,
     scale_bias_act,
     scheduler_step,
+    snake,
     upfirdn2d,
 )
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
@@ -38,6 +39,7 @@ OPS: dict[str, OpSamples] = {
     **add_noise.OPS,
     **group_norm_act.OPS,
     **layer_norm.OPS,
+    **snake.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]
