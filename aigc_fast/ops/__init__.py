@@ -12,6 +12,12 @@ from aigc_fast.ops.group_norm_act import group_norm_act
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.layer_norm import layer_norm, modulated_layer_norm, modulated_rms_norm
 from aigc_fast.ops.merge_attention import merge_attention
+from aigc_fast.ops.norm_act import (
+    adaptive_instance_norm,
+    batch_norm_act,
+    instance_norm_act,
+    pixel_norm_act,
+)
 from aigc_fast.ops.qk_norm_rotary import qk_norm_rotary
 from aigc_fast.ops.quantized_linear import quantized_linear
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
@@ -24,10 +30,12 @@ from aigc_fast.ops.upfirdn2d import upfirdn2d
 _libraries.load()
 
 __all__ = [
+    "adaptive_instance_norm",
     "add_noise",
     "add_rms_norm",
     "append_kv",
     "apply_rotary",
+    "batch_norm_act",
     "bias_act",
     "decode_attention",
     "decoder_step",
@@ -36,11 +44,13 @@ __all__ = [
     "gated_residual_norm",
     "geglu",
     "group_norm_act",
+    "instance_norm_act",
     "layer_norm",
     "merge_attention",
     "modulated_layer_norm",
     "modulated_rms_norm",
     "pack_weight",
+    "pixel_norm_act",
     "qk_norm_rotary",
     "quantize_weight",
     "quantized_linear",

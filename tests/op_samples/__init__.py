@@ -11,6 +11,7 @@ from tests.op_samples import (
     group_norm_act,
     kv_cache,
     layer_norm,
+    norm_act,
     qk_norm_rotary,
     quantized_linear,
     rms_norm,
@@ -36,6 +37,7 @@ OPS: dict[str, OpSamples] = {
     **add_noise.OPS,
     **group_norm_act.OPS,
     **layer_norm.OPS,
+    **norm_act.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]
