@@ -14,6 +14,12 @@ from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.layer_norm import layer_norm, modulated_layer_norm, modulated_rms_norm
 from aigc_fast.ops.merge_attention import merge_attention
 from aigc_fast.ops.modulated_conv2d import conv2d_resample, modulated_conv2d
+from aigc_fast.ops.norm_act import (
+    adaptive_instance_norm,
+    batch_norm_act,
+    instance_norm_act,
+    pixel_norm_act,
+)
 from aigc_fast.ops.qk_norm_rotary import qk_norm_rotary
 from aigc_fast.ops.quantized_linear import quantized_linear
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
@@ -28,11 +34,13 @@ from aigc_fast.ops.upfirdn2d import upfirdn2d
 _libraries.load()
 
 __all__ = [
+    "adaptive_instance_norm",
     "add_noise",
     "add_rms_norm",
     "alias_free_snake",
     "append_kv",
     "apply_rotary",
+    "batch_norm_act",
     "bias_act",
     "conv2d_resample",
     "decode_attention",
@@ -42,12 +50,14 @@ __all__ = [
     "gated_residual_norm",
     "geglu",
     "group_norm_act",
+    "instance_norm_act",
     "layer_norm",
     "merge_attention",
     "modulated_conv2d",
     "modulated_layer_norm",
     "modulated_rms_norm",
     "pack_weight",
+    "pixel_norm_act",
     "qk_norm_rotary",
     "quantize_weight",
     "quantized_linear",

@@ -11,6 +11,7 @@ from tests.op_samples import (
     group_norm_act,
     kv_cache,
     layer_norm,
+    norm_act,
     qk_norm_rotary,
     quantized_linear,
     rms_norm,
@@ -40,6 +41,7 @@ OPS: dict[str, OpSamples] = {
     **group_norm_act.OPS,
     **layer_norm.OPS,
     **snake.OPS,
+    **norm_act.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]
