@@ -7,6 +7,7 @@ from aigc_fast.ops.alias_free_snake import alias_free_snake
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
+from aigc_fast.ops.gan_loss import discriminator_loss, generator_loss
 from aigc_fast.ops.gated_mlp import geglu, swiglu
 from aigc_fast.ops.gated_residual import gated_residual, gated_residual_norm
 from aigc_fast.ops.group_norm_act import group_norm_act
@@ -20,6 +21,7 @@ from aigc_fast.ops.norm_act import (
     instance_norm_act,
     pixel_norm_act,
 )
+from aigc_fast.ops.optim import adam_step, gradient_norm
 from aigc_fast.ops.qk_norm_rotary import qk_norm_rotary
 from aigc_fast.ops.quantized_linear import quantized_linear
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
@@ -34,6 +36,7 @@ from aigc_fast.ops.upfirdn2d import upfirdn2d
 _libraries.load()
 
 __all__ = [
+    "adam_step",
     "adaptive_instance_norm",
     "add_noise",
     "add_rms_norm",
@@ -46,9 +49,12 @@ __all__ = [
     "decode_attention",
     "decoder_step",
     "dequantize_weight",
+    "discriminator_loss",
     "gated_residual",
     "gated_residual_norm",
     "geglu",
+    "generator_loss",
+    "gradient_norm",
     "group_norm_act",
     "instance_norm_act",
     "layer_norm",

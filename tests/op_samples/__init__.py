@@ -7,11 +7,13 @@ from tests.op_samples import (
     add_noise,
     bias_act,
     decode_attention,
+    gan_loss,
     gated_mlp,
     group_norm_act,
     kv_cache,
     layer_norm,
     norm_act,
+    optim,
     qk_norm_rotary,
     quantized_linear,
     rms_norm,
@@ -42,6 +44,8 @@ OPS: dict[str, OpSamples] = {
     **layer_norm.OPS,
     **snake.OPS,
     **norm_act.OPS,
+    **gan_loss.OPS,
+    **optim.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]
