@@ -1,5 +1,14 @@
 """Generative adversarial networks."""
 
+from .load_ncnn import load_generator
 from .mlp import MLPDiscriminator, MLPGenerator
+from .rrdb import RRDBNet
+from .srvgg import SRVGGNetCompact
 
-__all__ = ["MLPDiscriminator", "MLPGenerator"]
+__all__ = [
+    "MLPDiscriminator",
+    "MLPGenerator",
+    "RRDBNet",
+    "SRVGGNetCompact",
+    "load_generator",
+]
