@@ -4,6 +4,7 @@ from .load_ncnn import load_generator
 from .mlp import MLPDiscriminator, MLPGenerator
 from .rrdb import RRDBNet
 from .srvgg import SRVGGNetCompact
+from .upscale import upscale
 
 __all__ = [
     "MLPDiscriminator",
@@ -11,4 +12,5 @@ __all__ = [
     "RRDBNet",
     "SRVGGNetCompact",
     "load_generator",
+    "upscale",
 ]
