@@ -17,6 +17,7 @@ from tests.op_samples import (
     rotary,
     sampling,
     scheduler_step,
+    timestep_embedding,
     upfirdn2d,
 )
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
@@ -36,6 +37,7 @@ OPS: dict[str, OpSamples] = {
     **add_noise.OPS,
     **group_norm_act.OPS,
     **layer_norm.OPS,
+    **timestep_embedding.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]
