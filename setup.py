@@ -9,8 +9,8 @@ torch.ops.load_library: they know neither Python nor a torch newer than 2.11.
 
 AIGC_FAST_CUDA=auto|0|1    auto builds the CUDA library where nvcc is found; 1 demands it
 TORCH_CUDA_ARCH_LIST       CUDA architectures, "8.0;9.0a" if unset
-AIGC_FAST_CPU_LEVELS       instruction-set levels to build, "avx512" or "baseline avx2", all if unset;
-                           not for a wheel: other machines would find nothing that they can run
+AIGC_FAST_CPU_LEVELS       instruction-set levels to build, "avx512" or "avx2 baseline";
+                           all if unset, as in a wheel: it shall run on other machines too
 AIGC_FAST_PYTHONS          further interpreters that the wheel shall serve, "python3.10 python3.12":
                            only the pybind11 module depends on one, and is built once for each
 AIGC_FAST_SANITIZE=1       AddressSanitizer and UndefinedBehaviorSanitizer in csrc/cpu, level avx2

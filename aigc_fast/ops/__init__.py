@@ -30,6 +30,7 @@ from aigc_fast.ops.sampling import sample_tokens
 from aigc_fast.ops.scale_bias_act import scale_bias_act
 from aigc_fast.ops.scheduler_step import scheduler_step
 from aigc_fast.ops.snake import snake
+from aigc_fast.ops.timestep_embedding import timestep_embedding
 from aigc_fast.ops.upfirdn2d import upfirdn2d
 
 # The schemas stand; now the compiled libraries can register their kernels.
@@ -73,5 +74,6 @@ __all__ = [
     "scheduler_step",
     "snake",
     "swiglu",
+    "timestep_embedding",
     "upfirdn2d",
 ]

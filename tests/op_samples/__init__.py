@@ -22,6 +22,7 @@ from tests.op_samples import (
     scale_bias_act,
     scheduler_step,
     snake,
+    timestep_embedding,
     upfirdn2d,
 )
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
@@ -46,6 +47,7 @@ OPS: dict[str, OpSamples] = {
     **norm_act.OPS,
     **gan_loss.OPS,
     **optim.OPS,
+    **timestep_embedding.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]
