@@ -6,12 +6,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .sample import sample
+from .train import train
+
 app = typer.Typer(
     help="Compiled kernels for generative models: see them run, check them, measure them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(train, name="train")
+app.add_typer(sample, name="sample")
 
 
 @app.command()

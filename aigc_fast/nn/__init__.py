@@ -1,6 +1,7 @@
 """nn.Module twins of the operators; the names in their state dicts are torch's own."""
 
 from .bias_act import BiasAct, LinearBiasAct
+from .conv_bias_act import Conv2dBiasAct, ConvTranspose2dBiasAct
 from .gated_mlp import GEGLU, SwiGLU
 from .group_norm_act import GroupNormAct
 from .layer_norm import LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm
@@ -12,6 +13,8 @@ __all__ = [
     "GEGLU",
     "BiasAct",
     "Blur",
+    "Conv2dBiasAct",
+    "ConvTranspose2dBiasAct",
     "Downsample2d",
     "GroupNormAct",
     "LayerNorm",

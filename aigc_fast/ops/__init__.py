@@ -6,12 +6,14 @@ from aigc_fast.ops.add_noise import add_noise
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
+from aigc_fast.ops.gan_loss import discriminator_loss, generator_loss
 from aigc_fast.ops.gated_mlp import geglu, swiglu
 from aigc_fast.ops.gated_residual import gated_residual, gated_residual_norm
 from aigc_fast.ops.group_norm_act import group_norm_act
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.layer_norm import layer_norm, modulated_layer_norm, modulated_rms_norm
 from aigc_fast.ops.merge_attention import merge_attention
+from aigc_fast.ops.optim import adam_step, gradient_norm
 from aigc_fast.ops.qk_norm_rotary import qk_norm_rotary
 from aigc_fast.ops.quantized_linear import quantized_linear
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
@@ -24,6 +26,7 @@ from aigc_fast.ops.upfirdn2d import upfirdn2d
 _libraries.load()
 
 __all__ = [
+    "adam_step",
     "add_noise",
     "add_rms_norm",
     "append_kv",
@@ -32,9 +35,12 @@ __all__ = [
     "decode_attention",
     "decoder_step",
     "dequantize_weight",
+    "discriminator_loss",
     "gated_residual",
     "gated_residual_norm",
     "geglu",
+    "generator_loss",
+    "gradient_norm",
     "group_norm_act",
     "layer_norm",
     "merge_attention",

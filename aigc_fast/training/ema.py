@@ -19,13 +19,22 @@ class EMA:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay, self.updates = decay, 0
 
+    def next_decay(self) -> float:
+        """The share that stays at the next update."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Moves the average towards the weights of `model`; buffers are copied."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(
-            list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - decay
+            list(self.model.parameters()),
+            [p.detach() for p in model.parameters()],
+            1 - self.next_decay(),
         )
+        self.copy_buffers(model)
+        self.updates += 1
+
+    @torch.no_grad()
+    def copy_buffers(self, model: nn.Module) -> None:
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
-        self.updates += 1
