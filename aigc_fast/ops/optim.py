@@ -59,12 +59,12 @@ def adam_step(
 
     params, grads, exp_avgs, exp_avg_sqs: as many tensors each, of one floating dtype and device,
               each param's three of its shape; any strides.
-    steps:    a float32 scalar tensor for each param: the steps taken.
+    steps:    a floating scalar tensor for each param: the steps taken. float32 in torch.optim.
     averages: averaged weights of the params, or none.
     norm:     what `gradient_norm` gave. Where it is not finite nothing is written, but `skipped`
               grows by one. Nothing of this waits for the device.
     max_norm: the norm to which gradients are scaled down.
-    skipped:  float32 scalar tensor that counts.
+    skipped:  floating scalar tensor that counts.
 
     Computes in fp32 (fp64 for fp64) and rounds once. Bytes that must move: 7 times the parameters,
     9 with averages.
@@ -88,7 +88,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _reference_norm(grads: list[Tensor], loss: Tensor | None) -> Tensor:
+def _reference_norm(grads: list[Tensor], loss: Tensor | None = None) -> Tensor:
     dtype = _wide(grads[0].dtype)
     norms = [torch.linalg.vector_norm(g, dtype=dtype) for g in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -129,7 +129,7 @@ def _reference(
             tensor.copy_(value if taken is True else torch.where(taken, value, tensor))
 
 
-def _check_norm(grads: list[Tensor], loss: Tensor | None) -> None:
+def _check_norm(grads: list[Tensor], loss: Tensor | None = None) -> None:
     for i, g in enumerate(grads):
         check_tensor(f"grads[{i}]", g, like=("grads[0]", grads[0]) if i else None)
     if loss is not None:
@@ -151,13 +151,13 @@ def _check(
         check_tensor(f"params[{i}]", p, like=("params[0]", params[0]) if i else None)
         for name, tensors in named.items():
             if name == "steps":
-                check_tensor(f"steps[{i}]", steps[i], dtypes=(torch.float32,), shape=())
+                check_tensor(f"steps[{i}]", steps[i], shape=())
                 continue
             check_tensor(f"{name}[{i}]", tensors[i], like=(f"params[{i}]", p), shape=p.shape)
     if norm is not None:
-        check_tensor("norm", norm, dtypes=(_wide(params[0].dtype),), shape=())
+        check_tensor("norm", norm, shape=())
     if skipped is not None:
-        check_tensor("skipped", skipped, dtypes=(torch.float32,), shape=())
+        check_tensor("skipped", skipped, shape=())
 
 
 _gradient_norm = Op(

@@ -25,16 +25,21 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Moves the average towards the weights of `model`; buffers are copied."""
+        """Moves the average towards the weights and buffers of `model`."""
         torch._foreach_lerp_(
             list(self.model.parameters()),
             [p.detach() for p in model.parameters()],
             1 - self.next_decay(),
         )
-        self.copy_buffers(model)
+        self.update_buffers(model)
         self.updates += 1
 
     @torch.no_grad()
-    def copy_buffers(self, model: nn.Module) -> None:
+    def update_buffers(self, model: nn.Module) -> None:
+        """Moves the buffers alone, by the same share: statistics that a batch norm keeps are those
+        of the weights it had. What is no floating number is copied."""
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
+            if buffer.is_floating_point():
+                average.lerp_(buffer, 1 - self.next_decay())
+            else:
+                average.copy_(buffer)

@@ -72,7 +72,7 @@ RECIPES = {
     "hinge": GANRecipe("hinge", betas=(0.0, 0.9)),
     "wgan": GANRecipe("wasserstein", n_critic=5, weight_clip=0.01, g_lr=5e-5, d_lr=5e-5),
     "wgan-gp": GANRecipe(
-        "wasserstein", "gradient", n_critic=2, g_lr=2e-4, d_lr=2e-4, betas=(0.0, 0.9)
+        "wasserstein", "gradient", n_critic=2, g_lr=4e-4, d_lr=4e-4, betas=(0.0, 0.9)
     ),
     "r1": GANRecipe(penalty="r1", penalty_interval=4, betas=(0.0, 0.99)),
     "r3gan": GANRecipe("relativistic", "r1+r2", penalty_weight=1.0, betas=(0.0, 0.99)),
@@ -171,8 +171,8 @@ class GANTrainer:
             self.g_optimizer.zero_grad()
             # The discriminator's own gradients are not wanted here, so they are not computed.
             g_loss.backward(inputs=self.g_parameters)
-            self.g_optimizer.step(loss=g_loss)
-            self.ema.copy_buffers(self.generator)
+            self.ema.update_buffers(self.generator)
+            self.g_optimizer.step(loss=g_loss)  # moves the averaged weights too
             self.g_loss = g_loss.detach()
         self.steps_done += 1
         return self.g_loss, d_loss

@@ -4,6 +4,7 @@
 // ones, or both; the relativistic one has for x the difference of a pair.
 #include "channels.h"
 #include "per_sample.h"
+#include "sums.h"
 
 namespace aigc_fast {
 namespace {

@@ -34,10 +34,20 @@ void require_dtype(const Tensor& x, const Tensor& like, const char* name) {
   require(x.scalar_type() == like.scalar_type(), name, " must have the dtype of the first tensor");
 }
 
+// Scalars may have any floating dtype.
 double scalar_of(const Tensor& x, const char* name) {
   require(x.numel() == 1, name, " must be a scalar");
   double value = 0;
   dispatch(x, name, [&]<class T>(T) { value = load_n(data<T>(x), 1)[0]; });
+  return value;
+}
+
+// One more; the new number.
+double count_up(const Tensor& x, const char* name) {
+  const double value = scalar_of(x, name) + 1;
+  dispatch(x, name, [&]<class T>(T) {
+    store_n(mutable_data<T>(x), broadcast(static_cast<Acc<T>>(value)), 1);
+  });
   return value;
 }
 
@@ -115,16 +125,13 @@ void adam_step(const std::vector<Tensor>& params_in, const std::vector<Tensor>& 
   require(steps.size() == count, "steps must be as long as params");
   for (size_t i = 0; i < count; ++i) {
     require_dtype(params_in[i], params_in[0], "params");
-    require(steps[i].numel() == 1 && steps[i].scalar_type() == ScalarType::Float,
-            "steps must be float32 scalars");
+    scalar_of(steps[i], "steps");  // refuses what is none, before anything is written
   }
-  require(!skipped || (skipped->numel() == 1 && skipped->scalar_type() == ScalarType::Float),
-          "skipped must be a float32 scalar");
   double clip = 1;
   if (norm) {
     const double value = scalar_of(*norm, "norm");
     if (!std::isfinite(value)) {
-      if (skipped) *mutable_data<float>(*skipped) += 1;
+      if (skipped) count_up(*skipped, "skipped");
       return;
     }
     if (max_norm) clip = std::min(1.0, *max_norm / (value + 1e-6));
@@ -137,7 +144,7 @@ void adam_step(const std::vector<Tensor>& params_in, const std::vector<Tensor>& 
   std::vector<double> sizes, corrections;
   for (size_t i = 0; i < count; ++i) {
     grads.push_back(in_order_of(grads_in[i], params.ours[i]));
-    const double step = *mutable_data<float>(steps[i]) += 1;
+    const double step = count_up(steps[i], "steps");
     sizes.push_back(lr / (1 - std::pow(beta1, step)));
     corrections.push_back(1 / std::sqrt(1 - std::pow(beta2, step)));
   }

@@ -7,10 +7,12 @@ from tests.op_samples import (
     add_noise,
     bias_act,
     decode_attention,
+    gan_loss,
     gated_mlp,
     group_norm_act,
     kv_cache,
     layer_norm,
+    optim,
     qk_norm_rotary,
     quantized_linear,
     rms_norm,
@@ -36,6 +38,8 @@ OPS: dict[str, OpSamples] = {
     **add_noise.OPS,
     **group_norm_act.OPS,
     **layer_norm.OPS,
+    **gan_loss.OPS,
+    **optim.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]
