@@ -1,6 +1,6 @@
-"""The demo's pictures."""
+"""Pictures of samples and of losses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +14,19 @@ from torch import Tensor
 def save_grid(path: Path, images: Tensor, columns: int, *, scale: int = 3, gap: int = 2) -> None:
     """images: (count, height, width) or (count, 1 or 3, height, width) in [-1, 1], row by row;
     black is -1."""
+    _grid(images, columns, scale, gap).save(path)
+
+
+def save_film(
+    path: Path, frames: Tensor, columns: int, *, scale: int = 3, gap: int = 2, duration: int = 80
+) -> None:
+    """A GIF without end of grids, (frames, count, ...), `duration` ms each; the last stays."""
+    first, *rest = (_grid(images, columns, scale, gap) for images in frames)
+    durations = [duration] * len(rest) + [20 * duration]
+    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def _grid(images: Tensor, columns: int, scale: int, gap: int) -> Image.Image:
     if images.dim() == 3:
         images = images[:, None]
     count, channels, height, width = images.shape
@@ -25,20 +38,18 @@ def save_grid(path: Path, images: Tensor, columns: int, *, scale: int = 3, gap: 
     sheet = sheet.reshape(rows * height, columns * width, channels)
     pixels = ((sheet + 1) * 127.5).round().to(torch.uint8)
     picture = Image.fromarray((pixels[..., 0] if channels == 1 else pixels).numpy())
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.LANCZOS).save(
-        path
-    )
+    size = (picture.width * scale, picture.height * scale)
+    return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def save_losses(
     path: Path,
-    g_losses: Sequence[float],
-    d_losses: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
     window: int,
     steps: Sequence[float] | None = None,
     label: str = "binary cross-entropy",
 ) -> None:
-    """Loss curves: every value faintly, the running mean of `window` of them on top.
+    """Loss curves by name: every value faintly, the running mean of `window` of them on top.
 
     steps: where each value was taken; by default each is a step, and the axis is in epochs of
         `window` steps.
@@ -53,10 +64,10 @@ def save_losses(
         figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        at = np.arange(1, len(g_losses) + 1) / window if steps is None else np.asarray(steps)
-        for name, losses, color in (("G", g_losses, "#d1495b"), ("D", d_losses, "#00798c")):
+        for (name, losses), color in zip(curves.items(), ("#d1495b", "#00798c"), strict=False):
+            at = np.arange(1, len(losses) + 1) / window if steps is None else np.asarray(steps)
             axes.plot(at, losses, color=color, alpha=0.2, linewidth=0.8)
-            axes.plot(at, _running_mean(losses, window), color=color, label=f"{name} loss")
+            axes.plot(at, _running_mean(losses, window), color=color, label=name)
         axes.set(xlabel="epoch" if steps is None else "step", ylabel=label, xlim=(0, None))
         if steps is None:
             axes.set_ylim(0, None)

@@ -41,3 +41,43 @@ def gan(
         seed, every, resume,
     )  # fmt: skip
     raise typer.Exit(run(Console(highlight=False), options))
+
+
+@train.command()
+def diffusion(
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is written.")],
+    data: Annotated[str, typer.Option(help="digits.")] = "digits",
+    class_conditional: Annotated[
+        bool, typer.Option("--class-conditional", help="Learn the classes.")
+    ] = False,
+    prediction: Annotated[str, typer.Option(help="v, epsilon or flow.")] = "v",
+    schedule: Annotated[str, typer.Option(help="Of v and epsilon: cosine or linear.")] = "cosine",
+    weighting: Annotated[
+        str | None, typer.Option(help="Of the loss by signal-to-noise ratio: min_snr or p2.")
+    ] = None,
+    channels: Annotated[int, typer.Option(help="Width of the U-Net, a multiple of 8.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Batches to train on, in all.")] = 5000,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.001, help="Stop after so long instead.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 32,
+    lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 2e-3,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same losses.")] = 0,
+    every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 500,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+) -> None:
+    """Trains a diffusion model: checkpoint.pt to go on from, model.safetensors to sample from,
+    log.csv, a grid of samples and the loss curve in OUTPUT."""
+    from .train_diffusion import Options, run
+
+    options = Options(
+        output=output, data=data, class_conditional=class_conditional, prediction=prediction,
+        schedule=schedule, weighting=weighting, channels=channels, steps=steps, minutes=minutes,
+        batch=batch, lr=lr, bf16=bf16, gradient_checkpointing=gradient_checkpointing, seed=seed,
+        every=every, resume=resume,
+    )  # fmt: skip
+    raise typer.Exit(run(Console(highlight=False), options))

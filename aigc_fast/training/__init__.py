@@ -1,8 +1,9 @@
 """Training steps and loops: data sets are tensors, every random number comes from a seed."""
 
-from .batches import batches
+from .batches import batches, epochs_of_batches
 from .checkpoint import load_checkpoint, save_checkpoint
-from .diffusion import DiffusionStep, DiffusionTrainer
+from .denoising import Denoising
+from .diffusion import DiffusionRecipe, DiffusionStep, DiffusionTrainer
 from .ema import EMA
 from .gan import RECIPES, GANRecipe, GANStep, GANTrainer
 from .log import CSVLog
@@ -15,12 +16,15 @@ __all__ = [
     "Adam",
     "AdamW",
     "CSVLog",
+    "Denoising",
+    "DiffusionRecipe",
     "DiffusionStep",
     "DiffusionTrainer",
     "GANRecipe",
     "GANStep",
     "GANTrainer",
     "batches",
+    "epochs_of_batches",
     "gradient_penalty",
     "load_checkpoint",
     "path_length_penalty",
