@@ -1,0 +1,90 @@
+"""Writes the tables of README.md from a file of results, so that no figure there is typed.
+
+python -m benchmarks.readme [results/<machine>.json]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.machine import slug
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- figures of {} -->", "<!-- end of figures -->"
+
+
+def tables(results: dict) -> str:
+    """The ratios of a file of results, in Markdown: of operators, then of whole loops and steps."""
+    machine = results["machine"]
+    versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "triton", "python", "commit"))
+    command = "python -m benchmarks.report" + (" --quick" if results["quick"] else "")
+    operators, whole = [], []
+    for row in results["benchmarks"]:
+        name = row["name"].replace("torch.", "")
+        others = {
+            key.rsplit("_over_", 1)[0]: value
+            for key, value in flat(row).items()
+            if key not in ("eager_over_ours", "compile_over_ours")
+        }
+        if "fraction_of_limit" in row:
+            ratios = (row["eager_over_ours"], row["compile_over_ours"])
+            limit = f"{row['fraction_of_limit']:.0%}"
+            operators.append(f"| `{name}` | " + " | ".join(f"{r:.2f}" for r in ratios))
+            operators[-1] += f" | {limit} |"
+        elif "eager_over_ours" in row:
+            others = {
+                "eager": row["eager_over_ours"],
+                "torch.compile": row.get("compile_over_ours"),
+                **others,
+            }
+            whole.append(f"| `{name}` | {listed(others)} |")
+        elif others:
+            whole.append(f"| `{name}` | {listed(others)} |")
+    return "\n".join(
+        [
+            f"`{command}` on {machine['processor']}; {versions}.",
+            "",
+            "| call | eager / ours | torch.compile / ours | of limit |",
+            "|---|---|---|---|",
+            *operators,
+            "",
+            "| loop or step | time of each other / ours |",
+            "|---|---|",
+            *whole,
+        ]
+    )
+
+
+def flat(row: dict) -> dict[str, float]:
+    """The ratios of a row, those of `peers_over_ours` among them."""
+    peers = row.get("peers_over_ours", {})
+    return {
+        **{f"{peer}_over_ours": ratio for peer, ratio in peers.items()},
+        **{k: v for k, v in row.items() if "_over_" in k and isinstance(v, float)},
+    }
+
+
+def listed(ratios: dict[str, float | None]) -> str:
+    return ", ".join(f"{k} {'n/a' if v is None else f'{v:.2f}'}" for k, v in ratios.items())
+
+
+def with_figures(text: str, name: str, results: dict) -> str:
+    """README's text with the tables of a machine between its marks."""
+    begin = BEGIN.format(name)
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"README.md has no {begin} ... {END}")
+    return f"{before}{begin}\n\n{tables(results)}\n\n{END}{after}"
+
+
+def main() -> None:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / f"{slug()}.json"
+    readme = ROOT / "README.md"
+    results = json.loads(path.read_text())
+    readme.write_text(with_figures(readme.read_text(), path.stem, results))
+
+
+if __name__ == "__main__":
+    main()
