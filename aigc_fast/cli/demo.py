@@ -51,7 +51,8 @@ def run(console: Console, output: Path, *, quick: bool) -> int:
     console.rule("[bold]GAN: two MLPs on 5,000 handwritten digits")
     gan = demo_gan.run(console, device, quick=quick)
     pictures.save_grid(output / "gan_digits.png", gan.digits, columns=12)
-    pictures.save_losses(output / "gan_losses.png", gan.g_losses, gan.d_losses, gan.steps)
+    losses = {"G loss": gan.g_losses, "D loss": gan.d_losses}
+    pictures.save_losses(output / "gan_losses.png", losses, gan.steps)
     console.rule("[bold]Diffusion: a small U-Net on the same digits, DDIM")
     diffusion = demo_diffusion.run(console, device, quick=quick)
     pictures.save_grid(output / "diffusion_digits.png", diffusion.digits, columns=10)

@@ -47,7 +47,7 @@ def run(console: Console, device: torch.device, *, quick: bool) -> DiffusionResu
         prediction_type="v_prediction",
         timestep_spacing="trailing",
     )
-    trainer = _train(console, model, scheduler, samples, labels, 1 if quick else EPOCHS)
+    trainer = _train(console, model, samples, labels, 1 if quick else EPOCHS)
 
     start = time.perf_counter()
     num_steps = 3 if quick else SAMPLING_STEPS
@@ -77,18 +77,12 @@ def run(console: Console, device: torch.device, *, quick: bool) -> DiffusionResu
 def _train(
     console: Console,
     model: UNet,
-    scheduler: DDIMScheduler,
     samples: Tensor,
     labels: Tensor,
     epochs: int,
 ) -> DiffusionTrainer:
     total = epochs * (len(samples) // BATCH)
-    trainer = DiffusionTrainer(
-        model,
-        scheduler.alphas_cumprod,
-        done=lambda step: step / total,
-        null_label=model.num_classes,
-    )
+    trainer = DiffusionTrainer(model, done=lambda step: step / total, null_label=model.num_classes)
     start = time.perf_counter()
     with progress_bar(console) as progress:
         task = progress.add_task("training", total=total)

@@ -1,6 +1,6 @@
-"""The demo's pictures."""
+"""Pictures of samples and of losses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,23 +12,48 @@ from torch import Tensor
 
 
 def save_grid(path: Path, images: Tensor, columns: int, *, scale: int = 3, gap: int = 2) -> None:
-    """images: (count, height, width) in [-1, 1], row by row; black is -1."""
-    count, height, width = images.shape
+    """images: (count, height, width) or (count, 1 or 3, height, width) in [-1, 1], row by row;
+    black is -1."""
+    _grid(images, columns, scale, gap).save(path)
+
+
+def save_film(
+    path: Path, frames: Tensor, columns: int, *, scale: int = 3, gap: int = 2, duration: int = 80
+) -> None:
+    """A GIF without end of grids, (frames, count, ...), `duration` ms each; the last stays."""
+    first, *rest = (_grid(images, columns, scale, gap) for images in frames)
+    durations = [duration] * len(rest) + [20 * duration]
+    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def _grid(images: Tensor, columns: int, scale: int, gap: int) -> Image.Image:
+    if images.dim() == 3:
+        images = images[:, None]
+    count, channels, height, width = images.shape
     rows = -(-count // columns)
-    images = F.pad(images.clamp(-1, 1), (gap, gap, gap, gap, 0, rows * columns - count), value=-1.0)
+    images = F.pad(images.clamp(-1, 1), (gap, gap, gap, gap), value=-1.0)
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, rows * columns - count), value=-1.0)
     height, width = height + 2 * gap, width + 2 * gap
-    sheet = images.view(rows, columns, height, width).transpose(1, 2)
-    sheet = sheet.reshape(rows * height, columns * width)
-    picture = Image.fromarray(((sheet + 1) * 127.5).round().to(torch.uint8).numpy())
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.LANCZOS).save(
-        path
-    )
+    sheet = images.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    sheet = sheet.reshape(rows * height, columns * width, channels)
+    pixels = ((sheet + 1) * 127.5).round().to(torch.uint8)
+    picture = Image.fromarray((pixels[..., 0] if channels == 1 else pixels).numpy())
+    size = (picture.width * scale, picture.height * scale)
+    return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def save_losses(
-    path: Path, g_losses: Sequence[float], d_losses: Sequence[float], steps: int
+    path: Path,
+    curves: Mapping[str, Sequence[float]],
+    window: int,
+    steps: Sequence[float] | None = None,
+    label: str = "binary cross-entropy",
 ) -> None:
-    """Loss curves over epochs of `steps` steps: every step faintly, the running mean on top."""
+    """Loss curves by name: every value faintly, the running mean of `window` of them on top.
+
+    steps: where each value was taken; by default each is a step, and the axis is in epochs of
+        `window` steps.
+    """
     # The Agg canvas, and no pyplot: no window system is asked for, no global state touched.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,11 +64,13 @@ def save_losses(
         figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        epochs = np.arange(1, len(g_losses) + 1) / steps
-        for name, losses, color in (("G", g_losses, "#d1495b"), ("D", d_losses, "#00798c")):
-            axes.plot(epochs, losses, color=color, alpha=0.2, linewidth=0.8)
-            axes.plot(epochs, _running_mean(losses, steps), color=color, label=f"{name} loss")
-        axes.set(xlabel="epoch", ylabel="binary cross-entropy", ylim=(0, None), xlim=(0, None))
+        for (name, losses), color in zip(curves.items(), ("#d1495b", "#00798c"), strict=False):
+            at = np.arange(1, len(losses) + 1) / window if steps is None else np.asarray(steps)
+            axes.plot(at, losses, color=color, alpha=0.2, linewidth=0.8)
+            axes.plot(at, _running_mean(losses, window), color=color, label=name)
+        axes.set(xlabel="epoch" if steps is None else "step", ylabel=label, xlim=(0, None))
+        if steps is None:
+            axes.set_ylim(0, None)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
         figure.savefig(path)

@@ -100,6 +100,9 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "append_kv": _append_kv,
     "apply_rotary": _apply_rotary,
     "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
+    "conv2d_resample": lambda x: ops.conv2d_resample(
+        x(2, 3, 6, 8), x(4, 3, 3, 3), x.constant(4, 4), down=2
+    ),
     "decode_attention": _decode_attention,
     "decoder_step": _decoder_step,
     "gated_residual": lambda x: ops.gated_residual(x(2, 5, 127), x(2, 5, 127), x(2, 127)),
@@ -109,6 +112,9 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "geglu": lambda x: ops.geglu(x(5, 127), x(5, 127)),
     "group_norm_act": lambda x: ops.group_norm_act(x(2, 6, 5, 7), 3, x(6), x(6), activation="silu"),
     "layer_norm": lambda x: ops.layer_norm(x(5, 127), x(127), x(127)),
+    "modulated_conv2d": lambda x: ops.modulated_conv2d(
+        x(2, 3, 5, 7), x(4, 3, 3, 3), x(2, 3), x.constant(2, 1, 5, 7), x(1), x(4), act="lrelu"
+    ),
     "modulated_layer_norm": lambda x: ops.modulated_layer_norm(x(2, 5, 127), x(2, 127), x(2, 127)),
     "modulated_rms_norm": lambda x: ops.modulated_rms_norm(x(2, 5, 127), x(2, 127), x(2, 127)),
     "qk_norm_rotary": _qk_norm_rotary,
@@ -117,8 +123,13 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "sample_tokens": lambda x: ops.sample_tokens(
         x.constant(5, 127), top_k=50, top_p=0.9, temperature=0.8, seeds=1
     ),
+    "scale_bias_act": lambda x: ops.scale_bias_act(
+        x(2, 3, 7, 9), x(2, 3), x.constant(2, 1, 7, 9), x(1), x(3), "lrelu", clamp=1.0
+    ),
     "scheduler_step": _scheduler_step,
+    "snake": lambda x: ops.snake(x(2, 6, 17), x(6) + 3, x(6) + 3),
     "swiglu": lambda x: ops.swiglu(x(5, 127), x(5, 127)),
+    "timestep_embedding": lambda x: ops.timestep_embedding(x(5), 31, max_period=100.0),
     "upfirdn2d": lambda x: ops.upfirdn2d(x(2, 3, 7, 9), x.constant(4, 4), up=2, padding=2),
 }
 

@@ -3,6 +3,7 @@
 from .digits import load_digits
 from .gguf import GGUFFile, GGUFTensor, read_gguf
 from .hf_folder import HFFolder, read_hf_folder
+from .ncnn import NcnnLayer, NcnnNetwork, find_realesrgan, read_ncnn
 from .quantized import pack_gguf
 from .tokenizer import TextTokenizer, load_tokenizer
 
@@ -10,10 +11,14 @@ __all__ = [
     "GGUFFile",
     "GGUFTensor",
     "HFFolder",
+    "NcnnLayer",
+    "NcnnNetwork",
     "TextTokenizer",
+    "find_realesrgan",
     "load_digits",
     "load_tokenizer",
     "pack_gguf",
     "read_gguf",
     "read_hf_folder",
+    "read_ncnn",
 ]

@@ -1,9 +1,12 @@
 """nn.Module twins of the operators; the names in their state dicts are torch's own."""
 
 from .bias_act import BiasAct, LinearBiasAct
+from .conv_bias_act import Conv2dBiasAct, ConvTranspose2dBiasAct
+from .equalized import EqualizedConv2d, EqualizedLinear
 from .gated_mlp import GEGLU, SwiGLU
 from .group_norm_act import GroupNormAct
 from .layer_norm import LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm
+from .modulated_conv2d import ModulatedConv2d
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
 from .upfirdn2d import Blur, Downsample2d, Upsample2d
@@ -12,10 +15,15 @@ __all__ = [
     "GEGLU",
     "BiasAct",
     "Blur",
+    "Conv2dBiasAct",
+    "ConvTranspose2dBiasAct",
     "Downsample2d",
+    "EqualizedConv2d",
+    "EqualizedLinear",
     "GroupNormAct",
     "LayerNorm",
     "LinearBiasAct",
+    "ModulatedConv2d",
     "ModulatedLayerNorm",
     "ModulatedRMSNorm",
     "QuantizedLinear",

@@ -38,7 +38,7 @@ class BiasAct(nn.Module):
         return ops.bias_act(x, self.bias, self.dim, self.act, self.alpha, self.gain, self.clamp)
 
     def extra_repr(self) -> str:
-        return f"{self.bias.numel()}, dim={self.dim}, {_describe(self)}"
+        return f"{self.bias.numel()}, dim={self.dim}, {describe(self)}"
 
 
 class LinearBiasAct(nn.Linear):
@@ -66,12 +66,18 @@ class LinearBiasAct(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
-        return ops.bias_act(y, self.bias, -1, self.act, self.alpha, self.gain, self.clamp)
+        bias = of_dtype(self.bias, y)
+        return ops.bias_act(y, bias, -1, self.act, self.alpha, self.gain, self.clamp)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {_describe(self)}"
+        return f"{super().extra_repr()}, {describe(self)}"
 
 
-def _describe(module: Any) -> str:
+def of_dtype(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    """The parameter as autocast hands it over: in the dtype of the product before it."""
+    return parameter if parameter is None or parameter.dtype == x.dtype else parameter.to(x.dtype)
+
+
+def describe(module: Any) -> str:
     options = {name: getattr(module, name) for name in ("act", "alpha", "gain", "clamp")}
     return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)

@@ -3,50 +3,64 @@
 from aigc_fast import _libraries
 from aigc_fast.ops._quantized_format import dequantize_weight, pack_weight, quantize_weight
 from aigc_fast.ops.add_noise import add_noise
+from aigc_fast.ops.alias_free_snake import alias_free_snake
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
+from aigc_fast.ops.gan_loss import discriminator_loss, generator_loss
 from aigc_fast.ops.gated_mlp import geglu, swiglu
 from aigc_fast.ops.gated_residual import gated_residual, gated_residual_norm
 from aigc_fast.ops.group_norm_act import group_norm_act
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.layer_norm import layer_norm, modulated_layer_norm, modulated_rms_norm
 from aigc_fast.ops.merge_attention import merge_attention
+from aigc_fast.ops.modulated_conv2d import conv2d_resample, modulated_conv2d
 from aigc_fast.ops.norm_act import (
     adaptive_instance_norm,
     batch_norm_act,
     instance_norm_act,
     pixel_norm_act,
 )
+from aigc_fast.ops.optim import adam_step, gradient_norm
 from aigc_fast.ops.qk_norm_rotary import qk_norm_rotary
 from aigc_fast.ops.quantized_linear import quantized_linear
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
 from aigc_fast.ops.rotary import apply_rotary
 from aigc_fast.ops.sampling import sample_tokens
+from aigc_fast.ops.scale_bias_act import scale_bias_act
 from aigc_fast.ops.scheduler_step import scheduler_step
+from aigc_fast.ops.snake import snake
+from aigc_fast.ops.timestep_embedding import timestep_embedding
 from aigc_fast.ops.upfirdn2d import upfirdn2d
 
 # The schemas stand; now the compiled libraries can register their kernels.
 _libraries.load()
 
 __all__ = [
+    "adam_step",
     "adaptive_instance_norm",
     "add_noise",
     "add_rms_norm",
+    "alias_free_snake",
     "append_kv",
     "apply_rotary",
     "batch_norm_act",
     "bias_act",
+    "conv2d_resample",
     "decode_attention",
     "decoder_step",
     "dequantize_weight",
+    "discriminator_loss",
     "gated_residual",
     "gated_residual_norm",
     "geglu",
+    "generator_loss",
+    "gradient_norm",
     "group_norm_act",
     "instance_norm_act",
     "layer_norm",
     "merge_attention",
+    "modulated_conv2d",
     "modulated_layer_norm",
     "modulated_rms_norm",
     "pack_weight",
@@ -56,7 +70,10 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "sample_tokens",
+    "scale_bias_act",
     "scheduler_step",
+    "snake",
     "swiglu",
+    "timestep_embedding",
     "upfirdn2d",
 ]

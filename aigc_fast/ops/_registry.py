@@ -95,8 +95,8 @@ class Op:
 
     def choose(self, *args: Any) -> tuple[str, str]:
         """(implementation, why) of a call with these arguments, nothing being forced."""
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        device, dtype = tensors[0].device.type, tensors[0].dtype
+        first = _first_tensor(args)
+        device, dtype = first.device.type, first.dtype
         if dtype not in self.dtypes:
             return "reference", f"no compiled kernel takes {dtype}"
         if device == "cpu":
@@ -168,7 +168,7 @@ class Op:
         """The implementation under every other key: reached when no kernel takes the call."""
         self.check(*args)
         if os.environ.get("AIGC_FAST_STRICT") == "1":
-            tensor = next(a for a in args if isinstance(a, torch.Tensor))
+            tensor = _first_tensor(args)
             # Shape propagation (compile, export, meta) is no fall-back.
             if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
                 raise FallbackError(
@@ -178,8 +178,18 @@ class Op:
         return self.reference(*args)
 
 
+def _first_tensor(args: tuple) -> torch.Tensor:
+    """The first tensor of a call, which may be in a list."""
+    for a in args:
+        if isinstance(a, list) and a:
+            a = a[0]
+        if isinstance(a, torch.Tensor):
+            return a
+    raise TypeError("a call of an operator must have a tensor")
+
+
 def _device(args: tuple) -> torch.device:
-    return next(a for a in args if isinstance(a, torch.Tensor)).device
+    return _first_tensor(args).device
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Noise added to a batch for diffusion training, and the v target in the same pass."""
+"""Noise added to a batch for diffusion training, and the v or flow target in the same pass."""
 
 from typing import Any
 
@@ -17,30 +17,48 @@ def add_noise(
     sigma: Tensor,
     *,
     return_velocity: bool = False,
+    rates: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """noisy = alpha * sample + sigma * noise, and velocity = alpha * noise - sigma * sample.
+    """noisy = alpha * sample + sigma * noise, and its velocity along the way from one to the other:
+    alpha_rate * sample + sigma_rate * noise.
 
     sample: (batch, ...), float64/32/16 or bfloat16. Its memory order is that of the results.
     noise:  shape and dtype of sample.
     alpha, sigma: (batch,), any floating dtype: sqrt(alphas_cumprod[t]) and
             sqrt(1 - alphas_cumprod[t]) of each sample's timestep. Best kept in float32.
     return_velocity: (noisy, velocity) is returned in place of noisy.
+    rates:  (alpha_rate, sigma_rate), each (batch,): how alpha and sigma change. By default
+            (-sigma, alpha), that of a quarter circle: the velocity is then the v target
+            alpha * noise - sigma * sample. (-1, 1) is that of flow matching, where alpha is
+            1 - sigma: noise - sample.
 
     Computes in fp32 (fp64 for fp64) and rounds once. Differentiable without end with respect to
-    all four tensors. Bytes that must move: 3 times sample, 4 with the velocity.
+    all tensors. Bytes that must move: 3 times sample, 4 with the velocity.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device.
 
-    Source: Ho et al. 2020, arXiv:2006.11239, equation 4; v: Salimans & Ho 2022, arXiv:2202.00512.
+    Source: Ho et al. 2020, arXiv:2006.11239, equation 4; v: Salimans & Ho 2022, arXiv:2202.00512;
+    flow matching: Liu et al. 2022, arXiv:2209.03003.
     """
-    if torch.is_grad_enabled() and (
-        sample.requires_grad or noise.requires_grad or alpha.requires_grad or sigma.requires_grad
-    ):
-        results = _AddNoise.call(sample, noise, alpha, sigma, return_velocity)
-    elif return_velocity:
-        results = _add_noise(sample, noise, alpha, sigma, True)
+    if rates is None:
+        if torch.is_grad_enabled() and (
+            sample.requires_grad or noise.requires_grad
+            or alpha.requires_grad or sigma.requires_grad
+        ):  # fmt: skip
+            results = _AddNoise.call(sample, noise, alpha, sigma, return_velocity, None, None)
+        elif return_velocity:
+            results = _add_noise(sample, noise, alpha, sigma, True)
+        else:
+            results = _add_noise(sample, noise, alpha, sigma)
     else:
-        results = _add_noise(sample, noise, alpha, sigma)
+        if not return_velocity:
+            raise ValueError("rates are for return_velocity=True")
+        run: Any = _add_noise
+        if torch.is_grad_enabled() and any(
+            t.requires_grad for t in (sample, noise, alpha, sigma, *rates)
+        ):
+            run = _AddNoise.call
+        results = run(sample, noise, alpha, sigma, True, *rates)
     return tuple(results) if return_velocity else results[0]
 
 
@@ -50,13 +68,22 @@ def _reference(
     alpha: Tensor,
     sigma: Tensor,
     return_velocity: bool = False,
+    alpha_rate: Tensor | None = None,
+    sigma_rate: Tensor | None = None,
 ) -> list[Tensor]:
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-    ones = [1] * (sample.dim() - 1)
-    a, s = alpha.to(dtype).reshape(-1, *ones), sigma.to(dtype).reshape(-1, *ones)
+
+    def wide(scale: Tensor) -> Tensor:
+        return scale.to(dtype).reshape(-1, *[1] * (sample.dim() - 1))
+
+    a, s = wide(alpha), wide(sigma)
     x = sample.to(dtype)
     z = torch.zeros_like(x) if noise is None else noise.to(dtype)
-    results = [a * x + s * z, a * z - s * x] if return_velocity else [a * x + s * z]
+    results = [a * x + s * z]
+    if return_velocity:
+        da = -s if alpha_rate is None else wide(alpha_rate)
+        ds = a if sigma_rate is None else wide(sigma_rate)
+        results.append(da * x + ds * z)
     return [torch.empty_like(sample).copy_(y) for y in results]
 
 
@@ -66,13 +93,18 @@ def _check(
     alpha: Tensor,
     sigma: Tensor,
     return_velocity: bool = False,
+    alpha_rate: Tensor | None = None,
+    sigma_rate: Tensor | None = None,
 ) -> None:
     check_tensor("sample", sample)
     if sample.dim() == 0:
         raise ValueError("sample must have a batch dimension, got shape ()")
     if noise is not None:
         check_tensor("noise", noise, like=("sample", sample), shape=sample.shape)
-    for name, scale in (("alpha", alpha), ("sigma", sigma)):
+    scales = [("alpha", alpha), ("sigma", sigma)]
+    if alpha_rate is not None and sigma_rate is not None:
+        scales += [("rates[0]", alpha_rate), ("rates[1]", sigma_rate)]
+    for name, scale in scales:
         check_tensor(name, scale, shape=sample.shape[:1])
         if scale.device != sample.device:
             raise ValueError(
@@ -82,7 +114,7 @@ def _check(
 
 _add_noise = Op(
     "add_noise(Tensor sample, Tensor? noise, Tensor alpha, Tensor sigma,"
-    " bool return_velocity=False) -> Tensor[]",
+    " bool return_velocity=False, Tensor? alpha_rate=None, Tensor? sigma_rate=None) -> Tensor[]",
     _reference,
     _check,
     stem="add_noise",
@@ -90,7 +122,8 @@ _add_noise = Op(
 
 
 class _AddNoise(OpFunction):
-    """The map (sample, noise) -> (noisy, velocity); with -sigma it is its own adjoint."""
+    """The map (sample, noise) -> (noisy, velocity), a matrix of two by two scales for each sample;
+    the adjoint is the transposed one, so sigma and alpha_rate change places."""
 
     @staticmethod
     def forward(
@@ -100,25 +133,42 @@ class _AddNoise(OpFunction):
         alpha: Tensor,
         sigma: Tensor,
         return_velocity: bool,
+        alpha_rate: Tensor | None,
+        sigma_rate: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        # Only the gradients of alpha and sigma need the tensors themselves.
-        learned = alpha.requires_grad or sigma.requires_grad
-        ctx.save_for_backward(alpha, sigma, *((sample, noise) if learned else ()))
-        return tuple(_add_noise(sample, noise, alpha, sigma, return_velocity))
+        scales = (alpha, sigma, alpha_rate, sigma_rate)
+        # Only the gradients of the scales need the tensors themselves.
+        learned = any(s is not None and s.requires_grad for s in scales)
+        ctx.save_for_backward(*scales, *((sample, noise) if learned else ()))
+        rates = () if alpha_rate is None else (alpha_rate, sigma_rate)
+        return tuple(_add_noise(sample, noise, alpha, sigma, return_velocity, *rates))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_velocity: Tensor | None = None) -> tuple:
-        alpha, sigma, *inputs = ctx.saved_tensors
+        alpha, sigma, alpha_rate, sigma_rate, *inputs = ctx.saved_tensors
         run = _AddNoise.call if torch.is_grad_enabled() else _add_noise
-        grad_sample, grad_noise = run(grad, grad_velocity, alpha, -sigma, True)
+        if alpha_rate is None:
+            grad_sample, grad_noise = run(grad, grad_velocity, alpha, -sigma, True, None, None)
+        else:
+            grad_sample, grad_noise = run(
+                grad, grad_velocity, alpha, alpha_rate, True, sigma, sigma_rate
+            )
         if not inputs:
-            return grad_sample, grad_noise, None, None, None
+            return grad_sample, grad_noise, None, None, None, None, None
         sample, noise = inputs
-        grad_alpha = _dot(grad, sample) + _dot(grad_velocity, noise)
-        grad_sigma = _dot(grad, noise) - _dot(grad_velocity, sample)
+        grads = [_dot(grad, sample), _dot(grad, noise), None, None]
+        of_rates = [_dot(grad_velocity, sample), _dot(grad_velocity, noise)]
+        if alpha_rate is None:  # it is -sigma, and sigma_rate is alpha
+            grads[:2] = grads[0] + of_rates[1], grads[1] - of_rates[0]
+        else:
+            grads[2:] = of_rates
+        scales = (alpha, sigma, alpha_rate, sigma_rate)
+        of_alpha, of_sigma, *rest = (
+            None if s is None else g.to(s.dtype) for g, s in zip(grads, scales, strict=True)
+        )
         if noise is None:
             grad_noise = None
-        return grad_sample, grad_noise, grad_alpha.to(alpha.dtype), grad_sigma.to(sigma.dtype), None
+        return grad_sample, grad_noise, of_alpha, of_sigma, None, *rest
 
 
 def _dot(a: Tensor | None, b: Tensor | None) -> Any:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import in_order_of, wide
 from aigc_fast.ops._registry import Op
 from aigc_fast.ops.gated_mlp import _activate, _slope
 
@@ -56,28 +57,14 @@ ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 _GATES = {1: None, 2: False, 3: True}  # the same in ops/gated_mlp.py
 
 
-def _in_order_of(y: Tensor, x: Tensor) -> Tensor:
-    """y as the dtype of x in the memory order that results have."""
-    order = torch.contiguous_format
-    if not x.is_contiguous():
-        for dim, candidate in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if x.dim() == dim and x.is_contiguous(memory_format=candidate):
-                order = candidate
-    return torch.empty_like(x, memory_format=order).copy_(y)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _grouped(x: Tensor, num_groups: int) -> Tensor:
     """x as (batch, groups, elements of a group) in fp32 or fp64."""
     size = x.shape[1] // num_groups * x.shape[2:].numel()
-    return _wide(x).reshape(x.shape[0], num_groups, size)
+    return wide(x).reshape(x.shape[0], num_groups, size)
 
 
 def _per_channel(p: Tensor | None, x: Tensor, missing: float) -> Tensor | float:
-    return missing if p is None else _wide(p).reshape(-1, *[1] * (x.dim() - 2))
+    return missing if p is None else wide(p).reshape(-1, *[1] * (x.dim() - 2))
 
 
 def _statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -99,7 +86,7 @@ def _reference(
     mean, rstd = _statistics(x, num_groups, eps)
     z = _normed(x, mean, rstd) * _per_channel(weight, x, 1.0) + _per_channel(bias, x, 0.0)
     z = z.to(x.dtype)  # as two operations of torch would round it
-    return _in_order_of(_activate(z, _GATES[act]) if act else z, x), mean, rstd
+    return in_order_of(_activate(z, _GATES[act]) if act else z, x), mean, rstd
 
 
 def _reference_backward(
@@ -112,14 +99,14 @@ def _reference_backward(
     num_groups: int,
     act: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normed, grad = _normed(x, mean, rstd), _wide(dy)
+    normed, grad = _normed(x, mean, rstd), wide(dy)
     scale = _per_channel(weight, x, 1.0)
     if act:
         grad = grad * _slope(normed * scale + _per_channel(bias, x, 0.0), _GATES[act])
     g, n = _grouped(grad * scale, num_groups), _grouped(normed, num_groups)
     size = max(g.shape[-1], 1)
     inner = g.sum(-1, keepdim=True) / size + n * ((g * n).sum(-1, keepdim=True) / size)
-    dx = _in_order_of(((g - inner) * rstd.unsqueeze(-1)).reshape(x.shape), x)
+    dx = in_order_of(((g - inner) * rstd.unsqueeze(-1)).reshape(x.shape), x)
     over = [d for d in range(x.dim()) if d != 1]
     dweight = dx.new_empty(0) if weight is None else (grad * normed).sum(over).to(x.dtype)
     dbias = dx.new_empty(0) if bias is None else grad.sum(over).to(x.dtype)

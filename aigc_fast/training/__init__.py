@@ -1,8 +1,34 @@
 """Training steps and loops: data sets are tensors, every random number comes from a seed."""
 
-from .batches import batches
-from .diffusion import DiffusionStep, DiffusionTrainer
+from .batches import batches, epochs_of_batches
+from .checkpoint import load_checkpoint, save_checkpoint
+from .denoising import Denoising
+from .diffusion import DiffusionRecipe, DiffusionStep, DiffusionTrainer
 from .ema import EMA
-from .gan import GANStep, GANTrainer
+from .gan import RECIPES, GANRecipe, GANStep, GANTrainer
+from .log import CSVLog
+from .optim import Adam, AdamW
+from .penalties import gradient_penalty, path_length_penalty, r1_penalty, r2_penalty
 
-__all__ = ["EMA", "DiffusionStep", "DiffusionTrainer", "GANStep", "GANTrainer", "batches"]
+__all__ = [
+    "EMA",
+    "RECIPES",
+    "Adam",
+    "AdamW",
+    "CSVLog",
+    "Denoising",
+    "DiffusionRecipe",
+    "DiffusionStep",
+    "DiffusionTrainer",
+    "GANRecipe",
+    "GANStep",
+    "GANTrainer",
+    "batches",
+    "epochs_of_batches",
+    "gradient_penalty",
+    "load_checkpoint",
+    "path_length_penalty",
+    "r1_penalty",
+    "r2_penalty",
+    "save_checkpoint",
+]

@@ -1,6 +1,7 @@
 """Mini-batches of tensors."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -23,3 +24,20 @@ def batches(
     for start in range(0, rows - batch_size + 1, batch_size):
         chosen = order[start : start + batch_size]
         yield tuple(tensor[chosen] for tensor in tensors)
+
+
+def epochs_of_batches(
+    *tensors: Tensor, batch_size: int, epochs: int, seed: int, done: int = 0
+) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
+    """(epoch, step of the epoch, batch), both counted from 1, after the first `done` steps. The
+    order of the rows is a function of the seed and the epoch: it is the same wherever one begins.
+    """
+    first, begun = divmod(done, max(len(tensors[0]) // batch_size, 1))
+    for epoch in range(first, epochs):
+        order = torch.Generator().manual_seed((seed + 1 << 32) + epoch)
+        rows = batches(*tensors, batch_size=batch_size, generator=order)
+        yield from (
+            (epoch + 1, step, batch)
+            for step, batch in enumerate(islice(rows, begun, None), start=begun + 1)
+        )
+        begun = 0

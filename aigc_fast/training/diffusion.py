@@ -1,17 +1,48 @@
-"""Training of a diffusion model by v-prediction."""
+"""Training of a diffusion model: epsilon, v or flow prediction, one trainer for all of them."""
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aigc_fast import ops
-
-from .batches import batches
+from .batches import epochs_of_batches
+from .denoising import Denoising, weighted_mse
 from .ema import EMA
+from .gradient_checkpointing import checkpoint_blocks
+from .optim import AdamW
+
+
+@dataclass(frozen=True)
+class DiffusionRecipe(Denoising):
+    """What the model is asked for, see Denoising, and how it is trained.
+
+    lr, betas, weight_decay: of AdamW. The learning rate rises over the first twentieth of the
+                training and falls along a cosine to zero.
+    max_norm:   to which gradients are clipped; None for not at all.
+    ema_decay:  of the averaged weights; less in the first steps.
+    unlabelled: share of the labels that "any" replaces, so that the model learns both outputs of
+                classifier-free guidance (arXiv:2207.12598).
+    bf16:       run the model under bfloat16 autocast; weights stay as they are.
+    gradient_checkpointing: keep only what goes into the model's blocks, and compute what is inside
+                again for the gradients: a third more time, a fraction of the memory.
+    """
+
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_norm: float | None = None
+    ema_decay: float = 0.997
+    unlabelled: float = 0.1
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.unlabelled <= 1:
+            raise ValueError(f"unlabelled must be in [0, 1], got {self.unlabelled}")
 
 
 class DiffusionStep(NamedTuple):
@@ -31,77 +62,118 @@ class DiffusionStep(NamedTuple):
 
 
 class DiffusionTrainer:
-    """Trains model(noisy, timesteps, labels), where noisy = alpha * sample + sigma * noise at the
-    timestep's alpha and sigma, to return v = alpha * noise - sigma * sample (Salimans & Ho 2022,
-    arXiv:2202.00512). Where there is hardly a signal left, v asks for the sample and not, as the
-    noise would, for a copy of the input.
+    """Trains model(noisy, timesteps, labels). A step whose loss or gradients are not finite changes
+    nothing and is counted in `skipped`.
 
-    alphas_cumprod: (num_timesteps,), a scheduler's: alpha^2 at each timestep; sigma^2 is the rest.
-    done:           done(step) is the share of the training, 0 to 1, that lies behind at a step,
-                    such as `lambda step: step / 1000`. The learning rate rises over the first
-                    twentieth and falls along a cosine to zero.
-    null_label:     the class that stands for "any"; a share `unlabelled` of the labels is
-                    replaced by it, so that the model learns both outputs of classifier-free
-                    guidance (arXiv:2207.12598).
-    average:        the model with averaged weights, the one to sample from.
+    recipe:  what is minimised, and how; by default v at the cosine schedule.
+    done:    done(step) is the share of the training, 0 to 1, that lies behind at a step, such as
+             `lambda step: step / 1000`: the learning rate depends on it.
+    null_label: the class that stands for "any"; None where there are no classes.
+    seed:    of noise, timesteps and the order of samples. The same seed gives the same losses, to
+             the bit, also where training was interrupted and went on from `state_dict`.
+    average: the model with averaged weights, the one to sample from.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        alphas_cumprod: Tensor,
+        recipe: DiffusionRecipe | None = None,
         *,
         done: Callable[[int], float],
-        lr: float = 2e-3,
-        ema_decay: float = 0.997,
         null_label: int | None = None,
-        unlabelled: float = 0.1,
         seed: int = 0,
     ) -> None:
+        self.recipe = recipe = recipe or DiffusionRecipe()
+        self.model, self.done, self.null_label = model, done, null_label
         parameters = list(model.parameters())
-        self.model, self.null_label, self.unlabelled = model, null_label, unlabelled
         self.device = parameters[0].device
-        self.alphas = alphas_cumprod.sqrt().to(self.device)
-        self.sigmas = (1 - alphas_cumprod).sqrt().to(self.device)
-        self.optimizer = torch.optim.Adam(parameters, lr, fused=True)
-        self.rate = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: _warm_up_and_cosine(min(done(step), 1.0))
-        )
-        self.ema = EMA(model, ema_decay)
+        self.levels = recipe.scheduler().levels
+        self.ema = EMA(model, recipe.ema_decay)
+        if recipe.gradient_checkpointing:
+            checkpoint_blocks(model)
+        self.optimizer = AdamW(
+            parameters, recipe.lr, recipe.betas, weight_decay=recipe.weight_decay,
+            max_norm=recipe.max_norm, average=self.ema,
+        )  # fmt: skip
+        self.seed, self.steps_done = seed, 0
         self.random = torch.Generator(self.device).manual_seed(seed)
 
     @property
     def average(self) -> nn.Module:
         return self.ema.model
 
+    @property
+    def skipped(self) -> int:
+        """Updates that were left out because something was not finite."""
+        return int(self.optimizer.skipped)
+
+    def loss(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Of a batch with new noise at new timesteps, part of the labels hidden."""
+        recipe, random = self.recipe, self.random
+        timesteps = recipe.draw_timesteps(len(samples), random)
+        noise = torch.empty_like(samples).normal_(generator=random)
+        if labels is not None and self.null_label is not None:
+            hidden = torch.rand(len(samples), generator=random, device=self.device)
+            labels = labels.masked_fill(hidden < recipe.unlabelled, self.null_label)
+        alpha, sigma = self.levels(timesteps)
+        noisy, target = recipe.corrupt(samples, noise, alpha, sigma)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bf16):
+            output = self.model(noisy, timesteps, labels)
+        return weighted_mse(output, target, recipe.weights(alpha, sigma))
+
     def step(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
         """One update on a batch; returns the loss."""
-        draw: dict[str, Any] = {"device": self.device, "generator": self.random}
-        timesteps = torch.randint(len(self.alphas), (len(samples),), **draw)
-        noise = torch.randn(samples.shape, dtype=samples.dtype, **draw)
-        if labels is not None and self.null_label is not None:
-            hidden = torch.rand(len(samples), **draw) < self.unlabelled
-            labels = labels.masked_fill(hidden, self.null_label)
-        noisy, velocity = ops.add_noise(
-            samples, noise, self.alphas[timesteps], self.sigmas[timesteps], return_velocity=True
-        )
-        loss = F.mse_loss(self.model(noisy, timesteps, labels), velocity)
+        share = min(self.done(self.steps_done), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * _warm_up_and_cosine(share)
+        loss = self.loss(samples, labels)
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        self.rate.step()
-        self.ema.update(self.model)
+        self.ema.update_buffers(self.model)
+        self.optimizer.step(loss=loss)  # moves the averaged weights too
+        self.steps_done += 1
         return loss.detach()
 
     def train(
-        self, samples: Tensor, labels: Tensor, *, epochs: int, batch_size: int
+        self, samples: Tensor, labels: Tensor | None = None, *, epochs: int, batch_size: int
     ) -> Iterator[DiffusionStep]:
-        """Yields after every step; whoever iterates logs, plots, or stops."""
-        steps = len(samples) // batch_size
-        for epoch in range(1, epochs + 1):
-            data = batches(samples, labels, batch_size=batch_size, generator=self.random)
-            for step, (batch, names) in enumerate(data, start=1):
-                yield DiffusionStep(epoch, epochs, step, steps, self.step(batch, names))
+        """Yields after every step; whoever iterates logs, plots, or stops. Goes on after
+        `steps_done`."""
+        data = (samples,) if labels is None else (samples, labels)
+        for epoch, step, batch in epochs_of_batches(
+            *data, batch_size=batch_size, epochs=epochs, seed=self.seed, done=self.steps_done
+        ):
+            loss = self.step(*batch)
+            yield DiffusionStep(epoch, epochs, step, len(samples) // batch_size, loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training needs to go on as if it had not been interrupted."""
+        return {
+            "recipe": asdict(self.recipe),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "average_updates": self.ema.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "skipped": self.optimizer.skipped,
+            "random": self.random.get_state(),
+            "seed": self.seed,
+            "steps_done": self.steps_done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave; ValueError where it is of another recipe."""
+        recipe = asdict(self.recipe)
+        if differing := sorted(name for name in recipe if recipe[name] != state["recipe"][name]):
+            raise ValueError(
+                f"recipe must be that of the checkpoint, {', '.join(differing)} differ"
+            )
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.ema.updates = state["average_updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.skipped.copy_(state["skipped"])
+        self.random.set_state(state["random"].cpu())
+        self.seed, self.steps_done = state["seed"], state["steps_done"]
 
 
 def _warm_up_and_cosine(done: float) -> float:

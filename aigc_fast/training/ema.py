@@ -19,13 +19,27 @@ class EMA:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay, self.updates = decay, 0
 
+    def next_decay(self) -> float:
+        """The share that stays at the next update."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Moves the average towards the weights of `model`; buffers are copied."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        """Moves the average towards the weights and buffers of `model`."""
         torch._foreach_lerp_(
-            list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - decay
+            list(self.model.parameters()),
+            [p.detach() for p in model.parameters()],
+            1 - self.next_decay(),
         )
-        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
+        self.update_buffers(model)
         self.updates += 1
+
+    @torch.no_grad()
+    def update_buffers(self, model: nn.Module) -> None:
+        """Moves the buffers alone, by the same share: statistics that a batch norm keeps are those
+        of the weights it had. What is no floating number is copied."""
+        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            if buffer.is_floating_point():
+                average.lerp_(buffer, 1 - self.next_decay())
+            else:
+                average.copy_(buffer)

@@ -1,14 +1,82 @@
-"""Adversarial training with the non-saturating logistic loss."""
+"""Adversarial training: any loss with any penalty, one trainer for all of them."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from aigc_fast.ops import discriminator_loss, generator_loss
+from aigc_fast.ops.gan_loss import LOSSES
 
 from .batches import batches
 from .ema import EMA
+from .optim import Adam
+from .penalties import gradient_penalty, r1_penalty, r2_penalty
+
+PENALTIES = ("gradient", "r1", "r2", "r1+r2")
+
+
+@dataclass(frozen=True)
+class GANRecipe:
+    """What is minimised, and how; see RECIPES for those of well-known papers.
+
+    loss:             one of aigc_fast.ops.gan_loss.LOSSES.
+    penalty:          "gradient" (of WGAN-GP), "r1", "r2" or "r1+r2" on the discriminator, or None.
+    penalty_weight:   its factor.
+    penalty_interval: it is computed every so many steps only, and then weighs so many times more
+                      (lazy regularisation, arXiv:1912.04958).
+    n_critic:         updates of the discriminator for one of the generator.
+    weight_clip:      limit on the discriminator's weights, as of the first WGAN; None for none.
+    g_lr, d_lr, betas: of the two Adams.
+    max_norm:         to which gradients are clipped; None for not at all.
+    instance_noise:   deviation of noise added to all that the discriminator sees
+                      (arXiv:1610.04490), so that it judges shapes and not single pixels.
+    ema_decay:        of the generator's averaged weights; less in the first steps.
+    bf16:             run the networks under bfloat16 autocast; weights stay as they are.
+    """
+
+    loss: str = "non_saturating"
+    penalty: str | None = None
+    penalty_weight: float = 10.0
+    penalty_interval: int = 1
+    n_critic: int = 1
+    weight_clip: float | None = None
+    g_lr: float = 2e-4
+    d_lr: float = 2e-4
+    betas: tuple[float, float] = (0.5, 0.999)
+    max_norm: float | None = None
+    instance_noise: float = 0.0
+    ema_decay: float = 0.995
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.penalty not in (None, *PENALTIES):
+            raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, got {self.penalty!r}")
+        for name in ("penalty_interval", "n_critic"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.weight_clip is not None and not self.weight_clip > 0:
+            raise ValueError(f"weight_clip must be positive, got {self.weight_clip}")
+
+
+#: The options of well-known papers. Learning rates are for small images and batches of 64.
+RECIPES = {
+    "non-saturating": GANRecipe(),
+    "least-squares": GANRecipe("least_squares"),
+    "hinge": GANRecipe("hinge", betas=(0.0, 0.9)),
+    "wgan": GANRecipe("wasserstein", n_critic=5, weight_clip=0.01, g_lr=5e-5, d_lr=5e-5),
+    "wgan-gp": GANRecipe(
+        "wasserstein", "gradient", n_critic=2, g_lr=4e-4, d_lr=4e-4, betas=(0.0, 0.9)
+    ),
+    "r1": GANRecipe(penalty="r1", penalty_interval=4, betas=(0.0, 0.99)),
+    "r3gan": GANRecipe("relativistic", "r1+r2", penalty_weight=1.0, betas=(0.0, 0.99)),
+}
 
 
 class GANStep(NamedTuple):
@@ -31,13 +99,14 @@ class GANStep(NamedTuple):
 class GANTrainer:
     """Trains a generator (latents to samples) against a discriminator (samples to logits).
 
-    D minimises bce(D(x), 1) + bce(D(G(z)), 0), G minimises bce(D(G(z)), 1), with Adam each
-    (Goodfellow et al. 2014, arXiv:1406.2661; the optimiser's numbers are DCGAN's,
-    arXiv:1511.06434).
+    A step is a batch of real samples: an update of the discriminator and, every n_critic steps, of
+    the generator. Networks of `num_classes` are called with labels as well. A step whose loss or
+    gradients are not finite changes nothing and is counted in `skipped`.
 
-    instance_noise: standard deviation of noise added to all that the discriminator sees
-        (arXiv:1610.04490), so that it judges shapes and not single pixels. On 5,000 digits, after
-        2,700 steps, 0.5 gave most kinds of digits where without it most samples were ones.
+    recipe:  what is minimised; by default the non-saturating loss and numbers of DCGAN
+        (arXiv:1406.2661, arXiv:1511.06434).
+    seed:    of latents, noise and the order of samples. The same seed gives the same losses, to the
+        bit, also where training was interrupted and went on from `state_dict`.
     average: the generator with averaged weights, the one to sample from.
     """
 
@@ -46,67 +115,159 @@ class GANTrainer:
         generator: nn.Module,
         discriminator: nn.Module,
         latent_dim: int,
+        recipe: GANRecipe | None = None,
         *,
-        lr: float = 2e-4,
-        betas: tuple[float, float] = (0.5, 0.999),
-        instance_noise: float = 0.0,
-        ema_decay: float = 0.995,
         seed: int = 0,
     ) -> None:
-        self.instance_noise = instance_noise
+        self.recipe = recipe = recipe or GANRecipe()
         self.generator, self.discriminator, self.latent_dim = generator, discriminator, latent_dim
         self.g_parameters = list(generator.parameters())
-        self.g_optimizer = torch.optim.Adam(self.g_parameters, lr, betas, fused=True)
-        self.d_optimizer = torch.optim.Adam(discriminator.parameters(), lr, betas, fused=True)
-        self.ema = EMA(generator, ema_decay)
+        self.d_parameters = list(discriminator.parameters())
+        self.ema = EMA(generator, recipe.ema_decay)
+        self.g_optimizer = Adam(
+            self.g_parameters, recipe.g_lr, recipe.betas, max_norm=recipe.max_norm, average=self.ema
+        )
+        self.d_optimizer = Adam(
+            self.d_parameters, recipe.d_lr, recipe.betas, max_norm=recipe.max_norm
+        )
+        # Real and fake in one batch: half as many matrix products, each twice as large. Not where a
+        # batch norm would mix them: it tells them apart by their statistics.
+        self._jointly = not any(isinstance(m, _BatchNorm) for m in discriminator.modules())
         self.device = self.g_parameters[0].device
+        self.seed, self.steps_done = seed, 0
         self.random = torch.Generator(self.device).manual_seed(seed)
+        self.g_loss = torch.zeros((), device=self.device)
 
     @property
     def average(self) -> nn.Module:
         return self.ema.model
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were left out because something was not finite."""
+        return int(self.g_optimizer.skipped + self.d_optimizer.skipped)
 
     def latents(self, batch_size: int) -> Tensor:
         """Standard normal (batch_size, latent_dim), the next ones of the trainer's seed."""
         like = self.g_parameters[0]
         return like.new_empty(batch_size, self.latent_dim).normal_(generator=self.random)
 
-    def step(self, real: Tensor) -> tuple[Tensor, Tensor]:
-        """One update of each network on a batch of real samples; returns (g_loss, d_loss)."""
-        batch = len(real)
-        fake = self.generator(self.latents(batch))
-        # Real and fake in one batch: half as many matrix products, each twice as large.
-        logits = self._judge(torch.cat([real, fake.detach()]))
-        d_loss = 2 * F.binary_cross_entropy_with_logits(logits, self._targets(batch, logits))
+    def step(self, real: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step on a batch of real samples; returns (g_loss, d_loss), penalties not included.
+
+        labels: of the real samples; the generated ones get the same.
+        """
+        recipe, batch = self.recipe, len(real)
+        of_generator = self.steps_done % recipe.n_critic == 0
+        with torch.set_grad_enabled(of_generator):
+            fake = self._run(self.generator, self.latents(batch), labels)
+        d_loss = self._update_discriminator(real, fake.detach(), labels)
+        if of_generator:
+            fake_logits = self._judge(fake, labels)
+            paired = recipe.loss == "relativistic"
+            with torch.no_grad():
+                real_logits = self._judge(real, labels) if paired else None
+            g_loss = generator_loss(fake_logits, real_logits, recipe.loss)
+            self.g_optimizer.zero_grad()
+            # The discriminator's own gradients are not wanted here, so they are not computed.
+            g_loss.backward(inputs=self.g_parameters)
+            self.ema.update_buffers(self.generator)
+            self.g_optimizer.step(loss=g_loss)  # moves the averaged weights too
+            self.g_loss = g_loss.detach()
+        self.steps_done += 1
+        return self.g_loss, d_loss
+
+    def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
+        recipe = self.recipe
+        if self._jointly:
+            both = None if labels is None else torch.cat([labels, labels])
+            real_logits, fake_logits = self._judge(torch.cat([real, fake]), both).split(len(real))
+        else:
+            real_logits, fake_logits = self._judge(real, labels), self._judge(fake, labels)
+        d_loss = discriminator_loss(real_logits, fake_logits, recipe.loss)
+        total = d_loss
+        if recipe.penalty and self.steps_done % recipe.penalty_interval == 0:
+            weight = recipe.penalty_weight * recipe.penalty_interval
+            total = d_loss + weight * self._penalty(real, fake, labels)
         self.d_optimizer.zero_grad()
-        d_loss.backward()
-        self.d_optimizer.step()
+        total.backward(inputs=self.d_parameters)
+        self.d_optimizer.step(loss=total)
+        if recipe.weight_clip is not None:
+            with torch.no_grad():
+                torch._foreach_clamp_min_(self.d_parameters, -recipe.weight_clip)
+                torch._foreach_clamp_max_(self.d_parameters, recipe.weight_clip)
+        return d_loss.detach()
 
-        logits = self._judge(fake)
-        g_loss = F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
-        self.g_optimizer.zero_grad()
-        # The discriminator's own gradients are not wanted here, so they are not computed.
-        g_loss.backward(inputs=self.g_parameters)
-        self.g_optimizer.step()
-        self.ema.update(self.generator)
-        return g_loss.detach(), d_loss.detach()
+    def _penalty(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
+        if self.recipe.penalty == "gradient":
+            return gradient_penalty(self._judge, real, fake, labels, generator=self.random)
+        terms = [
+            penalty(self._judge, samples, labels)
+            for name, penalty, samples in (("r1", r1_penalty, real), ("r2", r2_penalty, fake))
+            if name in self.recipe.penalty.split("+")
+        ]
+        return sum(terms[1:], terms[0])
 
-    def train(self, samples: Tensor, *, epochs: int, batch_size: int) -> Iterator[GANStep]:
-        """Yields after every step; whoever iterates logs, plots, or stops."""
+    def train(
+        self, samples: Tensor, labels: Tensor | None = None, *, epochs: int, batch_size: int
+    ) -> Iterator[GANStep]:
+        """Yields after every step; whoever iterates logs, plots, or stops. Goes on after
+        `steps_done`, the order of samples being a function of the seed and the epoch."""
         steps = len(samples) // batch_size
-        for epoch in range(1, epochs + 1):
-            data = batches(samples, batch_size=batch_size, generator=self.random)
-            for step, (real,) in enumerate(data, start=1):
-                yield GANStep(epoch, epochs, step, steps, *self.step(real))
+        data = (samples,) if labels is None else (samples, labels)
+        first, begun = divmod(self.steps_done, max(steps, 1))
+        for epoch in range(first, epochs):
+            order = torch.Generator().manual_seed((self.seed + 1 << 32) + epoch)
+            rows = batches(*data, batch_size=batch_size, generator=order)
+            for step, batch in enumerate(islice(rows, begun, None), start=begun + 1):
+                yield GANStep(epoch + 1, epochs, step, steps, *self.step(*batch))
+            begun = 0
 
-    def _judge(self, samples: Tensor) -> Tensor:
-        if self.instance_noise:
+    def state_dict(self) -> dict[str, Any]:
+        """All that training needs to go on as if it had not been interrupted."""
+        return {
+            "recipe": asdict(self.recipe),
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "average": self.average.state_dict(),
+            "average_updates": self.ema.updates,
+            "g_optimizer": self.g_optimizer.state_dict(),
+            "d_optimizer": self.d_optimizer.state_dict(),
+            "skipped": [self.g_optimizer.skipped, self.d_optimizer.skipped],
+            "g_loss": self.g_loss,
+            "random": self.random.get_state(),
+            "seed": self.seed,
+            "steps_done": self.steps_done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave; ValueError where it is of another recipe."""
+        recipe = asdict(self.recipe)
+        if differing := sorted(name for name in recipe if recipe[name] != state["recipe"][name]):
+            raise ValueError(
+                f"recipe must be that of the checkpoint, {', '.join(differing)} differ"
+            )
+        self.generator.load_state_dict(state["generator"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.average.load_state_dict(state["average"])
+        self.ema.updates = state["average_updates"]
+        self.g_optimizer.load_state_dict(state["g_optimizer"])
+        self.d_optimizer.load_state_dict(state["d_optimizer"])
+        for optimizer, count in zip(
+            (self.g_optimizer, self.d_optimizer), state["skipped"], strict=True
+        ):
+            optimizer.skipped.copy_(count)
+        self.g_loss = state["g_loss"].to(self.device)
+        self.random.set_state(state["random"].cpu())
+        self.seed, self.steps_done = state["seed"], state["steps_done"]
+
+    def _run(self, network: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            y = network(x) if labels is None else network(x, labels)
+        return y.float() if self.recipe.bf16 else y
+
+    def _judge(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.recipe.instance_noise:
             noise = torch.empty_like(samples).normal_(generator=self.random)
-            samples = torch.add(samples, noise, alpha=self.instance_noise)
-        return self.discriminator(samples)
-
-    def _targets(self, batch: int, logits: Tensor) -> Tensor:
-        """Ones for the real half, zeros for the other."""
-        targets = torch.zeros_like(logits)
-        targets[:batch] = 1
-        return targets
+            samples = torch.add(samples, noise, alpha=self.recipe.instance_noise)
+        return self._run(self.discriminator, samples, labels)

@@ -10,6 +10,7 @@
 
 #include "act_dispatch.h"
 #include "channels.h"
+#include "memory_order.h"
 
 namespace aigc_fast {
 namespace {
@@ -227,15 +228,6 @@ void channels_last_row(const Job<T>& job, int64_t n, int64_t o) {
   }
 }
 
-bool is_channels_last(const Tensor& x) {
-  int64_t stride = 1;
-  for (int d : {1, 3, 2, 0}) {
-    if (x.size(d) != 1 && x.stride(d) != stride) return false;
-    stride *= x.size(d);
-  }
-  return true;
-}
-
 Tensor upfirdn2d(const Tensor& x_in, const Tensor& filter, std::vector<int64_t> geometry, bool flip,
                  double gain, const std::optional<Tensor>& bias, int64_t act, double act_gain,
                  std::optional<double> clamp, double alpha) {
@@ -256,7 +248,7 @@ Tensor upfirdn2d(const Tensor& x_in, const Tensor& filter, std::vector<int64_t> 
   require(height >= 0 && width >= 0, "filter must not be larger than the padded image");
   y.out = height / y.down + 1;
   x.out = width / x.down + 1;
-  const bool last = !x_in.is_contiguous() && is_channels_last(x_in);
+  const bool last = is_channels_last(x_in);
   const Tensor source = last ? x_in : as_contiguous(x_in);
   const std::vector<int64_t> sizes{n, c, y.out, x.out};
   const std::vector<int64_t> strides{y.out * x.out * c, 1, x.out * c, c};

@@ -7,17 +7,22 @@ from tests.op_samples import (
     add_noise,
     bias_act,
     decode_attention,
+    gan_loss,
     gated_mlp,
     group_norm_act,
     kv_cache,
     layer_norm,
     norm_act,
+    optim,
     qk_norm_rotary,
     quantized_linear,
     rms_norm,
     rotary,
     sampling,
+    scale_bias_act,
     scheduler_step,
+    snake,
+    timestep_embedding,
     upfirdn2d,
 )
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
@@ -25,6 +30,7 @@ from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, r
 OPS: dict[str, OpSamples] = {
     **bias_act.OPS,
     **upfirdn2d.OPS,
+    **scale_bias_act.OPS,
     **rms_norm.OPS,
     **gated_mlp.OPS,
     **rotary.OPS,
@@ -37,7 +43,11 @@ OPS: dict[str, OpSamples] = {
     **add_noise.OPS,
     **group_norm_act.OPS,
     **layer_norm.OPS,
+    **snake.OPS,
     **norm_act.OPS,
+    **gan_loss.OPS,
+    **optim.OPS,
+    **timestep_embedding.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]

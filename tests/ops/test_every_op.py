@@ -66,7 +66,7 @@ def cast(value: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
 def call(op: OpSamples, args: tuple, kwargs: dict) -> list[Tensor]:
     """The tensors that the call returns or writes to."""
     out = op.function(*args, **kwargs)
-    return [*tensors(out), *(args[i] for i in op.mutates)]
+    return [*tensors(out), *tensors([args[i] for i in op.mutates])]
 
 
 def worst(got: Tensor, exact: Tensor) -> float:
@@ -335,7 +335,7 @@ def test_compiles_without_graph_break(op, sample, dynamic) -> None:
         lambda *a, **k: op.function(*a, **k), fullgraph=True, dynamic=dynamic, backend="aot_eager"
     )
     out = compiled(*args, **kwargs)
-    got = [*tensors(out), *(args[i] for i in op.mutates)]
+    got = [*tensors(out), *tensors([args[i] for i in op.mutates])]
     torch.testing.assert_close(got, eager, rtol=0, atol=0)
     if op.derivatives:
         args, kwargs = cast((sample.args, sample.kwargs), torch.float32)

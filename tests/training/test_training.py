@@ -11,7 +11,7 @@ from torch import nn
 from aigc_fast.models.diffusion import UNet
 from aigc_fast.models.gan import MLPDiscriminator, MLPGenerator
 from aigc_fast.schedulers import DDIMScheduler
-from aigc_fast.training import EMA, DiffusionTrainer, GANTrainer, batches
+from aigc_fast.training import EMA, DiffusionTrainer, GANRecipe, GANTrainer, batches
 
 
 def seeded(seed=0):
@@ -51,7 +51,7 @@ def test_ema_follows_and_forgets_its_start():
         expected = decay * expected + (1 - decay) * 5.0
         ema.update(model)
     assert ema.model.weight.item() == pytest.approx(expected, rel=1e-5)
-    assert ema.model.running_mean.item() == 3.0
+    assert ema.model.running_mean.item() == pytest.approx(3 * (expected - 1) / 4, rel=1e-5)
     assert not ema.model.weight.requires_grad and not ema.model.training
 
 
@@ -96,7 +96,7 @@ def test_gan_step_is_the_textbook_step(monkeypatch):
 
 
 def test_instance_noise_reaches_the_discriminator_and_not_the_generator(monkeypatch):
-    trainer = GANTrainer(*small_gan(), latent_dim=4, instance_noise=0.5)
+    trainer = GANTrainer(*small_gan(), 4, GANRecipe(instance_noise=0.5))
     seen, judge = [], trainer.discriminator.forward
     monkeypatch.setattr(trainer.discriminator, "forward", lambda x: (seen.append(x), judge(x))[1])
     real = torch.zeros(500, 6, dtype=torch.float64)

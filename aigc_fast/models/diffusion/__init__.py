@@ -1,6 +1,6 @@
 """Diffusion models."""
 
-from .sampling import sample_images
+from .sampling import sample, sample_images
 from .unet import UNet
 
-__all__ = ["UNet", "sample_images"]
+__all__ = ["UNet", "sample", "sample_images"]

@@ -157,6 +157,14 @@ AIGC_INLINE void store(T* p, Vec<Acc<T>> v, N n) {
   }
 }
 
+// The lanes of v that hold elements, zero in the others.
+template <class A, class N>
+AIGC_INLINE Vec<A> only(Vec<A> v, N lanes) {
+  if constexpr (std::is_same_v<N, int>)
+    for (int k = lanes; k < kLanes<A>; ++k) v[k] = 0;
+  return v;
+}
+
 // ---- reductions over lanes, in a fixed order ---------------------------------------------
 
 template <class A>

@@ -1,0 +1,86 @@
+"""The diffusion models of the command line, as files, and the schedulers that sample from them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aigc_fast.models.diffusion import UNet
+from aigc_fast.schedulers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Scheduler,
+    UniPCMultistepScheduler,
+)
+from aigc_fast.training.denoising import PREDICTIONS, SCHEDULES
+
+#: What a model is made of and what it predicts: image_channels, size, channels (of the levels),
+#: num_classes (0 for no labels), prediction and schedule.
+Config = dict[str, Any]
+
+_SOLVERS: dict[str, type] = {
+    "ddim": DDIMScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "flow_euler": FlowMatchEulerDiscreteScheduler,
+}
+SCHEDULERS = tuple(_SOLVERS)
+
+
+def make_model(config: Config) -> UNet:
+    return UNet(config["image_channels"], config["channels"], num_classes=config["num_classes"])
+
+
+def save_model(path: Path, model: nn.Module, config: Config) -> None:
+    """Weights as safetensors, the config in its header. Whole, or what was there before."""
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(weights, partial, {"aigc_fast": json.dumps({"diffusion": config})})
+    os.replace(partial, path)
+
+
+def load_model(path: Path, device: torch.device) -> tuple[UNet, Config]:
+    """What `save_model` wrote; ValueError for another file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {})["aigc_fast"])["diffusion"]
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model = make_model(config)
+        model.load_state_dict(weights)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: not the model.safetensors of a diffusion model: {error}"
+        ) from error
+    return model.to(device, memory_format=torch.channels_last).eval(), config
+
+
+def make_scheduler(name: str, prediction: str, schedule: str) -> Scheduler:
+    """The solver `name` for a model of such a prediction; ValueError where there is none."""
+    if name not in _SOLVERS:
+        raise ValueError(f"scheduler must be one of {', '.join(_SOLVERS)}, got {name!r}")
+    flow = prediction == "flow"
+    if flow != (name == "flow_euler") and not (flow and name in ("dpmpp_2m", "unipc")):
+        fitting = ("flow_euler", "dpmpp_2m", "unipc") if flow else SCHEDULERS[:-1]
+        raise ValueError(
+            f"scheduler must be one of {', '.join(fitting)} for {prediction} prediction, "
+            f"got {name!r}"
+        )
+    if name == "flow_euler":
+        return FlowMatchEulerDiscreteScheduler()
+    kind = PREDICTIONS[prediction]
+    if flow:
+        return _SOLVERS[name](prediction_type=kind, use_flow_sigmas=True)
+    beta_schedule = SCHEDULES[schedule]
+    return _SOLVERS[name](
+        beta_schedule=beta_schedule, prediction_type=kind, timestep_spacing="trailing"
+    )

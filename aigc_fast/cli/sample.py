@@ -1,0 +1,51 @@
+"""`aigc-fast sample`: one command for each kind of model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+sample = typer.Typer(help="Draws samples from a trained model.", no_args_is_help=True)
+
+
+@sample.command()
+def gan(
+    checkpoint: Annotated[Path, typer.Option(exists=True, dir_okay=False)],
+    output: Annotated[Path, typer.Option(dir_okay=False, help="A PNG file.")] = Path("samples.png"),
+    count: Annotated[int, typer.Option(min=1, help="Samples to draw.")] = 64,
+    label: Annotated[
+        int | None, typer.Option(min=0, help="The class, of a conditional model; all in turn.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
+) -> None:
+    """A grid of samples of a GAN that `aigc-fast train gan` trained."""
+    from .sample_gan import run
+
+    raise typer.Exit(run(Console(highlight=False), checkpoint, output, count, label, seed))
+
+
+@sample.command()
+def diffusion(
+    checkpoint: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="model.safetensors of a training.")
+    ],
+    output: Annotated[
+        Path, typer.Option(dir_okay=False, help="A PNG file, or a GIF of how the samples form.")
+    ] = Path("samples.png"),
+    scheduler: Annotated[
+        str, typer.Option(help="dpmpp_2m, unipc, ddim, euler; dpmpp_2m, unipc, flow_euler of flow.")
+    ] = "dpmpp_2m",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the scheduler.")] = 20,
+    guidance: Annotated[float, typer.Option(help="How far towards the class; 1 is as is.")] = 1.0,
+    label: Annotated[
+        int | None, typer.Option(min=0, help="The class, of a conditional model; all in turn.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples to draw.")] = 40,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
+) -> None:
+    """A grid of samples of a model that `aigc-fast train diffusion` trained."""
+    from .sample_diffusion import Options, run
+
+    options = Options(checkpoint, output, scheduler, steps, guidance, label, count, seed)
+    raise typer.Exit(run(Console(highlight=False), options))

@@ -1,0 +1,73 @@
+"""Samples of a diffusion model from its weights, as a picture or as a film of how they form."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from aigc_fast.models.diffusion import sample
+
+from .diffusion_model import load_model, make_scheduler
+from .pictures import save_film, save_grid
+
+
+@dataclass(frozen=True)
+class Options:
+    """Those of the command, which explains them."""
+
+    checkpoint: Path
+    output: Path
+    scheduler: str = "dpmpp_2m"
+    steps: int = 20
+    guidance: float = 1.0
+    label: int | None = None
+    count: int = 40
+    seed: int = 0
+
+
+def run(console: Console, options: Options) -> int:
+    """Exit code: 0, or 2 for a checkpoint or options that will not do."""
+    try:
+        if options.output.suffix not in (".png", ".gif"):
+            raise ValueError(f"output must be a .png or .gif file, got {options.output}")
+        stages = stages_of(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except (ValueError, OSError, ImportError) as error:
+        console.print(f"[bold red]{error}[/]", soft_wrap=True)
+        return 2
+    columns = min(options.count, 10)
+    if options.output.suffix == ".gif":
+        save_film(options.output, stages, columns)
+    else:
+        save_grid(options.output, stages[-1], columns)
+    console.print(f"{options.count} samples in {options.output}")
+    return 0
+
+
+def stages_of(options: Options, device: torch.device) -> Tensor:
+    """(steps, count, channels, height, width) on the CPU: the samples after every step."""
+    model, config = load_model(options.checkpoint, device)
+    scheduler = make_scheduler(options.scheduler, config["prediction"], config["schedule"])
+    classes, label, count = config["num_classes"], options.label, options.count
+    if label is not None and label >= classes:
+        raise ValueError(f"label must be a class of the model, which has {classes}, got {label}")
+    if options.guidance != 1 and not classes:
+        raise ValueError("guidance must be 1 for a model without classes")
+    labels = None
+    if classes:
+        labels = torch.arange(count) % classes if label is None else torch.full((count,), label)
+        labels = labels.to(device)
+    stages: list[Tensor] = []
+    sample(
+        model,
+        scheduler,
+        (count, config["image_channels"], config["size"], config["size"]),
+        labels=labels,
+        null_label=classes,
+        num_steps=options.steps,
+        guidance_scale=options.guidance,
+        seed=options.seed,
+        on_step=lambda number, images, x0: stages.append(images),
+    )
+    return torch.stack(stages).float().cpu()

@@ -1,0 +1,56 @@
+"""Samples of a GAN from its checkpoint."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from aigc_fast.training import load_checkpoint
+
+from .gan_networks import draw, make_generator
+from .pictures import save_grid
+
+
+def load_generator(checkpoint: Path, device: torch.device) -> nn.Module:
+    """The averaged generator of a checkpoint of `aigc-fast train gan`; ValueError for another."""
+    state = load_checkpoint(checkpoint, device)
+    try:
+        generator = make_generator(state["networks"])
+        generator.load_state_dict(state["trainer"]["average"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{checkpoint}: not a checkpoint of a GAN: {error}") from error
+    generator.num_classes = state["networks"]["num_classes"]
+    return generator.to(device).eval()
+
+
+def samples_of(
+    generator: nn.Module, count: int, label: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """(images (count, channels, height, width) in [-1, 1], their classes) on the CPU."""
+    device = next(generator.parameters()).device
+    random = torch.Generator().manual_seed(seed)
+    latents = torch.randn(count, int(generator.latent_dim), generator=random)
+    classes = generator.num_classes
+    if label is not None and (classes is None or label >= classes):
+        raise ValueError(f"label must be a class of the model, which has {classes}, got {label}")
+    labels = None
+    if classes is not None:
+        labels = torch.arange(count) % classes if label is None else torch.full((count,), label)
+    images = draw(generator, latents.to(device), labels.to(device) if labels is not None else None)
+    return images, labels
+
+
+def run(
+    console: Console, checkpoint: Path, output: Path, count: int, label: int | None, seed: int
+) -> int:
+    """Exit code: 0, or 2 for a checkpoint or label that will not do."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        images, _ = samples_of(load_generator(checkpoint, device), count, label, seed)
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]{error}[/]", soft_wrap=True)
+        return 2
+    save_grid(output, images, columns=min(count, 10))
+    console.print(f"{count} samples in {output}")
+    return 0

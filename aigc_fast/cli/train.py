@@ -1,0 +1,83 @@
+"""`aigc-fast train`: one command for each kind of model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+train = typer.Typer(help="Trains a model; goes on where it was stopped.", no_args_is_help=True)
+
+
+@train.command()
+def gan(
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is written.")],
+    arch: Annotated[str, typer.Option(help="dcgan or mlp.")] = "dcgan",
+    loss: Annotated[
+        str, typer.Option(help="non-saturating, least-squares, hinge, wgan, wgan-gp, r1 or r3gan.")
+    ] = "wgan-gp",
+    data: Annotated[str, typer.Option(help="digits, or a folder of images.")] = "digits",
+    size: Annotated[int, typer.Option(help="Pixels: 28, 32, 64 or 128.")] = 28,
+    channels: Annotated[int, typer.Option(min=1, help="Width of the networks.")] = 32,
+    conditional: Annotated[bool, typer.Option("--conditional", help="Learn the classes.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Batches to train on, in all.")] = 5000,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.0, help="Stop after so long instead.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
+    lr: Annotated[
+        float | None, typer.Option(min=0.0, help="Learning rate, not the loss's.")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same losses.")] = 0,
+    every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 500,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+) -> None:
+    """Trains a GAN: checkpoint.pt, log.csv, a grid of samples and the loss curves in OUTPUT."""
+    from .train_gan import Options, run
+
+    options = Options(
+        output, arch, loss, data, size, channels, conditional, steps, minutes, batch, lr, bf16,
+        seed, every, resume,
+    )  # fmt: skip
+    raise typer.Exit(run(Console(highlight=False), options))
+
+
+@train.command()
+def diffusion(
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is written.")],
+    data: Annotated[str, typer.Option(help="digits.")] = "digits",
+    class_conditional: Annotated[
+        bool, typer.Option("--class-conditional", help="Learn the classes.")
+    ] = False,
+    prediction: Annotated[str, typer.Option(help="v, epsilon or flow.")] = "v",
+    schedule: Annotated[str, typer.Option(help="Of v and epsilon: cosine or linear.")] = "cosine",
+    weighting: Annotated[
+        str | None, typer.Option(help="Of the loss by signal-to-noise ratio: min_snr or p2.")
+    ] = None,
+    channels: Annotated[int, typer.Option(help="Width of the U-Net, a multiple of 8.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Batches to train on, in all.")] = 5000,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.001, help="Stop after so long instead.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 32,
+    lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 2e-3,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same losses.")] = 0,
+    every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 500,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+) -> None:
+    """Trains a diffusion model: checkpoint.pt to go on from, model.safetensors to sample from,
+    log.csv, a grid of samples and the loss curve in OUTPUT."""
+    from .train_diffusion import Options, run
+
+    options = Options(
+        output=output, data=data, class_conditional=class_conditional, prediction=prediction,
+        schedule=schedule, weighting=weighting, channels=channels, steps=steps, minutes=minutes,
+        batch=batch, lr=lr, bf16=bf16, gradient_checkpointing=gradient_checkpointing, seed=seed,
+        every=every, resume=resume,
+    )  # fmt: skip
+    raise typer.Exit(run(Console(highlight=False), options))

@@ -1,0 +1,156 @@
+"""What training commands share: the loop, the log, checkpoints and going on from them."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from aigc_fast.io import load_digits
+from aigc_fast.training import CSVLog, load_checkpoint, save_checkpoint
+
+from .pictures import save_losses
+
+_LOG_EVERY = 50  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options that training commands have in common, and explain."""
+
+    output: Path
+    data: str = "digits"
+    steps: int
+    minutes: float | None = None
+    batch: int
+    seed: int = 0
+    every: int = 500
+    resume: bool = False
+
+
+class TrainingSession(ABC):
+    """A trainer with its data and the files it keeps; __init__ of a subclass sets the first five,
+    then calls `open`.
+
+    losses: names of the losses, as `losses_of` gives them.
+    config: numbers that the network can be made of again. A checkpoint of others is refused.
+    """
+
+    options: RunOptions
+    trainer: Any
+    samples: Tensor
+    labels: Tensor | None
+    config: dict[str, Any]
+    losses: tuple[str, ...]
+
+    @abstractmethod
+    def losses_of(self, state: Any) -> tuple[Tensor, ...]:
+        """The losses of one step, on their device."""
+
+    @abstractmethod
+    def keep_samples(self) -> None:
+        """Draws from the model as it is."""
+
+    def open(self) -> None:
+        """ValueError where the folder holds another training than is asked for."""
+        options = self.options
+        options.output.mkdir(parents=True, exist_ok=True)
+        self.checkpoint = options.output / "checkpoint.pt"
+        self.seconds = 0.0  # of training, in all
+        if options.resume:
+            state = load_checkpoint(self.checkpoint, self.samples.device)
+            if state.get("config") != self.config:
+                raise ValueError(f"{self.checkpoint} is of another model: {state.get('config')}")
+            self.trainer.load_state_dict(state["trainer"])
+            self.seconds = state["seconds"]
+        elif self.checkpoint.exists():
+            raise ValueError(f"{self.checkpoint} exists: --resume goes on from it")
+        columns = [*self.losses, "skipped", "seconds"]
+        self.log = CSVLog(options.output / "log.csv", columns, self.trainer.steps_done)
+
+    def share_done(self, step: int) -> float:
+        """How much of the training lies behind, 0 to 1."""
+        minutes = self.options.minutes
+        return step / self.options.steps if minutes is None else self.seconds / (60 * minutes)
+
+    def train(self, console: Console) -> None:
+        """Until the steps are done, or the minutes over."""
+        options, trainer = self.options, self.trainer
+        begun, before, start = trainer.steps_done, self.seconds, time.perf_counter()
+        recent: list[tuple[Tensor, ...]] = []
+        with _progress_bar(console) as progress:
+            bar = progress.add_task("", total=1.0)
+            for state in self._states():
+                recent.append(self.losses_of(state))
+                self.seconds = before + time.perf_counter() - start
+                share = self.share_done(trainer.steps_done)
+                progress.update(bar, completed=share, description=f"step {trainer.steps_done}")
+                if trainer.steps_done % _LOG_EVERY == 0 or share >= 1:
+                    self._log(recent)
+                if trainer.steps_done % options.every == 0 or share >= 1:
+                    self._keep()
+                    progress.console.print(str(state))
+                if share >= 1:
+                    break
+        self.log.close()
+        rate = (trainer.steps_done - begun) / max(self.seconds - before, 1e-9)
+        console.print(
+            f"{trainer.steps_done} steps of {options.batch} images, {rate:.1f} steps/s, "
+            f"{trainer.skipped} updates skipped; "
+            f"{', '.join(sorted(file.name for file in options.output.iterdir()))} "
+            f"are in {options.output}/",
+            soft_wrap=True,
+        )
+
+    def _states(self) -> Iterator[Any]:
+        options = self.options
+        steps = options.steps if options.minutes is None else 10**9
+        epochs = -(-steps // (len(self.samples) // options.batch))
+        states = self.trainer.train(
+            self.samples, self.labels, epochs=epochs, batch_size=options.batch
+        )
+        return islice(states, max(steps - self.trainer.steps_done, 0))
+
+    def _log(self, recent: list[tuple[Tensor, ...]]) -> None:
+        """Means since the last row. Only here does the host wait for the device."""
+        means = [torch.stack(losses).mean().item() for losses in zip(*recent, strict=True)]
+        self.log.add(self.trainer.steps_done, *means, self.trainer.skipped, self.seconds)
+        recent.clear()
+
+    def _keep(self) -> None:
+        state = {
+            "config": self.config, "trainer": self.trainer.state_dict(), "seconds": self.seconds,
+        }  # fmt: skip
+        save_checkpoint(self.checkpoint, state)
+        self.keep_samples()
+        steps, *columns = zip(*self.log.read(), strict=True)
+        curves = dict(zip(self.losses, columns, strict=False))
+        save_losses(self.options.output / "losses.png", curves, 10, steps, label="loss")
+
+
+def load_data(name: str, batch: int) -> tuple[Tensor, Tensor]:
+    """Images (count, channels, height, width) in [-1, 1] and labels; `name` is "digits"."""
+    if name != "digits":
+        raise ValueError(f"data must be digits, got {name!r}")
+    images, labels = load_digits()
+    if batch > len(images):
+        raise ValueError(f"batch must be at most {len(images)}, the images there are")
+    return images[:, None].float() / 127.5 - 1, labels
+
+
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

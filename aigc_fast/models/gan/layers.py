@@ -1,0 +1,48 @@
+"""Norms with the leaky ReLU or ReLU that follows them, under the keys of the norm."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from aigc_fast import ops
+from aigc_fast.nn import GroupNormAct
+from aigc_fast.nn.bias_act import of_dtype
+
+#: the norms that a network of this folder takes; None for none
+NORMS = ("batch", "instance", "layer", None)
+#: options of bias_act that make it torch's function of the name
+RELU: dict[str, Any] = {"act": "relu", "gain": 1.0}
+LEAKY: dict[str, Any] = {"act": "lrelu", "alpha": 0.2, "gain": 1.0}
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    def __init__(self, channels: int, **act: Any) -> None:
+        super().__init__(channels)
+        self.act = act
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.bias_act(super().forward(input), None, 1, **self.act)
+
+
+class SampleNormAct(GroupNormAct):
+    """Norms of a sample alone, which a gradient penalty of each sample allows."""
+
+    def __init__(self, groups: int, channels: int, **act: Any) -> None:
+        super().__init__(groups, channels)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = of_dtype(self.weight, x), of_dtype(self.bias, x)
+        y = ops.group_norm_act(x, self.num_groups, weight, bias, self.eps)
+        return ops.bias_act(y, None, 1, **self.act)
+
+
+def norm_act(norm: str | None, channels: int, **act: Any) -> nn.Module:
+    """The norm of that name over (batch, channels, height, width), then the activation.
+
+    "layer" is over all of a sample and has its weight and bias a channel, "instance" over each
+    channel of a sample.
+    """
+    if norm == "batch":
+        return BatchNormAct(channels, **act)
+    return SampleNormAct(1 if norm == "layer" else channels, channels, **act)

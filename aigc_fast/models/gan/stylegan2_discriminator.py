@@ -1,0 +1,81 @@
+"""The discriminator of StyleGAN2 (Karras et al. 2020, arXiv:1912.04958), residual."""
+
+import torch
+from torch import Tensor, nn
+
+from aigc_fast.models.gan.stylegan2_layers import (
+    ConvLayer,
+    ResBlock,
+    channels_at,
+    one_hot,
+    pixel_norm,
+    resolutions_up_to,
+)
+from aigc_fast.nn import EqualizedLinear
+
+
+def minibatch_stddev(x: Tensor, group_size: int = 4) -> Tensor:
+    """x and one channel more: the standard deviation over a group of samples, averaged.
+
+    x: (batch, channels, H, W). A group is batch / size samples apart, with the largest size up to
+    group_size that divides the batch.
+    """
+    n, _, h, w = x.shape
+    size = next(g for g in range(min(group_size, max(n, 1)), 0, -1) if n % g == 0)
+    groups = x.reshape(size, n // size, *x.shape[1:])
+    groups = groups.to(torch.promote_types(x.dtype, torch.float32))
+    deviation = torch.sqrt(groups.var(0, correction=0) + 1e-8)
+    channel = deviation.mean((1, 2, 3)).to(x.dtype).repeat(size)
+    return torch.cat([x, channel.view(n, 1, 1, 1).expand(n, 1, h, w)], 1)
+
+
+class StyleGAN2Discriminator(nn.Module):
+    """Images (batch, image_channels, resolution, resolution) to logits (batch, 1): above zero
+    means real.
+
+    resolution, channel_multiplier, max_channels, image_channels, num_classes, clamp: as for
+    `StyleGAN2Generator`. A conditional model projects its features on an embedding of the label.
+
+    State dict: the names of rosinality's `d`.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        *,
+        channel_multiplier: float = 2,
+        max_channels: int = 512,
+        image_channels: int = 3,
+        num_classes: int = 0,
+        clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = resolutions_up_to(resolution)
+        self.resolution, self.num_classes = resolution, num_classes
+        c = channels_at(resolution, channel_multiplier, max_channels)
+        layers: list[nn.Module] = [ConvLayer(image_channels, c, 1, clamp=clamp)]
+        for size in reversed(sizes):
+            before, c = c, channels_at(size // 2, channel_multiplier, max_channels)
+            layers.append(ResBlock(before, c, clamp))
+        self.convs = nn.Sequential(*layers)
+        self.final_conv = ConvLayer(c + 1, c, 3, clamp=clamp)
+        self.final_linear = nn.Sequential(
+            EqualizedLinear(c * 4 * 4, c, "lrelu"),
+            EqualizedLinear(c, c if num_classes else 1),
+        )
+        self.embed = EqualizedLinear(num_classes, c) if num_classes else None
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        if images.shape[2:] != (self.resolution, self.resolution):
+            raise ValueError(
+                f"images must have {self.resolution} x {self.resolution} pixels, "
+                f"got shape {tuple(images.shape)}"
+            )
+        x = self.final_conv(minibatch_stddev(self.convs(images)))
+        y = self.final_linear(x.flatten(1))
+        if self.embed is not None:
+            given = pixel_norm(self.embed(one_hot(labels, self.num_classes, y)))
+            return (y * given).sum(1, keepdim=True) / given.shape[1] ** 0.5
+        if labels is not None:
+            raise ValueError("labels must be None: the model has no classes")
+        return y

@@ -1,0 +1,95 @@
+"""Enlarging images of any size tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rrdb import RRDBNet
+from .srvgg import SRVGGNetCompact
+
+
+def choose_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype that "auto" means: the fastest whose results look the same.
+
+    bfloat16 on GPUs and on CPUs with AMX, whose matrix unit multiplies it 16 times as fast as
+    AVX-512 multiplies float32; else float32.
+    """
+    if torch.device(device).type == "cpu" and not torch.cpu._is_amx_tile_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
+class Tile(NamedTuple):
+    """A part of the result: pixels, uint8 (channels, height, width), and where they belong."""
+
+    top: int
+    left: int
+    pixels: Tensor
+
+
+def _parts(length: int, longest: int) -> list[tuple[int, int]]:
+    """[0, length) in as few parts as can be, all of about one length."""
+    count = -(-length // longest)
+    ends = [length * i // count for i in range(count + 1)]
+    return list(pairwise(ends))
+
+
+def count_tiles(height: int, width: int, tile: int) -> int:
+    """How many tiles `upscale_tiles` makes."""
+    return len(_parts(height, tile)) * len(_parts(width, tile))
+
+
+@torch.inference_mode()
+def upscale_tiles(
+    model: SRVGGNetCompact | RRDBNet, image: Tensor, tile: int = 256, overlap: int | None = None
+) -> Iterator[Tile]:
+    """The tiles of the enlarged image, row by row; together they are all of it.
+
+    image:   uint8 (channels, height, width) on the CPU.
+    tile:    pixels of the image along a side of a tile, at most.
+    overlap: how far a tile reads beyond its sides; None is `model.reach`, but at most 32. From
+             model.reach on, the result is that of the whole image at once.
+
+    Runs in the dtype and on the device of the model. Memory: the activations of one tile, that is
+    a few times num_feat * (tile + 2 * overlap)^2 values, for RRDBNet times scale^2.
+
+    Raises ValueError for a tile below 1, an overlap below 0, and images without pixels.
+    """
+    if tile < 1:
+        raise ValueError(f"tile must be at least 1, got {tile}")
+    overlap = min(model.reach, 32) if overlap is None else overlap
+    if overlap < 0:
+        raise ValueError(f"overlap must not be negative, got {overlap}")
+    if image.dtype != torch.uint8 or image.dim() != 3 or not image.numel():
+        raise ValueError(
+            "image must be uint8 (channels, height, width) with at least one pixel, got "
+            f"{image.dtype} {tuple(image.shape)}"
+        )
+    _, height, width = image.shape
+    parameter = next(model.parameters())
+    for top, bottom in _parts(height, tile):
+        for left, right in _parts(width, tile):
+            above, before = min(overlap, top), min(overlap, left)
+            part = image[:, top - above : bottom + overlap, left - before : right + overlap]
+            x = part.to(parameter.device, parameter.dtype)[None] / 255
+            y, scale = model(x)[0], model.scale
+            y = y[:, above * scale :, before * scale :]
+            y = y[:, : (bottom - top) * scale, : (right - left) * scale].float()
+            pixels = (y * 255).round_().clamp_(0, 255).to(torch.uint8).cpu()
+            yield Tile(top * scale, left * scale, pixels)
+
+
+def upscale(
+    model: SRVGGNetCompact | RRDBNet, image: Tensor, tile: int = 256, overlap: int | None = None
+) -> Tensor:
+    """The enlarged image, uint8 (channels, scale * height, scale * width); see `upscale_tiles`."""
+    height, width = (size * model.scale for size in image.shape[-2:])
+    result = torch.empty(image.shape[0], height, width, dtype=torch.uint8)
+    for top, left, pixels in upscale_tiles(model, image, tile, overlap):
+        result[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
+    return result

@@ -1,0 +1,75 @@
+"""Convolutions whose bias and activation are one pass over what the convolution gives."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aigc_fast import ops
+
+from .bias_act import describe, of_dtype
+
+
+class Conv2dBiasAct(nn.Conv2d):
+    """nn.Conv2d with the activation that follows it: weight, bias as there; any memory format.
+
+    act, alpha, gain, clamp: as for `ops.bias_act`. The default gain of relu, lrelu and swish is
+    sqrt(2); gain=1.0 gives the function of that name in torch.
+
+    >>> Conv2dBiasAct(3, 64, 4, 2, 1, act="lrelu", alpha=0.2, gain=1.0)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *args: Any,
+        act: str = "linear",
+        alpha: float | None = None,
+        gain: float | None = None,
+        clamp: float | None = None,
+        **conv: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, *args, **conv)
+        self.act, self.alpha, self.gain, self.clamp = act, alpha, gain, clamp
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self._conv_forward(input, self.weight, None)
+        bias = of_dtype(self.bias, y)
+        return ops.bias_act(y, bias, 1, self.act, self.alpha, self.gain, self.clamp)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {describe(self)}"
+
+
+class ConvTranspose2dBiasAct(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d with the activation that follows it, as `Conv2dBiasAct`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *args: Any,
+        act: str = "linear",
+        alpha: float | None = None,
+        gain: float | None = None,
+        clamp: float | None = None,
+        **conv: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, *args, **conv)
+        self.act, self.alpha, self.gain, self.clamp = act, alpha, gain, clamp
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if output_size is not None:
+            raise ValueError("output_size must be None: give output_padding to the constructor")
+        y = F.conv_transpose2d(
+            input, self.weight, None, self.stride, self.padding,
+            self.output_padding, self.groups, self.dilation,
+        )  # fmt: skip
+        bias = of_dtype(self.bias, y)
+        return ops.bias_act(y, bias, 1, self.act, self.alpha, self.gain, self.clamp)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {describe(self)}"

@@ -1,0 +1,19 @@
+"""What references share: the dtype they compute in, and the memory order of their results."""
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype of the arithmetic: float64 for float64, else float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def in_order_of(y: Tensor, x: Tensor) -> Tensor:
+    """y in the dtype of x, channels_last (or channels_last_3d) where x is, else contiguous."""
+    order = torch.contiguous_format
+    if not x.is_contiguous():
+        for dim, candidate in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if x.dim() == dim and x.is_contiguous(memory_format=candidate):
+                order = candidate
+    return torch.empty_like(x, memory_format=order).copy_(y)

@@ -1,0 +1,36 @@
+"""Checkpoints that a kill at any moment leaves whole."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Writes tensors, numbers and strings in dicts and lists. Until the new file is complete and on
+    the disk, `path` holds the old one."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """What `save_checkpoint` wrote. Runs no code from the file.
+
+    Raises OSError where there is no file, ValueError where it is no such checkpoint.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        raise ValueError(f"{path}: not a checkpoint: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: not a checkpoint: it holds a {type(state).__name__}")
+    return state

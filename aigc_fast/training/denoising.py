@@ -1,0 +1,101 @@
+"""What a diffusion model is asked for in training: noise levels, targets, weights."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aigc_fast import ops
+from aigc_fast.schedulers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, Scheduler
+
+#: What the model may predict, and the schedulers' name of it.
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
+#: Noise schedules of epsilon and v, and the schedulers' name of them.
+SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
+WEIGHTINGS = ("min_snr", "p2")
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """A task for a model of (noisy, timesteps): to predict, where noisy = alpha * sample + sigma *
+    noise,
+
+        epsilon  the noise
+        v        alpha * noise - sigma * sample: where there is hardly a signal left it asks for the
+                 sample and not, as the noise would, for a copy of the input (arXiv:2202.00512)
+        flow     noise - sample, where alpha = 1 - sigma and the timestep is 1000 sigma, any real
+                 number: rectified flow (arXiv:2209.03003)
+
+    schedule:  of epsilon and v, over 1000 timesteps: cosine (arXiv:2102.09672) or linear
+               (arXiv:2006.11239).
+    weighting: of the squared error of each sample. None: all alike. The others are functions of the
+               signal-to-noise ratio, alpha^2 / sigma^2, and of the error in the noise:
+               min_snr  min(snr, 5) / snr (arXiv:2303.09556)
+               p2       1 / (1 + snr) (arXiv:2204.00227)
+    """
+
+    prediction: str = "v"
+    schedule: str = "cosine"
+    weighting: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("prediction", PREDICTIONS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        if self.weighting not in (None, *WEIGHTINGS):
+            raise ValueError(
+                f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}"
+            )
+
+    def scheduler(self) -> Scheduler:
+        """One with the noise levels of this task."""
+        if self.prediction == "flow":
+            return FlowMatchEulerDiscreteScheduler()
+        return DDPMScheduler(
+            beta_schedule=SCHEDULES[self.schedule], prediction_type=PREDICTIONS[self.prediction]
+        )
+
+    def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Evenly spread over the noise levels, (batch,) on the generator's device."""
+        draw: dict[str, Any] = {"generator": generator, "device": generator.device}
+        if self.prediction == "flow":
+            return 1000 * torch.rand(batch, **draw)
+        return torch.randint(1000, (batch,), **draw)
+
+    def corrupt(self, sample: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> "Corrupted":
+        """alpha, sigma: (batch,), of the scheduler's `levels`. One pass over the samples."""
+        if self.prediction == "epsilon":
+            noisy: Any = ops.add_noise(sample, noise, alpha, sigma)
+            return Corrupted(noisy, noise)
+        rates = None
+        if self.prediction == "flow":
+            ones = torch.ones_like(sigma)
+            rates = (-ones, ones)
+        return Corrupted(
+            *ops.add_noise(sample, noise, alpha, sigma, return_velocity=True, rates=rates)
+        )
+
+    def weights(self, alpha: Tensor, sigma: Tensor) -> Tensor | None:
+        """(batch,): the factors of the squared errors, or None for 1."""
+        if self.weighting is None:
+            return None
+        snr = (alpha / sigma).square()
+        weights = (5 / snr).clamp(max=1) if self.weighting == "min_snr" else 1 / (1 + snr)
+        # Both velocities err 1 / alpha times as much as the noise that follows from them.
+        return weights if self.prediction == "epsilon" else alpha.square() * weights
+
+
+class Corrupted(NamedTuple):
+    noisy: Tensor
+    target: Tensor
+
+
+def weighted_mse(output: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean over the batch of weights (batch,) times each sample's mean squared error, in fp32
+    (fp64 for fp64)."""
+    wide = torch.promote_types(target.dtype, torch.float32)
+    error = (output.to(wide) - target.to(wide)).square().flatten(1).mean(1)
+    return (error if weights is None else weights * error).mean()

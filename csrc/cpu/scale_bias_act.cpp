@@ -1,0 +1,296 @@
+// y = clamp(gain * act(z), -limit, limit) with z = x * scale + noise * strength + bias, its backward
+// and double backward. act is linear, relu or lrelu: z below zero is multiplied by alpha.
+//
+// x is (batch, channels, pixels). A contiguous one is rows of pixels that share scale and bias, and
+// meet one row of the noise; with channels_last every pixel is a row of channels, and its noise one
+// number. All derivatives compute z anew from x, which the gradient of scale needs in any case.
+#include <array>
+#include <utility>
+
+#include "memory_order.h"
+
+namespace aigc_fast {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+// Elements of a unit of work; units depend on the shape alone, so that sums come out the same for
+// any number of threads. Terms of an fp32 sum meet in short chains, which round less.
+constexpr int64_t kUnit = 16384, kMinPixels = 32, kChain = 8;
+
+// A parameter's values in the type of the arithmetic.
+template <class A>
+std::vector<A> values(const Tensor& parameter, const char* name) {
+  std::vector<A> result(parameter.numel());
+  const Tensor dense = as_contiguous(parameter);
+  dispatch(dense, name, [&]<class P>(P) {
+    if constexpr (std::is_same_v<Acc<P>, A>) {
+      const P* from = data<P>(dense);
+      for_vectors<A>(result.size(), [&](int64_t i, auto lanes) {
+        store(result.data() + i, load(from + i, lanes), lanes);
+      });
+    } else {
+      require(false, name, " must be float64 if x is, and only then");
+    }
+  });
+  return result;
+}
+
+// `totals` times gain, added up to the size of the parameter (which divides theirs), in its dtype.
+Tensor like_parameter(const std::vector<double>& totals, double gain,
+                      const MaybeTensor& parameter) {
+  if (!parameter) return empty({0}, ScalarType::Float);
+  const auto sizes = parameter->sizes();
+  Tensor result = empty({sizes.begin(), sizes.end()}, parameter->scalar_type());
+  const int64_t size = result.numel();
+  std::vector<double> sums(size);
+  for (int64_t i = 0; size && i < static_cast<int64_t>(totals.size()); ++i)
+    sums[i % size] += totals[i];
+  dispatch(result, "parameter", [&]<class P>(P) {
+    P* to = mutable_data<P>(result);
+    for (int64_t i = 0; i < size; ++i)
+      store_n(to + i, broadcast(static_cast<Acc<P>>(sums[i] * gain)), 1);
+  });
+  return result;
+}
+
+// What the three directions know of a call.
+template <class T>
+struct Call {
+  using A = Acc<T>;
+  int64_t batch, channels, pixels;
+  bool last;
+  std::vector<A> scale, bias, noise;
+  bool noise_per_sample;
+  A strength, alpha, gain, limit;
+
+  Call(const Tensor& x, const MaybeTensor& scale_in, const MaybeTensor& noise_in,
+       const MaybeTensor& strength_in, const MaybeTensor& bias_in, double alpha, double gain,
+       std::optional<double> clamp)
+      : batch(x.size(0)),
+        channels(x.size(1)),
+        pixels(1),
+        last(is_channels_last(x)),
+        strength(1),
+        alpha(A(alpha)),
+        gain(A(gain)),
+        limit(clamp ? A(*clamp) : std::numeric_limits<A>::infinity()) {
+    for (int64_t d = 2; d < x.dim(); ++d) pixels *= x.size(d);
+    scale = of_channels(scale_in, "scale", batch, 1);
+    bias = of_channels(bias_in, "bias", 1, 0);
+    if (noise_in) {
+      noise = values<A>(*noise_in, "noise");
+      const int64_t size = noise.size();
+      noise_per_sample = size == batch * pixels;
+      require(noise_per_sample || size == pixels, "noise must have a value for each pixel");
+    }
+    if (strength_in) {
+      require(noise_in && strength_in->numel() == 1, "strength must have one element, beside noise");
+      strength = values<A>(*strength_in, "strength")[0];
+    }
+  }
+
+  // A value for each sample and channel: [batch][channels].
+  std::vector<A> of_channels(const MaybeTensor& p, const char* name, int64_t rows, A missing) const {
+    if (!p) return std::vector<A>(batch * channels, missing);
+    require(p->numel() == rows * channels, name, " must have ", rows * channels, " elements");
+    std::vector<A> result = values<A>(*p, name);
+    result.resize(batch * channels);
+    for (size_t i = rows * channels; i < result.size(); ++i) result[i] = result[i - channels];
+    return result;
+  }
+
+  const A* noise_of(int64_t sample) const {
+    return noise.empty() ? nullptr : noise.data() + (noise_per_sample ? sample * pixels : 0);
+  }
+  AIGC_INLINE Vec<A> before_act(Vec<A> x, Vec<A> scale, Vec<A> noise, Vec<A> bias) const {
+    return x * scale + (noise * strength + bias);
+  }
+  AIGC_INLINE Vec<A> activate(Vec<A> z) const {
+    const Vec<A> below = alpha == 0 ? Vec<A>{} : z * alpha;  // relu of -inf is 0
+    return (z < 0 ? below : z) * gain;
+  }
+  // dy/dz / gain. Sums are multiplied by the gain at their end, in double: so their terms are
+  // rounded once less, where z > 0.
+  AIGC_INLINE Vec<A> slope(Vec<A> z) const {
+    const Vec<A> d = z > 0 ? broadcast(A(1)) : broadcast(alpha);
+    return abs<A>(activate(z)) > limit ? Vec<A>{} : d;
+  }
+
+  // Calls f(i, lanes, at, noise, sums) for the vectors of elements i, i + 1, ... of x in memory
+  // order, in parallel. `at` holds those of the V arrays of [batch][channels]; what f adds to its
+  // N sums is added up in `totals`, N arrays of the same kind.
+  template <int N, int V, class F>
+  void for_elements(std::array<const A*, V> arrays, std::vector<double>* totals, F f) const {
+    if (N) totals->assign(N * batch * channels, 0.0);
+    if (batch * channels * pixels == 0) return;
+    last ? by_pixels<N, V>(arrays, totals, f) : by_channels<N, V>(arrays, totals, f);
+  }
+
+  template <int N, int V, class F>
+  void by_channels(std::array<const A*, V> arrays, std::vector<double>* totals, F f) const {
+    const int64_t rows = batch * channels, pieces = (pixels + kUnit - 1) / kUnit;
+    const int64_t grain = std::max<int64_t>(1, kGrain / pixels);
+    std::vector<A> parts(N * rows * pieces);
+    torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t row = u / pieces, start = u % pieces * kUnit;
+        const A* of_row = noise_of(row / channels);
+        Vec<A> at[V], sums[N + 1] = {}, chain[N + 1] = {};
+        for (int v = 0; v < V; ++v) at[v] = broadcast(arrays[v][row]);
+        int64_t terms = 0;
+        for_vectors<A>(std::min(kUnit, pixels - start), [&](int64_t j, auto lanes) {
+          const Vec<A> n = of_row ? load(of_row + start + j, lanes) : Vec<A>{};
+          f(row * pixels + start + j, lanes, at, n, chain);
+          if (N && ++terms % kChain == 0)
+            for (int s = 0; s < N; ++s) sums[s] += std::exchange(chain[s], Vec<A>{});
+        });
+        for (int s = 0; s < N; ++s)
+          parts[(s * rows + row) * pieces + u % pieces] = sum_lanes<A>(sums[s] + chain[s]);
+      }
+    });
+    for (size_t i = 0; i < parts.size(); ++i) (*totals)[i / pieces] += parts[i];
+  }
+
+  template <int N, int V, class F>
+  void by_pixels(std::array<const A*, V> arrays, std::vector<double>* totals, F f) const {
+    const int64_t height = std::max(kMinPixels, kUnit / channels);
+    const int64_t pieces = (pixels + height - 1) / height;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(height, pixels) * channels));
+    std::vector<A> parts(N * batch * pieces * channels);
+    torch::stable::parallel_for(0, batch * pieces, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t sample = u / pieces, first = u % pieces * height;
+        const int64_t past = std::min(pixels, first + height);
+        const A* of_pixel = noise_of(sample);
+        for (int64_t start = first; start < past; start += kChain)
+          for_vectors<A>(channels, [&](int64_t j, auto lanes) {
+            Vec<A> at[V], sums[N + 1] = {};
+            for (int v = 0; v < V; ++v) at[v] = load(arrays[v] + sample * channels + j, lanes);
+            for (int64_t p = start; p < std::min(past, start + kChain); ++p) {
+              const Vec<A> n = of_pixel ? broadcast(of_pixel[p]) : Vec<A>{};
+              f((sample * pixels + p) * channels + j, lanes, at, n, sums);
+            }
+            for (int s = 0; s < N; ++s) {
+              A* to = parts.data() + (u * N + s) * channels + j;
+              store(to, load(to, lanes) + sums[s], lanes);
+            }
+          });
+      }
+    });
+    for (int64_t u = 0; u < batch * pieces * N; ++u)
+      for (int64_t c = 0; c < channels; ++c)
+        (*totals)[(u % N * batch + u / N / pieces) * channels + c] += parts[u * channels + c];
+  }
+};
+
+Tensor in_memory_order(const Tensor& x) {
+  require(x.dim() >= 2, "x must have at least 2 dimensions");
+  return is_channels_last(x) ? x : as_contiguous(x);
+}
+
+void check_like(const Tensor& a, const Tensor& x, const char* name) {
+  require(same_shape(a, x) && a.scalar_type() == x.scalar_type(), name,
+          " must have the shape and dtype of x");
+}
+
+Tensor scale_bias_act(const Tensor& x_in, const MaybeTensor& scale, const MaybeTensor& noise,
+                      const MaybeTensor& strength, const MaybeTensor& bias, double alpha,
+                      double gain, std::optional<double> clamp) {
+  const Tensor x = in_memory_order(x_in);
+  Tensor y = empty_like_dense(x);
+  dispatch(x, "x", [&]<class T>(T) {
+    const Call<T> call(x, scale, noise, strength, bias, alpha, gain, clamp);
+    const T* in = data<T>(x);
+    T* out = mutable_data<T>(y);
+    using V = Vec<Acc<T>>;
+    call.template for_elements<0, 2>(
+        {call.scale.data(), call.bias.data()}, nullptr,
+        [&, in, out](int64_t i, auto lanes, const V* at, V n, V*) {
+          const V y = call.activate(call.before_act(load(in + i, lanes), at[0], n, at[1]));
+          const V limit = broadcast(call.limit);
+          store(out + i, max<Acc<T>>(min<Acc<T>>(y, limit), -limit), lanes);
+        });
+  });
+  return y;
+}
+
+// (dx, dscale, dstrength, dbias): with g = dy * dy/dz these are g * scale, and the sums of g * x,
+// g * noise and g.
+std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bias_act_backward(
+    const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& scale, const MaybeTensor& noise,
+    const MaybeTensor& strength, const MaybeTensor& bias, double alpha, double gain,
+    std::optional<double> clamp) {
+  const Tensor x = in_memory_order(x_in);
+  check_like(dy_in, x, "grad_output");
+  const Tensor dy = in_order_of(dy_in, x);
+  Tensor dx = empty_like_dense(x);
+  std::vector<double> totals;
+  dispatch(x, "x", [&]<class T>(T) {
+    const Call<T> call(x, scale, noise, strength, bias, alpha, gain, clamp);
+    const T *in = data<T>(x), *grad = data<T>(dy);
+    T* out = mutable_data<T>(dx);
+    using V = Vec<Acc<T>>;
+    call.template for_elements<3, 2>(
+        {call.scale.data(), call.bias.data()}, &totals,
+        [&, in, grad, out](int64_t i, auto lanes, const V* at, V n, V* sums) {
+          const V x = load(in + i, lanes);
+          const V g = load(grad + i, lanes) * call.slope(call.before_act(x, at[0], n, at[1]));
+          store(out + i, g * (at[0] * call.gain), lanes);
+          sums[0] += g * x;
+          sums[1] += g * n;
+          sums[2] += g;
+        });
+  });
+  const auto second = totals.begin() + totals.size() / 3, third = second + totals.size() / 3;
+  return {dx, like_parameter({totals.begin(), second}, gain, scale),
+          like_parameter({second, third}, gain, strength),
+          like_parameter({third, totals.end()}, gain, bias)};
+}
+
+// The results of backward are the derivative of sum(g u), where u = gg_x * scale + x * gg_scale +
+// noise * gg_strength + gg_bias is what z changes by. z itself is not bent, so that the gradients
+// of it are (dy/dz * u, g * gg_scale, the sums of g * gg_x) for dy, x and scale.
+std::tuple<Tensor, Tensor, Tensor> scale_bias_act_double_backward(
+    const MaybeTensor& gg_x_in, const MaybeTensor& gg_scale, const MaybeTensor& gg_strength,
+    const MaybeTensor& gg_bias, const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& scale,
+    const MaybeTensor& noise, const MaybeTensor& strength, const MaybeTensor& bias, double alpha,
+    double gain, std::optional<double> clamp) {
+  const Tensor x = in_memory_order(x_in);
+  check_like(dy_in, x, "grad_output");
+  if (gg_x_in) check_like(*gg_x_in, x, "grad_grad");
+  const Tensor dy = in_order_of(dy_in, x), gg_x = gg_x_in ? in_order_of(*gg_x_in, x) : x;
+  Tensor grad_dy = empty_like_dense(x), grad_x = empty_like_dense(x);
+  std::vector<double> totals;
+  dispatch(x, "x", [&]<class T>(T) {
+    using A = Acc<T>;
+    using V = Vec<A>;
+    const Call<T> call(x, scale, noise, strength, bias, alpha, gain, clamp);
+    const std::vector<A> to_scale = call.of_channels(gg_scale, "grad_scale", call.batch, 0);
+    const std::vector<A> to_bias = call.of_channels(gg_bias, "grad_bias", 1, 0);
+    const A to_strength = gg_strength ? values<A>(*gg_strength, "grad_strength").at(0) : 0;
+    const T *in = data<T>(x), *grad = data<T>(dy), *to_x = gg_x_in ? data<T>(gg_x) : nullptr;
+    T *out = mutable_data<T>(grad_dy), *out_x = mutable_data<T>(grad_x);
+    call.template for_elements<1, 4>(
+        {call.scale.data(), call.bias.data(), to_scale.data(), to_bias.data()}, &totals,
+        [&, in, grad, to_x, out, out_x](int64_t i, auto lanes, const V* at, V n, V* sums) {
+          const V x = load(in + i, lanes), v = to_x ? load(to_x + i, lanes) : V{};
+          const V slope = call.slope(call.before_act(x, at[0], n, at[1]));
+          const V g = load(grad + i, lanes) * slope;
+          const V u = v * at[0] + x * at[2] + (n * to_strength + at[3]);
+          store(out + i, slope * (u * call.gain), lanes);
+          store(out_x + i, g * (at[2] * call.gain), lanes);
+          sums[0] += g * v;
+        });
+  });
+  return {grad_dy, grad_x, like_parameter(totals, gain, scale)};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
+  m.impl("scale_bias_act", TORCH_BOX(&scale_bias_act));
+  m.impl("scale_bias_act_backward", TORCH_BOX(&scale_bias_act_backward));
+  m.impl("scale_bias_act_double_backward", TORCH_BOX(&scale_bias_act_double_backward));
+}
+
+}  // namespace
+}  // namespace aigc_fast

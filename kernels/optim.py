@@ -1,0 +1,183 @@
+"""Adam with clipping, averaged weights and a guard, for all tensors of a model in one launch.
+
+The kernels get the tensors' addresses in a table, a row for each tensor, and a tensor's number for
+each block of its elements, so that a program knows what its block is of.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bias_act import dense, in_order_of
+from .math import expm1, fp32
+
+#: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
+BUDGET = {"_square_sums": (40, 1024), "_count": (32, 0), "_adam": (96, 0)}
+
+_BLOCK = 2048
+
+# columns of the table: addresses, then the number of elements and the tensor's first block
+_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _STEP, _AVERAGE, _SIZE, _FIRST = (
+    tl.constexpr(i) for i in range(8)
+)
+_COLUMNS = tl.constexpr(8)
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _block(table_ptr, owner_ptr, BLOCK: tl.constexpr):
+    """Row of the table, offsets and mask of this program's elements."""
+    row = table_ptr + tl.load(owner_ptr + tl.program_id(0)).to(tl.int64) * _COLUMNS
+    at = (tl.program_id(0) - tl.load(row + _FIRST)) * BLOCK + tl.arange(0, BLOCK)
+    return row, at, at < tl.load(row + _SIZE)
+
+
+@triton.jit
+def _pointer(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    address = tl.load(row + COLUMN)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address.to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def _square_sums(
+    table_ptr, owner_ptr, parts_ptr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, at, mask = _block(table_ptr, owner_ptr, BLOCK)
+    g = tl.load(_pointer(row, _PARAM, TYPE, ALIGNED) + at, mask, 0.0).to(tl.float32)
+    tl.store(parts_ptr + tl.program_id(0), tl.sum(g * g, 0))
+
+
+@triton.jit
+def _is_finite(norm_ptr, HAS_NORM: tl.constexpr):
+    if HAS_NORM:
+        return tl.abs(tl.load(norm_ptr).to(tl.float32)) < float("inf")
+    else:
+        return True
+
+
+@triton.jit
+def _count(
+    table_ptr, norm_ptr, skipped_ptr, TYPE: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_SKIPPED: tl.constexpr,
+):  # fmt: skip
+    """One more step of each tensor, or one more that was skipped: before any program of _adam."""
+    pid, taken = tl.program_id(0), _is_finite(norm_ptr, HAS_NORM)
+    step = _pointer(table_ptr + pid * _COLUMNS, _STEP, TYPE, False)
+    tl.store(step, (tl.load(step).to(tl.float32) + 1).to(TYPE), taken)
+    if HAS_SKIPPED:
+        more = tl.where(taken, 0.0, 1.0)
+        count = tl.load(skipped_ptr).to(tl.float32) + more
+        tl.store(skipped_ptr, count.to(skipped_ptr.dtype.element_ty), pid == 0)
+
+
+@triton.jit
+def _adam(
+    table_ptr, owner_ptr, norm_ptr, lr, toward1, log_beta1, beta2, toward2, log_beta2, eps, keep,
+    added, average_toward, max_norm, TYPE: tl.constexpr, STEP_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_NORM: tl.constexpr, AVERAGED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, at, mask = _block(table_ptr, owner_ptr, BLOCK)
+    mask = mask & _is_finite(norm_ptr, HAS_NORM)
+    param = _pointer(row, _PARAM, TYPE, ALIGNED) + at
+    exp_avg = _pointer(row, _EXP_AVG, TYPE, ALIGNED) + at
+    exp_avg_sq = _pointer(row, _EXP_AVG_SQ, TYPE, ALIGNED) + at
+    p = tl.load(param, mask, 0.0).to(tl.float32)
+    m = tl.load(exp_avg, mask, 0.0).to(tl.float32)
+    v = tl.load(exp_avg_sq, mask, 0.0).to(tl.float32)
+    g = tl.load(_pointer(row, _GRAD, TYPE, ALIGNED) + at, mask, 0.0).to(tl.float32)
+    if HAS_NORM:
+        g *= tl.minimum(fp32(max_norm) / (tl.load(norm_ptr).to(tl.float32) + 1e-6), 1.0)
+    g += fp32(added) * p
+    m += fp32(toward1) * (g - m)
+    v = fp32(beta2) * v + fp32(toward2) * g * g
+    step = tl.load(_pointer(row, _STEP, STEP_TYPE, False)).to(tl.float32)
+    size = fp32(lr) / -expm1(step * fp32(log_beta1))  # 1 - beta^step without cancellation
+    correction = tl.rsqrt(-expm1(step * fp32(log_beta2)))
+    p = fp32(keep) * p - size * m / (tl.sqrt(v) * correction + fp32(eps))
+    tl.store(param, p.to(TYPE), mask)
+    tl.store(exp_avg, m.to(TYPE), mask)
+    tl.store(exp_avg_sq, v.to(TYPE), mask)
+    if AVERAGED:
+        average = _pointer(row, _AVERAGE, TYPE, ALIGNED) + at
+        a = tl.load(average, mask, 0.0).to(tl.float32)
+        tl.store(average, (a + fp32(average_toward) * (p - a)).to(TYPE), mask)
+
+
+# ---- launchers ------------------------------------------------------------------------------
+
+
+class _Table:
+    """Lists of tensors as the kernels read them; each column has one tensor a row."""
+
+    def __init__(self, columns: dict[tl.constexpr, list[Tensor]]) -> None:
+        first = next(iter(columns.values()))
+        counts = [triton.cdiv(t.numel(), _BLOCK) for t in first]
+        rows = torch.zeros(len(first), _COLUMNS.value, dtype=torch.int64)
+        rows[:, _SIZE.value] = torch.tensor([t.numel() for t in first])
+        rows[:, _FIRST.value] = torch.tensor([0, *counts]).cumsum(0)[:-1]
+        for column, tensors in columns.items():
+            rows[:, column.value] = torch.tensor([t.data_ptr() for t in tensors])
+        data = rows[:, [c.value for c in columns if c is not _STEP]]
+        self.aligned = bool((data % 16 == 0).all())
+        self.blocks, device = sum(counts), first[0].device
+        if device.type == "cuda":  # a copy that waits for nothing, and that graphs can hold
+            rows = rows.pin_memory()
+        self.rows = rows.to(device, non_blocking=True)
+        owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        self.owners = owners.to(device, torch.int32, non_blocking=True)
+        # For whoever checks addresses (tests/pointer_check.py).
+        self.rows.points_to = [t for tensors in columns.values() for t in tensors]
+
+
+def gradient_norm(grads: list[Tensor], loss: Tensor | None = None) -> Tensor:
+    table = _Table({_PARAM: [dense(g) for g in grads]})
+    parts = table.rows.new_empty(table.blocks, dtype=torch.float32)
+    if table.blocks:
+        _square_sums[(table.blocks,)](
+            table.rows, table.owners, parts, TYPE=_TYPES[grads[0].dtype], ALIGNED=table.aligned,
+            BLOCK=_BLOCK,
+        )  # fmt: skip
+    norm = parts.sum().sqrt()
+    return norm if loss is None else torch.where(loss.isfinite(), norm, torch.nan)
+
+
+def adam_step(
+    params, grads, exp_avgs, exp_avg_sqs, steps, averages, norm, skipped, lr, beta1, beta2, eps,
+    weight_decay, decoupled, ema_decay, max_norm,
+) -> None:  # fmt: skip
+    ours = [dense(p) for p in params]
+    lists = {_PARAM: ours, _GRAD: grads, _EXP_AVG: exp_avgs, _EXP_AVG_SQ: exp_avg_sqs}
+    if averages:
+        lists[_AVERAGE] = averages
+    laid_out = {
+        column: [in_order_of(t, p) for t, p in zip(tensors, ours, strict=True)]
+        for column, tensors in lists.items()
+    }
+    table = _Table({**laid_out, _STEP: steps})
+    step_type = _TYPES[steps[0].dtype]
+    _count[(len(params),)](
+        table.rows, norm, skipped, TYPE=step_type, HAS_NORM=norm is not None,
+        HAS_SKIPPED=skipped is not None and norm is not None,
+    )  # fmt: skip
+    if table.blocks:
+        _adam[(table.blocks,)](
+            table.rows, table.owners, norm, lr, 1 - beta1, _log(beta1), beta2, 1 - beta2,
+            _log(beta2), eps, 1 - lr * weight_decay if decoupled else 1.0,
+            0.0 if decoupled else weight_decay, 1 - ema_decay,
+            math.inf if max_norm is None else max_norm, TYPE=_TYPES[params[0].dtype],
+            STEP_TYPE=step_type, ALIGNED=table.aligned, HAS_NORM=norm is not None,
+            AVERAGED=bool(averages), BLOCK=_BLOCK,
+        )  # fmt: skip
+    for column, tensors in {**lists, _PARAM: params}.items():
+        for theirs, copy in zip(tensors, laid_out[column], strict=True):
+            if column is not _GRAD and copy is not theirs:
+                theirs.copy_(copy)
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf

@@ -1,0 +1,230 @@
+"""y = clip(gain * act(x * scale + noise * strength + bias), -clamp, clamp), its backward and double
+backward; act is linear, relu or lrelu, which is lrelu with its alpha.
+
+A sample is channels x positions, at strides that tell contiguous from channels_last; a program
+takes tiles of BLOCK_C x BLOCK_P of it: in forward one, in the derivatives a piece of the positions,
+whose sums for scale, strength and bias it leaves in fp32. These few are added in fp64, in a fixed
+order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .group_norm_act import _Layout, _ordered, _tile
+from .math import fp32
+
+#: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
+BUDGET = {"_forward": (96, 1024), "_backward": (168, 1024), "_double_backward": (168, 1024)}
+
+
+@triton.jit
+def _value(ptr, at, mask, missing: tl.constexpr):
+    if ptr is not None:
+        return tl.load(ptr + at, mask, 0.0).to(tl.float32)
+    else:
+        return tl.where(mask, missing, missing)
+
+
+@triton.jit
+def _before_act(x, scale, bias, noise_ptr, strength_ptr, noise_at, position, positions):
+    """z, and the noise in it."""
+    noise = _value(noise_ptr, noise_at + position, position < positions, 0.0)
+    if strength_ptr is not None:
+        return x * scale + (noise * tl.load(strength_ptr).to(tl.float32) + bias), noise
+    else:
+        return x * scale + (noise + bias), noise
+
+
+@triton.jit
+def _act(z, alpha, gain):
+    return tl.where(z < 0, tl.where(alpha == 0, 0.0, z * alpha), z) * gain  # relu of -inf is 0
+
+
+@triton.jit
+def _slope(z, alpha, gain, limit):
+    """dy/dz / gain. Sums are multiplied by the gain at their end, in fp64: so their terms are
+    rounded once less, where z > 0."""
+    d = tl.where(z > 0, 1.0, alpha)
+    return tl.where(tl.abs(_act(z, alpha, gain)) > limit, 0.0, d)
+
+
+@triton.jit
+def _forward(
+    x_ptr, scale_ptr, noise_ptr, strength_ptr, bias_ptr, y_ptr, channels, positions, pieces,
+    c_stride, p_stride, noise_stride, alpha, gain, limit,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
+    position = piece * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    known = channel < channels
+    mask = known & (position < positions)
+    alpha, gain, limit = fp32(alpha), fp32(gain), fp32(limit)
+    scale = _value(scale_ptr, sample * channels + channel, known, 1.0)
+    bias = _value(bias_ptr, channel, known, 0.0)
+    at = sample * channels * positions + channel * c_stride + position * p_stride
+    x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+    noise_at = sample * noise_stride
+    z, _ = _before_act(x, scale, bias, noise_ptr, strength_ptr, noise_at, position, positions)
+    y = _act(z, alpha, gain)
+    y = tl.where(y > limit, limit, tl.where(y < -limit, -limit, y))  # keeps NaN
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _backward(
+    dy_ptr, x_ptr, scale_ptr, noise_ptr, strength_ptr, bias_ptr, dx_ptr, part_ptr, channels,
+    positions, pieces, piece_size, c_stride, p_stride, noise_stride, alpha, gain, limit,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
+    first = piece * piece_size
+    last = tl.minimum(first + piece_size, positions)
+    known = channel < channels
+    alpha, gain, limit = fp32(alpha), fp32(gain), fp32(limit)
+    scale = _value(scale_ptr, sample * channels + channel, known, 1.0)
+    bias = _value(bias_ptr, channel, known, 0.0)
+    noise_at = sample * noise_stride
+    scales = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    noises = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    biases = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for start in range(first, last, BLOCK_P):
+        position = start + tl.arange(0, BLOCK_P)[None, :]
+        mask = known & (position < last)
+        at = sample * channels * positions + channel * c_stride + position * p_stride
+        x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+        z, noise = _before_act(
+            x, scale, bias, noise_ptr, strength_ptr, noise_at, position, positions
+        )
+        g = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32) * _slope(z, alpha, gain, limit)
+        tl.store(dx_ptr + at, (g * (scale * gain)).to(dx_ptr.dtype.element_ty), mask)
+        if scale_ptr is not None:
+            scales += g * x
+        if strength_ptr is not None:
+            noises += g * noise
+        if bias_ptr is not None:
+            biases += g
+    to = part_ptr + ((sample * channels + channel) * pieces + piece) * 3
+    tl.store(to, tl.sum(scales, 1)[:, None], known)
+    tl.store(to + 1, tl.sum(noises, 1)[:, None], known)
+    tl.store(to + 2, tl.sum(biases, 1)[:, None], known)
+
+
+@triton.jit
+def _double_backward(
+    gg_x_ptr, gg_scale_ptr, gg_strength_ptr, gg_bias_ptr, dy_ptr, x_ptr, scale_ptr, noise_ptr,
+    strength_ptr, bias_ptr, grad_dy_ptr, grad_x_ptr, part_ptr, channels, positions, pieces,
+    piece_size, c_stride, p_stride, noise_stride, alpha, gain, limit,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
+    first = piece * piece_size
+    last = tl.minimum(first + piece_size, positions)
+    known = channel < channels
+    alpha, gain, limit = fp32(alpha), fp32(gain), fp32(limit)
+    scale = _value(scale_ptr, sample * channels + channel, known, 1.0)
+    bias = _value(bias_ptr, channel, known, 0.0)
+    gg_scale = _value(gg_scale_ptr, sample * channels + channel, known, 0.0)
+    gg_bias = _value(gg_bias_ptr, channel, known, 0.0)
+    noise_at = sample * noise_stride
+    scales = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for start in range(first, last, BLOCK_P):
+        position = start + tl.arange(0, BLOCK_P)[None, :]
+        mask = known & (position < last)
+        at = sample * channels * positions + channel * c_stride + position * p_stride
+        x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+        z, noise = _before_act(
+            x, scale, bias, noise_ptr, strength_ptr, noise_at, position, positions
+        )
+        slope = _slope(z, alpha, gain, limit)
+        g = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32) * slope
+        u = x * gg_scale + gg_bias
+        if gg_strength_ptr is not None:
+            u += noise * tl.load(gg_strength_ptr).to(tl.float32)
+        if gg_x_ptr is not None:
+            gg_x = tl.load(gg_x_ptr + at, mask, 0.0).to(tl.float32)
+            u += gg_x * scale
+            scales += g * gg_x
+        tl.store(grad_dy_ptr + at, (slope * (u * gain)).to(grad_dy_ptr.dtype.element_ty), mask)
+        tl.store(grad_x_ptr + at, (g * (gg_scale * gain)).to(grad_x_ptr.dtype.element_ty), mask)
+    to = part_ptr + (sample * channels + channel) * pieces + piece
+    tl.store(to, tl.sum(scales, 1)[:, None], known)
+
+
+# ---- launchers ------------------------------------------------------------------------------
+
+
+def _dense(*parameters: Tensor | None) -> list[Tensor | None]:
+    return [None if p is None else p.contiguous() for p in parameters]
+
+
+def _in_order_of(x: Tensor, like: Tensor) -> Tensor:
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+def _numbers(
+    x: Tensor, noise: Tensor | None, alpha: float, gain: float, clamp: float | None
+) -> tuple[int, float, float, float]:
+    """noise_stride, alpha, gain, limit"""
+    positions = x.shape[2:].numel()
+    per_sample = noise is not None and noise.numel() == x.shape[0] * positions
+    limit = float("inf") if clamp is None else float(clamp)
+    return positions if per_sample else 0, float(alpha), float(gain), limit
+
+
+def _like(sums: Tensor, parameter: Tensor | None) -> Tensor:
+    """Sums of each sample's channel added up to the shape of the parameter, in its dtype."""
+    if parameter is None:
+        return sums.new_empty(0)
+    total = sums.reshape(-1, parameter.numel()).sum(0) if parameter.numel() else sums.new_zeros(0)
+    return total.to(parameter.dtype).reshape(parameter.shape)
+
+
+def scale_bias_act(
+    x, scale=None, noise=None, strength=None, bias=None, alpha=1.0, gain=1.0, clamp=None
+) -> Tensor:
+    x = _ordered(x)
+    y = torch.empty_like(x)
+    if x.numel():
+        t = _Layout(x, 1)
+        _forward[t.map_grid](
+            x, *_dense(scale, noise, strength, bias), y, t.channels, t.positions, t.tiles,
+            *t.strides, *_numbers(x, noise, alpha, gain, clamp), **t.blocks,
+        )  # fmt: skip
+    return y
+
+
+def scale_bias_act_backward(
+    dy, x, scale, noise, strength, bias, alpha, gain, clamp
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = _ordered(x)
+    dx = torch.empty_like(x)
+    t = _Layout(x, 1) if x.numel() else None
+    part = x.new_zeros(*x.shape[:2], t.pieces if t else 1, 3, dtype=torch.float32)
+    if t:
+        _backward[t.sums_grid](
+            _in_order_of(dy, x), x, *_dense(scale, noise, strength, bias), dx, part, t.channels,
+            t.positions, t.pieces, t.piece_size, *t.strides,
+            *_numbers(x, noise, alpha, gain, clamp), **t.blocks,
+        )  # fmt: skip
+    sums = part.sum(2, dtype=torch.float64) * gain
+    return dx, _like(sums[..., 0], scale), _like(sums[..., 1], strength), _like(sums[..., 2], bias)
+
+
+def scale_bias_act_double_backward(
+    gg_x, gg_scale, gg_strength, gg_bias, dy, x, scale, noise, strength, bias, alpha, gain, clamp
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = _ordered(x)
+    grad_dy, grad_x = torch.empty_like(x), torch.empty_like(x)
+    t = _Layout(x, 1) if x.numel() else None
+    part = x.new_zeros(*x.shape[:2], t.pieces if t else 1, dtype=torch.float32)
+    if t:
+        _double_backward[t.sums_grid](
+            None if gg_x is None else _in_order_of(gg_x, x),
+            *_dense(gg_scale, gg_strength, gg_bias), _in_order_of(dy, x), x,
+            *_dense(scale, noise, strength, bias), grad_dy, grad_x, part, t.channels, t.positions,
+            t.pieces, t.piece_size, *t.strides, *_numbers(x, noise, alpha, gain, clamp),
+            **t.blocks,
+        )  # fmt: skip
+    return grad_dy, grad_x, _like(part.sum(2, dtype=torch.float64) * gain, scale)

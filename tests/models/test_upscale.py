@@ -1,0 +1,63 @@
+"""Tiles: nobody can see where they meet."""
+
+import pytest
+import torch
+
+from aigc_fast.models.gan import RRDBNet, SRVGGNetCompact, upscale
+from aigc_fast.models.gan.upscale import count_tiles, upscale_tiles
+
+
+def compact(**options):
+    torch.manual_seed(0)
+    return SRVGGNetCompact(num_feat=4, num_conv=2, **options).eval()
+
+
+def image(height, width):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("size", [(33, 50), (1, 40), (7, 1)])
+def test_tiles_are_the_whole(size, scale):
+    # In float64, where no rounding of the sums decides a pixel.
+    model, x = compact(upscale=4, scale=scale).double(), image(*size)
+    whole = upscale(model, x, tile=64)
+    assert whole.shape == (3, size[0] * scale, size[1] * scale)
+    for tile in (3, 10):
+        assert upscale(model, x, tile, overlap=model.reach).equal(whole)
+    assert not upscale(model, image(33, 50), 10, overlap=0).equal(upscale(model, image(33, 50)))
+
+
+def test_every_pixel_is_written_once():
+    model, x = compact(upscale=2), image(9, 20)
+    written = torch.zeros(18, 40, dtype=torch.int32)
+    tiles = list(upscale_tiles(model, x, tile=7))
+    for top, left, pixels in tiles:
+        assert max(pixels.shape[1:]) <= 14
+        written[top : top + pixels.shape[1], left : left + pixels.shape[2]] += 1
+    assert (written == 1).all() and len(tiles) == count_tiles(9, 20, 7) == 6
+
+
+def test_the_published_depth_and_its_default_overlap():
+    """RRDBNet reaches far, but what is beyond 32 pixels hardly counts."""
+    torch.manual_seed(0)
+    model = RRDBNet(num_feat=8, num_block=4, num_grow_ch=4).eval()
+    assert model.reach > 32
+    whole, tiled = (upscale(model, image(70, 12), tile) for tile in (70, 20))
+    assert (whole.int() - tiled.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((image(4, 4), 0), "tile must be at least 1, got 0"),
+        ((image(4, 4), 8, -1), "overlap must not be negative, got -1"),
+        ((image(4, 4).float(),), "image must be uint8"),
+        ((image(4, 4)[0],), "image must be uint8"),
+        ((image(0, 4),), "at least one pixel"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        list(upscale_tiles(compact(upscale=2), *arguments))
