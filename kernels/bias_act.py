@@ -61,8 +61,7 @@ def _slope(x, alpha, ACT: tl.constexpr):
     elif ACT == 7:
         return tl.sigmoid(x)
     elif ACT == 8:
-        s = tl.sigmoid(x)
-        return s * (1.0 + x * (1.0 - s))
+        return tl.sigmoid(x) * (1.0 + x * tl.sigmoid(-x))
     else:
         return tl.where(x == x, 1.0, 1.0)
 
@@ -72,8 +71,7 @@ def _curvature(x, alpha, ACT: tl.constexpr):
     if ACT == 3:
         return -2.0 * tanh(x) * _slope(x, alpha, ACT)
     elif ACT == 4:
-        s = tl.sigmoid(x)
-        return s * (1.0 - s) * (1.0 - 2.0 * s)
+        return tl.sigmoid(x) * tl.sigmoid(-x) * (1.0 - 2.0 * tl.sigmoid(x))
     elif ACT == 5:
         return tl.where(x > 0, 0.0, alpha * tl.exp(tl.minimum(x, 0.0)))
     elif ACT == 6:
@@ -82,8 +80,8 @@ def _curvature(x, alpha, ACT: tl.constexpr):
     elif ACT == 7:
         return tl.sigmoid(x) * tl.sigmoid(-x)
     elif ACT == 8:
-        s = tl.sigmoid(x)
-        return s * (1.0 - s) * (2.0 + x * (1.0 - 2.0 * s))
+        s, rest = tl.sigmoid(x), tl.sigmoid(-x)
+        return s * rest * (2.0 + x * (rest - s))
     else:
         return x * 0.0
 

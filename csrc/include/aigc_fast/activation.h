@@ -27,6 +27,13 @@ AIGC_INLINE Vec<A> activate(Vec<A> x, A alpha) {
   if constexpr (act == Act::swish) return x * sigmoid<A>(x);
 }
 
+// The derivative of sigmoid. s (1 - s) would lose the digits of s where it comes close to 1.
+template <class A>
+AIGC_INLINE Vec<A> sigmoid_slope(Vec<A> x) {
+  const Vec<A> e = exp<A>(minus_abs<A>(x)), r = reciprocal_unit<A>(A(1) + e);
+  return e * r * r;
+}
+
 // d act / dx
 template <Act act, class A>
 AIGC_INLINE Vec<A> slope(Vec<A> x, A alpha) {
@@ -39,17 +46,11 @@ AIGC_INLINE Vec<A> slope(Vec<A> x, A alpha) {
     const Vec<A> e = exp<A>(A(-2) * abs<A>(x)), u = A(1) + e;
     return A(4) * e / (u * u);
   }
-  if constexpr (act == Act::sigmoid) {
-    const Vec<A> y = sigmoid<A>(x);
-    return y * (A(1) - y);
-  }
+  if constexpr (act == Act::sigmoid) return sigmoid_slope<A>(x);
   if constexpr (act == Act::elu) return x > 0 ? one : alpha * exp<A>(x);
   if constexpr (act == Act::selu) return A(kSeluScale) * (x > 0 ? one : A(kSeluAlpha) * exp<A>(x));
   if constexpr (act == Act::softplus) return sigmoid<A>(x);
-  if constexpr (act == Act::swish) {
-    const Vec<A> s = sigmoid<A>(x);
-    return s * (A(1) + x * (A(1) - s));
-  }
+  if constexpr (act == Act::swish) return sigmoid<A>(x) + x * sigmoid_slope<A>(x);
 }
 
 // d^2 act / dx^2
@@ -60,17 +61,14 @@ AIGC_INLINE Vec<A> curvature(Vec<A> x, A alpha) {
     const Vec<A> y = tanh<A>(x);
     return A(-2) * y * slope<Act::tanh, A>(x, alpha);
   } else if constexpr (act == Act::sigmoid || act == Act::softplus) {
-    const Vec<A> y = sigmoid<A>(x);
-    const Vec<A> d = y * (A(1) - y);
-    return act == Act::softplus ? d : d * (A(1) - A(2) * y);
+    const Vec<A> d = sigmoid_slope<A>(x);
+    return act == Act::softplus ? d : d * (A(1) - A(2) * sigmoid<A>(x));
   } else if constexpr (act == Act::elu) {
     return x > 0 ? zero : alpha * exp<A>(x);
   } else if constexpr (act == Act::selu) {
     return x > 0 ? zero : A(kSeluScale * kSeluAlpha) * exp<A>(x);
   } else if constexpr (act == Act::swish) {
-    const Vec<A> s = sigmoid<A>(x);
-    const Vec<A> d = s * (A(1) - s);
-    return d * (A(2) + x * (A(1) - A(2) * s));
+    return sigmoid_slope<A>(x) * (A(2) + x * (A(1) - A(2) * sigmoid<A>(x)));
   } else {
     return zero;
   }

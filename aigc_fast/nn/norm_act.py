@@ -1,0 +1,208 @@
+"""torch's batch and instance norm with the activation in the same operator, and GANs' own norms."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aigc_fast import ops
+
+
+class Activated(nn.Module):
+    """What is after the norm: gain * act(.)."""
+
+    act = "linear"
+    alpha: float | None = None
+    gain = 1.0
+
+    def extra_repr(self) -> str:
+        alpha = "" if self.alpha is None else f", alpha={self.alpha}"
+        gain = "" if self.gain == 1 else f", gain={self.gain}"
+        return f"{super().extra_repr()}, act={self.act}{alpha}{gain}".removeprefix(", ")
+
+
+class BatchNormAct(Activated, nn.modules.batchnorm._BatchNorm):
+    """Base of the batch norms: parameters, buffers and their updates are those of torch's module."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        act: str = "linear",
+        *,
+        alpha: float | None = None,
+        gain: float = 1.0,
+        **factory: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
+        self.act, self.alpha, self.gain = act, alpha, gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the mean over all batches
+                momentum = 1.0 / float(self.num_batches_tracked)
+        training = self.training or self.running_mean is None
+        track = not self.training or self.track_running_stats
+        return ops.batch_norm_act(
+            x,
+            self.running_mean if track else None,
+            self.running_var if track else None,
+            self.weight,
+            self.bias,
+            training,
+            momentum,
+            self.eps,
+            self.act,
+            self.alpha,
+            self.gain,
+        )
+
+
+class BatchNormAct1d(BatchNormAct, nn.BatchNorm1d):
+    """nn.BatchNorm1d, then an activation: x of shape (N, C) or (N, C, L).
+
+    act, alpha, gain: as for `ops.batch_norm_act`; the others, and the state dict, as for torch's.
+
+    >>> BatchNormAct1d(512, eps=0.8, act="lrelu", alpha=0.2)
+    """
+
+
+class BatchNormAct2d(BatchNormAct, nn.BatchNorm2d):
+    """nn.BatchNorm2d, then an activation: x of shape (N, C, H, W). The rest as BatchNormAct1d.
+
+    >>> BatchNormAct2d(128, act="relu")  # nn.BatchNorm2d(128), then nn.ReLU()
+    """
+
+
+class BatchNormAct3d(BatchNormAct, nn.BatchNorm3d):
+    """nn.BatchNorm3d, then an activation: x of shape (N, C, D, H, W)."""
+
+
+class InstanceNormAct(Activated):
+    """nn.InstanceNorm1d, 2d or 3d, then an activation: x of shape (N, C, ...).
+
+    affine: a weight and a bias of shape (num_features,), in the state dict as torch's; as there,
+            without them by default.
+    act, alpha, gain: as for `ops.instance_norm_act`. There are no running statistics.
+
+    >>> InstanceNormAct(128, affine=True, act="lrelu")
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = False,
+        act: str = "linear",
+        *,
+        alpha: float | None = None,
+        gain: float = 1.0,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
+        self.act, self.alpha, self.gain = act, alpha, gain
+        self.weight = nn.Parameter(torch.ones(num_features, **factory)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features, **factory)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.instance_norm_act(
+            x, self.weight, self.bias, self.eps, self.act, self.alpha, self.gain
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, {super().extra_repr()}"
+
+
+class AdaptiveInstanceNorm(Activated):
+    """Instance norm whose scale and shift a style of shape (N, style_dim) gives, then an activation.
+
+    Its one child, `fc`, is nn.Linear(style_dim, 2 * num_features): scale, then shift, in
+    act(instance_norm(x) * (1 + scale) + shift).
+
+    >>> AdaptiveInstanceNorm(64, 256, act="lrelu")(images, styles)
+    """
+
+    def __init__(
+        self,
+        style_dim: int,
+        num_features: int,
+        eps: float = 1e-5,
+        act: str = "linear",
+        *,
+        alpha: float | None = None,
+        gain: float = 1.0,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.eps, self.act, self.alpha, self.gain = eps, act, alpha, gain
+        self.fc = nn.Linear(style_dim, 2 * num_features, **factory)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        scale, shift = self.fc(style).chunk(2, 1)
+        return ops.adaptive_instance_norm(
+            x, scale, shift, self.eps, self.act, self.alpha, self.gain
+        )
+
+
+class PixelNormAct(Activated):
+    """x / sqrt(mean(x^2) + eps) over the channels, then an activation, as `ops.pixel_norm_act`.
+
+    >>> PixelNormAct()  # of a latent vector, before a mapping network
+    """
+
+    def __init__(
+        self,
+        eps: float = 1e-8,
+        act: str = "linear",
+        *,
+        alpha: float | None = None,
+        gain: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.eps, self.act, self.alpha, self.gain = eps, act, alpha, gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.pixel_norm_act(x, self.eps, self.act, self.alpha, self.gain)
+
+
+class MinibatchStddev(nn.Module):
+    """Appends to x, (N, C, ...), channels that say how much the samples of a group differ.
+
+    group_size:   samples of a group; the whole batch where None, or where it has fewer. It must
+                  divide the batch.
+    num_channels: channels to append, each from C / num_channels of x.
+
+    Plain PyTorch: it is one pass over the smallest map of a discriminator.
+
+    Source: Karras et al. 2018, arXiv:1710.10196; num_channels as in arXiv:1912.04958.
+    """
+
+    def __init__(self, group_size: int | None = 4, num_channels: int = 1) -> None:
+        super().__init__()
+        self.group_size, self.num_channels = group_size, num_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels = x.shape[:2]
+        group = batch if self.group_size is None else min(self.group_size, batch)
+        if batch % max(group, 1) or channels % self.num_channels:
+            raise ValueError(
+                f"group_size ({group}) must divide the batch and num_channels "
+                f"({self.num_channels}) the channels of x, got shape {tuple(x.shape)}"
+            )
+        # (samples of a group, groups, channels to append, channels of each, ...)
+        y = x.reshape(group, -1, self.num_channels, channels // self.num_channels, *x.shape[2:])
+        wide = y if y.dtype == torch.float64 else y.float()
+        deviation = (wide.var(0, correction=0) + 1e-8).sqrt()
+        mean = deviation.flatten(2).mean(2).to(x.dtype)
+        extra = mean.repeat(group, 1)[(...,) + (None,) * (x.dim() - 2)]
+        return torch.cat([x, extra.expand(-1, -1, *x.shape[2:])], 1)
+
+    def extra_repr(self) -> str:
+        return f"group_size={self.group_size}, num_channels={self.num_channels}"
