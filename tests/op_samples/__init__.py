@@ -5,6 +5,7 @@ One file per stem; the generic tests (tests/ops/test_every_op.py) and the benchm
 
 from tests.op_samples import (
     add_noise,
+    alias_free_snake,
     bias_act,
     decode_attention,
     gated_mlp,
@@ -38,6 +39,7 @@ OPS: dict[str, OpSamples] = {
     **group_norm_act.OPS,
     **layer_norm.OPS,
     **snake.OPS,
+    **alias_free_snake.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]
