@@ -103,6 +103,9 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
     "decode_attention": _decode_attention,
     "decoder_step": _decoder_step,
+    "filtered_lrelu": lambda x: ops.filtered_lrelu(
+        x(2, 3, 7, 9), x.constant(6), x.constant(6), x(3), 2, 2, 5, clamp=1.0
+    ),
     "gated_residual": lambda x: ops.gated_residual(x(2, 5, 127), x(2, 5, 127), x(2, 127)),
     "gated_residual_norm": lambda x: ops.gated_residual_norm(
         x(2, 5, 127), x(2, 5, 127), x(2, 127), x(2, 127), x(2, 127)

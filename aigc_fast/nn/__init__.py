@@ -6,10 +6,12 @@ from .group_norm_act import GroupNormAct
 from .layer_norm import LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
+from .snake import AliasFreeSnake, Snake, SnakeBeta
 from .upfirdn2d import Blur, Downsample2d, Upsample2d
 
 __all__ = [
     "GEGLU",
+    "AliasFreeSnake",
     "BiasAct",
     "Blur",
     "Downsample2d",
@@ -20,6 +22,8 @@ __all__ = [
     "ModulatedRMSNorm",
     "QuantizedLinear",
     "RMSNorm",
+    "Snake",
+    "SnakeBeta",
     "SwiGLU",
     "Upsample2d",
 ]

@@ -7,6 +7,7 @@ from aigc_fast.ops.alias_free_snake import alias_free_snake
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
+from aigc_fast.ops.filtered_lrelu import filtered_lrelu
 from aigc_fast.ops.gated_mlp import geglu, swiglu
 from aigc_fast.ops.gated_residual import gated_residual, gated_residual_norm
 from aigc_fast.ops.group_norm_act import group_norm_act
@@ -35,6 +36,7 @@ __all__ = [
     "decode_attention",
     "decoder_step",
     "dequantize_weight",
+    "filtered_lrelu",
     "gated_residual",
     "gated_residual_norm",
     "geglu",

@@ -8,6 +8,7 @@ from tests.op_samples import (
     alias_free_snake,
     bias_act,
     decode_attention,
+    filtered_lrelu,
     gated_mlp,
     group_norm_act,
     kv_cache,
@@ -26,6 +27,7 @@ from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, r
 OPS: dict[str, OpSamples] = {
     **bias_act.OPS,
     **upfirdn2d.OPS,
+    **filtered_lrelu.OPS,
     **rms_norm.OPS,
     **gated_mlp.OPS,
     **rotary.OPS,

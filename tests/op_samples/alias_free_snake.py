@@ -1,21 +1,30 @@
+from torch import Tensor
+
 from aigc_fast import ops
 from tests.op_samples.sample import OpSamples, Refusal, Sample, rand
 from tests.op_samples.snake import positive
 
 
+def _low_pass(seed: int) -> Tensor:
+    """A filter that is not symmetric, whose taps have the sum 1."""
+    taps = rand(12, seed=seed).abs()
+    return taps / taps.sum()
+
+
 def _samples() -> list[Sample]:
-    a, b = positive(3), positive(3, seed=1)
-    taps = rand(12, scale=0.3), rand(12, seed=1, scale=0.3)
+    # Of many channels: the gradients of alpha and beta are compared by their largest error, which
+    # over a few is a matter of luck.
+    a, b = positive(24), positive(24, seed=1)
+    taps = _low_pass(0), _low_pass(1)
     return [
-        Sample("audio", (rand(2, 3, 37), a, b)),
-        Sample("filters", (rand(1, 3, 21), a, b, *taps)),
-        Sample("tied_log_scale", (rand(2, 3, 9), rand(3)), {"log_scale": True}),
-        Sample("one_sample", (rand(2, 3, 1), a, b, *taps)),
-        Sample("two_samples", (rand(1, 3, 2), a, b, *taps)),
-        Sample("four_samples", (rand(1, 3, 4), a, b)),
-        Sample("many_periods", (rand(1, 3, 33, scale=40.0), a, b), differentiable=False),
-        Sample("empty", (rand(0, 3, 4), a, b)),
-        Sample("tiles", (rand(1, 2, 1543), positive(2), positive(2, seed=1)), differentiable=False),
+        Sample("audio", (rand(1, 24, 17), a, b)),
+        Sample("filters", (rand(2, 24, 5), a, b, *taps)),
+        Sample("tied_log_scale", (rand(1, 24, 9), rand(24, scale=0.5)), {"log_scale": True}),
+        Sample("one_sample", (rand(1, 24, 1), a, b, *taps)),
+        Sample("two_samples", (rand(1, 24, 2), a, b, *taps)),
+        Sample("many_periods", (rand(1, 3, 33, scale=40.0), a[:3], b[:3]), differentiable=False),
+        Sample("empty", (rand(0, 24, 4), a, b)),
+        Sample("tiles", (rand(1, 2, 1543), a[:2], b[:2]), differentiable=False),
     ]
 
 
