@@ -97,6 +97,7 @@ PLAIN = {"dequantize_weight", "merge_attention", "pack_weight", "quantize_weight
 CALLS: dict[str, Callable[[Inputs], Result]] = {
     "add_noise": lambda x: ops.add_noise(x(3, 4, 7, 5), x(3, 4, 7, 5), x(3), x(3)),
     "add_rms_norm": lambda x: ops.add_rms_norm(x(5, 127), x(5, 127), x(127), 1e-6),
+    "alias_free_snake": lambda x: ops.alias_free_snake(x(2, 3, 37), x(3) + 3, x(3) + 3),
     "append_kv": _append_kv,
     "apply_rotary": _apply_rotary,
     "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
@@ -105,6 +106,9 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     ),
     "decode_attention": _decode_attention,
     "decoder_step": _decoder_step,
+    "filtered_lrelu": lambda x: ops.filtered_lrelu(
+        x(2, 3, 7, 9), x.constant(6), x.constant(6), x(3), 2, 2, 5, clamp=1.0
+    ),
     "gated_residual": lambda x: ops.gated_residual(x(2, 5, 127), x(2, 5, 127), x(2, 127)),
     "gated_residual_norm": lambda x: ops.gated_residual_norm(
         x(2, 5, 127), x(2, 5, 127), x(2, 127), x(2, 127), x(2, 127)

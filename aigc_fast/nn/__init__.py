@@ -9,10 +9,12 @@ from .layer_norm import LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm
 from .modulated_conv2d import ModulatedConv2d
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
+from .snake import AliasFreeSnake, Snake, SnakeBeta
 from .upfirdn2d import Blur, Downsample2d, Upsample2d
 
 __all__ = [
     "GEGLU",
+    "AliasFreeSnake",
     "BiasAct",
     "Blur",
     "Conv2dBiasAct",
@@ -28,6 +30,8 @@ __all__ = [
     "ModulatedRMSNorm",
     "QuantizedLinear",
     "RMSNorm",
+    "Snake",
+    "SnakeBeta",
     "SwiGLU",
     "Upsample2d",
 ]

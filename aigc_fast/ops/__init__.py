@@ -7,6 +7,7 @@ from aigc_fast.ops.alias_free_snake import alias_free_snake
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
+from aigc_fast.ops.filtered_lrelu import filtered_lrelu
 from aigc_fast.ops.gan_loss import discriminator_loss, generator_loss
 from aigc_fast.ops.gated_mlp import geglu, swiglu
 from aigc_fast.ops.gated_residual import gated_residual, gated_residual_norm
@@ -51,6 +52,7 @@ __all__ = [
     "decoder_step",
     "dequantize_weight",
     "discriminator_loss",
+    "filtered_lrelu",
     "gated_residual",
     "gated_residual_norm",
     "geglu",

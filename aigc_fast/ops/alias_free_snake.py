@@ -53,8 +53,8 @@ def alias_free_snake(
     Source: Lee et al. 2023, arXiv:2206.04658; the filters of Karras et al. 2021, arXiv:2106.12423.
     """
     alpha, beta = scales(alpha, beta, log_scale)
-    up = default_filter(x.device) if up_filter is None else up_filter
-    down = default_filter(x.device) if down_filter is None else down_filter
+    up, down = default_filters(x.device)
+    up, down = up if up_filter is None else up_filter, down if down_filter is None else down_filter
     for name, taps in (("up_filter", up), ("down_filter", down)):
         if taps.requires_grad:
             raise ValueError(f"{name} must not require a gradient: it has none")
@@ -75,19 +75,20 @@ def _kaiser_sinc() -> Tensor:
     return taps / taps.sum()
 
 
-_KAISER_SINC = _kaiser_sinc()
+# Two tensors: torch.compile refuses a Function that gets one twice.
+_FILTERS = _kaiser_sinc(), _kaiser_sinc()
 
 
-def default_filter(device: torch.device) -> Tensor:
-    """BigVGAN's filter, float64; one copy for each device, made on first use."""
+def default_filters(device: torch.device) -> tuple[Tensor, Tensor]:
+    """BigVGAN's filter for either use, float64; one copy for each device, made on first use."""
     if device.type == "cpu" or torch.compiler.is_compiling():
-        return _KAISER_SINC.to(device)
-    return _copy_on(device)
+        return _FILTERS[0].to(device), _FILTERS[1].to(device)
+    return _copies_on(device)
 
 
 @functools.cache
-def _copy_on(device: torch.device) -> Tensor:
-    return _KAISER_SINC.to(device)
+def _copies_on(device: torch.device) -> tuple[Tensor, Tensor]:
+    return _FILTERS[0].to(device), _FILTERS[1].to(device)
 
 
 def _up(x: Tensor, taps: Tensor) -> Tensor:

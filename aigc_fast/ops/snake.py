@@ -44,7 +44,8 @@ def scales(alpha: Tensor, beta: Tensor | None, log_scale: bool) -> tuple[Tensor,
     """alpha and beta as the kernels take them."""
     if log_scale:
         alpha, beta = alpha.exp(), None if beta is None else beta.exp()
-    return alpha, alpha if beta is None else beta
+    # A view: torch.compile refuses a Function that gets one tensor twice.
+    return alpha, alpha.view_as(alpha) if beta is None else beta
 
 
 def _parts(x: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:

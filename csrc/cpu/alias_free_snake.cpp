@@ -21,11 +21,14 @@ struct Pair {
   Vec<A> even, odd;
 };
 
+// From the far taps, which are the small ones, to the near: so the sums round least.
+constexpr int kOrder[] = {3, -3, 2, -2, 1, -1, 0};
+
 template <class A>
 AIGC_INLINE Pair<A> split(const A* taps, const A* in) {
   Pair<A> sum = {};
 #pragma GCC unroll 7
-  for (int d = -kReach; d <= kReach; ++d) {
+  for (const int d : kOrder) {
     const Vec<A> v = load(in + d);
     if (d < kReach) sum.even += v * taps[5 - 2 * d];
     if (d > -kReach) sum.odd += v * taps[6 - 2 * d];
@@ -37,7 +40,7 @@ template <class A>
 AIGC_INLINE Vec<A> merge(const A* taps, const A* even, const A* odd) {
   Vec<A> a = {}, b = {};
 #pragma GCC unroll 7
-  for (int d = -kReach; d <= kReach; ++d) {
+  for (const int d : kOrder) {
     if (d > -kReach) a += load(even + d) * taps[2 * d + 5];
     if (d < kReach) b += load(odd + d) * taps[2 * d + 6];
   }
@@ -62,8 +65,9 @@ class Line {
     for_vectors<A>(end - begin, [&](int64_t i, auto lanes) {
       store(at + begin + i, load(row + begin + i, lanes), lanes);
     });
-    std::fill(at + first - kMargin, at + begin, zeros ? A(0) : at[0]);
-    std::fill(at + end, at + first + size + kMargin, zeros ? A(0) : at[time - 1]);
+    const auto beyond = [&](int64_t i) { return zeros ? A(0) : load_n(row + i, 1)[0]; };
+    std::fill(at + first - kMargin, at + begin, beyond(0));
+    std::fill(at + end, at + first + size + kMargin, beyond(time - 1));
   }
 
  private:

@@ -5,8 +5,10 @@ One file per stem; the generic tests (tests/ops/test_every_op.py) and the benchm
 
 from tests.op_samples import (
     add_noise,
+    alias_free_snake,
     bias_act,
     decode_attention,
+    filtered_lrelu,
     gan_loss,
     gated_mlp,
     group_norm_act,
@@ -31,6 +33,7 @@ OPS: dict[str, OpSamples] = {
     **bias_act.OPS,
     **upfirdn2d.OPS,
     **scale_bias_act.OPS,
+    **filtered_lrelu.OPS,
     **rms_norm.OPS,
     **gated_mlp.OPS,
     **rotary.OPS,
@@ -48,6 +51,7 @@ OPS: dict[str, OpSamples] = {
     **gan_loss.OPS,
     **optim.OPS,
     **timestep_embedding.OPS,
+    **alias_free_snake.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]

@@ -1,0 +1,202 @@
+// Bias, upsampling FIR filter, leaky ReLU, clamp and downsampling FIR filter in one pass: of the
+// upsampled plane a few rows exist at a time (fir_rows.h), and for backward two bits a pixel, which
+// say whether it was at most 0 and whether it was clamped.
+#include "fir_rows.h"
+#include "memory_order.h"
+
+#include <aigc_fast/lane_bits.h>
+
+#include "channels.h"
+
+namespace aigc_fast {
+namespace {
+
+constexpr int64_t kRows = 32;  // output rows of a unit of work
+constexpr int64_t kWord = 32;  // pixels of a word of bits
+
+// The bits of a plane: [height][negative, clamped][words].
+struct Bits2 {
+  uint32_t* at = nullptr;
+  int64_t words;
+
+  uint32_t* negative(int64_t row) const { return at + row * 2 * words; }
+  uint32_t* clamped(int64_t row) const { return negative(row) + words; }
+};
+
+// lrelu and clamp of a row, in place; its bits if `bits` is given. Whole vectors can be written.
+template <class A>
+void activate_row(A* row, int64_t size, A slope, A limit, const Bits2* bits, int64_t number) {
+  for (int64_t j = 0; j < size; j += kWord) {
+    uint32_t negative = 0, clamped = 0;
+    for (int64_t k = 0; k < kWord && j + k < size; k += kLanes<A>) {
+      Vec<A> v = load(row + j + k);
+      const Vec<Bits<A>> low = v <= 0;
+      v = low ? v * slope : v;
+      negative |= lane_bits<A>(low) << k;
+      clamped |= lane_bits<A>(abs<A>(v) > limit) << k;
+      store(row + j + k, max<A>(min<A>(v, broadcast(limit)), broadcast(-limit)));
+    }
+    if (!bits) continue;
+    const uint32_t valid = size - j < kWord ? (1u << (size - j)) - 1 : ~0u;
+    bits->negative(number)[j / kWord] = negative & valid;
+    bits->clamped(number)[j / kWord] = clamped & valid;
+  }
+}
+
+// The derivative of activate_row, times the row.
+template <class A>
+void apply_bits(A* row, int64_t size, A slope, const Bits2& bits, int64_t number) {
+  for (int64_t j = 0; j < size; j += kWord) {
+    const uint32_t negative = bits.negative(number)[j / kWord];
+    const uint32_t clamped = bits.clamped(number)[j / kWord];
+    for (int64_t k = 0; k < kWord && j + k < size; k += kLanes<A>) {
+      Vec<A> v = load(row + j + k);
+      v = mask_of<A>(negative >> k) ? v * slope : v;
+      store(row + j + k, mask_of<A>(clamped >> k) ? Vec<A>{} : v);
+    }
+  }
+}
+
+// What the operator and its derivative share: two filters, and something done to the rows between.
+struct Stages {
+  Axis first_x, first_y, second_x, second_y;
+  int64_t planes;
+
+  int64_t height() const { return first_y.out; }  // between the filters
+  int64_t width() const { return first_x.out; }
+  int64_t words() const { return (width() + kWord - 1) / kWord; }
+
+  Stages(const Tensor& x, const Tensor& first, const Tensor& second,
+         const std::vector<int64_t>& g) {
+    require(x.dim() == 4, "x must have 4 dimensions");
+    require(x.size(2) > 0 && x.size(3) > 0, "x must have at least one pixel");
+    check_filter(first, "up_filter");
+    check_filter(second, "down_filter");
+    require(g.size() == 12, "geometry must have 12 numbers");
+    planes = x.size(0) * x.size(1);
+    first_x = axis_of(g[0], 1, g[4], g[5], first.size(first.dim() - 1), x.size(3));
+    first_y = axis_of(g[1], 1, g[6], g[7], first.size(0), x.size(2));
+    second_x = axis_of(1, g[2], g[8], g[9], second.size(second.dim() - 1), width());
+    second_y = axis_of(1, g[3], g[10], g[11], second.size(0), height());
+  }
+
+  // between(row, plane, number, own) changes a row between the filters; a row that several units
+  // of work meet is one unit's own.
+  template <class T, class Between>
+  void run(const Tensor& x, const std::optional<Tensor>& bias_in, const Tensor& first,
+           const Tensor& second, bool flip, double gain, Tensor& out, Between between) const {
+    using A = Acc<T>;
+    const Fir<A> up(first_y, first_x, first, flip, gain);
+    const Fir<A> down(second_y, second_x, second, flip, 1.0);
+    const int64_t channels = x.size(1);
+    std::vector<A> bias(channels);
+    channel_values<A>(bias_in, channels, "bias", A(0), bias.data());
+    const T* from = data<T>(x);
+    T* to = mutable_data<T>(out);
+    const int64_t pieces = (second_y.out + kRows - 1) / kRows;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (width() * kRows));
+    torch::stable::parallel_for(0, planes * pieces, grain, [&](int64_t begin, int64_t end) {
+      RowFilter<A> upper(up), lower(down);
+      std::vector<A> line((width() / kWord + 2) * kWord);
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t plane = u / pieces, piece = u % pieces;
+        const T* image = from + plane * first_y.in * first_x.in;
+        const A b = bias[plane % channels];
+        const auto read = [&](int64_t i, int64_t left, int64_t right, A* row) {
+          for_vectors<A>(right - left, [&](int64_t j, auto lanes) {
+            store(row + left + j, load(image + i * first_x.in + left + j, lanes) + b, lanes);
+          });
+        };
+        const int64_t last = std::min(second_y.out, (piece + 1) * kRows);
+        const int64_t own = piece * kRows * second_y.down;
+        const int64_t own_end = piece + 1 == pieces ? height() : last * second_y.down;
+        const auto activated = [&](int64_t m, int64_t left, int64_t right, A* row) {
+          const A* found = upper.row(m, read);
+          std::copy_n(found, (width() + kLanes<A> - 1) / kLanes<A> * kLanes<A>, line.data());
+          between(line.data(), plane, m, m >= own && m < own_end);
+          std::copy(line.data() + left, line.data() + right, row + left);
+        };
+        upper.restart(), lower.restart();
+        for (int64_t o = piece * kRows; o < last; ++o) {
+          const A* row = lower.row(o, activated);
+          T* result = to + (plane * second_y.out + o) * second_x.out;
+          for_vectors<A>(second_x.out,
+                         [&](int64_t j, auto lanes) { store(result + j, load(row + j), lanes); });
+        }
+      }
+    });
+  }
+};
+
+// The result in the memory order of x, which was read as planes.
+Tensor in_layout_of(const Tensor& x, const Tensor& planes) {
+  if (!is_channels_last(x)) return planes;
+  const int64_t c = planes.size(1), h = planes.size(2), w = planes.size(3);
+  const std::vector<int64_t> sizes{planes.size(0), c, h, w}, strides{h * w * c, 1, w * c, c};
+  Tensor out = empty_strided(sizes, strides, planes.scalar_type());
+  torch::stable::copy_(out, planes);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> filtered_lrelu(const Tensor& x_in, const Tensor& up_filter,
+                                          const Tensor& down_filter,
+                                          const std::optional<Tensor>& bias,
+                                          std::vector<int64_t> geometry, bool flip, double gain,
+                                          double slope, std::optional<double> clamp,
+                                          bool keep_mask) {
+  require(!bias || bias->scalar_type() == x_in.scalar_type(), "bias must have the dtype of x");
+  geometry.resize(12);  // the second filter has no padding
+  const Stages s(x_in, up_filter, down_filter, geometry);
+  const Tensor x = as_contiguous(x_in);
+  const int64_t n = x.size(0), c = x.size(1), height = s.height(), words = s.words();
+  Tensor y = empty({n, c, s.second_y.out, s.second_x.out}, x.scalar_type());
+  Tensor mask = keep_mask ? empty({n, c, height, 2, words}, ScalarType::Int)
+                          : empty({0}, ScalarType::Int);
+  uint32_t* bits = static_cast<uint32_t*>(mask.mutable_data_ptr());
+  // Rows that no output needs are not computed; their bits are to be the same every time.
+  if (keep_mask) std::memset(bits, 0, mask.numel() * sizeof(uint32_t));
+  if (y.numel() == 0) return {in_layout_of(x_in, y), mask};
+  dispatch(x, "x", [&]<class T>(T) {
+    using A = Acc<T>;
+    const A limit = clamp ? A(*clamp) : std::numeric_limits<A>::infinity();
+    s.run<T>(x, bias, up_filter, down_filter, flip, gain, y,
+             [&](A* row, int64_t plane, int64_t number, bool own) {
+               const Bits2 of_plane{bits + plane * height * 2 * words, words};
+               activate_row<A>(row, s.width(), A(slope), limit,
+                               keep_mask && own ? &of_plane : nullptr, number);
+             });
+  });
+  return {in_layout_of(x_in, y), mask};
+}
+
+Tensor filtered_mask(const Tensor& x_in, const Tensor& mask_in, const Tensor& first,
+                     const Tensor& second, std::vector<int64_t> geometry, bool flip, double gain,
+                     double slope) {
+  const Stages s(x_in, first, second, geometry);
+  const Tensor x = as_contiguous(x_in), mask = as_contiguous(mask_in);
+  require(mask.scalar_type() == ScalarType::Int &&
+              mask.numel() == s.planes * s.height() * 2 * s.words(),
+          "mask must have two bits for each pixel between the filters");
+  Tensor y =
+      empty({x.size(0), x.size(1), s.second_y.out, s.second_x.out}, x.scalar_type());
+  if (y.numel() == 0) return in_layout_of(x_in, y);
+  // Only read; const_cast because Bits2 serves both.
+  uint32_t* bits = static_cast<uint32_t*>(const_cast<void*>(mask.const_data_ptr()));
+  dispatch(x, "x", [&]<class T>(T) {
+    using A = Acc<T>;
+    s.run<T>(x, {}, first, second, flip, gain, y,
+             [&](A* row, int64_t plane, int64_t number, bool) {
+               const Bits2 of_plane{bits + plane * s.height() * 2 * s.words(), s.words()};
+               apply_bits<A>(row, s.width(), A(slope), of_plane, number);
+             });
+  });
+  return in_layout_of(x_in, y);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
+  m.impl("filtered_lrelu", TORCH_BOX(&filtered_lrelu));
+  m.impl("filtered_mask", TORCH_BOX(&filtered_mask));
+}
+
+}  // namespace
+}  // namespace aigc_fast
