@@ -8,6 +8,7 @@ from .layer_norm import LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm
 from .modulated_conv2d import ModulatedConv2d
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
+from .spectral_norm import remove_spectral_norm, spectral_norm
 from .upfirdn2d import Blur, Downsample2d, Upsample2d
 
 __all__ = [
@@ -27,4 +28,6 @@ __all__ = [
     "RMSNorm",
     "SwiGLU",
     "Upsample2d",
+    "remove_spectral_norm",
+    "spectral_norm",
 ]

@@ -20,6 +20,7 @@ from aigc_fast.ops.rotary import apply_rotary
 from aigc_fast.ops.sampling import sample_tokens
 from aigc_fast.ops.scale_bias_act import scale_bias_act
 from aigc_fast.ops.scheduler_step import scheduler_step
+from aigc_fast.ops.spectral_norm import spectral_norm
 from aigc_fast.ops.upfirdn2d import upfirdn2d
 
 # The schemas stand; now the compiled libraries can register their kernels.
@@ -52,6 +53,7 @@ __all__ = [
     "sample_tokens",
     "scale_bias_act",
     "scheduler_step",
+    "spectral_norm",
     "swiglu",
     "upfirdn2d",
 ]

@@ -95,8 +95,8 @@ class Op:
 
     def choose(self, *args: Any) -> tuple[str, str]:
         """(implementation, why) of a call with these arguments, nothing being forced."""
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        device, dtype = tensors[0].device.type, tensors[0].dtype
+        tensor = _first_tensor(args)
+        device, dtype = tensor.device.type, tensor.dtype
         if dtype not in self.dtypes:
             return "reference", f"no compiled kernel takes {dtype}"
         if device == "cpu":
@@ -125,10 +125,10 @@ class Op:
 
     def call(self, backend: str, *args: Any) -> Any:
         """Runs this very implementation, or raises RuntimeError where it cannot."""
+        self.check(*args)
         if not self.has(backend):
             raise RuntimeError(f"{self.name} has no {backend} implementation here")
-        self.check(*args)
-        device = _device(args).type
+        device = _first_tensor(args).device.type
         if backend == "reference":
             return self.reference(*args)
         if backend == "triton":
@@ -157,7 +157,7 @@ class Op:
     def _on_cuda(self, *args: Any) -> Any:
         """The implementation under the dispatch key CUDA."""
         backend, _ = self.choose(*args)
-        with torch.cuda.device(_device(args)):
+        with torch.cuda.device(_first_tensor(args).device):
             return {
                 "cuda": self._call_cuda,
                 "triton": self._call_triton,
@@ -168,7 +168,7 @@ class Op:
         """The implementation under every other key: reached when no kernel takes the call."""
         self.check(*args)
         if os.environ.get("AIGC_FAST_STRICT") == "1":
-            tensor = next(a for a in args if isinstance(a, torch.Tensor))
+            tensor = _first_tensor(args)
             # Shape propagation (compile, export, meta) is no fall-back.
             if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
                 raise FallbackError(
@@ -178,8 +178,10 @@ class Op:
         return self.reference(*args)
 
 
-def _device(args: tuple) -> torch.device:
-    return next(a for a in args if isinstance(a, torch.Tensor)).device
+def _first_tensor(args: tuple) -> torch.Tensor:
+    """Of the arguments and the members of lists among them."""
+    flat = (b for a in args for b in (a if isinstance(a, list | tuple) else (a,)))
+    return next(a for a in flat if isinstance(a, torch.Tensor))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from tests.op_samples import (
     sampling,
     scale_bias_act,
     scheduler_step,
+    spectral_norm,
     upfirdn2d,
 )
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
@@ -26,6 +27,7 @@ OPS: dict[str, OpSamples] = {
     **bias_act.OPS,
     **upfirdn2d.OPS,
     **scale_bias_act.OPS,
+    **spectral_norm.OPS,
     **rms_norm.OPS,
     **gated_mlp.OPS,
     **rotary.OPS,
