@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import aigc_fast
@@ -33,6 +34,10 @@ class Inputs:
     def constant(self, *shape: int) -> Tensor:
         """Standard normal."""
         return torch.randn(shape, generator=self.random).to(self.device, self.dtype)
+
+    def unit(self, size: int) -> Tensor:
+        """A vector of length 1."""
+        return F.normalize(self.constant(size), dim=0)
 
     def int32(self, *values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
@@ -132,6 +137,11 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     ),
     "scheduler_step": _scheduler_step,
     "snake": lambda x: ops.snake(x(2, 6, 17), x(6) + 3, x(6) + 3),
+    "spectral_norm": lambda x: tuple(
+        ops.spectral_norm(
+            [x(5, 3, 3), x(4, 2)], [x.unit(5), x.unit(4)], [x.unit(9), x.unit(2)], iterations=0
+        )[0]
+    ),
     "swiglu": lambda x: ops.swiglu(x(5, 127), x(5, 127)),
     "timestep_embedding": lambda x: ops.timestep_embedding(x(5), 31, max_period=100.0),
     "upfirdn2d": lambda x: ops.upfirdn2d(x(2, 3, 7, 9), x.constant(4, 4), up=2, padding=2),

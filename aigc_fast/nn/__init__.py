@@ -10,6 +10,7 @@ from .modulated_conv2d import ModulatedConv2d
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
 from .snake import AliasFreeSnake, Snake, SnakeBeta
+from .spectral_norm import remove_spectral_norm, spectral_norm
 from .upfirdn2d import Blur, Downsample2d, Upsample2d
 
 __all__ = [
@@ -34,4 +35,6 @@ __all__ = [
     "SnakeBeta",
     "SwiGLU",
     "Upsample2d",
+    "remove_spectral_norm",
+    "spectral_norm",
 ]

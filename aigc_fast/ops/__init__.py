@@ -31,6 +31,7 @@ from aigc_fast.ops.sampling import sample_tokens
 from aigc_fast.ops.scale_bias_act import scale_bias_act
 from aigc_fast.ops.scheduler_step import scheduler_step
 from aigc_fast.ops.snake import snake
+from aigc_fast.ops.spectral_norm import spectral_norm
 from aigc_fast.ops.timestep_embedding import timestep_embedding
 from aigc_fast.ops.upfirdn2d import upfirdn2d
 
@@ -75,6 +76,7 @@ __all__ = [
     "scale_bias_act",
     "scheduler_step",
     "snake",
+    "spectral_norm",
     "swiglu",
     "timestep_embedding",
     "upfirdn2d",

@@ -95,8 +95,8 @@ class Op:
 
     def choose(self, *args: Any) -> tuple[str, str]:
         """(implementation, why) of a call with these arguments, nothing being forced."""
-        first = _first_tensor(args)
-        device, dtype = first.device.type, first.dtype
+        tensor = _first_tensor(args)
+        device, dtype = tensor.device.type, tensor.dtype
         if dtype not in self.dtypes:
             return "reference", f"no compiled kernel takes {dtype}"
         if device == "cpu":
@@ -125,10 +125,10 @@ class Op:
 
     def call(self, backend: str, *args: Any) -> Any:
         """Runs this very implementation, or raises RuntimeError where it cannot."""
+        self.check(*args)
         if not self.has(backend):
             raise RuntimeError(f"{self.name} has no {backend} implementation here")
-        self.check(*args)
-        device = _device(args).type
+        device = _first_tensor(args).device.type
         if backend == "reference":
             return self.reference(*args)
         if backend == "triton":
@@ -157,7 +157,7 @@ class Op:
     def _on_cuda(self, *args: Any) -> Any:
         """The implementation under the dispatch key CUDA."""
         backend, _ = self.choose(*args)
-        with torch.cuda.device(_device(args)):
+        with torch.cuda.device(_first_tensor(args).device):
             return {
                 "cuda": self._call_cuda,
                 "triton": self._call_triton,
@@ -179,13 +179,9 @@ class Op:
 
 
 def _first_tensor(args: tuple) -> torch.Tensor:
-    """The first tensor of a call, which may be in a list."""
-    for a in args:
-        if isinstance(a, list) and a:
-            a = a[0]
-        if isinstance(a, torch.Tensor):
-            return a
-    raise TypeError("a call of an operator must have a tensor")
+    """Of the arguments and the members of lists among them."""
+    flat = (b for a in args for b in (a if isinstance(a, list | tuple) else (a,)))
+    return next(a for a in flat if isinstance(a, torch.Tensor))
 
 
 def _device(args: tuple) -> torch.device:

@@ -24,6 +24,7 @@ from tests.op_samples import (
     scale_bias_act,
     scheduler_step,
     snake,
+    spectral_norm,
     timestep_embedding,
     upfirdn2d,
 )
@@ -34,6 +35,7 @@ OPS: dict[str, OpSamples] = {
     **upfirdn2d.OPS,
     **scale_bias_act.OPS,
     **filtered_lrelu.OPS,
+    **spectral_norm.OPS,
     **rms_norm.OPS,
     **gated_mlp.OPS,
     **rotary.OPS,

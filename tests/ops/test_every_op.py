@@ -269,7 +269,7 @@ def as_function(op: OpSamples, sample: Sample) -> tuple[Any, list[Tensor]]:
     def f(*values: Tensor) -> Any:
         replace = dict(zip(map(id, inputs), values, strict=True))
         a, k = map_tensors((args, kwargs), lambda t: replace.get(id(t), t))
-        return op.function(*a, **k)
+        return tuple(tensors(op.function(*a, **k)))
 
     return f, inputs
 
