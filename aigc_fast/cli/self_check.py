@@ -100,6 +100,9 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "append_kv": _append_kv,
     "apply_rotary": _apply_rotary,
     "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
+    "conv3x3": lambda x: ops.conv3x3(
+        x.constant(2, 35, 5, 19), x.constant(24, 35, 3, 3), x.constant(24), x.constant(24)
+    ),
     "decode_attention": _decode_attention,
     "decoder_step": _decoder_step,
     "gated_residual": lambda x: ops.gated_residual(x(2, 5, 127), x(2, 5, 127), x(2, 127)),

@@ -4,6 +4,7 @@ from aigc_fast import _libraries
 from aigc_fast.ops._quantized_format import dequantize_weight, pack_weight, quantize_weight
 from aigc_fast.ops.add_noise import add_noise
 from aigc_fast.ops.bias_act import bias_act
+from aigc_fast.ops.conv3x3 import conv3x3
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
 from aigc_fast.ops.gated_mlp import geglu, swiglu
@@ -29,6 +30,7 @@ __all__ = [
     "append_kv",
     "apply_rotary",
     "bias_act",
+    "conv3x3",
     "decode_attention",
     "decoder_step",
     "dequantize_weight",

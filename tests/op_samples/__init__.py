@@ -6,6 +6,7 @@ One file per stem; the generic tests (tests/ops/test_every_op.py) and the benchm
 from tests.op_samples import (
     add_noise,
     bias_act,
+    conv3x3,
     decode_attention,
     gated_mlp,
     group_norm_act,
@@ -23,6 +24,7 @@ from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, r
 
 OPS: dict[str, OpSamples] = {
     **bias_act.OPS,
+    **conv3x3.OPS,
     **upfirdn2d.OPS,
     **rms_norm.OPS,
     **gated_mlp.OPS,
