@@ -14,9 +14,9 @@ from torch import Tensor
 from .math import fp32
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
-BUDGET = {"_conv": (168, 65536)}
+BUDGET = {"_conv": (224, 32768)}
 
-_PIXELS = 128
+_PIXELS = 64
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -75,8 +75,7 @@ def conv3x3(xs, weight, bias, slope, residual, gain) -> Tensor:
     pixels = batch * height * width
     if pixels:
         block_o = max(16, min(64, triton.next_power_of_2(outputs)))
-        block_c = max(16, min(64, triton.next_power_of_2(channels)))
-        block_c = min(block_c, 128 // x.element_size())
+        block_c = 16 if channels <= 16 else 32
         optional = [None if p is None else p.contiguous() for p in (bias, slope)]
         grid = (triton.cdiv(pixels, _PIXELS), triton.cdiv(outputs, block_o))
         _conv[grid](x, weight.permute(2, 3, 1, 0).contiguous(), *optional,

@@ -10,7 +10,7 @@
 
 #include <aigc_fast/cpu_features.h>
 
-#define AIGC_AMX_TARGET __attribute__((target("amx-tile,amx-bf16"), noinline))
+#define AIGC_AMX_TARGET __attribute__((target("amx-tile,amx-bf16,avx512bf16"), noinline))
 #endif
 
 namespace aigc_fast {
@@ -21,7 +21,8 @@ inline bool has_amx_bf16() {
 #if AIGC_AMX
   static const bool has = [] {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    return cpu_features()["amx_bf16"] && cpu_features()["amx_tile"] &&
+    auto features = cpu_features();
+    return features["amx_tile"] && features["amx_bf16"] && features["avx512bf16"] &&
            syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
   return has;

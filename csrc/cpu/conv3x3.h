@@ -62,7 +62,10 @@ class Rows {
     to += depth_;
     for (const Source<T>& source : sources_) {
       const T* from = source.data + n * source.batch_stride + y * source.row_stride;
-      if (source.channel_stride == 1) {
+      if (source.channel_stride == 1 && source.pixel_stride == depth_ &&
+          source.channels == depth_) {
+        convert(to, from, s_.width * depth_);  // a call for each pixel would take as long again
+      } else if (source.channel_stride == 1) {
         for (int64_t x = 0; x < s_.width; ++x)
           convert(to + x * depth_, from + x * source.pixel_stride, source.channels);
       } else {
@@ -100,10 +103,14 @@ struct Finish {
   A gain;
   int64_t out;
 
-  // The vector of channels o, o + 1, ... of a pixel; residual may be null.
-  AIGC_INLINE void operator()(T* y, const T* residual, int64_t o, Vec<A> sum) const {
+  AIGC_INLINE Vec<A> operator()(Vec<A> sum, int64_t o) const {
     const Vec<A> v = sum + load(bias + o);
-    Vec<A> result = (v > 0 ? v : v * load(slope + o)) * gain;
+    return (v > 0 ? v : v * load(slope + o)) * gain;
+  }
+
+  // Writes channels o, o + 1, ... of a pixel; residual may be null.
+  AIGC_INLINE void write(T* y, const T* residual, int64_t o, Vec<A> sum) const {
+    Vec<A> result = (*this)(sum, o);
     const int64_t n = out - o;
     if (n >= kLanes<A>) {
       if (residual) result += load(residual + o);
@@ -155,7 +162,8 @@ class VectorProducts {
         for (int64_t p = 0; p < std::min<int64_t>(kPixels, s_.width - x); ++p)
           for (int v = 0; v < kOuts; ++v) {
             const int64_t at = (x + p) * s_.out;
-            finish(y + at, residual ? residual + at : nullptr, o + v * kLanes<A>, totals[p][v]);
+            finish.write(y + at, residual ? residual + at : nullptr, o + v * kLanes<A>,
+                         totals[p][v]);
           }
       }
   }
@@ -188,87 +196,108 @@ class VectorProducts {
 
 #if AIGC_AMX
 
-// 32 pixels by 32 outputs in four tiles, 16 where fewer are left. A tile of pixels is read where it
-// lies: its rows are neighbouring pixels, so that another tap is another address.
+// 64 pixels by 16 outputs in four tiles. A tile of pixels is read where it lies: its rows are
+// neighbouring pixels, so that another tap is another address. All outputs of 64 pixels follow one
+// another: three rows of them stay in the first cache, the weights of 16 outputs stream through.
 class TileProducts {
  public:
   using S = bf16;
+  using Session = Tiles;
   static constexpr int64_t kStep = 32, kTile = 512;  // inputs of a product; values of a tile
 
   static int64_t depth(const ConvShape& s) { return (s.in + kStep - 1) / kStep * kStep; }
   static int64_t pixels(const ConvShape& s) { return (s.width + 15) / 16 * 16; }
 
-  // [pair of 16 outputs][tap][step][half of the pair][input / 2][output][input % 2]
+  // [16 outputs][tap][step][input / 2][output][input % 2], zero beyond the last output and input
   TileProducts(const bf16* weight, const ConvShape& s)
-      : s_(s), steps_(9 * depth(s) / kStep), packed_((s.out + 15) / 16 * steps_ * kTile) {
-    for (int64_t o = 0; o < s.out; ++o) {
-      const int64_t halves = is_pair(o / 32 * 32) ? 2 : 1;
-      bf16* tiles = packed_.data() + o / 32 * 2 * steps_ * kTile + o % 32 / 16 * kTile + o % 16 * 2;
+      : s_(s), size_(9 * depth(s) * 16), packed_((s.out + 15) / 16 * size_) {
+    for (int64_t o = 0; o < s.out; ++o)
       for (int64_t c = 0; c < s.in; ++c)
         for (int64_t tap = 0; tap < 9; ++tap)
-          tiles[(tap * depth(s) + c) / kStep * halves * kTile + c % kStep / 2 * 32 + c % 2] =
+          packed_[o / 16 * size_ + (tap * depth(s) + c) / 2 * 32 + o % 16 * 2 + c % 2] =
               weight[(o * s.in + c) * 9 + tap];
-    }
   }
-
-  using Session = Tiles;
 
   void row(const std::array<const S*, 3>& rows, bf16* y, const bf16* residual,
            const Finish<bf16>& finish) const {
-    alignas(64) float sums[32 * 32];
-    for (int64_t o = 0; o < s_.out; o += 32)
-      for (int64_t x = 0; x < s_.width; x += 32) {
-        const bf16* w = packed_.data() + o / 16 * steps_ * kTile;
-        const int64_t n = std::min<int64_t>(32, s_.width - x);
-        const auto multiply =
-            n > 16 ? (is_pair(o) ? &TileProducts::multiply<2, 2> : &TileProducts::multiply<2, 1>)
-                   : (is_pair(o) ? &TileProducts::multiply<1, 2> : &TileProducts::multiply<1, 1>);
-        (this->*multiply)(rows, x, w, sums);
-        for (int64_t p = 0; p < n; ++p) {
-          const int64_t at = (x + p) * s_.out;
-          for (int half = 0; half < (is_pair(o) ? 2 : 1); ++half)
-            finish(y + at, residual ? residual + at : nullptr, o + 16 * half,
-                   load(sums + p * 32 + 16 * half));
+    alignas(64) float sums[64 * 16];
+    for (int64_t x = 0; x < s_.width; x += 64) {
+      const int64_t n = std::min<int64_t>(64, s_.width - x);
+      bf16* to = y + x * s_.out;
+      const bf16* beside = residual ? residual + x * s_.out : nullptr;
+      for (int64_t o = 0; o < s_.out; o += 16) {
+        const bf16* w = packed_.data() + o / 16 * size_;
+        if (n > 48) {
+          multiply<4>(rows, x, w, sums);
+        } else if (n > 32) {
+          multiply<3>(rows, x, w, sums);
+        } else if (n > 16) {
+          multiply<2>(rows, x, w, sums);
+        } else {
+          multiply<1>(rows, x, w, sums);
         }
-      }
-  }
-
- private:
-  bool is_pair(int64_t o) const { return s_.out - o > 16; }
-
-  template <int M, int N>
-  AIGC_AMX_TARGET void multiply(const std::array<const S*, 3>& rows, int64_t x, const bf16* w,
-                                float* sums) const {
-    const int64_t d = depth(s_);
-    _tile_zero(0);
-    if constexpr (N > 1) _tile_zero(1);
-    if constexpr (M > 1) _tile_zero(2);
-    if constexpr (M > 1 && N > 1) _tile_zero(3);
-    for (int tap = 0; tap < 9; ++tap) {
-      const bf16* from = rows[tap / 3] + (x + tap % 3) * d;
-      for (int64_t c = 0; c < d; c += kStep, w += N * kTile) {
-        _tile_loadd(4, from + c, d * 2);
-        _tile_loadd(6, w, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (N > 1) {
-          _tile_loadd(7, w + kTile, 64);
-          _tile_dpbf16ps(1, 4, 7);
-        }
-        if constexpr (M > 1) {
-          _tile_loadd(5, from + 16 * d + c, d * 2);
-          _tile_dpbf16ps(2, 5, 6);
-          if constexpr (N > 1) _tile_dpbf16ps(3, 5, 7);
+        if (s_.out - o >= 16) {
+          write(sums, n, o, to, beside, finish);
+        } else {
+          for (int64_t p = 0; p < n; ++p)
+            finish.write(to + p * s_.out, beside ? beside + p * s_.out : nullptr, o,
+                         load(sums + p * 16));
         }
       }
     }
-    _tile_stored(0, sums, 128);
-    if constexpr (N > 1) _tile_stored(1, sums + 16, 128);
-    if constexpr (M > 1) _tile_stored(2, sums + 16 * 32, 128);
-    if constexpr (M > 1 && N > 1) _tile_stored(3, sums + 16 * 32 + 16, 128);
+  }
+
+ private:
+  // Finishes all 16 outputs of n pixels. One instruction rounds them, which takes `store` ten.
+  AIGC_AMX_TARGET void write(const float* sums, int64_t n, int64_t o, bf16* y, const bf16* residual,
+                             const Finish<bf16>& finish) const {
+    const Finish<bf16> f = finish;
+    for (int64_t p = 0; p < n; ++p) {
+      const int64_t at = p * s_.out + o;
+      Vec<float> v = f(load(sums + p * 16), o);
+      if (residual) v += load(residual + at);
+      const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+      std::memcpy(static_cast<void*>(y + at), &rounded, sizeof rounded);
+    }
+  }
+
+  // The sums of 16 * M pixels from x on, [pixel][output].
+  template <int M>
+  AIGC_AMX_TARGET void multiply(const std::array<const S*, 3>& rows, int64_t x, const bf16* w,
+                                float* sums) const {
+    const int64_t d = depth(s_), stride = d * sizeof(bf16);
+    _tile_zero(0);
+    if constexpr (M > 1) _tile_zero(1);
+    if constexpr (M > 2) _tile_zero(2);
+    if constexpr (M > 3) _tile_zero(3);
+    for (int tap = 0; tap < 9; ++tap) {
+      const bf16* from = rows[tap / 3] + (x + tap % 3) * d;
+      for (int64_t c = 0; c < d; c += kStep, from += kStep, w += kTile) {
+        _tile_loadd(7, w, 64);
+        _tile_loadd(4, from, stride);
+        _tile_dpbf16ps(0, 4, 7);
+        if constexpr (M > 1) {
+          _tile_loadd(5, from + 16 * d, stride);
+          _tile_dpbf16ps(1, 5, 7);
+        }
+        if constexpr (M > 2) {
+          _tile_loadd(6, from + 32 * d, stride);
+          _tile_dpbf16ps(2, 6, 7);
+        }
+        if constexpr (M > 3) {
+          _tile_loadd(4, from + 48 * d, stride);
+          _tile_dpbf16ps(3, 4, 7);
+        }
+      }
+    }
+    _tile_stored(0, sums, 64);
+    if constexpr (M > 1) _tile_stored(1, sums + 16 * 16, 64);
+    if constexpr (M > 2) _tile_stored(2, sums + 32 * 16, 64);
+    if constexpr (M > 3) _tile_stored(3, sums + 48 * 16, 64);
   }
 
   const ConvShape s_;
-  const int64_t steps_;
+  const int64_t size_;  // of the weights of 16 outputs
   std::vector<bf16> packed_;
 };
 
