@@ -184,10 +184,6 @@ def _first_tensor(args: tuple) -> torch.Tensor:
     return next(a for a in flat if isinstance(a, torch.Tensor))
 
 
-def _device(args: tuple) -> torch.device:
-    return _first_tensor(args).device
-
-
 @contextlib.contextmanager
 def _intercepting(take: Callable[[Op, tuple], Any]) -> Iterator[None]:
     global _intercept

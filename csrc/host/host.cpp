@@ -8,7 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu_features.h"
+#include <aigc_fast/cpu_features.h>
 #include "packing.h"
 
 namespace py = pybind11;

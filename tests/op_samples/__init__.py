@@ -7,6 +7,7 @@ from tests.op_samples import (
     add_noise,
     alias_free_snake,
     bias_act,
+    conv3x3,
     decode_attention,
     filtered_lrelu,
     gan_loss,
@@ -32,6 +33,7 @@ from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, r
 
 OPS: dict[str, OpSamples] = {
     **bias_act.OPS,
+    **conv3x3.OPS,
     **upfirdn2d.OPS,
     **scale_bias_act.OPS,
     **filtered_lrelu.OPS,

@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import convolve
+
 
 def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
-def _leaky(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, 0.2)
+def _leaky(conv: nn.Conv2d, x: Tensor | list[Tensor]) -> Tensor:
+    slope = conv.weight.new_full((conv.out_channels,), 0.2)
+    return convolve(x, conv, slope)
 
 
 class ResidualDenseBlock(nn.Module):
@@ -22,16 +25,17 @@ class ResidualDenseBlock(nn.Module):
 
     def __init__(self, num_feat: int = 64, num_grow_ch: int = 32) -> None:
         super().__init__()
-        for i in range(5):
-            out = num_feat if i == 4 else num_grow_ch
-            self.add_module(f"conv{i + 1}", _conv(num_feat + i * num_grow_ch, out))
+        self.conv1 = _conv(num_feat, num_grow_ch)
+        self.conv2 = _conv(num_feat + num_grow_ch, num_grow_ch)
+        self.conv3 = _conv(num_feat + 2 * num_grow_ch, num_grow_ch)
+        self.conv4 = _conv(num_feat + 3 * num_grow_ch, num_grow_ch)
+        self.conv5 = _conv(num_feat + 4 * num_grow_ch, num_feat)
 
     def forward(self, x: Tensor) -> Tensor:
-        *convs, last = self.children()
-        features = x
-        for conv in convs:
-            features = torch.cat([features, _leaky(conv(features))], 1)
-        return last(features) * 0.2 + x
+        features = [x]
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            features.append(_leaky(conv, features))
+        return convolve(features, self.conv5, residual=x, gain=0.2)
 
 
 class RRDB(nn.Module):
@@ -44,7 +48,7 @@ class RRDB(nn.Module):
         self.rdb3 = ResidualDenseBlock(num_feat, num_grow_ch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rdb3(self.rdb2(self.rdb1(x))) * 0.2 + x
+        return torch.add(x, self.rdb3(self.rdb2(self.rdb1(x))), alpha=0.2)
 
 
 class RRDBNet(nn.Module):
@@ -92,8 +96,15 @@ class RRDBNet(nn.Module):
         return read_generator(path, cls)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.conv_first(F.pixel_unshuffle(x, self.fold))
-        features = features + self.conv_body(self.body(features))
+        if x.shape[2] % self.fold or x.shape[3] % self.fold:
+            raise ValueError(
+                f"x must have height and width that are multiples of {self.fold}, got "
+                f"{tuple(x.shape)}"
+            )
+        y = F.pixel_unshuffle(x, self.fold)
+        y = convolve(y, self.conv_first)
+        y = convolve(self.body(y), self.conv_body, residual=y)
         for conv in (self.conv_up1, self.conv_up2):
-            features = _leaky(conv(F.interpolate(features, scale_factor=2, mode="nearest")))
-        return self.conv_last(_leaky(self.conv_hr(features)))
+            y = _leaky(conv, F.interpolate(y, scale_factor=2, mode="nearest"))
+        y = _leaky(self.conv_hr, y)
+        return convolve(y, self.conv_last)

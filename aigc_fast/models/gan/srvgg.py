@@ -7,6 +7,8 @@ import os
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import convolve
+
 
 class SRVGGNetCompact(nn.Module):
     """Images (batch, num_in_ch, height, width) in [0, 1] to `scale` times their height and width.
@@ -52,9 +54,11 @@ class SRVGGNetCompact(nn.Module):
         return read_generator(path, cls)
 
     def forward(self, x: Tensor) -> Tensor:
+        *pairs, last = self.body
         y = x
-        for layer in self.body:
-            y = layer(y)
+        for conv, act in zip(pairs[::2], pairs[1::2], strict=True):
+            y = convolve(y, conv, act.get_parameter("weight"))
+        y = convolve(y, last)
         y = F.pixel_shuffle(y, self.upscale)
         y = y + F.interpolate(x, scale_factor=self.upscale, mode="nearest")
         if self.scale != self.upscale:

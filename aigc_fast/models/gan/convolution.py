@@ -1,0 +1,30 @@
+"""The convolutions of super-resolution generators, fused where no gradient is wanted."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aigc_fast import ops
+
+
+def convolve(
+    x: Tensor | list[Tensor],
+    conv: nn.Module,
+    slope: Tensor | None = None,
+    residual: Tensor | None = None,
+    gain: float = 1.0,
+) -> Tensor:
+    """residual + gain * prelu(conv(x)), several x being channels of one: see `ops.conv3x3`.
+
+    For training it is a chain of torch's operations; on a GPU too, whose convolution is cuDNN's.
+    """
+    assert isinstance(conv, nn.Conv2d)
+    xs = [x] if isinstance(x, Tensor) else x
+    tensors = (*xs, conv.weight, slope, residual)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not wanted and xs[0].device.type == "cpu":
+        return ops.conv3x3(xs, conv.weight, conv.bias, slope, residual, gain)
+    y = conv(torch.cat(xs, 1))
+    y = y if slope is None else F.prelu(y, slope)
+    y = y if gain == 1 else y * gain
+    return y if residual is None else y + residual

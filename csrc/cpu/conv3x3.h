@@ -1,0 +1,306 @@
+// A row of a 3x3 convolution: what it reads, its products, and what becomes of their sums.
+//
+// The three rows of the image that a row of the result depends on lie in a scratch of their own,
+// [pixel][channel] with a pixel of zeros on either side: no product then asks where the border is,
+// and any strides, several inputs side by side, and another type cost one pass over each row.
+#pragma once
+
+#include <array>
+
+#include "amx.h"
+#include "tensor.h"
+
+namespace aigc_fast {
+
+struct ConvShape {
+  int64_t batch, height, width, in, out;
+};
+
+// ---- rows of the image --------------------------------------------------------------------------
+
+// One of the inputs that are read as if they were one, channel after channel.
+template <class T>
+struct Source {
+  const T* data;
+  int64_t channels, batch_stride, channel_stride, row_stride, pixel_stride;
+};
+
+template <class S, class T>
+AIGC_INLINE void convert(S* to, const T* from, int64_t n) {
+  if constexpr (std::is_same_v<S, T>) {
+    std::memcpy(static_cast<void*>(to), from, n * sizeof(T));
+  } else {
+    for_vectors<Acc<T>>(
+        n, [&](int64_t i, auto lanes) { store(to + i, load(from + i, lanes), lanes); });
+  }
+}
+
+// The last three rows of an image that were asked for, of `pixels` pixels of `depth` values.
+template <class S, class T>
+class Rows {
+ public:
+  Rows(const std::vector<Source<T>>& sources, const ConvShape& s, int64_t depth, int64_t pixels)
+      : sources_(sources), s_(s), depth_(depth), size_((pixels + 2) * depth), memory_(3 * size_) {}
+
+  // The rows above, at, and below row y of image n; rows are to be asked for in order.
+  std::array<const S*, 3> around(int64_t n, int64_t y) {
+    const bool next = n == image_ && y == row_ + 1;
+    if (!next) fill(n, y - 1), fill(n, y);
+    fill(n, y + 1);
+    image_ = n, row_ = y;
+    return {slot(y - 1), slot(y), slot(y + 1)};
+  }
+
+ private:
+  S* slot(int64_t y) { return memory_.data() + (y + 3) % 3 * size_; }
+
+  // The zeros beside the image and in unused channels are there from the start.
+  void fill(int64_t n, int64_t y) {
+    S* to = slot(y);
+    if (y < 0 || y >= s_.height)
+      return std::memset(static_cast<void*>(to), 0, size_ * sizeof(S)), void();
+    to += depth_;
+    for (const Source<T>& source : sources_) {
+      const T* from = source.data + n * source.batch_stride + y * source.row_stride;
+      if (source.channel_stride == 1 && source.pixel_stride == depth_ &&
+          source.channels == depth_) {
+        convert(to, from, s_.width * depth_);  // a call for each pixel would take as long again
+      } else if (source.channel_stride == 1) {
+        for (int64_t x = 0; x < s_.width; ++x)
+          convert(to + x * depth_, from + x * source.pixel_stride, source.channels);
+      } else {
+        for (int64_t c = 0; c < source.channels; ++c)
+          for (int64_t x = 0; x < s_.width; ++x)
+            convert_one(to + x * depth_ + c,
+                        from + c * source.channel_stride + x * source.pixel_stride);
+      }
+      to += source.channels;
+    }
+  }
+
+  static AIGC_INLINE void convert_one(S* to, const T* from) {
+    if constexpr (std::is_same_v<S, T>) {
+      *to = *from;
+    } else {
+      convert(to, from, 1);
+    }
+  }
+
+  const std::vector<Source<T>>& sources_;
+  const ConvShape s_;
+  const int64_t depth_, size_;
+  std::vector<S> memory_;
+  int64_t image_ = -1, row_ = -1;
+};
+
+// ---- what becomes of the sums -------------------------------------------------------------------
+
+// y = residual + gain * prelu(sum + bias); bias and slope are padded to whole vectors.
+template <class T>
+struct Finish {
+  using A = Acc<T>;
+  const A *bias, *slope;
+  A gain;
+  int64_t out;
+
+  AIGC_INLINE Vec<A> operator()(Vec<A> sum, int64_t o) const {
+    const Vec<A> v = sum + load(bias + o);
+    return (v > 0 ? v : v * load(slope + o)) * gain;
+  }
+
+  // Writes channels o, o + 1, ... of a pixel; residual may be null.
+  AIGC_INLINE void write(T* y, const T* residual, int64_t o, Vec<A> sum) const {
+    Vec<A> result = (*this)(sum, o);
+    const int64_t n = out - o;
+    if (n >= kLanes<A>) {
+      if (residual) result += load(residual + o);
+      store(y + o, result);
+    } else if (n > 0) {
+      if (residual) result += load_n(residual + o, n);
+      store_n(y + o, result, n);
+    }
+  }
+};
+
+// ---- products by fused multiply-add -------------------------------------------------------------
+
+// Sums of kPixels pixels and kOuts vectors of channels stay in registers.
+template <class T>
+class VectorProducts {
+ public:
+  using A = Acc<T>;
+  using S = A;
+  static constexpr int kOuts = 2, kPixels = kVectorBytes == 64 ? 12 : 6;
+  static constexpr int64_t kGroup = kOuts * kLanes<A>;
+
+  static int64_t depth(const ConvShape& s) { return s.in; }
+  static int64_t pixels(const ConvShape& s) { return (s.width + kPixels - 1) / kPixels * kPixels; }
+
+  // [group][tap][input][kGroup], zero beyond the last output.
+  VectorProducts(const T* weight, const ConvShape& s)
+      : s_(s), packed_((s.out + kGroup - 1) / kGroup * 9 * s.in * kGroup) {
+    for (int64_t o = 0; o < s.out; ++o)
+      for (int64_t c = 0; c < s.in; ++c)
+        for (int64_t tap = 0; tap < 9; ++tap)
+          convert(packed_.data() + ((o / kGroup * 9 + tap) * s.in + c) * kGroup + o % kGroup,
+                  weight + (o * s.in + c) * 9 + tap, 1);
+  }
+
+  struct Session {};
+
+  void row(const std::array<const S*, 3>& rows, T* y, const T* residual,
+           const Finish<T>& finish) const {
+    for (int64_t o = 0; o < s_.out; o += kGroup)
+      for (int64_t x = 0; x < s_.width; x += kPixels) {
+        Vec<A> totals[kPixels][kOuts] = {};
+        const A* w = packed_.data() + o * 9 * s_.in;
+        for (int tap = 0; tap < 9; ++tap) {
+          const S* from = rows[tap / 3] + (x + tap % 3) * s_.in;
+          for (int64_t c = 0; c < s_.in; c += kChain)
+            w = add(from + c, w, std::min(kChain, s_.in - c), totals);
+        }
+        for (int64_t p = 0; p < std::min<int64_t>(kPixels, s_.width - x); ++p)
+          for (int v = 0; v < kOuts; ++v) {
+            const int64_t at = (x + p) * s_.out;
+            finish.write(y + at, residual ? residual + at : nullptr, o + v * kLanes<A>,
+                         totals[p][v]);
+          }
+      }
+  }
+
+ private:
+  // Terms of a sum that meet before they join the others: short chains of additions round less.
+  static constexpr int64_t kChain = 64;
+
+  // Adds the products of `count` inputs; gives where the weights of the next ones lie.
+  const A* add(const S* from, const A* w, int64_t count, Vec<A> (&totals)[kPixels][kOuts]) const {
+    Vec<A> sums[kPixels][kOuts] = {};
+    for (int64_t c = 0; c < count; ++c, w += kGroup) {
+      Vec<A> weights[kOuts];
+      for (int v = 0; v < kOuts; ++v) weights[v] = load(w + v * kLanes<A>);
+#pragma GCC unroll 12  // else the sums stay in memory
+      for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 2
+        for (int v = 0; v < kOuts; ++v) sums[p][v] += from[p * s_.in + c] * weights[v];
+    }
+    for (int p = 0; p < kPixels; ++p)
+      for (int v = 0; v < kOuts; ++v) totals[p][v] += sums[p][v];
+    return w;
+  }
+
+  const ConvShape s_;
+  std::vector<A> packed_;
+};
+
+// ---- products in tiles --------------------------------------------------------------------------
+
+#if AIGC_AMX
+
+// 64 pixels by 16 outputs in four tiles. A tile of pixels is read where it lies: its rows are
+// neighbouring pixels, so that another tap is another address. All outputs of 64 pixels follow one
+// another: three rows of them stay in the first cache, the weights of 16 outputs stream through.
+class TileProducts {
+ public:
+  using S = bf16;
+  using Session = Tiles;
+  static constexpr int64_t kStep = 32, kTile = 512;  // inputs of a product; values of a tile
+
+  static int64_t depth(const ConvShape& s) { return (s.in + kStep - 1) / kStep * kStep; }
+  static int64_t pixels(const ConvShape& s) { return (s.width + 15) / 16 * 16; }
+
+  // [16 outputs][tap][step][input / 2][output][input % 2], zero beyond the last output and input
+  TileProducts(const bf16* weight, const ConvShape& s)
+      : s_(s), size_(9 * depth(s) * 16), packed_((s.out + 15) / 16 * size_) {
+    for (int64_t o = 0; o < s.out; ++o)
+      for (int64_t c = 0; c < s.in; ++c)
+        for (int64_t tap = 0; tap < 9; ++tap)
+          packed_[o / 16 * size_ + (tap * depth(s) + c) / 2 * 32 + o % 16 * 2 + c % 2] =
+              weight[(o * s.in + c) * 9 + tap];
+  }
+
+  void row(const std::array<const S*, 3>& rows, bf16* y, const bf16* residual,
+           const Finish<bf16>& finish) const {
+    alignas(64) float sums[64 * 16];
+    for (int64_t x = 0; x < s_.width; x += 64) {
+      const int64_t n = std::min<int64_t>(64, s_.width - x);
+      bf16* to = y + x * s_.out;
+      const bf16* beside = residual ? residual + x * s_.out : nullptr;
+      for (int64_t o = 0; o < s_.out; o += 16) {
+        const bf16* w = packed_.data() + o / 16 * size_;
+        if (n > 48) {
+          multiply<4>(rows, x, w, sums);
+        } else if (n > 32) {
+          multiply<3>(rows, x, w, sums);
+        } else if (n > 16) {
+          multiply<2>(rows, x, w, sums);
+        } else {
+          multiply<1>(rows, x, w, sums);
+        }
+        if (s_.out - o >= 16) {
+          write(sums, n, o, to, beside, finish);
+        } else {
+          for (int64_t p = 0; p < n; ++p)
+            finish.write(to + p * s_.out, beside ? beside + p * s_.out : nullptr, o,
+                         load(sums + p * 16));
+        }
+      }
+    }
+  }
+
+ private:
+  // Finishes all 16 outputs of n pixels. One instruction rounds them, which takes `store` ten.
+  AIGC_AMX_TARGET void write(const float* sums, int64_t n, int64_t o, bf16* y, const bf16* residual,
+                             const Finish<bf16>& finish) const {
+    const Finish<bf16> f = finish;
+    for (int64_t p = 0; p < n; ++p) {
+      const int64_t at = p * s_.out + o;
+      Vec<float> v = f(load(sums + p * 16), o);
+      if (residual) v += load(residual + at);
+      const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+      std::memcpy(static_cast<void*>(y + at), &rounded, sizeof rounded);
+    }
+  }
+
+  // The sums of 16 * M pixels from x on, [pixel][output].
+  template <int M>
+  AIGC_AMX_TARGET void multiply(const std::array<const S*, 3>& rows, int64_t x, const bf16* w,
+                                float* sums) const {
+    const int64_t d = depth(s_), stride = d * sizeof(bf16);
+    _tile_zero(0);
+    if constexpr (M > 1) _tile_zero(1);
+    if constexpr (M > 2) _tile_zero(2);
+    if constexpr (M > 3) _tile_zero(3);
+    for (int tap = 0; tap < 9; ++tap) {
+      const bf16* from = rows[tap / 3] + (x + tap % 3) * d;
+      for (int64_t c = 0; c < d; c += kStep, from += kStep, w += kTile) {
+        _tile_loadd(7, w, 64);
+        _tile_loadd(4, from, stride);
+        _tile_dpbf16ps(0, 4, 7);
+        if constexpr (M > 1) {
+          _tile_loadd(5, from + 16 * d, stride);
+          _tile_dpbf16ps(1, 5, 7);
+        }
+        if constexpr (M > 2) {
+          _tile_loadd(6, from + 32 * d, stride);
+          _tile_dpbf16ps(2, 6, 7);
+        }
+        if constexpr (M > 3) {
+          _tile_loadd(4, from + 48 * d, stride);
+          _tile_dpbf16ps(3, 4, 7);
+        }
+      }
+    }
+    _tile_stored(0, sums, 64);
+    if constexpr (M > 1) _tile_stored(1, sums + 16 * 16, 64);
+    if constexpr (M > 2) _tile_stored(2, sums + 32 * 16, 64);
+    if constexpr (M > 3) _tile_stored(3, sums + 48 * 16, 64);
+  }
+
+  const ConvShape s_;
+  const int64_t size_;  // of the weights of 16 outputs
+  std::vector<bf16> packed_;
+};
+
+#endif
+
+}  // namespace aigc_fast
