@@ -108,6 +108,7 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
     "conv2d_resample": lambda x: ops.conv2d_resample(
         x(2, 3, 6, 8), x(4, 3, 3, 3), x.constant(4, 4), down=2
+    ),
     "conv3x3": lambda x: ops.conv3x3(
         x.constant(2, 35, 5, 19), x.constant(24, 35, 3, 3), x.constant(24), x.constant(24)
     ),

@@ -4,7 +4,7 @@ from .bias_act import BiasAct, LinearBiasAct
 from .conv_bias_act import Conv2dBiasAct, ConvTranspose2dBiasAct
 from .equalized import EqualizedConv2d, EqualizedLinear
 from .gated_mlp import GEGLU, SwiGLU
-from .group_norm_act import GroupNormAct
+from .group_norm_act import GroupNormAct, ModulatedGroupNormAct
 from .layer_norm import LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm
 from .modulated_conv2d import ModulatedConv2d
 from .quantized_linear import QuantizedLinear
@@ -27,6 +27,7 @@ __all__ = [
     "LayerNorm",
     "LinearBiasAct",
     "ModulatedConv2d",
+    "ModulatedGroupNormAct",
     "ModulatedLayerNorm",
     "ModulatedRMSNorm",
     "QuantizedLinear",
