@@ -15,9 +15,9 @@ from .bias_act import dense, in_order_of
 from .math import expm1, fp32
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
-BUDGET = {"_square_sums": (40, 1024), "_count": (32, 0), "_adam": (96, 0)}
+BUDGET = {"_square_sums": (32, 1024), "_count": (32, 0), "_adam": (72, 0)}
 
-_BLOCK = 2048
+_BLOCK = 1024
 
 # columns of the table: addresses, then the number of elements and the tensor's first block
 _PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _STEP, _AVERAGE, _SIZE, _FIRST = (
@@ -28,27 +28,30 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 @triton.jit
-def _block(table_ptr, owner_ptr, BLOCK: tl.constexpr):
-    """Row of the table, offsets and mask of this program's elements."""
-    row = table_ptr + tl.load(owner_ptr + tl.program_id(0)).to(tl.int64) * _COLUMNS
-    at = (tl.program_id(0) - tl.load(row + _FIRST)) * BLOCK + tl.arange(0, BLOCK)
-    return row, at, at < tl.load(row + _SIZE)
+def _pointer(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(row + COLUMN).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit
-def _pointer(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    address = tl.load(row + COLUMN)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(TYPE))
+def _block(table_ptr, owner_ptr, BLOCK: tl.constexpr):
+    """Row of the table, first element of this program's block, and how many there are from it."""
+    row = table_ptr + tl.load(owner_ptr + tl.program_id(0)).to(tl.int64) * _COLUMNS
+    start = (tl.program_id(0) - tl.load(row + _FIRST)) * BLOCK
+    return row, start, tl.load(row + _SIZE) - start
 
 
 @triton.jit
 def _square_sums(
     table_ptr, owner_ptr, parts_ptr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row, at, mask = _block(table_ptr, owner_ptr, BLOCK)
-    g = tl.load(_pointer(row, _PARAM, TYPE, ALIGNED) + at, mask, 0.0).to(tl.float32)
+    row, start, left = _block(table_ptr, owner_ptr, BLOCK)
+    at = _pointer(row, _PARAM, TYPE, ALIGNED) + start + tl.arange(0, BLOCK)
+    # A block that is whole needs no mask, with which loads of unknown length are narrow.
+    if left >= BLOCK:
+        g = tl.load(at).to(tl.float32)
+    else:
+        g = tl.load(at, tl.arange(0, BLOCK) < left, 0.0).to(tl.float32)
     tl.store(parts_ptr + tl.program_id(0), tl.sum(g * g, 0))
 
 
@@ -76,36 +79,70 @@ def _count(
 
 
 @triton.jit
+def _load(ptr, left, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    if MASKED:
+        return tl.load(ptr, tl.arange(0, BLOCK) < left, 0.0).to(tl.float32)
+    else:
+        return tl.load(ptr).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, v, left, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    if MASKED:
+        tl.store(ptr, v.to(ptr.dtype.element_ty), tl.arange(0, BLOCK) < left)
+    else:
+        tl.store(ptr, v.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def _update(
+    row, start, left, clip, size, correction, toward1, beta2, toward2, eps, keep, added,
+    average_toward, TYPE: tl.constexpr, ALIGNED: tl.constexpr, AVERAGED: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = start + tl.arange(0, BLOCK)
+    param = _pointer(row, _PARAM, TYPE, ALIGNED) + at
+    exp_avg = _pointer(row, _EXP_AVG, TYPE, ALIGNED) + at
+    exp_avg_sq = _pointer(row, _EXP_AVG_SQ, TYPE, ALIGNED) + at
+    p = _load(param, left, MASKED, BLOCK)
+    m = _load(exp_avg, left, MASKED, BLOCK)
+    v = _load(exp_avg_sq, left, MASKED, BLOCK)
+    g = _load(_pointer(row, _GRAD, TYPE, ALIGNED) + at, left, MASKED, BLOCK) * clip + added * p
+    m += toward1 * (g - m)
+    v = beta2 * v + toward2 * g * g
+    p = keep * p - size * m / (tl.sqrt(v) * correction + eps)
+    _store(param, p, left, MASKED, BLOCK)
+    _store(exp_avg, m, left, MASKED, BLOCK)
+    _store(exp_avg_sq, v, left, MASKED, BLOCK)
+    if AVERAGED:
+        average = _pointer(row, _AVERAGE, TYPE, ALIGNED) + at
+        a = _load(average, left, MASKED, BLOCK)
+        _store(average, a + average_toward * (p - a), left, MASKED, BLOCK)
+
+
+@triton.jit
 def _adam(
     table_ptr, owner_ptr, norm_ptr, lr, toward1, log_beta1, beta2, toward2, log_beta2, eps, keep,
     added, average_toward, max_norm, TYPE: tl.constexpr, STEP_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr, HAS_NORM: tl.constexpr, AVERAGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, at, mask = _block(table_ptr, owner_ptr, BLOCK)
-    mask = mask & _is_finite(norm_ptr, HAS_NORM)
-    param = _pointer(row, _PARAM, TYPE, ALIGNED) + at
-    exp_avg = _pointer(row, _EXP_AVG, TYPE, ALIGNED) + at
-    exp_avg_sq = _pointer(row, _EXP_AVG_SQ, TYPE, ALIGNED) + at
-    p = tl.load(param, mask, 0.0).to(tl.float32)
-    m = tl.load(exp_avg, mask, 0.0).to(tl.float32)
-    v = tl.load(exp_avg_sq, mask, 0.0).to(tl.float32)
-    g = tl.load(_pointer(row, _GRAD, TYPE, ALIGNED) + at, mask, 0.0).to(tl.float32)
-    if HAS_NORM:
-        g *= tl.minimum(fp32(max_norm) / (tl.load(norm_ptr).to(tl.float32) + 1e-6), 1.0)
-    g += fp32(added) * p
-    m += fp32(toward1) * (g - m)
-    v = fp32(beta2) * v + fp32(toward2) * g * g
+    row, start, left = _block(table_ptr, owner_ptr, BLOCK)
     step = tl.load(_pointer(row, _STEP, STEP_TYPE, False)).to(tl.float32)
     size = fp32(lr) / -expm1(step * fp32(log_beta1))  # 1 - beta^step without cancellation
     correction = tl.rsqrt(-expm1(step * fp32(log_beta2)))
-    p = fp32(keep) * p - size * m / (tl.sqrt(v) * correction + fp32(eps))
-    tl.store(param, p.to(TYPE), mask)
-    tl.store(exp_avg, m.to(TYPE), mask)
-    tl.store(exp_avg_sq, v.to(TYPE), mask)
-    if AVERAGED:
-        average = _pointer(row, _AVERAGE, TYPE, ALIGNED) + at
-        a = tl.load(average, mask, 0.0).to(tl.float32)
-        tl.store(average, (a + fp32(average_toward) * (p - a)).to(TYPE), mask)
+    clip = 1.0
+    if HAS_NORM:
+        clip = tl.minimum(fp32(max_norm) / (tl.load(norm_ptr).to(tl.float32) + 1e-6), 1.0)
+    toward1, beta2, toward2, eps = fp32(toward1), fp32(beta2), fp32(toward2), fp32(eps)
+    keep, added, average_toward = fp32(keep), fp32(added), fp32(average_toward)
+    if _is_finite(norm_ptr, HAS_NORM):
+        # A block that is whole needs no mask, with which loads of unknown length are narrow.
+        if left >= BLOCK:
+            _update(row, start, left, clip, size, correction, toward1, beta2, toward2, eps, keep,
+                    added, average_toward, TYPE, ALIGNED, AVERAGED, False, BLOCK)  # fmt: skip
+        else:
+            _update(row, start, left, clip, size, correction, toward1, beta2, toward2, eps, keep,
+                    added, average_toward, TYPE, ALIGNED, AVERAGED, True, BLOCK)  # fmt: skip
 
 
 # ---- launchers ------------------------------------------------------------------------------

@@ -13,9 +13,7 @@ train = typer.Typer(help="Trains a model; goes on where it was stopped.", no_arg
 def gan(
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is written.")],
     arch: Annotated[str, typer.Option(help="dcgan or mlp.")] = "dcgan",
-    loss: Annotated[
-        str, typer.Option(help="non-saturating, least-squares, hinge, wgan, wgan-gp, r1 or r3gan.")
-    ] = "wgan-gp",
+    loss: Annotated[str, typer.Option(help="As `wgan-gp`; any other word lists them.")] = "wgan-gp",
     data: Annotated[str, typer.Option(help="digits, or a folder of images.")] = "digits",
     size: Annotated[int, typer.Option(help="Pixels: 28, 32, 64 or 128.")] = 28,
     channels: Annotated[int, typer.Option(min=1, help="Width of the networks.")] = 32,

@@ -68,6 +68,7 @@ class GANRecipe:
 #: The options of well-known papers. Learning rates are for small images and batches of 64.
 RECIPES = {
     "non-saturating": GANRecipe(),
+    "instance-noise": GANRecipe(instance_noise=0.5),
     "least-squares": GANRecipe("least_squares"),
     "hinge": GANRecipe("hinge", betas=(0.0, 0.9)),
     "wgan": GANRecipe("wasserstein", n_critic=5, weight_clip=0.01, g_lr=5e-5, d_lr=5e-5),

@@ -1,0 +1,91 @@
+"""`aigc-fast train gan` and `aigc-fast sample gan`, as a user runs them."""
+
+import csv
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("mlxtend")
+
+from PIL import Image
+from typer.testing import CliRunner
+
+from aigc_fast.cli import train_gan
+from aigc_fast.cli.app import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "100"})
+
+
+def train(output, *more):
+    small = ("--channels", 2, "--batch", 8, "--every", 2, "--output", output)
+    return run("train", "gan", *small, *more)
+
+
+def rows(output):
+    with (output / "log.csv").open() as file:
+        return [(row["step"], row["g_loss"], row["d_loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(autouse=True)
+def few_digits(monkeypatch):
+    images, labels = train_gan.load_digits()
+    monkeypatch.setattr(train_gan, "load_digits", lambda: (images[::100], labels[::100]))
+
+
+def test_train_resume_and_sample(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, "--steps", 4, "--conditional").exit_code == 0
+    assert train(parts, "--steps", 2, "--conditional").exit_code == 0
+    again = train(parts, "--steps", 4, "--conditional")
+    assert again.exit_code == 2 and "--resume goes on from it" in again.output.replace("\n", "")
+    resumed = train(parts, "--steps", 4, "--conditional", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "4 steps of 8 images" in resumed.output
+    for file in ("checkpoint.pt", "log.csv", "samples.png", "losses.png"):
+        assert (parts / file).exists()
+    states = [torch.load(p / "checkpoint.pt", weights_only=True) for p in (whole, parts)]
+    torch.testing.assert_close(*(s["trainer"]["generator"] for s in states), rtol=0, atol=0)
+
+    picture = tmp_path / "seven.png"
+    options = ("--checkpoint", parts / "checkpoint.pt", "--output", picture)
+    result = run("sample", "gan", *options, "--count", 4, "--label", 7)
+    assert result.exit_code == 0, result.output
+    assert Image.open(picture).size == (4 * 32 * 3, 32 * 3)
+    beyond = run("sample", "gan", *options, "--label", 10)
+    assert beyond.exit_code == 2 and "label must be a class of the model" in beyond.output
+
+
+def test_stops_after_some_minutes(tmp_path):
+    result = train(tmp_path / "out", "--minutes", 0.0001, "--arch", "mlp", "--loss", "hinge")
+    assert result.exit_code == 0, result.output
+    assert len(rows(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--loss", "bce"), "loss must be one of non-saturating"),
+        (("--arch", "biggan"), "arch must be one of mlp, dcgan"),
+        (("--size", 64), "size must be 28 for the digits"),
+        (("--data", "nowhere"), "data must be digits"),
+        (("--batch", 51), "batch must be at most 50"),
+        (("--arch", "mlp", "--conditional"), "the architecture mlp takes no labels"),
+        (("--resume",), "checkpoint.pt"),
+    ],
+)
+def test_refuses(options, words, tmp_path):
+    result = train(tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert words in result.output.replace("\n", " ")
+
+
+def test_sample_refuses_what_is_no_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"networks": {"arch": "dcgan"}}, path)
+    for content in (path.read_bytes(), b"text"):
+        path.write_bytes(content)
+        result = run("sample", "gan", "--checkpoint", path, "--output", tmp_path / "out.png")
+        assert result.exit_code == 2 and "not a checkpoint" in result.output.replace("\n", " ")

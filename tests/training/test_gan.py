@@ -1,0 +1,134 @@
+"""The trainer: every recipe, its schedule, its guard, and going on where it was stopped."""
+
+import copy
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from torch import nn
+
+from aigc_fast.models.gan import DCGANDiscriminator, DCGANGenerator
+from aigc_fast.training import (
+    RECIPES,
+    GANRecipe,
+    GANTrainer,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+SAMPLES = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(10) % 3
+
+
+def trainer(recipe, seed=0, num_classes=None):
+    torch.manual_seed(0)
+    norm = "batch" if recipe.penalty is None else None
+    generator = DCGANGenerator(28, 1, 2, latent_dim=4, num_classes=num_classes)
+    discriminator = DCGANDiscriminator(28, 1, 2, norm, num_classes)
+    return GANTrainer(generator, discriminator, 4, recipe, seed=seed)
+
+
+def losses(of, epochs=2, labels=None):
+    states = of.train(SAMPLES, labels, epochs=epochs, batch_size=4)
+    return [(s.epoch, s.step, s.g_loss.item(), s.d_loss.item()) for s in states]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains(name):
+    ours = trainer(RECIPES[name])
+    before = copy.deepcopy(ours.generator.state_dict())
+    found = losses(ours)
+    assert len(found) == 4 and all(torch.tensor(found).isfinite().flatten())
+    assert any(not torch.equal(before[k], v) for k, v in ours.generator.state_dict().items())
+    assert ours.skipped == 0
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("name", ["hinge", "wgan-gp", "r3gan"])
+def test_goes_on_to_the_bit_after_an_interruption(name, conditional, tmp_path):
+    recipe = replace(RECIPES[name], instance_noise=0.1)
+    labels, classes = (LABELS, 3) if conditional else (None, None)
+    whole = losses(trainer(recipe, 5, classes), epochs=4, labels=labels)
+    begun = trainer(recipe, 5, classes)
+    states = begun.train(SAMPLES, labels, epochs=4, batch_size=4)
+    part = [(s.epoch, s.step, s.g_loss.item(), s.d_loss.item()) for s in islice(states, 3)]
+    save_checkpoint(tmp_path / "checkpoint.pt", begun.state_dict())
+    continued = trainer(recipe, 0, classes)
+    continued.load_state_dict(load_checkpoint(tmp_path / "checkpoint.pt"))
+    assert part + losses(continued, epochs=4, labels=labels) == whole
+
+
+def test_a_checkpoint_of_another_recipe_is_refused():
+    state = trainer(RECIPES["wgan-gp"]).state_dict()
+    with pytest.raises(ValueError, match="the checkpoint, d_lr, g_lr differ"):
+        trainer(replace(RECIPES["wgan-gp"], g_lr=1.0, d_lr=1.0)).load_state_dict(state)
+
+
+def test_the_generator_moves_every_n_critic_steps():
+    ours = trainer(GANRecipe("wasserstein", n_critic=3))
+    moved = []
+    for _ in range(6):
+        before = ours.generator.main[0].weight.clone()
+        ours.step(SAMPLES[:4])
+        moved.append(not torch.equal(before, ours.generator.main[0].weight))
+    assert moved == [True, False, False] * 2
+    assert ours.ema.updates == 2
+
+
+def test_lazy_penalties_weigh_as_much_more(monkeypatch):
+    ours = trainer(GANRecipe(penalty="r1", penalty_weight=3.0, penalty_interval=2))
+    asked = []
+    monkeypatch.setattr(
+        ours, "_penalty", lambda *_: (asked.append(ours.steps_done), torch.zeros(()))[1]
+    )
+    for _ in range(4):
+        ours.step(SAMPLES[:4])
+    assert asked == [0, 2]
+
+
+def test_weights_are_clipped():
+    ours = trainer(GANRecipe("wasserstein", weight_clip=0.01))
+    ours.step(SAMPLES[:4])
+    assert max(p.abs().max() for p in ours.discriminator.parameters()) <= 0.01
+
+
+def test_a_step_with_nan_is_skipped_and_counted():
+    ours = trainer(RECIPES["wgan-gp"])
+    before = copy.deepcopy(ours.discriminator.state_dict())
+    ours.step(SAMPLES[:4] * torch.nan)
+    assert ours.skipped == 1  # the generator's own loss was fine
+    torch.testing.assert_close(ours.discriminator.state_dict(), before, rtol=0, atol=0)
+    ours.step(SAMPLES[:4])
+    assert ours.skipped == 1
+
+
+def test_bf16_stays_near():
+    exact, rounded = (
+        torch.tensor(losses(trainer(replace(RECIPES["wgan-gp"], bf16=bf16)), epochs=1))
+        for bf16 in (False, True)
+    )
+    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"loss": "bce"}, "loss must be one of non_saturating"),
+        ({"penalty": "gp"}, "penalty must be one of gradient"),
+        ({"n_critic": 0}, "n_critic must be at least 1"),
+        ({"weight_clip": 0.0}, "weight_clip must be positive"),
+    ],
+)
+def test_recipes_refuse(options, match):
+    with pytest.raises(ValueError, match=match):
+        GANRecipe(**options)
+
+
+def test_batch_norms_see_real_and_generated_samples_apart(monkeypatch):
+    ours = trainer(RECIPES["non-saturating"])
+    sizes = []
+    ours.discriminator.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    ours.step(SAMPLES[:4])
+    assert sizes == [4, 4, 4]
+    assert any(isinstance(m, nn.BatchNorm2d) for m in ours.discriminator.modules())
