@@ -54,6 +54,8 @@ class Session(TrainingSession):
             options.prediction, options.schedule, options.weighting, lr=options.lr,
             bf16=options.bf16, gradient_checkpointing=options.gradient_checkpointing,
         )  # fmt: skip
+        if options.channels < 8 or options.channels % 8:
+            raise ValueError(f"channels must be a multiple of 8, got {options.channels}")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         samples, labels = load_data(options.data, options.batch)
         classes = int(labels.max()) + 1 if options.class_conditional else 0
@@ -89,7 +91,7 @@ class Session(TrainingSession):
             (_GRID, *self.samples.shape[1:]),
             labels=torch.arange(_GRID, device=self.samples.device) % classes if classes else None,
             null_label=classes if classes else None,
-            num_steps=20,
+            num_steps=12,
             guidance_scale=2.0 if classes else 1.0,
         )
         save_grid(output / "samples.png", images.cpu(), columns=10)

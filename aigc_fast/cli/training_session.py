@@ -92,9 +92,10 @@ class TrainingSession(ABC):
                 self.seconds = before + time.perf_counter() - start
                 share = self.share_done(trainer.steps_done)
                 progress.update(bar, completed=share, description=f"step {trainer.steps_done}")
-                if trainer.steps_done % _LOG_EVERY == 0 or share >= 1:
+                keeping = trainer.steps_done % options.every == 0 or share >= 1
+                if trainer.steps_done % _LOG_EVERY == 0 or keeping:
                     self._log(recent)
-                if trainer.steps_done % options.every == 0 or share >= 1:
+                if keeping:
                     self._keep()
                     progress.console.print(str(state))
                 if share >= 1:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.nn.bias_act import of_dtype
 
 
 class GroupNormAct(nn.GroupNorm):
@@ -29,9 +30,8 @@ class GroupNormAct(nn.GroupNorm):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.group_norm_act(
-            x, self.num_groups, self.weight, self.bias, self.eps, self.activation
-        )
+        weight, bias = of_dtype(self.weight, x), of_dtype(self.bias, x)
+        return ops.group_norm_act(x, self.num_groups, weight, bias, self.eps, self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"

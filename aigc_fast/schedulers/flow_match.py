@@ -141,8 +141,10 @@ class FlowMatchScheduler(Scheduler):
         """(1 - sigma) * sample + sigma * noise at each of the timesteps (batch,); the velocity,
         the model's target, is noise - sample."""
         alpha, sigma = self.levels(timesteps)
-        noisy: Any = ops.add_noise(sample, noise, alpha, sigma)
-        return (noisy, noise - sample) if return_velocity else noisy
+        if not return_velocity:
+            return ops.add_noise(sample, noise, alpha, sigma)
+        one = torch.ones_like(sigma)
+        return ops.add_noise(sample, noise, alpha, sigma, return_velocity=True, rates=(-one, one))
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """diffusers' name and order of arguments for add_noise."""

@@ -1,12 +1,11 @@
 """What a diffusion model is asked for in training: noise levels, targets, weights."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from aigc_fast import ops
 from aigc_fast.schedulers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, Scheduler
 
 #: What the model may predict, and the schedulers' name of it.
@@ -59,38 +58,20 @@ class Denoising:
         )
 
     def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Evenly spread over the noise levels, (batch,) on the generator's device."""
+        """Evenly over the noise levels, (batch,) on the generator's device."""
         draw: dict[str, Any] = {"generator": generator, "device": generator.device}
         if self.prediction == "flow":
             return 1000 * torch.rand(batch, **draw)
         return torch.randint(1000, (batch,), **draw)
 
-    def corrupt(self, sample: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> "Corrupted":
-        """alpha, sigma: (batch,), of the scheduler's `levels`. One pass over the samples."""
-        if self.prediction == "epsilon":
-            noisy: Any = ops.add_noise(sample, noise, alpha, sigma)
-            return Corrupted(noisy, noise)
-        rates = None
-        if self.prediction == "flow":
-            ones = torch.ones_like(sigma)
-            rates = (-ones, ones)
-        return Corrupted(
-            *ops.add_noise(sample, noise, alpha, sigma, return_velocity=True, rates=rates)
-        )
-
     def weights(self, alpha: Tensor, sigma: Tensor) -> Tensor | None:
-        """(batch,): the factors of the squared errors, or None for 1."""
+        """(batch,): factors of the squared errors at these noise levels, or None for 1."""
         if self.weighting is None:
             return None
         snr = (alpha / sigma).square()
         weights = (5 / snr).clamp(max=1) if self.weighting == "min_snr" else 1 / (1 + snr)
         # Both velocities err 1 / alpha times as much as the noise that follows from them.
         return weights if self.prediction == "epsilon" else alpha.square() * weights
-
-
-class Corrupted(NamedTuple):
-    noisy: Tensor
-    target: Tensor
 
 
 def weighted_mse(output: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:

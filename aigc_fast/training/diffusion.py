@@ -87,7 +87,7 @@ class DiffusionTrainer:
         self.model, self.done, self.null_label = model, done, null_label
         parameters = list(model.parameters())
         self.device = parameters[0].device
-        self.levels = recipe.scheduler().levels
+        self.scheduler = recipe.scheduler()
         self.ema = EMA(model, recipe.ema_decay)
         if recipe.gradient_checkpointing:
             checkpoint_blocks(model)
@@ -115,11 +115,17 @@ class DiffusionTrainer:
         if labels is not None and self.null_label is not None:
             hidden = torch.rand(len(samples), generator=random, device=self.device)
             labels = labels.masked_fill(hidden < recipe.unlabelled, self.null_label)
-        alpha, sigma = self.levels(timesteps)
-        noisy, target = recipe.corrupt(samples, noise, alpha, sigma)
+        noisy: Any
+        if recipe.prediction == "epsilon":
+            noisy, target = self.scheduler.add_noise(samples, noise, timesteps), noise
+        else:
+            noisy, target = self.scheduler.add_noise(
+                samples, noise, timesteps, return_velocity=True
+            )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bf16):
             output = self.model(noisy, timesteps, labels)
-        return weighted_mse(output, target, recipe.weights(alpha, sigma))
+        weights = recipe.weights(*self.scheduler.levels(timesteps))
+        return weighted_mse(output, target, weights)
 
     def step(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
         """One update on a batch; returns the loss."""

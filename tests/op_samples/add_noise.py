@@ -15,11 +15,14 @@ def _call(*shape: int, name: str = "", **kwargs) -> Sample:
 def _samples() -> list[Sample]:
     v = {"return_velocity": True}
     nhwc = tuple(map(channels_last, (rand(2, 4, 5, 3), rand(2, 4, 5, 3, seed=1))))
+    rates = (-torch.ones(2).double(), torch.ones(2).double())
     special = torch.tensor([[0.0, -0.0, 1e-30, 1e4, torch.inf, -torch.inf, torch.nan]]).double()
     half, one = torch.tensor([0.5]).double(), torch.tensor([1.0]).double()
     return [
         _call(3, 4, 5, 7, **v, name="velocity"),
         _call(3, 4, 5, 7, name="plain"),
+        _call(3, 4, 5, 7, **v, rates=(rand(3, seed=4), rand(3, seed=5)), name="rates"),
+        Sample("rates_interleaved", (*nhwc, rand(2), rand(2, seed=1)), {**v, "rates": rates}),
         Sample("channels_last", (*nhwc, rand(2), rand(2, seed=1)), v),
         Sample("mixed_orders", (nhwc[0], nhwc[1].contiguous(), rand(2), rand(2, seed=1)), v),
         Sample("special", (special, special.flip(1), half, one), v, differentiable=False),
@@ -44,6 +47,20 @@ def _refusals() -> list[Refusal]:
         Refusal("alpha", (x, x, rand(3), a), ValueError, r"alpha must have shape \(2,\)"),
         Refusal("sigma", (x, x, a, rand(2, 1)), ValueError, r"sigma must have shape \(2,\)"),
         Refusal("sigma_dtype", (x, x, a, a.int()), TypeError, "sigma must be float64"),
+        Refusal(
+            "rates",
+            (x, x, a, a),
+            ValueError,
+            r"rates\[1\] must have shape \(2,\)",
+            {"return_velocity": True, "rates": (a, rand(3))},
+        ),
+        Refusal(
+            "no_velocity",
+            (x, x, a, a),
+            ValueError,
+            "rates are for return_velocity",
+            {"rates": (a, a)},
+        ),
         Refusal("no_batch", (rand(), rand(), a, a), ValueError, "sample must have a batch"),
     ]
 

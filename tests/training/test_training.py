@@ -1,4 +1,4 @@
-"""Batches, averages, and the two training steps against their plain definitions."""
+"""Batches, averages, and the GAN's training step against its plain definition."""
 
 import copy
 import itertools
@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aigc_fast.models.diffusion import SmallUNet
 from aigc_fast.models.gan import MLPDiscriminator, MLPGenerator
-from aigc_fast.schedulers import DDIMScheduler
-from aigc_fast.training import EMA, DiffusionTrainer, GANRecipe, GANTrainer, batches
+from aigc_fast.training import EMA, GANRecipe, GANTrainer, batches
 
 
 def seeded(seed=0):
@@ -117,49 +115,6 @@ def test_gan_training_repeats_itself_and_tells_where_it_is():
         f"Epoch [{epoch}/2], Step [{step}/2]" for epoch in (1, 2) for step in (1, 2)
     ]
     assert "G Loss: 0." in lines[0] and "D Loss: 1." in lines[0]
-
-
-def small_diffusion(**options):
-    torch.manual_seed(0)
-    model = SmallUNet(channels=(8, 16), num_classes=2)
-    alphas_cumprod = DDIMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
-    return DiffusionTrainer(model, alphas_cumprod, done=lambda step: step / 60, **options)
-
-
-def test_diffusion_training_learns():
-    # Two flat images: easily told apart, easily found again.
-    labels = torch.arange(2).repeat(16)
-    samples = (2.0 * labels - 1)[:, None, None, None].expand(-1, 1, 8, 8).contiguous()
-
-    trainer = small_diffusion(lr=5e-3, null_label=2)
-    states = list(trainer.train(samples, labels, epochs=30, batch_size=16))
-    losses = torch.stack([state.loss for state in states])
-    assert len(losses) == 60
-    assert losses[-10:].mean() < 0.8 * losses[:5].mean()
-    assert str(states[1]).startswith("Epoch [1/30], Step [2/2], Loss: 1.0")
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0)
-
-
-def test_diffusion_training_repeats_itself():
-    samples, labels = torch.randn(8, 1, 4, 4, generator=seeded()), torch.arange(2).repeat(4)
-
-    def losses():
-        trainer = small_diffusion(null_label=2, seed=5)
-        return [float(s.loss) for s in trainer.train(samples, labels, epochs=2, batch_size=4)]
-
-    assert losses() == losses()
-
-
-def test_diffusion_hides_the_share_of_labels_it_was_told(monkeypatch):
-    trainer = small_diffusion(null_label=2, unlabelled=0.5)
-    seen = []
-    monkeypatch.setattr(
-        trainer, "model", lambda x, t, labels: (seen.append(labels), x.requires_grad_())[1]
-    )
-    trainer.ema.update = lambda model: None
-    trainer.step(torch.zeros(1000, 1, 2, 2), torch.ones(1000, dtype=torch.int64))
-    assert set(seen[0].tolist()) == {1, 2}
-    assert 400 < (seen[0] == 2).sum() < 600
 
 
 def test_whoever_iterates_may_stop():

@@ -1,0 +1,154 @@
+"""`aigc-fast train diffusion` and `aigc-fast sample diffusion`, as a user runs them."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("mlxtend")
+pytest.importorskip("safetensors")
+
+from PIL import Image
+from typer.testing import CliRunner
+
+from aigc_fast.cli import training_session
+from aigc_fast.cli.app import app
+from aigc_fast.cli.diffusion_model import load_model, make_scheduler, save_model
+
+SMALL = ("--class-conditional", "--channels", 8, "--batch", 4, "--every", 3)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "100"})
+
+
+def train(output, *more):
+    return run("train", "diffusion", *SMALL, "--output", output, *more)
+
+
+def losses(output):
+    with (output / "log.csv").open() as file:
+        return [(row["step"], row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained")
+    result = train(output, "--steps", 6)
+    assert result.exit_code == 0, result.output
+    assert "6 steps of 4 images" in result.output and "0 updates skipped" in result.output
+    return output
+
+
+def test_goes_on_to_the_bit_after_a_kill(trained, tmp_path):
+    command = [sys.executable, "-c", "from aigc_fast.cli import main; main()", "train", "diffusion"]
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        [*command, *map(str, SMALL), "--steps", "6", "--output", str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    while not (output / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert len(losses(output)) < len(losses(trained))
+    result = train(output, "--steps", 6, "--resume")
+    assert result.exit_code == 0, result.output
+    assert losses(output) == losses(trained)
+    weights = [
+        load_model(p / "model.safetensors", "cpu")[0].state_dict() for p in (output, trained)
+    ]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_training_writes_its_files_and_never_over_another(trained):
+    names = {file.name for file in trained.iterdir()}
+    assert names == {"checkpoint.pt", "log.csv", "losses.png", "model.safetensors", "samples.png"}
+    assert Image.open(trained / "samples.png").size == (10 * 32 * 3, 4 * 32 * 3)
+    again = train(trained, "--steps", 8)
+    assert again.exit_code == 2 and "--resume goes on from it" in again.output.replace("\n", "")
+    other = train(trained, "--steps", 8, "--resume", "--prediction", "flow")
+    assert other.exit_code == 2 and "is of another model" in other.output.replace("\n", "")
+    assert len(losses(trained)) == 2
+
+
+def test_samples_as_picture_and_film(trained, tmp_path):
+    options = ("--checkpoint", trained / "model.safetensors", "--steps", 3, "--count", 4)
+    picture, film = tmp_path / "seven.png", tmp_path / "seven.gif"
+    result = run(
+        "sample", "diffusion", *options, "--guidance", 3, "--label", 7, "--output", picture
+    )
+    assert result.exit_code == 0, result.output
+    assert Image.open(picture).size == (4 * 32 * 3, 32 * 3)
+    result = run("sample", "diffusion", *options, "--scheduler", "ddim", "--output", film)
+    assert result.exit_code == 0, result.output
+    assert Image.open(film).n_frames == 3
+
+
+def test_flow_without_labels(monkeypatch, tmp_path):
+    images, labels = training_session.load_digits()
+    monkeypatch.setattr(training_session, "load_digits", lambda: (images[::100], labels[::100]))
+    small = ("--channels", 8, "--batch", 8, "--prediction", "flow", "--output", tmp_path)
+    assert run("train", "diffusion", *small, "--minutes", 0.001).exit_code == 0
+    assert len(losses(tmp_path)) == 1
+    options = ("--checkpoint", tmp_path / "model.safetensors", "--steps", 2, "--count", 1)
+    options += ("--output", tmp_path / "one.png")
+    for scheduler in ("flow_euler", "dpmpp_2m", "unipc"):
+        result = run("sample", "diffusion", *options, "--scheduler", scheduler)
+        assert result.exit_code == 0, result.output
+    for more, words in (
+        (("--scheduler", "ddim"), "must be one of flow_euler, dpmpp_2m, unipc for flow"),
+        (("--label", 0), "label must be a class of the model, which has 0"),
+        (("--guidance", 2), "guidance must be 1 for a model without classes"),
+    ):
+        result = run("sample", "diffusion", *options, "--scheduler", "flow_euler", *more)
+        assert result.exit_code == 2 and words in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("prediction", ["v", "epsilon"])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "ddim", "unipc", "euler"])
+def test_schedulers_are_of_the_models_noise(name, prediction):
+    scheduler = make_scheduler(name, prediction, "linear")
+    assert scheduler.beta_schedule == "linear"
+    assert scheduler.prediction_type.startswith(prediction)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--data", "nowhere"), "data must be digits"),
+        (("--prediction", "x0"), "prediction must be one of epsilon, v, flow"),
+        (("--batch", 5001), "batch must be at most 5000"),
+        (("--channels", 5), "channels must be a multiple of 8, got 5"),
+        (("--resume",), "checkpoint.pt"),
+    ],
+)
+def test_training_refuses(options, words, tmp_path):
+    result = train(tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert words in result.output.replace("\n", " ")
+
+
+def test_sampling_refuses(trained, tmp_path):
+    path = tmp_path / "model.safetensors"
+    whole = (trained / "model.safetensors").read_bytes()
+    model, config = load_model(trained / "model.safetensors", torch.device("cpu"))
+    for content in (whole[: len(whole) // 2], b"text"):
+        path.write_bytes(content)
+        result = run("sample", "diffusion", "--checkpoint", path)
+        assert result.exit_code == 2
+        assert "not the model.safetensors of a diffusion" in result.output.replace("\n", " ")
+    save_model(path, model, {**config, "channels": [8, 16, 32]})
+    result = run("sample", "diffusion", "--checkpoint", path)
+    assert result.exit_code == 2 and "down.2.conv1.weight" in result.output.replace("\n", "")
+    options = ("--checkpoint", trained / "model.safetensors")
+    result = run("sample", "diffusion", *options, "--scheduler", "magic")
+    assert result.exit_code == 2 and "scheduler must be one of ddim" in result.output
+    result = run("sample", "diffusion", *options, "--output", tmp_path / "x.jpg")
+    assert result.exit_code == 2 and "output must be a .png or .gif" in result.output
