@@ -33,7 +33,7 @@ __device__ inline uint4* dynamic_shared() {
 }
 
 // 16 bytes from global to shared memory, past the registers and the L1 cache; zeros if not `valid`.
-// Both addresses are multiples of 16, and `from` is a valid address in either case.
+// Both addresses are multiples of 16; nothing is read at `from` if not `valid`.
 __device__ inline void copy_async(uint4* to, const void* from, bool valid) {
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
@@ -46,6 +46,13 @@ __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" :
 template <int pending>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// a & mask | bits, in one instruction: left to itself the compiler takes two.
+__device__ inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(a), "r"(mask), "r"(bits));
+  return y;
 }
 
 // a - b of two halves of a word each.

@@ -27,11 +27,10 @@ __device__ inline void add_stage(const QuantizedGemv& p, const uint4* stage, int
   using Number = typename O::Number;
 #pragma unroll
   for (int j = 0; j < S::kSteps; ++j) {
-    uint4 raw[S::kXPieces] = {};
+    uint4 raw[S::kXPieces];
 #pragma unroll
     for (int c = 0; c < S::kXPieces; ++c)
-      if (lane < 4 * p.rows)
-        raw[c] = stage[S::kXBegin + (j / S::kXSteps * S::kXPieces + c) * 4 * p.rows + lane];
+      raw[c] = stage[S::kXBegin + (j / S::kXSteps * S::kXPieces + c) * 32 + lane];
     uint32_t x[O::kParts][O::kWords];
     O::activations(raw, j % S::kXSteps, x);
 
@@ -96,12 +95,11 @@ template <class X, int BITS>
 __global__ void __launch_bounds__(kGemvWarps * 32, 2) gemv_kernel(const QuantizedGemv p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   using S = GemvShape<X, BITS>;
-  const int size = S::stage(p.rows);
-  uint4* const stages = dynamic_shared() + warp * S::kStages * size;
+  uint4* const stages = dynamic_shared() + warp * S::kStages * S::kStage;
   GemvCopies<X, BITS> copies(p, warp, lane);
 #pragma unroll
   for (int i = 0; i < S::kStages - 1; ++i) {
-    copies.next(stages + i * size);
+    copies.next(stages + i * S::kStage);
     commit_copies();
   }
   float result[4][2] = {};
@@ -109,9 +107,9 @@ __global__ void __launch_bounds__(kGemvWarps * 32, 2) gemv_kernel(const Quantize
   for (int i = warp, at = 0; i < count; i += kGemvWarps) {
     wait_copies<S::kStages - 2>();
     __syncwarp();  // other lanes have copied scales, and are done with the stage before
-    copies.next(stages + (at == 0 ? S::kStages - 1 : at - 1) * size);
+    copies.next(stages + (at == 0 ? S::kStages - 1 : at - 1) * S::kStage);
     commit_copies();
-    add_stage<X, BITS>(p, stages + at * size, lane, result);
+    add_stage<X, BITS>(p, stages + at * S::kStage, lane, result);
     at = at == S::kStages - 1 ? 0 : at + 1;
   }
   wait_copies<0>();
@@ -131,7 +129,7 @@ __global__ void __launch_bounds__(kGemvWarps * 32, 2) gemv_kernel(const Quantize
     if (column >= p.out_features) break;
     float sum = 0;
     for (int w = 0; w < kGemvWarps; ++w)
-      sum += reinterpret_cast<const float*>(dynamic_shared() + w * S::kStages * size)[at];
+      sum += reinterpret_cast<const float*>(dynamic_shared() + w * S::kStages * S::kStage)[at];
     const int64_t to = int64_t{at / kRows} * p.out_features + column;
     auto finish = [&]<class T>(const T* bias, T* out) {
       from_float(bias ? sum + to_float(bias[column]) : sum, out + to);
@@ -153,9 +151,9 @@ void launch_quantized_linear(QuantizedGemv p, int bits, int in_features, int gro
   auto multiply = [&]<class X>(X) {
     const int blocks = (p.tiles + kGemvTiles - 1) / kGemvTiles, threads = kGemvWarps * 32;
     if (bits == 4)
-      launch(gemv_kernel<X, 4>, blocks, threads, GemvShape<X, 4>::shared(p.rows), p);
+      launch(gemv_kernel<X, 4>, blocks, threads, GemvShape<X, 4>::kShared, p);
     else
-      launch(gemv_kernel<X, 8>, blocks, threads, GemvShape<X, 8>::shared(p.rows), p);
+      launch(gemv_kernel<X, 8>, blocks, threads, GemvShape<X, 8>::kShared, p);
   };
   p.group_runs = group_size * bits / 32;
   p.group_steps = (group_size + 31) / 32;

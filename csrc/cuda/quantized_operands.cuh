@@ -31,7 +31,7 @@ struct Operand {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = raw[0] >> (i % 2 * 8 + i / 2 * 4);
-      out[i] = minus_pair((word & 0x000f000f) | kRaised, kRaised | 0x00080008, X{});
+      out[i] = minus_pair(and_or(word, 0x000f000f, kRaised), kRaised | 0x00080008, X{});
     }
   }
   // 8 bits. In bf16 only 7 have a place below the exponent: the eighth says whether 256 or 128 is
@@ -41,7 +41,7 @@ struct Operand {
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = raw[i / 2] >> (i % 2 * 8);
       const uint32_t middle = kBf16 ? (word & 0x00800080) ^ 0x43804380 : kRaised | 0x00800080;
-      out[i] = minus_pair((word & (kBf16 ? 0x007f007f : 0x00ff00ff)) | kRaised, middle, X{});
+      out[i] = minus_pair(and_or(word, kBf16 ? 0x007f007f : 0x00ff00ff, kRaised), middle, X{});
     }
   }
   static __device__ void activations(const uint4 (&raw)[1], int, uint32_t (&out)[1][4]) {
@@ -71,7 +71,7 @@ struct Operand<float> : Operand<cuda_bf16> {
       for (int i = 0; i < 8; ++i) {
         const float all = __uint_as_float(x[i]), upper = __uint_as_float(x[i] & 0xffff0000u);
         // All of an infinity is in its upper half.
-        x[i] = fabsf(all) == INFINITY ? 0u : __float_as_uint(all - upper);
+        x[i] = part == 0 && fabsf(all) == INFINITY ? 0u : __float_as_uint(all - upper);
       }
     }
   }

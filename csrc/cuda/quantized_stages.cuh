@@ -36,82 +36,85 @@ struct GemvShape {
   static constexpr int kScales = kSteps * kCodes * 32;
   static constexpr int kXScales = kScales + kSteps * 8;
   static constexpr int kXBegin = kXScales + (kIntegers ? kSteps * 2 : 0);
-  static __host__ __device__ constexpr int stage(int rows) { return kXBegin + kX * 4 * rows; }
-  static constexpr int kFit = kSharedBytes / (kGemvWarps * stage(kMaxGemvRows) * 16);
-  static constexpr int kStages = kFit < 5 ? kFit : 5;
-  static constexpr int shared(int rows) { return kGemvWarps * kStages * stage(rows) * 16; }
+  static constexpr int kStage = kXBegin + kX * 32;
+  static constexpr int kFit = kSharedBytes / (kGemvWarps * kStage * 16);
+  static constexpr int kStages = kFit < 4 ? kFit : 4;
+  static constexpr int kShared = kGemvWarps * kStages * kStage * 16;  // bytes
 };
 
-// ---- copies -----------------------------------------------------------------------------------
-
-// Copies the stages of a warp, one after the other.
+// Copies the stages of a warp, one after the other. What there is not becomes zeros: a second tile,
+// rows of x from p.rows on, columns past the end of a group.
 template <class X, int BITS>
 class GemvCopies {
   using S = GemvShape<X, BITS>;
+  static constexpr int kRuns = 4 * S::kCodes;           // of a step
+  static constexpr int kXStep = 4 * S::kXPieces;        // pieces of a row, in kXSteps steps
+  static constexpr int kTurn = kGemvWarps * S::kSteps;  // steps from a stage to the warp's next
 
  public:
   __device__ GemvCopies(const QuantizedGemv& p, int warp, int lane) : p_(p), lane_(lane) {
-    const int tile = blockIdx.x * kGemvTiles + lane / 16;
-    has_tile_ = tile < p.tiles;
-    weight_ = p.weight + (has_tile_ ? tile : 0) * p.tile_bytes + lane / 4 % 4 * 16;
-    x_ = p.x + (lane < 4 * p.rows ? lane / 4 : 0) * p.x_row_bytes;
-    constexpr int kOfOthers = (kGemvWarps - 1) * S::kSteps;
-    step_ = warp * S::kSteps;
-    group_ = step_ / p.group_steps;
-    in_group_ = step_ % p.group_steps;
-    skip_groups_ = kOfOthers / p.group_steps;
-    skip_steps_ = kOfOthers % p.group_steps;
+    const int t = lane % 4, quad = lane / 4 % 4, row = lane / 4, first = warp * S::kSteps;
+    const int tile = blockIdx.x * kGemvTiles + lane / 16, group = first / p.group_steps;
+    const int skipped = kTurn - S::kSteps;
+    steps_ = p.groups * p.group_steps - first;
+    span_ = p.group_steps * kRuns;
+    run_ = first % p.group_steps * kRuns + t * S::kCodes;
+    runs_ = tile < p.tiles ? p.group_runs : 0;
+    skip_runs_ = skipped % p.group_steps * kRuns;
+    skip_bytes_ = int64_t{skipped / p.group_steps} * p.block_bytes;
+    block_ = p.weight + tile * p.tile_bytes + int64_t{group} * p.block_bytes + quad * 16;
+    has_scales_ = tile < p.tiles && (quad < 2 || p.has_minimum);
+    const int begin = first / S::kXSteps * kXStep + t * S::kXPieces;
+    x_ = p.x + row * p.x_row_bytes + int64_t{begin} * 16;
+    x_pieces_ = row < p.rows ? p.x_pieces - begin : 0;
+    if (S::kIntegers) x_scales_ = p.x_scales + group * 8 + lane / 4 * 4;
   }
 
   __device__ void next(uint4* stage) {
-    if (group_ >= p_.groups) return;
-    const int t = lane_ % 4, quad = lane_ / 4 % 4;
+    if (steps_ <= 0) return;
 #pragma unroll
     for (int i = 0; i < S::kX; ++i) {
-      const int step = step_ / S::kXSteps + i / S::kXPieces;
-      const int piece = (step * 4 + t) * S::kXPieces + i % S::kXPieces;
-      const bool valid = piece < p_.x_pieces;
-      if (lane_ < 4 * p_.rows)
-        copy_async(stage + S::kXBegin + i * 4 * p_.rows + lane_,
-                   x_ + (valid ? piece : 0) * int64_t{16}, valid);
+      const int piece = i / S::kXPieces * kXStep + i % S::kXPieces;
+      copy_async(stage + S::kXBegin + i * 32 + lane_, x_ + piece * 16, piece < x_pieces_);
     }
 #pragma unroll
     for (int j = 0; j < S::kSteps; ++j) {
-      const bool has_step = group_ < p_.groups;
-      const char* block = weight_ + (has_step ? group_ : 0) * int64_t{p_.block_bytes};
+      const bool has_step = j < steps_;
 #pragma unroll
-      for (int c = 0; c < S::kCodes; ++c) {
-        const int run = (in_group_ * 4 + t) * S::kCodes + c;
-        const bool valid = has_step && has_tile_ && run < p_.group_runs;
-        copy_async(stage + (j * S::kCodes + c) * 32 + lane_, block + (valid ? run * 64 : 0), valid);
-      }
-      if (t == j) {  // the scales of a tile are two pieces, and so are its minimums
-        const bool valid = has_step && has_tile_ && (quad < 2 || p_.has_minimum);
-        copy_async(stage + S::kScales + j * 8 + lane_ / 4, block + (valid ? p_.group_runs * 64 : 0),
-                   valid);
-      }
-      if (S::kIntegers && t == (j + 1) % 4 && lane_ < 8)
-        copy_async(stage + S::kXScales + j * 2 + lane_ / 4,
-                   p_.x_scales + (has_step ? group_ : 0) * 8 + lane_ / 4 * 4, has_step);
-      advance(0, 1);
+      for (int c = 0; c < S::kCodes; ++c)
+        copy_async(stage + (j * S::kCodes + c) * 32 + lane_, block_ + (run_ + c) * int64_t{64},
+                   has_step && run_ + c < runs_);
+      if (lane_ % 4 == j)  // the scales of a tile are two pieces, and so are its minimums
+        copy_async(stage + S::kScales + j * 8 + lane_ / 4, block_ + p_.group_runs * int64_t{64},
+                   has_step && has_scales_);
+      if (S::kIntegers && lane_ < 8 && lane_ % 4 == (j + 1) % 4)
+        copy_async(stage + S::kXScales + j * 2 + lane_ / 4, x_scales_, has_step);
+      advance(kRuns);
     }
-    step_ += kGemvWarps * S::kSteps;
-    advance(skip_groups_, skip_steps_);
+    x_ += kTurn / S::kXSteps * kXStep * 16;
+    x_pieces_ -= kTurn / S::kXSteps * kXStep;
+    steps_ -= kTurn;
+    block_ += skip_bytes_;
+    if (S::kIntegers) x_scales_ += (kTurn - S::kSteps) / p_.group_steps * 8;
+    advance(skip_runs_);
   }
 
  private:
-  __device__ void advance(int groups, int steps) {
-    in_group_ += steps;
-    group_ += groups;
-    if (in_group_ < p_.group_steps) return;
-    in_group_ -= p_.group_steps;
-    ++group_;
+  __device__ void advance(int runs) {
+    run_ += runs;
+    if (run_ < span_) return;
+    run_ -= span_;
+    block_ += p_.block_bytes;
+    if (S::kIntegers) x_scales_ += 8;
   }
 
   const QuantizedGemv& p_;
-  const char *weight_, *x_;
-  bool has_tile_;
-  int lane_, step_, group_, in_group_, skip_groups_, skip_steps_;
+  int lane_, steps_, x_pieces_;        // from here on
+  int run_, runs_, span_, skip_runs_;  // this lane's run, those of a group, with padding
+  int64_t skip_bytes_;                 // the blocks of other warps' stages
+  const char *block_, *x_;
+  const float* x_scales_ = nullptr;
+  bool has_scales_;
 };
 
 }  // namespace aigc_fast

@@ -210,6 +210,7 @@ inline float2 half_pair(uint32_t bits) {
   return {halves[0], halves[1]};
 }
 
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 template <class T>
 uint32_t minus_pair(uint32_t a, uint32_t b, T) {
   T x[2], y[2];
