@@ -88,7 +88,7 @@ def _check(
         raise ValueError(f"weight must be on the device of x ({x.device}), got {weight.device}")
     tiles, groups, size = weight.shape
     block = TILE * (group_size * bits // 8 + 2)
-    if tiles != -(-out_features // TILE) or size not in (block, block + 2 * TILE):
+    if groups == 0 or tiles != -(-out_features // TILE) or size not in (block, block + 2 * TILE):
         raise ValueError(
             f"weight must have shape ({-(-out_features // TILE)}, groups, {block} or "
             f"{block + 2 * TILE}) for {out_features} out_features and groups of {group_size} "
@@ -103,10 +103,27 @@ def _check(
         check_tensor("bias", bias, like=("x", x), shape=(out_features,))
 
 
+def _cuda_supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bits: int, group_size: int, out_features: int,
+    quantize_activations: bool,
+) -> bool:  # fmt: skip
+    """Up to 8 rows, which one product on tensor cores has room for, and a weight that can be read
+    16 bytes at a time. More rows are a matter for the Triton kernel, which reuses the weight."""
+    return (
+        x.dtype != torch.float64
+        and 0 < x.numel() <= 8 * x.shape[-1]
+        and weight.shape[1] * group_size < 2**24
+        and out_features < 2**28
+        and weight.is_contiguous()
+        and weight.data_ptr() % 16 == 0
+    )
+
+
 _quantized_linear = Op(
     "quantized_linear(Tensor x, Tensor weight, Tensor? bias, int bits, int group_size,"
     " int out_features, bool quantize_activations) -> Tensor",
     _reference,
     _check,
     stem="quantized_linear",
+    cuda=_cuda_supports,
 )

@@ -32,8 +32,8 @@ struct QuantizedFormat {
 inline QuantizedFormat format_of(const Tensor& weight, int64_t bits, int64_t group_size,
                                  int64_t out_features) {
   require(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
-  require(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte,
-          "weight must be uint8 of 3 dimensions");
+  require(weight.dim() == 3 && weight.scalar_type() == ScalarType::Byte && weight.size(1) > 0,
+          "weight must be uint8 of 3 dimensions and have groups");
   const int64_t run = 32 / bits;
   require(group_size > 0 && group_size % run == 0 && group_size <= 65536,
           "group_size must be a multiple of ", run, " up to 65536, got ", group_size);

@@ -1,6 +1,6 @@
-// What kernels need of the GPU below plain CUDA C++: 16-byte pieces of each element type, and
-// asynchronous copies to shared memory. tests/kernels/cuda_on_cpu.h holds the same for a CPU, so
-// that the kernels themselves can be run where there is no GPU.
+// What kernels need of the GPU below plain CUDA C++: 16-byte pieces of each element type,
+// asynchronous copies to shared memory, and tensor cores. tests/kernels/cuda_on_cpu.h holds the
+// same for a CPU, so that the kernels themselves can be run where there is no GPU.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ __device__ inline uint4* dynamic_shared() {
 }
 
 // 16 bytes from global to shared memory, past the registers and the L1 cache; zeros if not `valid`.
-// Both addresses are multiples of 16, and `from` is a valid address in either case.
+// Both addresses are multiples of 16; nothing is read at `from` if not `valid`.
 __device__ inline void copy_async(uint4* to, const void* from, bool valid) {
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
@@ -46,6 +46,50 @@ __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" :
 template <int pending>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// a & mask | bits, in one instruction: left to itself the compiler takes two.
+__device__ inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(a), "r"(mask), "r"(bits));
+  return y;
+}
+
+// a - b of two halves of a word each.
+__device__ inline uint32_t minus_pair(uint32_t a, uint32_t b, cuda_bf16) {
+  const __nv_bfloat162 y = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&a),
+                                   *reinterpret_cast<const __nv_bfloat162*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&y);
+}
+__device__ inline uint32_t minus_pair(uint32_t a, uint32_t b, cuda_fp16) {
+  const __half2 y =
+      __hsub2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&y);
+}
+
+// c += a * b on tensor cores: 16 x 16 times 16 x 8 numbers, or 16 x 32 times 32 x 8 of int8, a
+// warp. With g = lane / 4 and t = lane % 4, a lane holds of a the rows g (a[0], a[2]) and g + 8
+// (a[1], a[3]), of b the column g; of these the words t (a[0], a[1], b[0]) and t + 4; and of c the
+// rows g (c[0], c[1]) and g + 8, columns 2 t and 2 t + 1.
+__device__ inline void add_product(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b,
+                                   cuda_bf16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9},"
+      " {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void add_product(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b,
+                                   cuda_fp16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9},"
+      " {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void add_product(int (&c)[4], const uint32_t (&a)[4], const uint32_t* b, int8_t) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9},"
+      " {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 }  // namespace aigc_fast

@@ -14,7 +14,9 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include <sys/mman.h>
@@ -22,6 +24,7 @@
 
 #define AIGC_FAST_CUDA_ON_CPU
 #define __device__
+#define __host__
 #define __global__
 #define __launch_bounds__(...)
 #define __shared__ static
@@ -29,6 +32,9 @@ using std::min;
 
 struct uint4 {
   uint32_t x, y, z, w;
+};
+struct uint2 {
+  uint32_t x, y;
 };
 struct Index {
   unsigned x;
@@ -50,6 +56,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> groups{1};  // copies on their way; the last is still open
   int waiting_for = 0;  // 0: may run, 1: a warp's meeting, 2: a block's, 3: has returned
   float sent = 0;
+  uint32_t a[4], b[2];  // a lane's parts of a product of matrices
 };
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
@@ -78,8 +85,10 @@ inline void release(size_t begin, size_t end, int whom) {
 
 inline void run_block(unsigned block, unsigned threads, std::function<void()> kernel) {
   body = std::move(kernel);
-  fibers = std::vector<Fiber>(threads);
+  if (fibers.size() != threads) fibers = std::vector<Fiber>(threads);
   for (Fiber& f : fibers) {
+    f.groups.assign(1, {});
+    f.waiting_for = 0;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = kStack;
@@ -114,12 +123,16 @@ inline void run_block(unsigned block, unsigned threads, std::function<void()> ke
 class Guarded {
  public:
   explicit Guarded(size_t bytes) : bytes_(bytes), pages_((bytes + kPage - 1) / kPage * kPage) {
-    void* at = mmap(nullptr, pages_ + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (at == MAP_FAILED || mprotect(static_cast<char*>(at) + pages_, kPage, PROT_NONE)) std::abort();
+    void* at =
+        mmap(nullptr, pages_ + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED || mprotect(static_cast<char*>(at) + pages_, kPage, PROT_NONE))
+      std::abort();
     begin_ = static_cast<char*>(at);
     std::memset(begin_, 0xff, pages_);  // NaN in every floating type
   }
-  Guarded(const void* from, size_t bytes) : Guarded(bytes) { std::memcpy(get(), from, bytes); }
+  Guarded(const void* from, size_t bytes) : Guarded(bytes) {
+    if (bytes > 0) std::memcpy(get(), from, bytes);  // from nowhere it may not be called
+  }
   ~Guarded() { munmap(begin_, pages_ + kPage); }
   Guarded(const Guarded&) = delete;
   char* get() const { return begin_ + pages_ - bytes_; }
@@ -152,10 +165,22 @@ inline float __shfl_xor_sync(unsigned mask, float value, int lane_mask) {
   on_cpu::wait_for(1);  // nobody sends again before all have read
   return received;
 }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i)
+    out |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return out;
+}
 inline float __uint_as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
 
 namespace aigc_fast {
@@ -171,6 +196,7 @@ using cuda_fp16 = _Float16;
 inline float to_float(float x) { return x; }
 inline float to_float(cuda_bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 inline float to_float(cuda_fp16 x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline void from_float(float x, float* y) { *y = x; }
 inline void from_float(float x, cuda_fp16* y) { *y = static_cast<cuda_fp16>(x); }
 inline void from_float(float x, cuda_bf16* y) {
@@ -182,6 +208,59 @@ inline float2 half_pair(uint32_t bits) {
   cuda_fp16 halves[2];
   std::memcpy(halves, &bits, sizeof halves);
   return {halves[0], halves[1]};
+}
+
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+template <class T>
+uint32_t minus_pair(uint32_t a, uint32_t b, T) {
+  T x[2], y[2];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  for (int i = 0; i < 2; ++i) from_float(to_float(x[i]) - to_float(y[i]), &x[i]);
+  std::memcpy(&a, x, sizeof a);
+  return a;
+}
+
+// The sum of n terms as a tensor core forms it: each cut off at one bit below the last place of the
+// largest, the sum cut off to fp32 (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores").
+inline float cut_sum(const double* terms, int n) {
+  double largest = 0, sum = 0;
+  for (int i = 0; i < n; ++i) {
+    if (!std::isfinite(terms[i])) return std::accumulate(terms, terms + n, 0.0);
+    largest = std::max(largest, std::abs(terms[i]));
+  }
+  const double place = std::ldexp(1.0, std::ilogb(std::max(largest, 1e-300)) - 24);
+  for (int i = 0; i < n; ++i) sum += std::trunc(terms[i] / place) * place;
+  const float rounded = static_cast<float>(sum);
+  return std::abs(rounded) > std::abs(sum) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
+// T elements lie in each word of a and b; a row of a has 8 words.
+template <class C, class T>
+void add_product(C (&c)[4], const uint32_t (&a)[4], const uint32_t* b, T) {
+  constexpr int kWord = 4 / sizeof(T);
+  std::copy_n(a, 4, on_cpu::self().a);
+  std::copy_n(b, 2, on_cpu::self().b);
+  const unsigned me = on_cpu::current, warp = me / 32 * 32, lane = me % 32;
+  on_cpu::wait_for(1);
+  for (unsigned i = 0; i < 4; ++i) {
+    double terms[8 * kWord + 1];
+    terms[8 * kWord] = c[i];
+    for (unsigned word = 0; word < 8; ++word) {
+      const on_cpu::Fiber& of_a = on_cpu::fibers[warp + lane / 4 * 4 + word % 4];
+      const on_cpu::Fiber& of_b = on_cpu::fibers[warp + (lane % 4 * 2 + i % 2) * 4 + word % 4];
+      T x[kWord], y[kWord];
+      std::memcpy(x, &of_a.a[word / 4 * 2 + i / 2], 4);
+      std::memcpy(y, &of_b.b[word / 4], 4);
+      for (int k = 0; k < kWord; ++k)
+        terms[word * kWord + k] = static_cast<double>(to_float(x[k])) * to_float(y[k]);
+    }
+    if constexpr (std::is_same_v<C, int>)
+      c[i] = static_cast<int>(std::accumulate(terms, terms + 8 * kWord + 1, 0.0));
+    else
+      c[i] = cut_sum(terms, 8 * kWord + 1);
+  }
+  on_cpu::wait_for(1);
 }
 
 inline uint4* dynamic_shared() { return reinterpret_cast<uint4*>(on_cpu::shared_memory->get()); }

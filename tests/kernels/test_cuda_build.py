@@ -14,6 +14,14 @@ CSRC = Path(__file__).parents[2] / "csrc"
 INSTRUCTIONS = {
     # cp.async of 16 bytes past the L1 cache, and 16-byte loads of what it brought
     "decode_attention": (r"LDGSTS\S*\.BYPASS\S*\.128", r"LDS\S*\.128", r"SHFL\.BFLY"),
+    # the same, and tensor cores for each type of activations
+    "quantized_linear": (
+        r"LDGSTS\S*\.BYPASS\S*\.128",
+        r"LDS\S*\.128",
+        r"HMMA\.16816\.F32\.BF16",
+        r"HMMA\.16816\.F32 ",
+        r"IMMA\.16832\.S8\.S8",
+    ),
 }
 
 

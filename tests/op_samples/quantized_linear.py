@@ -65,6 +65,7 @@ def _refusals() -> list[Refusal]:
         bad("out", ValueError, "out_features must be positive", out_features=0),
         bad("weight_dtype", TypeError, "weight must be uint8", x, weight.int(), None),
         bad("weight_dim", ValueError, "weight must have 3 dimensions", x, weight[0], None),
+        bad("no_groups", ValueError, "weight must have shape", x[:, :0], weight[:, :0], None),
         bad("tiles", ValueError, r"weight must have shape \(3, groups", out_features=33),
         bad("bytes", ValueError, "weight must have shape", x, weight[..., 1:], None),
         bad("in_features", ValueError, "x must have the in_features", x[:, :32], weight, None),
