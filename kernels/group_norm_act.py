@@ -228,7 +228,7 @@ def _gradient(
 # ---- launchers ------------------------------------------------------------------------------
 
 
-def _ordered(x: Tensor) -> Tensor:
+def ordered(x: Tensor) -> Tensor:
     """x where it is contiguous or channels_last, else a contiguous copy."""
     for dim, order in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.dim() == dim and x.is_contiguous(memory_format=order):
@@ -267,7 +267,7 @@ def _params(weight: Tensor | None, bias: Tensor | None, act: int) -> tuple[list,
 def group_norm_act(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, act: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = _ordered(x)
+    x = ordered(x)
     y = torch.empty_like(x)
     mean = x.new_zeros(x.shape[0], num_groups, dtype=torch.float32)
     rstd = torch.zeros_like(mean)
@@ -297,7 +297,7 @@ def group_norm_act_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
     num_groups: int, act: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x = _ordered(x)
+    x = ordered(x)
     dx = torch.empty_like(x)
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)

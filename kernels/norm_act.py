@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bias_act import _act, _dense, _in_order_of, _slope
-from .group_norm_act import _ordered
+from .bias_act import _act, _slope, dense, in_order_of
+from .group_norm_act import ordered
 from .math import fp32
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
@@ -237,7 +237,7 @@ def _backward(
 
 
 def in_layout(x: Tensor, statistics: int) -> Tensor:
-    return _dense(x) if statistics <= _BATCH else _ordered(x)
+    return dense(x) if statistics <= _BATCH else ordered(x)
 
 
 class Tiling:
@@ -321,7 +321,7 @@ def norm_act_backward(
     dy, x, mean, var, weight, bias, statistics, eps, act, gain, alpha
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = in_layout(x, statistics)
-    dy, dx = _in_order_of(dy, x), torch.empty_like(x)
+    dy, dx = in_order_of(dy, x), torch.empty_like(x)
     dweight, dbias = gradient_of(weight), gradient_of(bias)
     if x.numel():
         t = Tiling(x, statistics)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bias_act import _curvature, _in_order_of, _slope
+from .bias_act import _curvature, _slope, in_order_of
 from .math import fp32
 from .norm_act import (
     Tiling,
@@ -158,7 +158,7 @@ def norm_act_double_backward(
     gg, gg_weight, gg_bias, dy, x, mean, var, weight, bias, statistics, eps, act, gain, alpha
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = in_layout(x, statistics)
-    gg, dy = _in_order_of(gg, x), _in_order_of(dy, x)
+    gg, dy = in_order_of(gg, x), in_order_of(dy, x)
     grad_dy, grad_x = torch.empty_like(x), torch.empty_like(x)
     grad_weight, grad_bias = gradient_of(weight), gradient_of(bias)
     if x.numel():

@@ -105,6 +105,9 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "alias_free_snake": lambda x: ops.alias_free_snake(x(2, 3, 37), x(3) + 3, x(3) + 3),
     "append_kv": _append_kv,
     "apply_rotary": _apply_rotary,
+    "batch_norm_act": lambda x: ops.batch_norm_act(
+        x(5, 7, 9), weight=x(7), bias=x(7), training=True, act="lrelu"
+    ),
     "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
     "conv2d_resample": lambda x: ops.conv2d_resample(
         x(2, 3, 6, 8), x(4, 3, 3, 3), x.constant(4, 4), down=2
@@ -123,12 +126,14 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     ),
     "geglu": lambda x: ops.geglu(x(5, 127), x(5, 127)),
     "group_norm_act": lambda x: ops.group_norm_act(x(2, 6, 5, 7), 3, x(6), x(6), activation="silu"),
+    "instance_norm_act": lambda x: ops.instance_norm_act(x(2, 6, 5, 7), x(6), x(6), act="lrelu"),
     "layer_norm": lambda x: ops.layer_norm(x(5, 127), x(127), x(127)),
     "modulated_conv2d": lambda x: ops.modulated_conv2d(
         x(2, 3, 5, 7), x(4, 3, 3, 3), x(2, 3), x.constant(2, 1, 5, 7), x(1), x(4), act="lrelu"
     ),
     "modulated_layer_norm": lambda x: ops.modulated_layer_norm(x(2, 5, 127), x(2, 127), x(2, 127)),
     "modulated_rms_norm": lambda x: ops.modulated_rms_norm(x(2, 5, 127), x(2, 127), x(2, 127)),
+    "pixel_norm_act": lambda x: ops.pixel_norm_act(x(2, 6, 5, 7), act="lrelu"),
     "qk_norm_rotary": _qk_norm_rotary,
     "quantized_linear": _quantized_linear,
     "rms_norm": lambda x: ops.rms_norm(x(5, 127), x(127), 1e-6),

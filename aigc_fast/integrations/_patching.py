@@ -6,15 +6,21 @@ hooks and children, and its class becomes a subclass of its own class with anoth
 state dicts, optimizers, isinstance, adapters and hooks notice nothing.
 """
 
-import copyreg
-import functools
 import importlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from aigc_fast.nn._replacing import (
+    Assignment,
+    PatchReport,
+    Unfit,
+    carry_out,
+    fast_class,
+    take_back,
+)
 
 #: package of a stock class -> the module that says what takes the place of its classes: TABLE, by
 #: the full name of the class
@@ -24,32 +30,6 @@ INTEGRATIONS = {
 }
 _RECORD = "_aigc_fast_patch"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
-
-class Assignment(NamedTuple):
-    """owner.attribute = value, to be."""
-
-    owner: Any
-    attribute: str
-    value: Any
-
-
-class Change(NamedTuple):
-    """An assignment that was made, and what it displaced."""
-
-    owner: Any
-    attribute: str
-    value: Any
-    original: Any
-
-    def undo(self) -> None:
-        # Whoever assigned after us keeps what they assigned.
-        if getattr(self.owner, self.attribute) == self.value:
-            setattr(self.owner, self.attribute, self.original)
-
-
-class Unfit(Exception):
-    """Why a module of a class that the table has must keep its own forward."""
 
 
 class Replacement(nn.Module):
@@ -69,46 +49,6 @@ class Replacement(nn.Module):
         """What makes `module` ours; Unfit where it cannot be. Reads, and changes nothing."""
         fast = fast_class(cls, type(module))  # type: ignore[arg-type]  # classes do hash
         yield Assignment(module, "__class__", fast)
-
-
-class _FastType(type):
-    """The classes made on the fly, for pickle to know them by."""
-
-
-@functools.cache
-def fast_class(replacement: Any, stock: Any) -> Any:
-    """The subclass of both; the same one every time."""
-    name = f"Fast{stock.__name__}"
-    return _FastType(name, (replacement, stock), {"__module__": replacement.__module__})
-
-
-def _reduce(cls: type) -> tuple[Any, ...]:
-    return fast_class, cls.__bases__
-
-
-copyreg.pickle(_FastType, _reduce)
-
-
-@dataclass(frozen=True)
-class PatchReport:
-    """What `patch` found in a model.
-
-    model:    the class of the model.
-    replaced: stock class -> (modules, operators that they call now).
-    kept:     class -> (modules, why they stayed as they are).
-    """
-
-    model: str
-    replaced: dict[str, tuple[int, str]] = field(default_factory=dict)
-    kept: dict[str, tuple[int, str]] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{self.model}: {sum(n for n, _ in self.replaced.values())} modules replaced"]
-        for title, rows in (("replaced", self.replaced), ("kept", self.kept)):
-            width = max(map(len, rows), default=0)
-            lines += [f"  {title}"] if rows else []
-            lines += [f"    {name:{width}}  {n:4d}  {text}" for name, (n, text) in rows.items()]
-        return "\n".join(lines)
 
 
 def patch(model: Any) -> PatchReport:
@@ -132,13 +72,13 @@ def patch(model: Any) -> PatchReport:
     kept: Counter[tuple[str, str]] = Counter()
     for part in _models(model):
         _patch(part, replaced, kept)
-    return PatchReport(_stock(model).__name__, _rows(replaced), _rows(kept))
+    return PatchReport.of(_stock(model), replaced, kept)
 
 
 def _patch(
     model: nn.Module, replaced: Counter[tuple[str, str]], kept: Counter[tuple[str, str]]
 ) -> None:
-    changes: list[Change] = []
+    changes = []
     absorbed: set[nn.Module] = set()
     for module in list(model.modules()):
         if isinstance(module, Replacement):
@@ -157,11 +97,7 @@ def _patch(
             if not isinstance(module, _CONTAINERS) and module not in absorbed:
                 kept[name, str(reason)] += 1
             continue
-        for owner, attribute, value in planned:
-            original = getattr(owner, attribute)
-            if original is not value:
-                setattr(owner, attribute, value)
-                changes.append(Change(owner, attribute, value, original))
+        changes += carry_out(planned)
         replaced[name, row.uses] += 1
         absorbed.update(getattr(module, child) for child in row.absorbs)
     if changes:
@@ -175,9 +111,7 @@ def unpatch(model: Any) -> None:
     TypeError if `model` is neither a module nor a pipeline.
     """
     for part in _models(model):
-        for module in list(part.modules()):
-            for change in reversed(module.__dict__.pop(_RECORD, ())):
-                change.undo()
+        take_back(part, _RECORD)
 
 
 def _models(model: Any) -> list[nn.Module]:
@@ -207,9 +141,4 @@ def become(replacement: type[Replacement], child: nn.Module) -> Assignment:
     """What makes `child` ours where its parent decides it, whose own class need not change."""
     if "forward" in child.__dict__:
         raise Unfit(f"the forward of its {_stock(child).__name__} was replaced on the object")
-    fast = fast_class(replacement, _stock(child))  # type: ignore[arg-type]  # classes do hash
-    return Assignment(child, "__class__", fast)
-
-
-def _rows(counts: Counter[tuple[str, str]]) -> dict[str, tuple[int, str]]:
-    return {name: (n, text) for (name, text), n in counts.items()}
+    return Assignment(child, "__class__", fast_class(replacement, _stock(child)))

@@ -3,10 +3,20 @@
 from .bias_act import BiasAct, LinearBiasAct
 from .conv_bias_act import Conv2dBiasAct, ConvTranspose2dBiasAct
 from .equalized import EqualizedConv2d, EqualizedLinear
+from .fusion import fold_batch_norm, fuse, unfuse
 from .gated_mlp import GEGLU, SwiGLU
 from .group_norm_act import GroupNormAct, ModulatedGroupNormAct
 from .layer_norm import LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm
 from .modulated_conv2d import ModulatedConv2d
+from .norm_act import (
+    AdaptiveInstanceNorm,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    InstanceNormAct,
+    MinibatchStddev,
+    PixelNormAct,
+)
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
 from .snake import AliasFreeSnake, Snake, SnakeBeta
@@ -15,7 +25,11 @@ from .upfirdn2d import Blur, Downsample2d, Upsample2d
 
 __all__ = [
     "GEGLU",
+    "AdaptiveInstanceNorm",
     "AliasFreeSnake",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "BiasAct",
     "Blur",
     "Conv2dBiasAct",
@@ -24,18 +38,24 @@ __all__ = [
     "EqualizedConv2d",
     "EqualizedLinear",
     "GroupNormAct",
+    "InstanceNormAct",
     "LayerNorm",
     "LinearBiasAct",
+    "MinibatchStddev",
     "ModulatedConv2d",
     "ModulatedGroupNormAct",
     "ModulatedLayerNorm",
     "ModulatedRMSNorm",
+    "PixelNormAct",
     "QuantizedLinear",
     "RMSNorm",
     "Snake",
     "SnakeBeta",
     "SwiGLU",
     "Upsample2d",
+    "fold_batch_norm",
+    "fuse",
     "remove_spectral_norm",
     "spectral_norm",
+    "unfuse",
 ]

@@ -121,7 +121,7 @@ class InstanceNormAct(Activated):
 
 
 class AdaptiveInstanceNorm(Activated):
-    """Instance norm whose scale and shift a style of shape (N, style_dim) gives, then an activation.
+    """Instance norm, scaled and shifted by a style of shape (N, style_dim), then an activation.
 
     Its one child, `fc`, is nn.Linear(style_dim, 2 * num_features): scale, then shift, in
     act(instance_norm(x) * (1 + scale) + shift).

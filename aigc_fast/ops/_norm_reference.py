@@ -4,15 +4,11 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._activations import activate, curvature, slope
-from aigc_fast.ops._layout import in_order_of
+from aigc_fast.ops._layout import in_order_of, wide
 
 #: whose mean and variance: running ones, a channel's of the batch or of a sample, a pixel's, which
 #: is its mean square. The numbers are part of the schema.
 GIVEN, BATCH, SAMPLE, PIXEL = range(4)
-
-
-def wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class Parts:

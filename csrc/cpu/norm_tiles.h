@@ -8,7 +8,7 @@
 // loops over buffers, and the activations are compiled once and not once for each dtype.
 #pragma once
 
-#include "group_moments.h"
+#include "memory_order.h"
 #include "tensor.h"
 
 namespace aigc_fast {

@@ -1,0 +1,182 @@
+"""fuse and fold_batch_norm on models as GAN code bases write them, against the models as they were."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from aigc_fast.nn import fold_batch_norm, fuse, unfuse
+from tests.ops.test_every_op import assert_as_good_as_torch
+
+
+def dcgan_generator() -> nn.Module:
+    def up(a: int, b: int) -> list[nn.Module]:
+        return [nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
+
+    return nn.Sequential(
+        nn.ConvTranspose2d(8, 16, 4, bias=False), nn.BatchNorm2d(16), nn.ReLU(True), *up(16, 8),
+        nn.ConvTranspose2d(8, 3, 4, 2, 1), nn.Tanh(),
+    )  # fmt: skip
+
+
+def dcgan_discriminator() -> nn.Module:
+    def down(a: int, b: int, norm: nn.Module) -> nn.Module:
+        conv = parametrizations.spectral_norm(nn.Conv2d(a, b, 3, 2, 1, padding_mode="reflect"))
+        return nn.Sequential(conv, nn.Dropout2d(0.25), nn.LeakyReLU(0.2, inplace=True), norm)
+
+    blocks = down(3, 8, nn.Identity()), down(8, 16, nn.BatchNorm2d(16, 0.8))
+    return nn.Sequential(*blocks, nn.InstanceNorm2d(16, affine=True), nn.SiLU(), nn.Flatten())
+
+
+def mlp_gan() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(10, 32), nn.LeakyReLU(0.2), nn.Linear(32, 64), nn.BatchNorm1d(64, 0.8),
+        nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(64, 12), nn.Sigmoid(),
+    )  # fmt: skip
+
+
+def group_norms() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv1d(8, 6, 3, groups=2),
+        nn.ELU(0.7),
+    )  # fmt: skip
+
+
+MODELS = {
+    dcgan_generator: ((3, 8, 1, 1), 3),
+    dcgan_discriminator: ((4, 3, 16, 16), 3),
+    mlp_gan: ((16, 10), 3),
+    group_norms: ((3, 4, 9), 2),
+}
+
+
+def made(make) -> nn.Module:
+    torch.manual_seed(0)
+    model = make()
+    for p in model.parameters():  # norms that are not all alike
+        if p.dim() == 1:
+            nn.init.normal_(p, 0.5)
+    return model
+
+
+def run(model: nn.Module, x: torch.Tensor, penalty: bool = True) -> list[torch.Tensor]:
+    """Output, gradients, and those of a gradient penalty."""
+    torch.manual_seed(1)  # for dropout
+    inputs = [x.clone().requires_grad_(), *model.parameters()]
+    y = model(inputs[0])
+    grads = torch.autograd.grad(y.square().mean(), inputs, create_graph=penalty)
+    second = torch.autograd.grad(grads[0].square().sum(), inputs, allow_unused=True) if penalty else ()  # noqa: E501  # fmt: skip
+    return [y, *grads, *(torch.zeros(()) if g is None else g for g in second)]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("make", MODELS, ids=lambda f: f.__name__)
+def test_outputs_gradients_and_penalties_are_those_of_the_model(make, training) -> None:
+    shape, pairs = MODELS[make]
+    plain, x = made(make).train(training), torch.randn(shape)
+    fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    report = fuse(fused)
+    assert sum(n for n, _ in report.replaced.values()) == pairs and not report.kept, str(report)
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    results = [run(m, t) for m, t in ((fused, x), (plain, x), (exact, x.double()))]
+    assert_as_good_as_torch(*results, torch.float32)
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict())
+
+
+def test_unfuse_takes_all_back() -> None:
+    model = made(dcgan_generator)
+    before = [(m, type(m), dict(m.__dict__)) for m in model.modules()]
+    text = str(model)
+    fuse(model)
+    assert fuse(model).replaced and "act=relu" in str(model)
+    unfuse(model)
+    assert str(model) == text
+    for module, cls, state in before:
+        assert type(module) is cls and module.__dict__ == state
+    unfuse(model)
+
+
+def test_copies_and_pickles_of_a_fused_model_are_fused_and_can_be_unfused() -> None:
+    model, x = made(mlp_gan).eval(), torch.randn(5, 10)
+    want = model(x)
+    fuse(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        unfuse(twin)
+        assert type(twin[0]) is nn.Linear and torch.equal(twin(x), want)
+    assert type(model[0]) is not nn.Linear
+
+
+def test_says_what_it_keeps_and_why() -> None:
+    shared, hooked = nn.ReLU(), nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda *_: None)
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(
+                nn.ReLU(), nn.Linear(4, 4), shared, nn.Linear(4, 4), shared, hooked, nn.Tanh(),
+                nn.Linear(4, 4), nn.Dropout(), nn.Sigmoid(), nn.LazyLinear(4), nn.SiLU(),
+                nn.LayerNorm(4), nn.ELU(), nn.Linear(4, 4), nn.GELU(), nn.InstanceNorm1d(
+                    4, track_running_stats=True), nn.SELU(),
+            )  # fmt: skip
+            self.act = nn.LeakyReLU()
+
+    report = fuse(Other())
+    assert not report.replaced
+    assert {why for _, why in report.kept.values()} >= {
+        "the Linear has hooks",
+        "a dropout stands before it",
+        "the LazyLinear is not initialised",
+        "a LayerNorm stands before it",
+        "bias_act has no such activation",
+        "the InstanceNorm1d keeps running statistics",
+        "it stands in no nn.Sequential",
+    }
+    reasons = str(fuse(nn.Sequential(nn.ReLU(), nn.Linear(4, 4), shared, nn.Linear(4, 4), shared)))
+    assert "nothing stands before it" in reasons and "used in several places" in reasons
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+        fuse(1)
+
+
+def test_under_autocast_and_compile() -> None:
+    model, x = made(dcgan_generator).eval(), torch.randn(2, 8, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(x)
+        fuse(model)
+        got = model(x)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("make", [dcgan_generator, mlp_gan], ids=lambda f: f.__name__)
+def test_folded_batch_norms_are_gone_and_nothing_changes(make) -> None:
+    model = made(make)
+    with torch.no_grad():
+        for _ in range(3):  # running statistics of their own
+            model(torch.randn(16, *MODELS[make][0][1:]) * 2 + 1)
+    model.eval()
+    folded, x = fold_batch_norm(model), torch.randn(MODELS[make][0])
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+    assert any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    torch.testing.assert_close(folded(x), model(x))
+    assert fuse(folded).replaced
+    torch.testing.assert_close(folded(x), model(x))
+
+
+def test_folds_grouped_layers_and_leaves_shared_and_parametrized_ones() -> None:
+    torch.manual_seed(0)
+    for layer in (nn.ConvTranspose1d(4, 6, 3, groups=2), nn.Conv1d(4, 6, 3, groups=2, bias=False)):
+        model = nn.Sequential(layer, nn.BatchNorm1d(6)).double()
+        model(torch.randn(3, 4, 9).double())
+        model.eval()
+        x = torch.randn(3, 4, 9).double()
+        torch.testing.assert_close(fold_batch_norm(model)(x), model(x))
+    conv = parametrizations.spectral_norm(nn.Conv1d(4, 4, 3))
+    model = nn.Sequential(conv, nn.BatchNorm1d(4))
+    assert isinstance(fold_batch_norm(model)[1], nn.BatchNorm1d)
