@@ -202,7 +202,7 @@ def _adjoint(
 ) -> Tensor:  # fmt: skip
     """The gradient of x: each filter becomes its adjoint, the bits stay where they are."""
     up_x, up_y, down_x, down_y = geometry[:4]
-    left, _, top, _, left2, _, top2, _ = [*geometry, 0, 0, 0, 0][:12]
+    left, _, top, _, left2, _, top2, _ = [*geometry, 0, 0, 0, 0][4:12]
     height = mask.shape[2]
     width = shape[3] * up_x + geometry[4] + geometry[5] - _taps(first)[1] + 1
     back = [
