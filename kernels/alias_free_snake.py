@@ -141,9 +141,7 @@ def alias_free_snake(x, alpha, beta, up, down) -> Tensor:
     return y
 
 
-def alias_free_snake_backward(
-    dy, x, alpha, beta, up, down
-) -> tuple[Tensor, Tensor, Tensor]:
+def alias_free_snake_backward(dy, x, alpha, beta, up, down) -> tuple[Tensor, Tensor, Tensor]:
     x, dy = x.contiguous(), dy.contiguous()
     dx = torch.empty_like(x)
     if not x.numel():

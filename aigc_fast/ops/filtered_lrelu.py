@@ -226,14 +226,14 @@ class _FilteredLrelu(OpFunction):
     ) -> Tensor:  # fmt: skip
         options = (geometry, flip, gain, slope)
         y, mask = _filtered_lrelu(x, up_filter, down_filter, bias, *options, clamp, True)
-        ctx.options, ctx.shape, ctx.has_bias = options, x.shape, bias is not None
+        ctx.options, ctx.shape = options, x.shape
         ctx.save_for_backward(mask, up_filter, down_filter)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         dx = _adjoint(dy, ctx.shape, *ctx.saved_tensors, *ctx.options)
-        dbias = dx.sum((0, 2, 3)) if ctx.has_bias else None
+        dbias = dx.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
         return dx, None, None, dbias, None, None, None, None, None
 
 

@@ -5,8 +5,8 @@ import torch
 
 from aigc_fast import ops
 from aigc_fast.ops.alias_free_snake import _reference, default_filters
-from tests.op_samples.snake import positive
 from tests.op_samples import rand
+from tests.op_samples.snake import positive
 
 
 @pytest.mark.parametrize("time", [1, 2, 3, 4, 11, 511, 512, 1023, 1024, 40_000])
