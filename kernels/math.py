@@ -83,7 +83,7 @@ def sines(u):
     half = n * 0.5
     odd = half != tl.floor(half)
     if tl.max(tl.abs(u)) > 12800.0:
-        # In fp64, which most programs never reach. Beyond 1e9, where neighbours in fp32 lie
+        # In fp64, which most programs never reach. Beyond 1e8, where neighbours in fp32 lie
         # periods apart, r is only kept within its bounds.
         wide = u.to(tl.float64)
         m = tl.floor(wide * 0.636619772367581343 + 0.5)

@@ -202,7 +202,7 @@ def _adjoint(
 ) -> Tensor:  # fmt: skip
     """The gradient of x: each filter becomes its adjoint, the bits stay where they are."""
     up_x, up_y, down_x, down_y = geometry[:4]
-    left, _, top, _, left2, _, top2, _ = [*geometry, 0, 0, 0, 0][:12]
+    left, _, top, _, left2, _, top2, _ = [*geometry, 0, 0, 0, 0][4:12]
     height = mask.shape[2]
     width = shape[3] * up_x + geometry[4] + geometry[5] - _taps(first)[1] + 1
     back = [
@@ -226,14 +226,14 @@ class _FilteredLrelu(OpFunction):
     ) -> Tensor:  # fmt: skip
         options = (geometry, flip, gain, slope)
         y, mask = _filtered_lrelu(x, up_filter, down_filter, bias, *options, clamp, True)
-        ctx.options, ctx.shape, ctx.has_bias = options, x.shape, bias is not None
+        ctx.options, ctx.shape = options, x.shape
         ctx.save_for_backward(mask, up_filter, down_filter)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         dx = _adjoint(dy, ctx.shape, *ctx.saved_tensors, *ctx.options)
-        dbias = dx.sum((0, 2, 3)) if ctx.has_bias else None
+        dbias = dx.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
         return dx, None, None, dbias, None, None, None, None, None
 
 

@@ -132,8 +132,7 @@ struct Backward {
       store(even + s, d.even);
       store(odd + s, d.odd);
     }
-    if (t.at_start())
-      even[0] += take_sum<A>(even - kReach, even) + take_sum<A>(odd - kReach, odd);
+    if (t.at_start()) even[0] += take_sum<A>(even - kReach, even) + take_sum<A>(odd - kReach, odd);
     if (t.at_end()) {
       A *e = even + t.size, *o = odd + t.size;
       o[-1] += take_sum<A>(e, e + kReach) + take_sum<A>(o, o + kReach);
@@ -170,9 +169,8 @@ struct Backward {
       A* end = grad + t.size;
       end[-1] += take_sum<A>(end, end + kReach);
     }
-    for_vectors<A>(t.size, [&](int64_t i, auto n) {
-      store(dx + t.first + i, load(grad + i, n), n);
-    });
+    for_vectors<A>(t.size,
+                   [&](int64_t i, auto n) { store(dx + t.first + i, load(grad + i, n), n); });
   }
 };
 
@@ -201,8 +199,8 @@ struct Parameters {
   std::vector<A> alpha;
   std::vector<double> inverse_beta;
 
-  Parameters(const Shape& s, const Tensor& alpha_in, const Tensor& beta_in,
-             const Tensor& up_filter, const Tensor& down_filter)
+  Parameters(const Shape& s, const Tensor& alpha_in, const Tensor& beta_in, const Tensor& up_filter,
+             const Tensor& down_filter)
       : alpha(s.channels), inverse_beta(inverse_of(beta_in, s.channels)) {
     channel_values<A>(alpha_in, s.channels, "alpha", A(0), alpha.data());
     channel_values<A>(up_filter, kTaps, "up_filter", A(0), up);

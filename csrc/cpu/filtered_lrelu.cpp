@@ -23,9 +23,10 @@ struct Bits2 {
   uint32_t* clamped(int64_t row) const { return negative(row) + words; }
 };
 
-// lrelu and clamp of a row, in place; its bits if `bits` is given. Whole vectors can be written.
+// to = clamp(lrelu(row)), and its bits if `bits` is given. Whole vectors are read and written.
 template <class A>
-void activate_row(A* row, int64_t size, A slope, A limit, const Bits2* bits, int64_t number) {
+void activate_row(const A* row, A* to, int64_t size, A slope, A limit, const Bits2* bits,
+                  int64_t number) {
   for (int64_t j = 0; j < size; j += kWord) {
     uint32_t negative = 0, clamped = 0;
     for (int64_t k = 0; k < kWord && j + k < size; k += kLanes<A>) {
@@ -34,7 +35,7 @@ void activate_row(A* row, int64_t size, A slope, A limit, const Bits2* bits, int
       v = low ? v * slope : v;
       negative |= lane_bits<A>(low) << k;
       clamped |= lane_bits<A>(abs<A>(v) > limit) << k;
-      store(row + j + k, max<A>(min<A>(v, broadcast(limit)), broadcast(-limit)));
+      store(to + j + k, max<A>(min<A>(v, broadcast(limit)), broadcast(-limit)));
     }
     if (!bits) continue;
     const uint32_t valid = size - j < kWord ? (1u << (size - j)) - 1 : ~0u;
@@ -43,16 +44,16 @@ void activate_row(A* row, int64_t size, A slope, A limit, const Bits2* bits, int
   }
 }
 
-// The derivative of activate_row, times the row.
+// to = row times the derivative of activate_row.
 template <class A>
-void apply_bits(A* row, int64_t size, A slope, const Bits2& bits, int64_t number) {
+void apply_bits(const A* row, A* to, int64_t size, A slope, const Bits2& bits, int64_t number) {
   for (int64_t j = 0; j < size; j += kWord) {
     const uint32_t negative = bits.negative(number)[j / kWord];
     const uint32_t clamped = bits.clamped(number)[j / kWord];
     for (int64_t k = 0; k < kWord && j + k < size; k += kLanes<A>) {
       Vec<A> v = load(row + j + k);
       v = mask_of<A>(negative >> k) ? v * slope : v;
-      store(row + j + k, mask_of<A>(clamped >> k) ? Vec<A>{} : v);
+      store(to + j + k, mask_of<A>(clamped >> k) ? Vec<A>{} : v);
     }
   }
 }
@@ -80,8 +81,8 @@ struct Stages {
     second_y = axis_of(1, g[3], g[10], g[11], second.size(0), height());
   }
 
-  // between(row, plane, number, own) changes a row between the filters; a row that several units
-  // of work meet is one unit's own.
+  // between(row, to, plane, number, own) does it; a row that several units of work meet is one
+  // unit's own.
   template <class T, class Between>
   void run(const Tensor& x, const std::optional<Tensor>& bias_in, const Tensor& first,
            const Tensor& second, bool flip, double gain, Tensor& out, Between between) const {
@@ -111,9 +112,7 @@ struct Stages {
         const int64_t own = piece * kRows * second_y.down;
         const int64_t own_end = piece + 1 == pieces ? height() : last * second_y.down;
         const auto activated = [&](int64_t m, int64_t left, int64_t right, A* row) {
-          const A* found = upper.row(m, read);
-          std::copy_n(found, (width() + kLanes<A> - 1) / kLanes<A> * kLanes<A>, line.data());
-          between(line.data(), plane, m, m >= own && m < own_end);
+          between(upper.row(m, read), line.data(), plane, m, m >= own && m < own_end);
           std::copy(line.data() + left, line.data() + right, row + left);
         };
         upper.restart(), lower.restart();
@@ -150,8 +149,8 @@ std::tuple<Tensor, Tensor> filtered_lrelu(const Tensor& x_in, const Tensor& up_f
   const Tensor x = as_contiguous(x_in);
   const int64_t n = x.size(0), c = x.size(1), height = s.height(), words = s.words();
   Tensor y = empty({n, c, s.second_y.out, s.second_x.out}, x.scalar_type());
-  Tensor mask = keep_mask ? empty({n, c, height, 2, words}, ScalarType::Int)
-                          : empty({0}, ScalarType::Int);
+  Tensor mask =
+      keep_mask ? empty({n, c, height, 2, words}, ScalarType::Int) : empty({0}, ScalarType::Int);
   uint32_t* bits = static_cast<uint32_t*>(mask.mutable_data_ptr());
   // Rows that no output needs are not computed; their bits are to be the same every time.
   if (keep_mask) std::memset(bits, 0, mask.numel() * sizeof(uint32_t));
@@ -160,9 +159,9 @@ std::tuple<Tensor, Tensor> filtered_lrelu(const Tensor& x_in, const Tensor& up_f
     using A = Acc<T>;
     const A limit = clamp ? A(*clamp) : std::numeric_limits<A>::infinity();
     s.run<T>(x, bias, up_filter, down_filter, flip, gain, y,
-             [&](A* row, int64_t plane, int64_t number, bool own) {
+             [&](const A* row, A* to, int64_t plane, int64_t number, bool own) {
                const Bits2 of_plane{bits + plane * height * 2 * words, words};
-               activate_row<A>(row, s.width(), A(slope), limit,
+               activate_row<A>(row, to, s.width(), A(slope), limit,
                                keep_mask && own ? &of_plane : nullptr, number);
              });
   });
@@ -177,17 +176,16 @@ Tensor filtered_mask(const Tensor& x_in, const Tensor& mask_in, const Tensor& fi
   require(mask.scalar_type() == ScalarType::Int &&
               mask.numel() == s.planes * s.height() * 2 * s.words(),
           "mask must have two bits for each pixel between the filters");
-  Tensor y =
-      empty({x.size(0), x.size(1), s.second_y.out, s.second_x.out}, x.scalar_type());
+  Tensor y = empty({x.size(0), x.size(1), s.second_y.out, s.second_x.out}, x.scalar_type());
   if (y.numel() == 0) return in_layout_of(x_in, y);
   // Only read; const_cast because Bits2 serves both.
   uint32_t* bits = static_cast<uint32_t*>(const_cast<void*>(mask.const_data_ptr()));
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
     s.run<T>(x, {}, first, second, flip, gain, y,
-             [&](A* row, int64_t plane, int64_t number, bool) {
+             [&](const A* row, A* to, int64_t plane, int64_t number, bool) {
                const Bits2 of_plane{bits + plane * s.height() * 2 * s.words(), s.words()};
-               apply_bits<A>(row, s.width(), A(slope), of_plane, number);
+               apply_bits<A>(row, to, s.width(), A(slope), of_plane, number);
              });
   });
   return in_layout_of(x_in, y);

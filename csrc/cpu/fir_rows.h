@@ -210,8 +210,7 @@ class RowFilter {
     if (phases_ == 2) {
       for (int64_t m = 0; m < columns_; m += kAll) {
         const Vec<A> a = load(from + m), b = load(from + stride_ + m);
-        for (int half = 0; half < 2; ++half)
-          store(to + 2 * m + half * kAll, zip<A>(a, b, half));
+        for (int half = 0; half < 2; ++half) store(to + 2 * m + half * kAll, zip<A>(a, b, half));
       }
     } else if (phases_ == 4) {
       for (int64_t m = 0; m < columns_; m += kAll) {

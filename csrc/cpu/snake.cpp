@@ -63,21 +63,19 @@ std::tuple<Tensor, Tensor, Tensor> snake_backward(const Tensor& dy_in, const Ten
     const std::vector<A> values = values_of<A>(l, alpha, inverse);
     const T *in = data<T>(x), *grad = data<T>(dy);
     T* out = mutable_data<T>(dx);
-    sum_channels<A, 2>(
-        l, values.data(),
-        sums<A, 2, 2>(
-            [=](int64_t i, auto lanes, const Vec<A>* v, Vec<A>* sums)
-                __attribute__((always_inline)) {
-                  const Vec<A> at = load(in + i, lanes), g = load(grad + i, lanes);
-                  const Sines<A> s = sines<A>(v[0] * at);
-                  store(out + i, g * (A(1) + v[0] * v[1] * s.sin_twice), lanes);
-                  sums[0] += g * at * s.sin_twice;
-                  sums[1] += g * s.squared;
-                }),
-        [&](int64_t c, const double* sums) {
-          dalpha[c] = sums[0] * inverse[c];
-          dbeta[c] = -sums[1] * inverse[c] * inverse[c];
-        });
+    sum_channels<A, 2>(l, values.data(),
+                       sums<A, 2, 2>([=](int64_t i, auto lanes, const Vec<A>* v,
+                                         Vec<A>* sums) __attribute__((always_inline)) {
+                         const Vec<A> at = load(in + i, lanes), g = load(grad + i, lanes);
+                         const Sines<A> s = sines<A>(v[0] * at);
+                         store(out + i, g * (A(1) + v[0] * v[1] * s.sin_twice), lanes);
+                         sums[0] += g * at * s.sin_twice;
+                         sums[1] += g * s.squared;
+                       }),
+                       [&](int64_t c, const double* sums) {
+                         dalpha[c] = sums[0] * inverse[c];
+                         dbeta[c] = -sums[1] * inverse[c] * inverse[c];
+                       });
   });
   return {dx, like_parameter(dalpha, alpha, x.scalar_type()),
           like_parameter(dbeta, beta, x.scalar_type())};
@@ -105,28 +103,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> snake_double_backward(
     T *out = mutable_data<T>(grad_dy), *out_x = mutable_data<T>(grad_x);
     sum_channels<A, 4>(
         l, values.data(),
-        sums<A, 4, 2>(
-            [=](int64_t i, auto lanes, const Vec<A>* v, Vec<A>* sums)
-                __attribute__((always_inline)) {
-                  const Vec<A> at = load(in + i, lanes), g = load(grad + i, lanes);
-                  const Vec<A> w = load(second + i, lanes);
-                  const auto [alpha, b, p, q] = std::tuple(v[0], v[1], v[2], v[3]);
-                  const Sines<A> s = sines<A>(alpha * at);
-                  // d (x sin(2 alpha x)) / dx, and of sin(2 alpha x) in alpha
-                  const Vec<A> slope = s.sin_twice + A(2) * alpha * at * s.cos_twice;
-                  store(out + i,
-                        w * (A(1) + alpha * b * s.sin_twice) + p * at * s.sin_twice -
-                            q * s.squared,
-                        lanes);
-                  store(out_x + i,
-                        g * (A(2) * alpha * alpha * b * w * s.cos_twice + p * slope -
-                             q * alpha * s.sin_twice),
-                        lanes);
-                  sums[0] += g * (w * b * slope + A(2) * p * at * at * s.cos_twice -
-                                  q * at * s.sin_twice);
-                  sums[1] += g * b *
-                             (A(2) * q * s.squared - (w * alpha * b + p * at) * s.sin_twice);
-                }),
+        sums<A, 4, 2>([=](int64_t i, auto lanes, const Vec<A>* v,
+                          Vec<A>* sums) __attribute__((always_inline)) {
+          const Vec<A> at = load(in + i, lanes), g = load(grad + i, lanes);
+          const Vec<A> w = load(second + i, lanes);
+          const auto [alpha, b, p, q] = std::tuple(v[0], v[1], v[2], v[3]);
+          const Sines<A> s = sines<A>(alpha * at);
+          // d (x sin(2 alpha x)) / dx, and of sin(2 alpha x) in alpha
+          const Vec<A> slope = s.sin_twice + A(2) * alpha * at * s.cos_twice;
+          store(out + i,
+                w * (A(1) + alpha * b * s.sin_twice) + p * at * s.sin_twice - q * s.squared, lanes);
+          store(out_x + i,
+                g * (A(2) * alpha * alpha * b * w * s.cos_twice + p * slope -
+                     q * alpha * s.sin_twice),
+                lanes);
+          sums[0] += g * (w * b * slope + A(2) * p * at * at * s.cos_twice - q * at * s.sin_twice);
+          sums[1] += g * b * (A(2) * q * s.squared - (w * alpha * b + p * at) * s.sin_twice);
+        }),
         [&](int64_t c, const double* sums) { dalpha[c] = sums[0], dbeta[c] = sums[1]; });
   });
   return {grad_dy, grad_x, like_parameter(dalpha, alpha, x.scalar_type()),

@@ -135,8 +135,14 @@ Tensor upfirdn2d(const Tensor& x_in, const Tensor& filter, std::vector<int64_t> 
     using A = Acc<T>;
     const Epilogue<A> epilogue{A(alpha), A(act_gain),
                                clamp ? A(*clamp) : std::numeric_limits<A>::infinity()};
-    Job<T> job{Fir<A>(y, x, filter, flip, gain), c, {}, data<T>(source), mutable_data<T>(out), {},
-               {}, epilogue};
+    Job<T> job{Fir<A>(y, x, filter, flip, gain),
+               c,
+               {},
+               data<T>(source),
+               mutable_data<T>(out),
+               {},
+               {},
+               epilogue};
     job.bias.resize(c);
     channel_values<A>(bias, c, "bias", 0, job.bias.data());
     with_act(act, [&]<Act a>(std::integral_constant<Act, a>) { job.write = &write_row<T, a>; });

@@ -19,7 +19,9 @@ def _samples() -> list[Sample]:
     return [
         Sample("separable", (x, u, d, b), twice | {"clamp": 0.8}),
         Sample("images", (x, u2, d2, b), twice | {"clamp": 0.8, "gain": 1.0, "slope": 0.1}),
-        Sample("up4_down2", (rand(1, 2, 4, 9), _low_pass(12), d), {"up": 4, "down": 2}),
+        Sample(
+            "up4_down2", (rand(1, 2, 4, 9), _low_pass(12), d), {"up": 4, "down": 2, "padding": 6}
+        ),
         Sample("mixed", (x, u, d2, b), {"up": (3, 2), "down": (1, 3), "padding": 4}),
         Sample("crop", (rand(1, 2, 7, 9), u2, d, rand(2)), {"up": 2, "padding": (-3, 1, 2, -2)}),
         Sample("flipped", (x, u2, d2), twice | {"flip_filter": True, "clamp": 0.5}),
