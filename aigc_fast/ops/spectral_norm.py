@@ -39,7 +39,8 @@ def spectral_norm(
     weights, u, v = list(weights), list(u), list(v)
     if torch.is_grad_enabled() and any(isinstance(w, Tensor) and w.requires_grad for w in weights):
         n = len(weights)
-        _check(weights, u, v, iterations, eps)  # Function.apply would not say which are amiss
+        if len(u) != n or len(v) != n:
+            _check(weights, u, v, iterations, eps)
         found = list(_SpectralNormFunction.call(iterations, eps, n, *weights, *u, *v))
         return found[:n], found[n], found[n + 1 : 2 * n + 1], found[2 * n + 1 :]
     return _spectral_norm(weights, u, v, iterations, eps)
@@ -51,9 +52,7 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
 
 def _sigmas(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
     """u . W v of every weight, in fp32 or fp64."""
-    return [
-        wide(a) @ (wide(w).flatten(1) @ wide(b)) for w, a, b in zip(weights, u, v, strict=True)
-    ]
+    return [wide(a) @ (wide(w).flatten(1) @ wide(b)) for w, a, b in zip(weights, u, v, strict=True)]
 
 
 def _reference(

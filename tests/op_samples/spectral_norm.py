@@ -35,7 +35,9 @@ def _samples() -> list[Sample]:
         _call("one_step", *shapes),
         _call("three_steps", *shapes, iterations=3),
         _call("pieces", (19, 1030), (1, 17), (131, 127)),
-        Sample("special_zero", ([torch.zeros(3, 4).double()], [unit(3, 0)], [unit(4, 1)]), {}, False),
+        Sample(
+            "special_zero", ([torch.zeros(3, 4).double()], [unit(3, 0)], [unit(4, 1)]), {}, False
+        ),
     ]
 
 
@@ -44,7 +46,9 @@ def _refusals() -> list[Refusal]:
     return [
         Refusal("none", ([], [], []), ValueError, "weights must not be empty"),
         Refusal("dtype", ([w.int()], [u], [v]), TypeError, r"weights\[0\] must be float64"),
-        Refusal("mixed", ([w, w.float()], [u, u], [v, v]), TypeError, r"weights\[1\] must have the"),
+        Refusal(
+            "mixed", ([w, w.float()], [u, u], [v, v]), TypeError, r"weights\[1\] must have the"
+        ),
         Refusal("vector", ([u], [u], [v]), ValueError, r"weights\[0\] must have at least 2"),
         Refusal("empty", ([w[:0]], [u[:0]], [v]), ValueError, r"weights\[0\] must have at least"),
         Refusal("count", ([w], [u, u], [v]), ValueError, "u must have 1 tensors, got 2"),
@@ -60,7 +64,10 @@ OPS = {
         ops.spectral_norm,
         _samples,
         _refusals,
-        large=lambda: [_call("20_layers", *LARGE)],
+        large=lambda: [
+            _call("20_layers", *LARGE),
+            _call("20_small_layers", *[(32, 16, 3, 3)] * 20),
+        ],
         constants=(1, 2),
     )
 }
