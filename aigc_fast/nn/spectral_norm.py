@@ -1,5 +1,6 @@
 """Spectral normalisation of all layers of a model in one call for each forward."""
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -79,7 +80,7 @@ def _matrix(layer: nn.Module) -> Tensor:
 class _SpectralNorm:
     """The hook before each call of the model."""
 
-    def __init__(self, layers: list[nn.Module], n_power_iterations: int, eps: float) -> None:
+    def __init__(self, layers: Sequence[nn.Module], n_power_iterations: int, eps: float) -> None:
         self.layers, self.n_power_iterations, self.eps = layers, n_power_iterations, eps
 
     def __call__(self, model: nn.Module, args: Any) -> None:

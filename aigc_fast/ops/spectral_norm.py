@@ -32,7 +32,7 @@ def spectral_norm(
     weights as often as one likes, with u and v as constants, as the paper has it. Bytes that must
     move: forward 4 (iterations 1), backward 5 times the weights; where they fit a cache, 2 and 3.
 
-    Raises TypeError or ValueError for a wrong dtype, shape, device, number of tensors or iterations.
+    Raises TypeError or ValueError for a wrong dtype, shape, device, or number of anything.
 
     Source: Miyato et al. 2018, arXiv:1802.05957.
     """
@@ -67,8 +67,8 @@ def _reference(
     dtype = weights[0].dtype
     sigmas = _sigmas(weights, new_u, new_v)
     normal = [(wide(w) / s).to(dtype).contiguous() for w, s in zip(weights, sigmas, strict=True)]
-    rounded = [[t.to(dtype).contiguous() for t in each] for each in (new_u, new_v)]
-    return normal, torch.stack(sigmas).to(dtype), *rounded
+    new_u, new_v = ([t.to(dtype).contiguous() for t in each] for each in (new_u, new_v))
+    return normal, torch.stack(sigmas).to(dtype), new_u, new_v
 
 
 def _reference_backward(
