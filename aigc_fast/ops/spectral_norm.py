@@ -122,14 +122,14 @@ _spectral_norm = Op(
     " -> (Tensor[], Tensor, Tensor[], Tensor[])",
     _reference,
     _check,
-    stem=None,
+    stem="spectral_norm",
 )
 _backward = Op(
     "spectral_norm_backward(Tensor[] grad_output, Tensor grad_sigma, Tensor[] weights, Tensor[] u,"
     " Tensor[] v, Tensor sigma) -> Tensor[]",
     _reference_backward,
     _check_backward,
-    stem=None,
+    stem="spectral_norm",
 )
 
 

@@ -34,7 +34,8 @@ def _samples() -> list[Sample]:
         _call("held", *shapes, iterations=0),
         _call("one_step", *shapes),
         _call("three_steps", *shapes, iterations=3),
-        _call("pieces", (19, 1030), (1, 17), (131, 127)),
+        _call("pieces", (5, 1030), (1, 17), (131, 27)),
+        _call("cpu_pieces", (35, 1030)),
         Sample(
             "special_zero", ([torch.zeros(3, 4).double()], [unit(3, 0)], [unit(4, 1)]), {}, False
         ),
