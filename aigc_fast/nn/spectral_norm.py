@@ -1,5 +1,6 @@
 """Spectral normalisation of all layers of a model in one call for each forward."""
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -72,28 +73,29 @@ def remove_spectral_norm(model: Model) -> Model:
 
 def _matrix(layer: nn.Module) -> Tensor:
     """The weight with its output channels first."""
-    weight: Any = layer.weight_orig
+    weight: Any = layer._parameters["weight_orig"]
     return weight.transpose(0, 1) if isinstance(layer, _TRANSPOSED) else weight
 
 
 class _SpectralNorm:
     """The hook before each call of the model."""
 
-    def __init__(self, layers: list[nn.Module], n_power_iterations: int, eps: float) -> None:
+    def __init__(self, layers: Sequence[nn.Module], n_power_iterations: int, eps: float) -> None:
         self.layers, self.n_power_iterations, self.eps = layers, n_power_iterations, eps
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         self.normalize(self.n_power_iterations if model.training else 0)
 
     def normalize(self, iterations: int) -> None:
-        layers: list[Any] = self.layers
-        before = [layer.weight_u for layer in layers], [layer.weight_v for layer in layers]
-        weights = [_matrix(layer) for layer in layers]
+        # torch's dictionaries themselves: a lookup by name of attribute takes four times as long.
+        buffers: list[Any] = [layer._buffers for layer in self.layers]
+        before = [b["weight_u"] for b in buffers], [b["weight_v"] for b in buffers]
+        weights = [_matrix(layer) for layer in self.layers]
         weights, _, u, v = ops.spectral_norm(weights, *before, iterations, self.eps)
         if iterations:
             with torch.no_grad():
                 torch._foreach_copy_([*before[0], *before[1]], [*u, *v])
-        for layer, weight in zip(layers, weights, strict=True):
+        for layer, weight in zip(self.layers, weights, strict=True):
             if isinstance(layer, _TRANSPOSED):
                 weight = weight.transpose(0, 1)
             object.__setattr__(layer, "weight", weight)  # no parameter, no buffer

@@ -32,14 +32,15 @@ def spectral_norm(
     weights as often as one likes, with u and v as constants, as the paper has it. Bytes that must
     move: forward 4 (iterations 1), backward 5 times the weights; where they fit a cache, 2 and 3.
 
-    Raises TypeError or ValueError for a wrong dtype, shape, device, number of tensors or iterations.
+    Raises TypeError or ValueError for a wrong dtype, shape, device, or number of anything.
 
     Source: Miyato et al. 2018, arXiv:1802.05957.
     """
     weights, u, v = list(weights), list(u), list(v)
     if torch.is_grad_enabled() and any(isinstance(w, Tensor) and w.requires_grad for w in weights):
         n = len(weights)
-        _check(weights, u, v, iterations, eps)  # Function.apply would not say which are amiss
+        if len(u) != n or len(v) != n:
+            _check(weights, u, v, iterations, eps)
         found = list(_SpectralNormFunction.call(iterations, eps, n, *weights, *u, *v))
         return found[:n], found[n], found[n + 1 : 2 * n + 1], found[2 * n + 1 :]
     return _spectral_norm(weights, u, v, iterations, eps)
@@ -66,8 +67,8 @@ def _reference(
     dtype = weights[0].dtype
     sigmas = _sigmas(weights, new_u, new_v)
     normal = [(wide(w) / s).to(dtype).contiguous() for w, s in zip(weights, sigmas, strict=True)]
-    rounded = [[t.to(dtype).contiguous() for t in each] for each in (new_u, new_v)]
-    return normal, torch.stack(sigmas).to(dtype), *rounded
+    new_u, new_v = ([t.to(dtype).contiguous() for t in each] for each in (new_u, new_v))
+    return normal, torch.stack(sigmas).to(dtype), new_u, new_v
 
 
 def _reference_backward(
@@ -121,14 +122,14 @@ _spectral_norm = Op(
     " -> (Tensor[], Tensor, Tensor[], Tensor[])",
     _reference,
     _check,
-    stem=None,
+    stem="spectral_norm",
 )
 _backward = Op(
     "spectral_norm_backward(Tensor[] grad_output, Tensor grad_sigma, Tensor[] weights, Tensor[] u,"
     " Tensor[] v, Tensor sigma) -> Tensor[]",
     _reference_backward,
     _check_backward,
-    stem=None,
+    stem="spectral_norm",
 )
 
 

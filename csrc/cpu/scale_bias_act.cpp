@@ -1,5 +1,5 @@
-// y = clamp(gain * act(z), -limit, limit) with z = x * scale + noise * strength + bias, its backward
-// and double backward. act is linear, relu or lrelu: z below zero is multiplied by alpha.
+// y = clamp(gain * act(z), -limit, limit) with z = x * scale + noise * strength + bias, its
+// backward and double backward. act is linear, relu or lrelu: z below zero is multiplied by alpha.
 //
 // x is (batch, channels, pixels). A contiguous one is rows of pixels that share scale and bias, and
 // meet one row of the noise; with channels_last every pixel is a row of channels, and its noise one
@@ -85,13 +85,15 @@ struct Call {
       require(noise_per_sample || size == pixels, "noise must have a value for each pixel");
     }
     if (strength_in) {
-      require(noise_in && strength_in->numel() == 1, "strength must have one element, beside noise");
+      require(noise_in && strength_in->numel() == 1,
+              "strength must have one element, beside noise");
       strength = values<A>(*strength_in, "strength")[0];
     }
   }
 
   // A value for each sample and channel: [batch][channels].
-  std::vector<A> of_channels(const MaybeTensor& p, const char* name, int64_t rows, A missing) const {
+  std::vector<A> of_channels(const MaybeTensor& p, const char* name, int64_t rows,
+                             A missing) const {
     if (!p) return std::vector<A>(batch * channels, missing);
     require(p->numel() == rows * channels, name, " must have ", rows * channels, " elements");
     std::vector<A> result = values<A>(*p, name);

@@ -1,10 +1,11 @@
 // Spectral normalisation of many weights in one call: W / sigma with sigma = u . W v, after power
 // iterations v <- normalised W' u, u <- normalised W v; and its derivative.
 //
-// A weight is a matrix of its first dimension by all others. The units of work are pieces of any
-// of the matrices, so that threads share large ones and take several small ones. The last product
-// of the iterations, W v, gives sigma as well: W is read twice, and once more to be divided.
+// A weight is a matrix of its first dimension by all others. A thread takes one matrix after
+// another, so that the products and the division read it from the cache; only those that outgrow
+// it are cut into pieces for all threads. The last product of the iterations, W v, gives sigma too.
 #include <algorithm>
+#include <atomic>
 
 #include "sums.h"
 #include "tensor.h"
@@ -12,41 +13,54 @@
 namespace aigc_fast {
 namespace {
 
-// Elements of a unit, and columns of one in W' u, where every unit walks down all rows.
-constexpr int64_t kUnit = 16384, kColumns = 1024;
-
-// A piece of matrix `layer`: rows, or columns, [first, last).
-struct Unit {
-  int64_t layer, first, last;
-};
+// Elements of a matrix that all threads share, of a piece of it, and the columns of a piece in
+// W' u, where every piece walks down all rows.
+constexpr int64_t kShared = 1 << 20, kPiece = 16384, kColumns = 1024;
 
 // The matrices of a call.
 struct Shapes {
   std::vector<int64_t> rows, columns;
-  std::vector<Unit> by_rows, by_columns;
+  int64_t size = 0;  // elements of all
 
   explicit Shapes(const std::vector<Tensor>& weights) {
     require(!weights.empty(), "weights must not be empty");
-    for (int64_t l = 0; l < static_cast<int64_t>(weights.size()); ++l) {
-      const Tensor& w = weights[l];
+    for (const Tensor& w : weights) {
       require(w.scalar_type() == weights[0].scalar_type(), "weights must have one dtype");
       require(w.dim() >= 2 && w.numel() > 0, "weights must have 2 dimensions, and elements");
       rows.push_back(w.size(0));
       columns.push_back(w.numel() / w.size(0));
-      cut(l, rows[l], std::max<int64_t>(1, kUnit / columns[l]), &by_rows);
-      cut(l, columns[l], kColumns, &by_columns);
+      size += w.numel();
     }
   }
-  static void cut(int64_t layer, int64_t size, int64_t step, std::vector<Unit>* units) {
-    for (int64_t i = 0; i < size; i += step) units->push_back({layer, i, std::min(size, i + step)});
-  }
   int64_t layers() const { return rows.size(); }
+  int64_t elements(int64_t layer) const { return rows[layer] * columns[layer]; }
+  std::vector<int64_t> all_elements() const {
+    std::vector<int64_t> result;
+    for (int64_t l = 0; l < layers(); ++l) result.push_back(elements(l));
+    return result;
+  }
+
+  // f(layer) for every layer: those that outgrow the cache one after the other, in which f may
+  // use all threads, then the others, the largest first.
+  template <class F>
+  void for_layers(F f) const {
+    std::vector<int64_t> order;
+    for (int64_t l = 0; l < layers(); ++l) elements(l) > kShared ? f(l) : order.push_back(l);
+    std::sort(order.begin(), order.end(),
+              [&](int64_t a, int64_t b) { return elements(a) > elements(b); });
+    const int64_t count = order.size(), grain = std::max<int64_t>(1, count * kGrain / size);
+    std::atomic<int64_t> next = 0;
+    torch::stable::parallel_for(0, count, grain, [&](int64_t, int64_t) {
+      for (int64_t i; (i = next++) < count;) f(order[i]);
+    });
+  }
 };
 
+// f(first, last) for pieces of [0, size), in parallel unless within a parallel region.
 template <class F>
-void for_units(const std::vector<Unit>& units, F f) {
-  torch::stable::parallel_for(0, units.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(units[i]);
+void in_pieces(int64_t size, int64_t piece, F f) {
+  torch::stable::parallel_for(0, (size + piece - 1) / piece, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i * piece, std::min(size, (i + 1) * piece));
   });
 }
 
@@ -64,12 +78,6 @@ std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors, const Shapes&
   return result;
 }
 
-std::vector<int64_t> elements(const Shapes& s) {
-  std::vector<int64_t> result;
-  for (int64_t l = 0; l < s.layers(); ++l) result.push_back(s.rows[l] * s.columns[l]);
-  return result;
-}
-
 template <class T>
 std::vector<Acc<T>> values(const Tensor& x) {
   using A = Acc<T>;
@@ -81,12 +89,10 @@ std::vector<Acc<T>> values(const Tensor& x) {
 }
 
 template <class T>
-Tensor like(const std::vector<Acc<T>>& values, const Tensor& x) {
-  Tensor result = empty_like_dense(x);
+void copy_values(const std::vector<Acc<T>>& values, T* to) {
   for_vectors<Acc<T>>(values.size(), [&](int64_t i, auto lanes) {
-    store(mutable_data<T>(result) + i, load(values.data() + i, lanes), lanes);
+    store(to + i, load(values.data() + i, lanes), lanes);
   });
-  return result;
 }
 
 template <class T, class A>
@@ -94,6 +100,18 @@ AIGC_INLINE A dot(const T* a, const A* b, int64_t size) {
   return sums_over<A, 1>(size, [&](int64_t i, auto lanes, Vec<A>* sum) {
     sum[0] += load(a + i, lanes) * load(b + i, lanes);
   })[0];
+}
+
+// sum += factors' W for `width` columns of W; four rows at a time, which rounds less.
+template <class T, class A>
+void add_rows(const T* w, const A* factors, A* sum, int64_t rows, int64_t stride, int64_t width) {
+  for (int64_t r = 0; r < rows; r += 4)
+    for_vectors<A>(width, [&](int64_t j, auto lanes) {
+      Vec<A> part = {};
+      for (int64_t k = r; k < std::min(r + 4, rows); ++k)
+        part += load(w + k * stride + j, lanes) * factors[k];
+      store(sum + j, load(sum + j, lanes) + part, lanes);
+    });
 }
 
 // x / max(|x|, eps); returns |x|.
@@ -113,76 +131,57 @@ std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>
   require(iterations >= 0, "iterations must not be negative");
   const Shapes s(weights_in);
   const ScalarType dtype = weights_in[0].scalar_type();
-  const auto weights = contiguous(weights_in, s, elements(s), dtype, "weights");
+  const auto weights = contiguous(weights_in, s, s.all_elements(), dtype, "weights");
   const auto u_given = contiguous(u_in, s, s.rows, dtype, "u");
   const auto v_given = contiguous(v_in, s, s.columns, dtype, "v");
   std::vector<Tensor> normal, u_out, v_out;
   Tensor sigma = empty({s.layers()}, dtype);
   dispatch(weights[0], "weights", [&]<class T>(T) {
     using A = Acc<T>;
-    std::vector<std::vector<A>> u, v, product;
-    std::vector<T*> to;
-    std::vector<double> sigmas(s.layers());
     for (int64_t l = 0; l < s.layers(); ++l) {
-      u.push_back(values<T>(u_given[l]));
-      v.push_back(values<T>(v_given[l]));
-      product.emplace_back(s.rows[l]);
       normal.push_back(empty_like_dense(weights[l]));
-      to.push_back(mutable_data<T>(normal[l]));
+      u_out.push_back(empty_like_dense(u_given[l]));
+      v_out.push_back(empty_like_dense(v_given[l]));
     }
-    const auto times_v = [&] {  // product = W v
-      for_units(s.by_rows, [&](const Unit& unit) {
-        const int64_t width = s.columns[unit.layer];
-        const T* w = data<T>(weights[unit.layer]);
-        for (int64_t r = unit.first; r < unit.last; ++r)
-          product[unit.layer][r] = dot(w + r * width, v[unit.layer].data(), width);
-      });
-    };
-    for (int64_t i = 0; i < iterations; ++i) {
-      for_units(s.by_columns, [&](const Unit& unit) {  // v = W' u
-        const int64_t height = s.rows[unit.layer], width = s.columns[unit.layer];
-        const T* w = data<T>(weights[unit.layer]);
-        const A* factor = u[unit.layer].data();
-        A* sum = v[unit.layer].data();
-        std::fill(sum + unit.first, sum + unit.last, A(0));
-        for (int64_t r = 0; r < height; r += 4)
-          for_vectors<A>(unit.last - unit.first, [&](int64_t j, auto lanes) {
-            const int64_t c = unit.first + j;
-            Vec<A> part = {};
-            for (int64_t k = r; k < std::min(r + 4, height); ++k)
-              part += load(w + k * width + c, lanes) * factor[k];
-            store(sum + c, load(sum + c, lanes) + part, lanes);
-          });
-      });
-      for (auto& vector : v) normalize(vector, eps);
-      times_v();
-      for (int64_t l = 0; l < s.layers(); ++l) {
-        u[l] = product[l];
-        const double length = normalize(u[l], eps);
-        sigmas[l] = length * (length / std::max(length, eps));  // u . W v
+    T* sigma_at = mutable_data<T>(sigma);
+    s.for_layers([&](int64_t l) {
+      const int64_t rows = s.rows[l], columns = s.columns[l];
+      const int64_t rows_of_piece = std::max<int64_t>(1, kPiece / columns);
+      const T* w = data<T>(weights[l]);
+      std::vector<A> u = values<T>(u_given[l]), v = values<T>(v_given[l]);
+      double found = 0;
+      const auto times_v = [&] {
+        std::vector<A> product(rows);
+        in_pieces(rows, rows_of_piece, [&](int64_t first, int64_t last) {
+          for (int64_t r = first; r < last; ++r)
+            product[r] = dot(w + r * columns, v.data(), columns);
+        });
+        return product;
+      };
+      for (int64_t i = 0; i < iterations; ++i) {
+        std::fill(v.begin(), v.end(), A(0));
+        in_pieces(columns, kColumns, [&](int64_t first, int64_t last) {
+          add_rows(w + first, u.data(), v.data() + first, rows, columns, last - first);
+        });
+        normalize(v, eps);
+        u = times_v();
+        const double length = normalize(u, eps);
+        found = length * (length / std::max(length, eps));  // u . W v
       }
-    }
-    if (iterations == 0) {
-      times_v();
-      for (int64_t l = 0; l < s.layers(); ++l) {
-        for (int64_t r = 0; r < s.rows[l]; ++r)
-          sigmas[l] += static_cast<double>(u[l][r]) * product[l][r];
+      if (iterations == 0) {
+        const std::vector<A> product = times_v();
+        for (int64_t r = 0; r < rows; ++r) found += static_cast<double>(u[r]) * product[r];
       }
-    }
-    for_units(s.by_rows, [&](const Unit& unit) {
-      const int64_t width = s.columns[unit.layer], start = unit.first * width;
-      const T* w = data<T>(weights[unit.layer]) + start;
-      T* out = to[unit.layer] + start;
-      const A divisor = static_cast<A>(sigmas[unit.layer]);
-      for_vectors<A>(unit.last * width - start, [&](int64_t i, auto lanes) {
-        store(out + i, load(w + i, lanes) / divisor, lanes);
+      T* out = mutable_data<T>(normal[l]);
+      in_pieces(rows * columns, kPiece, [&](int64_t first, int64_t last) {
+        for_vectors<A>(last - first, [&](int64_t i, auto lanes) {
+          store(out + first + i, load(w + first + i, lanes) / static_cast<A>(found), lanes);
+        });
       });
+      copy_values(u, mutable_data<T>(u_out[l]));
+      copy_values(v, mutable_data<T>(v_out[l]));
+      store_n(sigma_at + l, broadcast(static_cast<A>(found)), 1);
     });
-    for (int64_t l = 0; l < s.layers(); ++l) {
-      u_out.push_back(like<T>(u[l], u_given[l]));
-      v_out.push_back(like<T>(v[l], v_given[l]));
-      store_n(mutable_data<T>(sigma) + l, broadcast(static_cast<A>(sigmas[l])), 1);
-    }
   });
   return {normal, sigma, u_out, v_out};
 }
@@ -193,8 +192,8 @@ std::vector<Tensor> spectral_norm_backward(std::vector<Tensor> grads_in, const T
                                            std::vector<Tensor> v_in, const Tensor& sigma) {
   const Shapes s(weights_in);
   const ScalarType dtype = weights_in[0].scalar_type();
-  const auto weights = contiguous(weights_in, s, elements(s), dtype, "weights");
-  const auto grads = contiguous(grads_in, s, elements(s), dtype, "grad_output");
+  const auto weights = contiguous(weights_in, s, s.all_elements(), dtype, "weights");
+  const auto grads = contiguous(grads_in, s, s.all_elements(), dtype, "grad_output");
   const auto u_given = contiguous(u_in, s, s.rows, dtype, "u");
   const auto v_given = contiguous(v_in, s, s.columns, dtype, "v");
   for (const Tensor& t : {sigma, grad_sigma})
@@ -204,37 +203,34 @@ std::vector<Tensor> spectral_norm_backward(std::vector<Tensor> grads_in, const T
   dispatch(weights[0], "weights", [&]<class T>(T) {
     using A = Acc<T>;
     const auto sigmas = values<T>(as_contiguous(sigma)), add = values<T>(as_contiguous(grad_sigma));
-    std::vector<std::vector<A>> v;
-    std::vector<T*> to;
-    for (int64_t l = 0; l < s.layers(); ++l) {
-      v.push_back(values<T>(v_given[l]));
-      results.push_back(empty_like_dense(weights[l]));
-      to.push_back(mutable_data<T>(results[l]));
-    }
-    std::vector<double> factors(s.layers());
-    std::vector<A> parts(s.by_rows.size());
-    for_units(s.by_rows, [&](const Unit& unit) {
-      const int64_t width = s.columns[unit.layer], start = unit.first * width;
-      const T *w = data<T>(weights[unit.layer]) + start, *g = data<T>(grads[unit.layer]) + start;
-      parts[&unit - s.by_rows.data()] =
-          sums_over<A, 1>(unit.last * width - start, [&](int64_t i, auto lanes, Vec<A>* sum) {
-            sum[0] += load(w + i, lanes) * load(g + i, lanes);
-          })[0];
-    });
-    for (size_t i = 0; i < parts.size(); ++i) factors[s.by_rows[i].layer] += parts[i];
-    for (int64_t l = 0; l < s.layers(); ++l)
-      factors[l] = add[l] - factors[l] / (static_cast<double>(sigmas[l]) * sigmas[l]);
-    for_units(s.by_rows, [&](const Unit& unit) {
-      const int64_t width = s.columns[unit.layer];
-      const A divisor = sigmas[unit.layer];
-      for (int64_t r = unit.first; r < unit.last; ++r) {
-        const T* g = data<T>(grads[unit.layer]) + r * width;
-        const A factor = load_n(data<T>(u_given[unit.layer]) + r, 1)[0] * factors[unit.layer];
-        for_vectors<A>(width, [&](int64_t j, auto lanes) {
-          const Vec<A> outer = load(v[unit.layer].data() + j, lanes) * factor;
-          store(to[unit.layer] + r * width + j, load(g + j, lanes) / divisor + outer, lanes);
-        });
-      }
+    for (const Tensor& w : weights) results.push_back(empty_like_dense(w));
+    s.for_layers([&](int64_t l) {
+      const int64_t size = s.elements(l), columns = s.columns[l];
+      const T *w = data<T>(weights[l]), *g = data<T>(grads[l]);
+      const std::vector<A> u = values<T>(u_given[l]), v = values<T>(v_given[l]);
+      std::vector<A> parts((size + kPiece - 1) / kPiece);
+      in_pieces(size, kPiece, [&](int64_t first, int64_t last) {
+        parts[first / kPiece] =
+            sums_over<A, 1>(last - first, [&](int64_t i, auto lanes, Vec<A>* sum) {
+              sum[0] += load(w + first + i, lanes) * load(g + first + i, lanes);
+            })[0];
+      });
+      double product = 0;
+      for (A part : parts) product += part;
+      const A divisor = sigmas[l];
+      const double factor = add[l] - product / (static_cast<double>(divisor) * divisor);
+      T* out = mutable_data<T>(results[l]);
+      in_pieces(s.rows[l], std::max<int64_t>(1, kPiece / columns),
+                [&](int64_t first, int64_t last) {
+                  for (int64_t r = first; r < last; ++r) {
+                    const A of_row = static_cast<A>(factor * u[r]);
+                    const int64_t at = r * columns;
+                    for_vectors<A>(columns, [&](int64_t j, auto lanes) {
+                      const Vec<A> outer = load(v.data() + j, lanes) * of_row;
+                      store(out + at + j, load(g + at + j, lanes) / divisor + outer, lanes);
+                    });
+                  }
+                });
     });
   });
   return results;

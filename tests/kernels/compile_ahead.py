@@ -81,7 +81,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def twice(op: Any, args: tuple, kwargs: dict) -> None:
     """Forward, backward and double backward."""
     inputs = [t.requires_grad_() for t in variables(op, args, kwargs)]
-    outputs = call(op, args, kwargs)
+    outputs = [t for t in call(op, args, kwargs) if t.requires_grad]
     first = torch.autograd.grad(
         outputs,
         inputs,

@@ -7,9 +7,9 @@ from tests.op_samples.sample import OpSamples, Refusal, Sample, rand
 
 #: The weights of a residual discriminator of 20 layers.
 LARGE = [
-    *([(64, 3, 3, 3), (64, 64, 3, 3), (64, 3, 1, 1)] + [(128, 64, 3, 3), (128, 128, 3, 3)]),
-    *([(128, 64, 1, 1)] + [(128, 128, 3, 3)] * 4 + [(256, 128, 3, 3), (256, 256, 3, 3)]),
-    *([(256, 128, 1, 1)] + [(256, 256, 3, 3)] * 4 + [(256, 256), (64, 256), (1, 64)]),
+    *[(64, 3, 3, 3), (64, 64, 3, 3), (64, 3, 1, 1), (128, 64, 3, 3), (128, 128, 3, 3)],
+    *[(128, 64, 1, 1), *[(128, 128, 3, 3)] * 4, (256, 128, 3, 3), (256, 256, 3, 3)],
+    *[(256, 128, 1, 1), *[(256, 256, 3, 3)] * 4, (256, 256), (64, 256), (1, 64)],
 ]
 
 
@@ -34,7 +34,8 @@ def _samples() -> list[Sample]:
         _call("held", *shapes, iterations=0),
         _call("one_step", *shapes),
         _call("three_steps", *shapes, iterations=3),
-        _call("pieces", (19, 1030), (1, 17), (131, 127)),
+        _call("pieces", (5, 1030), (1, 17), (131, 27)),
+        _call("cpu_pieces", (35, 1030)),
         Sample(
             "special_zero", ([torch.zeros(3, 4).double()], [unit(3, 0)], [unit(4, 1)]), {}, False
         ),
@@ -64,7 +65,10 @@ OPS = {
         ops.spectral_norm,
         _samples,
         _refusals,
-        large=lambda: [_call("20_layers", *LARGE)],
+        large=lambda: [
+            _call("20_layers", *LARGE),
+            _call("20_small_layers", *[(32, 16, 3, 3)] * 20),
+        ],
         constants=(1, 2),
     )
 }
