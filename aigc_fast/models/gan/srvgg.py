@@ -59,8 +59,9 @@ class SRVGGNetCompact(nn.Module):
         for conv, act in zip(pairs[::2], pairs[1::2], strict=True):
             y = convolve(y, conv, act.get_parameter("weight"))
         y = convolve(y, last)
-        y = F.pixel_shuffle(y, self.upscale)
-        y = y + F.interpolate(x, scale_factor=self.upscale, mode="nearest")
+        # Contiguous: what shuffling makes of channels_last is neither, and slow to resize.
+        y = F.pixel_shuffle(y.contiguous(), self.upscale)
+        y = y + F.interpolate(x.contiguous(), scale_factor=self.upscale, mode="nearest")
         if self.scale != self.upscale:
             factor = self.scale / self.upscale
             y = F.interpolate(y, scale_factor=factor, mode="bicubic", recompute_scale_factor=True)
