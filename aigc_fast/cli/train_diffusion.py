@@ -1,6 +1,7 @@
 """Training a diffusion model: what to predict by name, checkpoints, a log, pictures."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -71,7 +72,8 @@ class Session(TrainingSession):
         }
         torch.manual_seed(options.seed)
         # Convolutions are a tenth faster in this layout.
-        model = make_model(self.networks).to(device, memory_format=torch.channels_last)
+        layout: Any = {"device": device, "memory_format": torch.channels_last}
+        model = make_model(self.networks).to(**layout)
         self.trainer = DiffusionTrainer(
             model, recipe, done=self.share_done, null_label=classes if classes else None,
             seed=options.seed,

@@ -1,6 +1,7 @@
 """Training a GAN: networks and data by name, checkpoints, a log, pictures."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -73,7 +74,7 @@ class Session(TrainingSession):
         self.networks = options.networks(samples.shape[1], num_classes)
         torch.manual_seed(options.seed)
         # Convolutions in bfloat16 take half the time in this layout, those in float32 the same.
-        layout = {"device": device, "memory_format": torch.channels_last}
+        layout: Any = {"device": device, "memory_format": torch.channels_last}
         generator = make_generator(self.networks).to(**layout)
         discriminator = make_discriminator(self.networks).to(**layout)
         self.trainer = GANTrainer(
