@@ -135,7 +135,7 @@ class TrainingSession(ABC):
         self.keep_samples()
         steps, *columns = zip(*self.log.read(), strict=True)
         curves = dict(zip(self.losses, columns, strict=False))
-        save_losses(self.options.output / "losses.png", curves, 10, steps, label=self.loss_label)
+        save_losses(self.options.output / "losses.png", curves, 3, steps, label=self.loss_label)
 
 
 def load_data(name: str, size: int) -> tuple[Tensor, Tensor]:
