@@ -38,6 +38,15 @@ class Inputs:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
 
+def _adam_step(x: Inputs) -> Result:
+    params, moments, averages = ([x.constant(7, 9), x.constant(33)] for _ in range(3))
+    squares = [m.square() for m in moments]
+    steps = [torch.ones((), device=x.device) for _ in params]
+    grads = [p.sin() for p in params]
+    ops.adam_step(params, grads, moments, squares, steps, averages, weight_decay=0.1, ema_decay=0.9)
+    return *params, *moments, *squares, *averages
+
+
 def _append_kv(x: Inputs) -> Result:
     caches = x.constant(2, 33, 3, 40), x.constant(2, 33, 3, 40)
     ops.append_kv(x.constant(2, 5, 3, 40), x.constant(2, 5, 3, 40), *caches, x.int32(0, 28))
@@ -95,6 +104,7 @@ def _scheduler_step(x: Inputs) -> Result:
 PLAIN = {"dequantize_weight", "merge_attention", "pack_weight", "quantize_weight"}
 #: A call of each public operator of aigc_fast.ops.
 CALLS: dict[str, Callable[[Inputs], Result]] = {
+    "adam_step": _adam_step,
     "add_noise": lambda x: ops.add_noise(x(3, 4, 7, 5), x(3, 4, 7, 5), x(3), x(3)),
     "add_rms_norm": lambda x: ops.add_rms_norm(x(5, 127), x(5, 127), x(127), 1e-6),
     "append_kv": _append_kv,
@@ -102,11 +112,14 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
     "decode_attention": _decode_attention,
     "decoder_step": _decoder_step,
+    "discriminator_loss": lambda x: ops.discriminator_loss(x(5, 7), x(5, 7), "relativistic"),
     "gated_residual": lambda x: ops.gated_residual(x(2, 5, 127), x(2, 5, 127), x(2, 127)),
     "gated_residual_norm": lambda x: ops.gated_residual_norm(
         x(2, 5, 127), x(2, 5, 127), x(2, 127), x(2, 127), x(2, 127)
     ),
     "geglu": lambda x: ops.geglu(x(5, 127), x(5, 127)),
+    "generator_loss": lambda x: ops.generator_loss(x(5, 7)),
+    "gradient_norm": lambda x: ops.gradient_norm([x.constant(5, 127), x.constant(3)]),
     "group_norm_act": lambda x: ops.group_norm_act(x(2, 6, 5, 7), 3, x(6), x(6), activation="silu"),
     "layer_norm": lambda x: ops.layer_norm(x(5, 127), x(127), x(127)),
     "modulated_layer_norm": lambda x: ops.modulated_layer_norm(x(2, 5, 127), x(2, 127), x(2, 127)),
