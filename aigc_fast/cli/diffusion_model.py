@@ -63,7 +63,8 @@ def load_model(path: Path, device: torch.device) -> tuple[SmallUNet, Config]:
         raise ValueError(
             f"{path}: not the model.safetensors of a diffusion model: {error}"
         ) from error
-    return model.to(device, memory_format=torch.channels_last).eval(), config
+    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval(), config
 
 
 def make_scheduler(name: str, prediction: str, schedule: str) -> Scheduler:

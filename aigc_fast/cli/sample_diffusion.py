@@ -32,7 +32,8 @@ def run(console: Console, options: Options) -> int:
     try:
         if options.output.suffix not in (".png", ".gif"):
             raise ValueError(f"output must be a .png or .gif file, got {options.output}")
-        stages = stages_of(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        images, stages = samples_of(options, device)
     except (ValueError, OSError, ImportError) as error:
         console.print(f"[bold red]{error}[/]", soft_wrap=True)
         return 2
@@ -40,13 +41,14 @@ def run(console: Console, options: Options) -> int:
     if options.output.suffix == ".gif":
         save_film(options.output, stages, columns)
     else:
-        save_grid(options.output, stages[-1], columns)
+        save_grid(options.output, images, columns)
     console.print(f"{options.count} samples in {options.output}")
     return 0
 
 
-def stages_of(options: Options, device: torch.device) -> Tensor:
-    """(steps, count, channels, height, width) on the CPU: the samples after every step."""
+def samples_of(options: Options, device: torch.device) -> tuple[Tensor, Tensor]:
+    """On the CPU: the samples (count, channels, height, width), and (steps, ...) what each step
+    expected them to become."""
     model, config = load_model(options.checkpoint, device)
     scheduler = make_scheduler(options.scheduler, config["prediction"], config["schedule"])
     classes, label, count = config["num_classes"], options.label, options.count
@@ -59,7 +61,7 @@ def stages_of(options: Options, device: torch.device) -> Tensor:
         labels = torch.arange(count) % classes if label is None else torch.full((count,), label)
         labels = labels.to(device)
     stages: list[Tensor] = []
-    sample(
+    images = sample(
         model,
         scheduler,
         (count, config["image_channels"], config["size"], config["size"]),
@@ -68,6 +70,6 @@ def stages_of(options: Options, device: torch.device) -> Tensor:
         num_steps=options.steps,
         guidance_scale=options.guidance,
         seed=options.seed,
-        on_step=lambda number, images, x0: stages.append(images),
+        on_step=lambda number, noisy, x0: stages.append(x0),
     )
-    return torch.stack(stages).float().cpu()
+    return images.float().cpu(), torch.stack(stages).float().cpu()

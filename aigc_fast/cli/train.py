@@ -35,8 +35,9 @@ def gan(
     from .train_gan import Options, run
 
     options = Options(
-        output, arch, loss, data, size, channels, conditional, steps, minutes, batch, lr, bf16,
-        seed, every, resume,
+        output=output, arch=arch, loss=loss, data=data, size=size, channels=channels,
+        conditional=conditional, steps=steps, minutes=minutes, batch=batch, lr=lr, bf16=bf16,
+        seed=seed, every=every, resume=resume,
     )  # fmt: skip
     raise typer.Exit(run(Console(highlight=False), options))
 

@@ -1,6 +1,7 @@
 """Training a diffusion model: what to predict by name, checkpoints, a log, pictures."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -57,11 +58,11 @@ class Session(TrainingSession):
         if options.channels < 8 or options.channels % 8:
             raise ValueError(f"channels must be a multiple of 8, got {options.channels}")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        samples, labels = load_data(options.data, options.batch)
+        samples, labels = load_data(options.data, 28)
         classes = int(labels.max()) + 1 if options.class_conditional else 0
         self.samples = samples.to(device)
         self.labels = labels.to(device) if options.class_conditional else None
-        self.config = {
+        self.networks = {
             "image_channels": samples.shape[1],
             "size": samples.shape[-1],
             "channels": [options.channels * i for i in (1, 2, 3)],
@@ -71,7 +72,8 @@ class Session(TrainingSession):
         }
         torch.manual_seed(options.seed)
         # Convolutions are a tenth faster in this layout.
-        model = make_model(self.config).to(device, memory_format=torch.channels_last)
+        layout: Any = {"device": device, "memory_format": torch.channels_last}
+        model = make_model(self.networks).to(**layout)
         self.trainer = DiffusionTrainer(
             model, recipe, done=self.share_done, null_label=classes if classes else None,
             seed=options.seed,
@@ -82,12 +84,12 @@ class Session(TrainingSession):
         return (state.loss,)
 
     def keep_samples(self) -> None:
-        config, output, model = self.config, self.options.output, self.trainer.average
-        save_model(output / "model.safetensors", model, config)
-        classes = config["num_classes"]
+        networks, output, model = self.networks, self.options.output, self.trainer.average
+        save_model(output / "model.safetensors", model, networks)
+        classes = networks["num_classes"]
         images = sample(
             model,
-            make_scheduler("dpmpp_2m", config["prediction"], config["schedule"]),
+            make_scheduler("dpmpp_2m", networks["prediction"], networks["schedule"]),
             (_GRID, *self.samples.shape[1:]),
             labels=torch.arange(_GRID, device=self.samples.device) % classes if classes else None,
             null_label=classes if classes else None,

@@ -36,19 +36,21 @@ class RunOptions:
 
 
 class TrainingSession(ABC):
-    """A trainer with its data and the files it keeps; __init__ of a subclass sets the first five,
-    then calls `open`.
+    """A trainer with its data and the files it keeps. The __init__ of a subclass sets what stands
+    here, then calls `open`.
 
-    losses: names of the losses, as `losses_of` gives them.
-    config: numbers that the network can be made of again. A checkpoint of others is refused.
+    labels:   None for a model without classes.
+    networks: what they can be made of again. A checkpoint of others is refused.
+    losses:   the names of what `losses_of` gives.
     """
 
     options: RunOptions
     trainer: Any
     samples: Tensor
     labels: Tensor | None
-    config: dict[str, Any]
+    networks: dict[str, Any]
     losses: tuple[str, ...]
+    loss_label = "loss"
 
     @abstractmethod
     def losses_of(self, state: Any) -> tuple[Tensor, ...]:
@@ -61,13 +63,15 @@ class TrainingSession(ABC):
     def open(self) -> None:
         """ValueError where the folder holds another training than is asked for."""
         options = self.options
+        if options.batch > len(self.samples):
+            raise ValueError(f"batch must be at most {len(self.samples)}, the images there are")
         options.output.mkdir(parents=True, exist_ok=True)
         self.checkpoint = options.output / "checkpoint.pt"
         self.seconds = 0.0  # of training, in all
         if options.resume:
             state = load_checkpoint(self.checkpoint, self.samples.device)
-            if state.get("config") != self.config:
-                raise ValueError(f"{self.checkpoint} is of another model: {state.get('config')}")
+            if state.get("networks") != self.networks:
+                raise ValueError(f"{self.checkpoint} is of other networks: {state.get('networks')}")
             self.trainer.load_state_dict(state["trainer"])
             self.seconds = state["seconds"]
         elif self.checkpoint.exists():
@@ -126,23 +130,21 @@ class TrainingSession(ABC):
         recent.clear()
 
     def _keep(self) -> None:
-        state = {
-            "config": self.config, "trainer": self.trainer.state_dict(), "seconds": self.seconds,
-        }  # fmt: skip
-        save_checkpoint(self.checkpoint, state)
+        state = {"networks": self.networks, "trainer": self.trainer.state_dict()}
+        save_checkpoint(self.checkpoint, {**state, "seconds": self.seconds})
         self.keep_samples()
         steps, *columns = zip(*self.log.read(), strict=True)
         curves = dict(zip(self.losses, columns, strict=False))
-        save_losses(self.options.output / "losses.png", curves, 10, steps, label="loss")
+        save_losses(self.options.output / "losses.png", curves, 3, steps, label=self.loss_label)
 
 
-def load_data(name: str, batch: int) -> tuple[Tensor, Tensor]:
-    """Images (count, channels, height, width) in [-1, 1] and labels; `name` is "digits"."""
+def load_data(name: str, size: int) -> tuple[Tensor, Tensor]:
+    """Images (count, channels, size, size) in [-1, 1] and labels; `name` is "digits"."""
     if name != "digits":
         raise ValueError(f"data must be digits, got {name!r}")
     images, labels = load_digits()
-    if batch > len(images):
-        raise ValueError(f"batch must be at most {len(images)}, the images there are")
+    if size != images.shape[-1]:
+        raise ValueError(f"size must be 28 for the digits, got {size}")
     return images[:, None].float() / 127.5 - 1, labels
 
 

@@ -149,8 +149,8 @@ class DiffusionTrainer:
         for epoch, step, batch in epochs_of_batches(
             *data, batch_size=batch_size, epochs=epochs, seed=self.seed, done=self.steps_done
         ):
-            loss = self.step(*batch)
-            yield DiffusionStep(epoch, epochs, step, len(samples) // batch_size, loss)
+            steps = len(samples) // batch_size
+            yield DiffusionStep(epoch, epochs, step, steps, self.step(*batch))
 
     def state_dict(self) -> dict[str, Any]:
         """All that training needs to go on as if it had not been interrupted."""

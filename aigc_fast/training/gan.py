@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from aigc_fast.ops import discriminator_loss, generator_loss
 from aigc_fast.ops.gan_loss import LOSSES
 
-from .batches import batches
+from .batches import epochs_of_batches
 from .ema import EMA
 from .optim import Adam
 from .penalties import gradient_penalty, r1_penalty, r2_penalty
@@ -213,16 +212,13 @@ class GANTrainer:
         self, samples: Tensor, labels: Tensor | None = None, *, epochs: int, batch_size: int
     ) -> Iterator[GANStep]:
         """Yields after every step; whoever iterates logs, plots, or stops. Goes on after
-        `steps_done`, the order of samples being a function of the seed and the epoch."""
-        steps = len(samples) // batch_size
+        `steps_done`."""
         data = (samples,) if labels is None else (samples, labels)
-        first, begun = divmod(self.steps_done, max(steps, 1))
-        for epoch in range(first, epochs):
-            order = torch.Generator().manual_seed((self.seed + 1 << 32) + epoch)
-            rows = batches(*data, batch_size=batch_size, generator=order)
-            for step, batch in enumerate(islice(rows, begun, None), start=begun + 1):
-                yield GANStep(epoch + 1, epochs, step, steps, *self.step(*batch))
-            begun = 0
+        for epoch, step, batch in epochs_of_batches(
+            *data, batch_size=batch_size, epochs=epochs, seed=self.seed, done=self.steps_done
+        ):
+            steps = len(samples) // batch_size
+            yield GANStep(epoch, epochs, step, steps, *self.step(*batch))
 
     def state_dict(self) -> dict[str, Any]:
         """All that training needs to go on as if it had not been interrupted."""

@@ -74,7 +74,7 @@ def test_training_writes_its_files_and_never_over_another(trained):
     again = train(trained, "--steps", 8)
     assert again.exit_code == 2 and "--resume goes on from it" in again.output.replace("\n", "")
     other = train(trained, "--steps", 8, "--resume", "--prediction", "flow")
-    assert other.exit_code == 2 and "is of another model" in other.output.replace("\n", "")
+    assert other.exit_code == 2 and "is of other networks" in other.output.replace("\n", "")
     assert len(losses(trained)) == 2
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("mlxtend")
 from PIL import Image
 from typer.testing import CliRunner
 
-from aigc_fast.cli import train_gan
+from aigc_fast.cli import training_session
 from aigc_fast.cli.app import app
 
 
@@ -31,8 +31,8 @@ def rows(output):
 
 @pytest.fixture(autouse=True)
 def few_digits(monkeypatch):
-    images, labels = train_gan.load_digits()
-    monkeypatch.setattr(train_gan, "load_digits", lambda: (images[::100], labels[::100]))
+    images, labels = training_session.load_digits()
+    monkeypatch.setattr(training_session, "load_digits", lambda: (images[::100], labels[::100]))
 
 
 def test_train_resume_and_sample(tmp_path):

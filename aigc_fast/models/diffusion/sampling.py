@@ -76,11 +76,11 @@ def sample_images(
     Raises ValueError for a guidance_scale without null_label and labels.
     """
     guided = guidance_scale != 1
-    if guided and (null_label is None or labels is None):
-        raise ValueError(f"guidance_scale {guidance_scale} needs labels and null_label")
-    scheduler.set_timesteps(num_steps, noise.device)
     if guided:
+        if null_label is None or labels is None:
+            raise ValueError(f"guidance_scale {guidance_scale} needs labels and null_label")
         labels = torch.cat([labels, torch.full_like(labels, null_label)])
+    scheduler.set_timesteps(num_steps, noise.device)
     sample, copies = noise * scheduler.init_noise_sigma, 1 + guided
     for timestep in scheduler.timesteps.tolist():
         with torch.no_grad():  # no longer than the step: it must not outlive a yield
