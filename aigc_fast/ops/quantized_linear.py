@@ -34,7 +34,9 @@ def quantized_linear(
                   that of the rounding, about 0.4% of the largest product of a group.
 
     Returns (..., out_features) in the dtype of x. Sums in fp32 (fp64 for fp64); products of codes
-    are exact. Bytes that must move: the weight, once for all rows of x.
+    are exact. Bytes that must move: the weight, once for all rows of x; with few rows that is all
+    there is to wait for. On GPUs up to 8 rows take the CUDA C++ kernel, whose result for a row does
+    not depend on the others.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device, RuntimeError if a gradient
     is asked for: there is no derivative.
