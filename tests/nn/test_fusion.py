@@ -1,4 +1,4 @@
-"""fuse and fold_batch_norm on models as GAN code bases write them, against the models as they were."""
+"""fuse and fold_batch_norm on models as GAN code bases write them, held against the originals."""
 
 import copy
 import pickle
