@@ -17,8 +17,10 @@ BEGIN, END = "<!-- figures of {} -->", "<!-- end of figures -->"
 def tables(results: dict) -> str:
     """The ratios of a file of results, in Markdown: of operators, then of whole loops and steps."""
     machine = results["machine"]
-    versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "triton", "python", "commit"))
-    command = "python -m benchmarks.report" + (" --quick" if results["quick"] else "")
+    versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "triton", "python"))
+    commits = ", ".join(sorted({row["commit"] for row in results["benchmarks"]}))
+    quick = any(row["quick"] for row in results["benchmarks"])
+    command = "python -m benchmarks.report" + (" --quick" if quick else "")
     operators, whole = [], []
     for row in results["benchmarks"]:
         name = row["name"].replace("torch.", "")
@@ -43,7 +45,7 @@ def tables(results: dict) -> str:
             whole.append(f"| `{name}` | {listed(others)} |")
     return "\n".join(
         [
-            f"`{command}` on {machine['processor']}; {versions}.",
+            f"`{command}` on {machine['processor']}; {versions}; commits {commits}.",
             "",
             "| call | eager / ours | torch.compile / ours | of limit |",
             "|---|---|---|---|",

@@ -1,6 +1,9 @@
 """Runs the suites and writes benchmarks/results/<machine>.json and .png.
 
-python -m benchmarks.report [--quick] [family ...]
+python -m benchmarks.report [--quick] [suite ...]
+
+A row of results names its suite, the commit it was measured at and whether briefly; some suites run
+by themselves replace their own rows alone.
 """
 
 import argparse
@@ -16,9 +19,9 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 
-def run_suites(families: list[str], quick: bool) -> list[dict]:
-    """The benchmarks of pytest-benchmark's report: name, and what `measure` noted."""
-    names = families or sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+def run_suites(suites: list[str], quick: bool) -> list[dict]:
+    """The benchmarks of pytest-benchmark's report: suite, name, and what `measure` noted."""
+    names = suites or sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
     files = [HERE / f"bench_{name}.py" for name in names]
     for file in files:
         if not file.exists():
@@ -36,7 +39,24 @@ def run_suites(families: list[str], quick: bool) -> list[dict]:
         if run.returncode:
             raise SystemExit(run.returncode)
         rows = json.loads(Path(report.name).read_text())["benchmarks"]
-    return [{"name": r["name"].removeprefix("bench_"), **r["extra_info"]} for r in rows]
+    return [
+        {
+            "suite": Path(row["fullname"].split("::")[0]).stem.removeprefix("bench_"),
+            "name": row["name"].removeprefix("bench_"),
+            **row["extra_info"],
+        }
+        for row in rows
+    ]
+
+
+def kept(path: Path, machine: dict, measured: set[str]) -> list[dict]:
+    """The rows of a file of results that still hold: other suites', on the same machine."""
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text())
+    if results["machine"] != machine:
+        return []
+    return [row for row in results["benchmarks"] if row["suite"] not in measured]
 
 
 def table(rows: list[dict]) -> str:
@@ -95,20 +115,19 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", help="for instance bias_act; default: all")
+    parser.add_argument("suites", nargs="*", help="for instance bias_act; default: all")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    rows = run_suites(options.families, options.quick)
     machine = describe()
+    commit = machine.pop("commit")
+    rows = run_suites(options.suites, options.quick)
     print(table(rows))
-    if options.families:
-        return  # a part of the picture is not the picture
+    rows = [{**row, "commit": commit, "quick": options.quick} for row in rows]
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{slug()}.json"
-    path.write_text(
-        json.dumps({"machine": machine, "quick": options.quick, "benchmarks": rows}, indent=1)
-        + "\n"
-    )
+    rows += kept(path, machine, {row["suite"] for row in rows})
+    rows.sort(key=lambda row: row["suite"])
+    path.write_text(json.dumps({"machine": machine, "benchmarks": rows}, indent=1) + "\n")
     draw(rows, f"{machine['processor']} · torch {machine['torch']}", path.with_suffix(".png"))
     print(f"wrote {path.relative_to(HERE.parent)} and its picture")
 

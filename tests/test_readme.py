@@ -1,13 +1,17 @@
-"""The examples in README.md run as they stand there."""
+"""The examples in README.md run as they stand there; its figures are those of the results."""
 
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from benchmarks.readme import RESULTS, with_figures
+
 ROOT = Path(__file__).parents[1]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
@@ -18,3 +22,12 @@ def test_example(code) -> None:
         if package in code:
             pytest.importorskip(package)
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_figures_are_those_of_the_results() -> None:
+    machines = re.findall(r"<!-- figures of (\S+) -->", README)
+    assert machines
+    for name in machines:
+        assert (
+            with_figures(README, name, json.loads((RESULTS / f"{name}.json").read_text())) == README
+        )
