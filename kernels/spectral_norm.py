@@ -17,12 +17,12 @@ from .math import fp32
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {
     "_product": (96, 1024),
-    "_normalize": (40, 64),
-    "_dot": (40, 64),
-    "_divide": (40, 0),
-    "_inner": (40, 64),
-    "_factor": (40, 64),
-    "_gradient": (64, 0),
+    "_normalize": (56, 64),
+    "_dot": (56, 64),
+    "_divide": (48, 0),
+    "_inner": (48, 64),
+    "_factor": (56, 64),
+    "_gradient": (80, 0),
 }
 
 _PIECE = 1024  # elements of a piece

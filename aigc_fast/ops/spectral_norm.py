@@ -30,7 +30,7 @@ def spectral_norm(
 
     sigma (number of weights,) is u . W v. Computes in fp32 (fp64 for fp64). Differentiable in
     weights as often as one likes, with u and v as constants, as the paper has it. Bytes that must
-    move: forward 4 (iterations 1), backward 5 times the weights; where they fit a cache, 2 and 3.
+    move: forward 2, backward 3 times the weights, where each of them fits a core's cache.
 
     Raises TypeError or ValueError for a wrong dtype, shape, device, or number of anything.
 
