@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from aigc_fast import ops
 from aigc_fast.integrations import diffusers_blocks as blocks
 from aigc_fast.integrations._patching import Assignment, Replacement, Unfit, become
+from aigc_fast.nn.group_norm_act import modulated_group_norm_act
 
 
 def activation_of(module: nn.Module) -> str:
@@ -119,7 +120,9 @@ class ResnetBlock(Replacement):
             raise Unfit(f"its time embedding is {module.time_embedding_norm}")
         yield from super().assignments(module)
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if torch.compiler.is_compiling() or input_tensor.dtype != self.norm1.weight.dtype:
             return super().forward(input_tensor, temb, *args, **kwargs)
         activation = activation_of(self.nonlinearity)
@@ -129,7 +132,7 @@ class ResnetBlock(Replacement):
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         if self.time_embedding_norm == "scale_shift":
             scale, shift = temb.chunk(2, dim=1)
-            hidden = modulated_group_norm(self.norm2, hidden, scale, shift, activation)
+            hidden = modulated_group_norm_act(self.norm2, hidden, scale, shift, activation)
         else:
             if temb is not None:
                 hidden = hidden + temb[:, :, None, None]
@@ -141,30 +144,6 @@ class ResnetBlock(Replacement):
             input_tensor = self.conv_shortcut(input_tensor)
         output = input_tensor + hidden
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
-
-
-def modulated_group_norm(
-    norm: Any, x: Tensor, scale: Tensor, shift: Tensor, activation: str
-) -> Tensor:
-    """activation(norm(x) * (1 + scale) + shift), scale and shift (batch, channels)."""
-    batch, channels, *space = x.shape
-    factor = 1 + scale
-    if batch > 1 and not x.is_contiguous():
-        y = group_norm(norm, x)
-        y = torch.addcmul(shift[:, :, None, None], y, factor[:, :, None, None])
-        act = nn.functional.silu if activation == "silu" else nn.functional.gelu
-        return act(y)
-    # As the channels of a single sample, each with a weight and a bias of its own.
-    weight, bias = norm.weight * factor, torch.addcmul(shift, norm.bias, factor)
-    y = ops.group_norm_act(
-        x.reshape(1, batch * channels, *space),
-        batch * norm.num_groups,
-        weight.flatten(),
-        bias.flatten(),
-        norm.eps,
-        activation,
-    )
-    return y.reshape(x.shape)
 
 
 def _table(**modules: dict[str, type[Replacement]]) -> dict[str, type[Replacement]]:

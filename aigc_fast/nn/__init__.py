@@ -2,7 +2,7 @@
 
 from .bias_act import BiasAct, LinearBiasAct
 from .gated_mlp import GEGLU, SwiGLU
-from .group_norm_act import GroupNormAct
+from .group_norm_act import GroupNormAct, ModulatedGroupNormAct
 from .layer_norm import LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
@@ -16,6 +16,7 @@ __all__ = [
     "GroupNormAct",
     "LayerNorm",
     "LinearBiasAct",
+    "ModulatedGroupNormAct",
     "ModulatedLayerNorm",
     "ModulatedRMSNorm",
     "QuantizedLinear",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aigc_fast.models.diffusion import UNet
+from aigc_fast.models.diffusion import SmallUNet
 from aigc_fast.models.gan import MLPDiscriminator, MLPGenerator
 from aigc_fast.schedulers import DDIMScheduler
 from aigc_fast.training import EMA, DiffusionTrainer, GANTrainer, batches
@@ -121,7 +121,7 @@ def test_gan_training_repeats_itself_and_tells_where_it_is():
 
 def small_diffusion(**options):
     torch.manual_seed(0)
-    model = UNet(channels=(8, 16), num_classes=2)
+    model = SmallUNet(channels=(8, 16), num_classes=2)
     alphas_cumprod = DDIMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
     return DiffusionTrainer(model, alphas_cumprod, done=lambda step: step / 60, **options)
 
