@@ -131,6 +131,7 @@ class ResnetBlock(Replacement):
             assert temb is not None
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         if self.time_embedding_norm == "scale_shift":
+            assert temb is not None
             scale, shift = temb.chunk(2, dim=1)
             hidden = modulated_group_norm_act(self.norm2, hidden, scale, shift, activation)
         else:

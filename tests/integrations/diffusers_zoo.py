@@ -154,7 +154,7 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     case = CASES[name]
     model = getattr(diffusers, case.cls)(**case.options).eval()
     with torch.no_grad():
-        for key, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.ndim == 1:  # else all norms would be alike
                 weight.add_(torch.randn(weight.shape) * 0.2)
     return model.to(dtype)

@@ -128,5 +128,5 @@ class SpatialTransformer(nn.Module):
 
     def _project(self, projection: nn.Module, tokens: Tensor) -> Tensor:
         # A 1x1 convolution is a linear layer over tokens; its weight has two dimensions of one.
-        weight = projection.weight.flatten(1)  # type: ignore[operator, union-attr]
+        weight = projection.weight.flatten(1)  # type: ignore[operator]
         return F.linear(tokens, weight, projection.bias)  # type: ignore[arg-type]

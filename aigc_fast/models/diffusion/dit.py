@@ -103,7 +103,7 @@ class DiT(nn.Module):
             )
         self.patch, self.out_channels = patch, o.out_channels or o.in_channels
         convolution = nn.Conv2d if len(patch) == 2 else nn.Conv3d
-        proj = convolution(o.in_channels, width, patch, stride=patch)  # type: ignore[arg-type]
+        proj = convolution(o.in_channels, width, patch, stride=patch)
         self.pos_embed = nn.ModuleDict({"proj": proj})
         self.transformer_blocks = nn.ModuleList(
             Block(o.num_embeds_ada_norm, width, o.num_attention_heads, o.attention_bias)
@@ -143,7 +143,7 @@ class DiT(nn.Module):
             )
         time = ops.timestep_embedding(timesteps, _TIME_FEATURES, flip_sin_to_cos=True)
         time = time.to(sample.dtype)
-        blocks = list(self.transformer_blocks)
+        blocks: list[Any] = list(self.transformer_blocks)
         modulations = [block.norm1(time, labels) for block in blocks]
         # The condition of the first block is the output's too.
         last = self.proj_out_1(F.silu(blocks[0].norm1.emb(time, labels))).chunk(2, dim=1)

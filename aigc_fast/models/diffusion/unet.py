@@ -1,4 +1,4 @@
-"""The U-Net of diffusers' UNet2DModel and UNet2DConditionModel, made of this library's operators."""
+"""The U-Net of diffusers' UNet2DModel and UNet2DConditionModel."""
 
 import os
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from aigc_fast.nn import GroupNormAct
 
 from .attention import SpatialAttention, SpatialTransformer
 from .blocks import (
-    Downsample,
     DownLevel,
+    Downsample,
     MiddleLevel,
     ResnetBlock,
     TimestepMLP,
@@ -23,7 +23,7 @@ from .blocks import (
 )
 from .load import from_folder, from_state_dict, resolve
 
-_BOTH = dict(
+_BOTH: dict[str, Any] = dict(
     sample_size=None,
     center_input_sample=False,
     flip_sin_to_cos=True,
@@ -39,7 +39,7 @@ _BOTH = dict(
     time_embedding_dim=None,
     num_class_embeds=None,
 )
-_BOTH_FIXED = dict(time_embedding_type="positional", class_embed_type=None)
+_BOTH_FIXED: dict[str, Any] = dict(time_embedding_type="positional", class_embed_type=None)
 #: class of diffusers -> its options with their defaults, and what of others is supported
 _PIXELS = (
     _BOTH
@@ -193,7 +193,7 @@ class UNet(nn.Module):
         *,
         text: Tensor | None = None,
     ) -> Tensor:
-        """sample (batch, channels, height, width), timesteps (batch,) -> (batch, out, height, width)
+        """sample (batch, channels, height, width), timesteps (batch,) to a sample's prediction.
 
         labels: int64 (batch,), for a model with classes and for no other.
         text:   (batch, tokens, cross_attention_dim), diffusers' encoder_hidden_states.
