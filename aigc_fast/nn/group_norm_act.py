@@ -54,11 +54,13 @@ def modulated_group_norm_act(
     batch, channels = x.shape[:2]
     if batch == 1 or x.is_contiguous():
         # As the channels of a single sample, each with a weight and a bias of its own.
+        weight = factor if norm.weight is None else norm.weight * factor
+        bias = shift if norm.bias is None else torch.addcmul(shift, norm.bias, factor)
         y = ops.group_norm_act(
             x.reshape(1, batch * channels, *x.shape[2:]),
             batch * norm.num_groups,
-            (norm.weight * factor).flatten(),
-            torch.addcmul(shift, norm.bias, factor).flatten(),
+            weight.flatten(),
+            bias.flatten(),
             norm.eps,
             activation,
         )

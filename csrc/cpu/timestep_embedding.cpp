@@ -75,8 +75,8 @@ Tensor timestep_embedding_backward(const Tensor& grad_in, const Tensor& timestep
     if constexpr (std::is_same_v<T, Acc<T>>) {
       const T* dy = data<T>(grad);
       for_rows(rows, half, [&, dy](int64_t row) {
-        const T *of_sin = dy + row * dim + (flip ? half : 0);
-        const T *of_cos = dy + row * dim + (flip ? 0 : half);
+        const T* of_sin = dy + row * dim + (flip ? half : 0);
+        const T* of_cos = dy + row * dim + (flip ? 0 : half);
         for (int64_t i = 0; i < half; ++i) {
           const double f = frequencies.of[i], angle = t[row] * f;
           sums[row] += f * (of_sin[i] * std::cos(angle) - of_cos[i] * std::sin(angle));
