@@ -58,7 +58,7 @@ def sample(model: torch.nn.Module, batch: int, steps: int) -> torch.Tensor:
     dtype = next(model.parameters()).dtype
     for timestep in scheduler.timesteps.tolist():
         noise = model(x.to(dtype), timestep).sample
-        x = scheduler.step(noise.float(), timestep, x).prev_sample
+        x = scheduler.step(noise.float(), timestep, x)
     return x.cpu()  # waits for a GPU
 
 
