@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from aigc_fast.models.diffusion import DiT, UNet
+from aigc_fast.models.diffusion import DiT, UNet, sample_images
+from aigc_fast.schedulers import DDIMScheduler
 
 pytest.importorskip("diffusers")
 
@@ -251,3 +252,13 @@ def test_patches_of_a_video_go_where_they_came_from() -> None:
         for f, h, w in torch.cartesian_prod(*map(torch.arange, grid)).tolist()
     ]
     assert torch.equal(model._image(torch.stack(tokens, 1), grid), video)
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_sampling(name) -> None:
+    model, noise = ours_of(make(name)), image(4 if name == "dit" else 3)
+    guided = dict(labels=torch.tensor([2, 7]), null_label=10, guidance_scale=2.0)
+    scheduler = DDIMScheduler(prediction_type="v_prediction")
+    options = guided if name == "dit" else {}
+    *_, (sample, x0) = sample_images(model, noise, scheduler, num_steps=3, **options)
+    assert sample.shape == x0.shape == noise.shape and sample.isfinite().all()
