@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from aigc_fast.models.diffusion import DiT, UNet
+from aigc_fast.models.diffusion import DiT, UNet, sample_images
+from aigc_fast.schedulers import DDIMScheduler
 
 pytest.importorskip("diffusers")
 
@@ -189,6 +190,9 @@ def test_a_damaged_folder(tmp_path) -> None:
     ("cls", "config", "message"),
     [
         (UNet, dict(time_embedding_type="fourier"), "time_embedding_type must be 'positional'"),
+        (UNet, dict(block_out_channels="wide"), "block_out_channels must be like"),
+        (UNet, dict(norm_num_groups=None), "norm_num_groups must be like 32, got None"),
+        (UNet, dict(layers_per_block=[2, -1, 1, 1]), "layers_per_block must be like 2"),
         (UNet, dict(layers=3), "no option 'layers' is known"),
         (UNet, dict(_class_name="UNet1DModel"), "_class_name must be one of"),
         (UNet, dict(act_fn="mish"), "act_fn must be 'silu', got 'mish'"),
@@ -248,3 +252,13 @@ def test_patches_of_a_video_go_where_they_came_from() -> None:
         for f, h, w in torch.cartesian_prod(*map(torch.arange, grid)).tolist()
     ]
     assert torch.equal(model._image(torch.stack(tokens, 1), grid), video)
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_sampling(name) -> None:
+    model, noise = ours_of(make(name)), image(4 if name == "dit" else 3)
+    guided = dict(labels=torch.tensor([2, 7]), null_label=10, guidance_scale=2.0)
+    scheduler = DDIMScheduler(prediction_type="v_prediction")
+    options = guided if name == "dit" else {}
+    *_, (sample, x0) = sample_images(model, noise, scheduler, num_steps=3, **options)
+    assert sample.shape == x0.shape == noise.shape and sample.isfinite().all()
