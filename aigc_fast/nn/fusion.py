@@ -252,7 +252,7 @@ def _row(table: dict[type, Any], module: nn.Module) -> Any:
 
 
 def _stock(module: nn.Module) -> str:
-    ours = (_Fused, BatchNormAct, _Absorbed)
+    ours = (Activated, _Absorbed)
     return next(c.__name__ for c in type(module).__mro__ if not issubclass(c, ours))
 
 
