@@ -1,5 +1,5 @@
-// y = gain * act((x - mean) / sqrt(var + eps) * weight + bias) for every norm of x, its backward and
-// its double backward: sums over each norm, a few numbers made of them, and one pass to write.
+// y = gain * act((x - mean) / sqrt(var + eps) * weight + bias) for every norm of x, its backward
+// and its double backward: sums over each norm, a few numbers made of them, and one pass to write.
 //
 // Differences are taken before products, as in g - mean(g): where they cancel, what is left is as
 // exact as the terms, and not as the terms times the scale.
@@ -50,7 +50,8 @@ void with_arithmetic(const Tensor& x, F&& f) {
   return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
 }
 
-// ---- the activation, buffer by buffer ------------------------------------------------------------
+// ---- the activation, buffer by buffer
+// ------------------------------------------------------------
 
 template <class A>
 struct Activation {
@@ -88,7 +89,8 @@ void slopes(const Activation<A>& act, Buffer<A>& z, Buffer<A>& curved, int64_t s
   });
 }
 
-// ---- what the three directions share -------------------------------------------------------------
+// ---- what the three directions share
+// -------------------------------------------------------------
 
 // What every element needs of its norm. Further values of a direction follow.
 enum Value { kMean, kRstd, kScale, kBias, kValues };
@@ -99,8 +101,8 @@ struct Call {
   Values<A, V> values;
   std::vector<double> weight, rstd;
   Activation<A> act;
-  // Of the elements that a norm's statistics were made of, 1 / their number; 0 where they are given,
-  // and for the mean of pixels, which have none.
+  // Of the elements that a norm's statistics were made of, 1 / their number; 0 where they are
+  // given, and for the mean of pixels, which have none.
   double share, mean_share;
 
   Call(const Tensor& x, const Optional& mean, const Optional& var, const Optional& weight_in,
@@ -141,7 +143,8 @@ void check_gradient(const Tensor& grad, const Tensor& x) {
   require(grad.scalar_type() == x.scalar_type(), "gradients must have the dtype of x");
 }
 
-// (y, mean, var), with an entry for each norm: empty where they were given, the mean also of pixels.
+// (y, mean, var), with an entry for each norm: empty where they were given, the mean also of
+// pixels.
 std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_in, const Optional& running_mean,
                                             const Optional& running_var, const Optional& weight,
                                             const Optional& bias, int64_t statistics, double eps,
@@ -174,8 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_in, const Optional& 
     std::vector<double> shift(norms.total() + kLanes<A>);
     if (statistics != kOfPixel && x.numel())
       for (int64_t i = 0; i < norms.total(); ++i)
-        shift[i] = in.value((i / norms.channels * norms.rows * norms.channels + i % norms.channels) *
-                            norms.inner);
+        shift[i] = in.value(
+            (i / norms.channels * norms.rows * norms.channels + i % norms.channels) * norms.inner);
     const auto sum = [&](const Tile& tile, double* sums, int64_t columns) {
       Buffer<A> values;
       in.load(tile, values);
@@ -273,7 +276,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_double_backward(
   Tensor grad_dy = empty_like_dense(x), grad_x = empty_like_dense(x);
   std::vector<double> grad_weight, grad_bias;
   with_arithmetic(x, [&]<class A>(A) {
-    enum { kMeanGG = kValues, kSlopeGG, kToWeight, kToBias, kByGG, kByG, kOwn, kMeanV, kSlopeX, kAll };
+    enum {
+      kMeanGG = kValues,
+      kSlopeGG,
+      kToWeight,
+      kToBias,
+      kByGG,
+      kByG,
+      kOwn,
+      kMeanV,
+      kSlopeX,
+      kAll
+    };
     Call<A, kAll> call(x, mean, var, weight, bias, statistics, eps, {act, A(gain), A(alpha)});
     const int64_t total = call.norms.total();
     std::vector<double> to_weight(total), to_bias(total);
