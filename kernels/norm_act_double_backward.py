@@ -1,4 +1,4 @@
-"""The derivative of norm_act's backward. Names and derivation: csrc/cpu/norm_act.cpp."""
+"""The derivative of norm_act_backward; names and sums: csrc/cpu/norm_act_double_backward.cpp."""
 
 import torch
 import triton
