@@ -117,6 +117,9 @@ PLAIN = {
 #: A call of each public operator of aigc_fast.ops.
 CALLS: dict[str, Callable[[Inputs], Result]] = {
     "adam_step": _adam_step,
+    "adaptive_instance_norm": lambda x: ops.adaptive_instance_norm(
+        x(2, 6, 5, 7), x(2, 6), x(2, 6), act="lrelu"
+    ),
     "add_noise": lambda x: ops.add_noise(x(3, 4, 7, 5), x(3, 4, 7, 5), x(3), x(3)),
     "add_rms_norm": lambda x: ops.add_rms_norm(x(5, 127), x(5, 127), x(127), 1e-6),
     "alias_free_snake": lambda x: ops.alias_free_snake(x(2, 3, 37), x(3) + 3, x(3) + 3),

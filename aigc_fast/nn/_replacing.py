@@ -105,7 +105,11 @@ class PatchReport:
         """From the number of each (class, text)."""
 
         def rows(counts: Counter[tuple[str, str]]) -> dict[str, tuple[int, str]]:
-            return {name: (n, text) for (name, text), n in counts.items()}
+            merged: dict[str, tuple[int, str]] = {}
+            for (name, text), n in counts.items():
+                number, texts = merged.get(name, (0, ""))
+                merged[name] = number + n, f"{texts}; {text}" if texts else text
+            return merged
 
         return cls(model.__name__, rows(replaced), rows(kept))
 

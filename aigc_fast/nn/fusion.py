@@ -45,7 +45,9 @@ def fuse(model: nn.Module) -> PatchReport:
     Returns what was replaced and what was not, and why. TypeError if `model` is no module.
     """
     _check(model)
-    places = Counter(child for m in model.modules() for child in m._modules.values() if child)
+    places = Counter(
+        child for m in model.modules() for child in m._modules.values() if child is not None
+    )
     replaced: Counter[tuple[str, str]] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
     changes, seen = [], set()
@@ -89,7 +91,9 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     _check(model)
     folded = copy.deepcopy(model)
     unfuse(folded)
-    places = Counter(child for m in folded.modules() for child in m._modules.values() if child)
+    places = Counter(
+        child for m in folded.modules() for child in m._modules.values() if child is not None
+    )
     for sequence in _sequences(folded):
         names = list(sequence._modules)
         for first, second in pairwise(names):
@@ -252,7 +256,7 @@ def _row(table: dict[type, Any], module: nn.Module) -> Any:
 
 
 def _stock(module: nn.Module) -> str:
-    ours = (_Fused, BatchNormAct, _Absorbed)
+    ours = (Activated, _Absorbed)
     return next(c.__name__ for c in type(module).__mro__ if not issubclass(c, ours))
 
 
@@ -271,7 +275,7 @@ def _activations(model: nn.Module) -> Iterator[tuple[list[nn.Module], nn.Module]
                 yield children[:i], child
 
 
-def _leader(before: list[nn.Module], act: nn.Module) -> _Fused | nn.Module:
+def _leader(before: list[nn.Module], act: nn.Module) -> Any:
     """The layer that can apply act."""
     for module in reversed(before):
         if isinstance(module, _DROPOUTS):

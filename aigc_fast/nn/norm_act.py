@@ -22,7 +22,7 @@ class Activated(nn.Module):
 
 
 class BatchNormAct(Activated, nn.modules.batchnorm._BatchNorm):
-    """Base of the batch norms; parameters, buffers and their updates are torch's own."""
+    """Base of the batch norms: parameters, buffers and their updates are those of torch."""
 
     def __init__(
         self,

@@ -98,17 +98,15 @@ Stream<A> stream_of(T* x) {
       [](const void* from, const Tile& tile, A* to) {
         const T* x = static_cast<const T*>(from);
         tile.for_runs<A>([&](int64_t at, int64_t in, int64_t n) {
-          for_vectors<A>(n, [&](int64_t j, auto lanes) {
-            store(to + in + j, load(x + at + j, lanes));
-          });
+          for_vectors<A>(
+              n, [&](int64_t j, auto lanes) { store(to + in + j, load(x + at + j, lanes)); });
         });
       },
       [](void* to, const Tile& tile, const A* from) {
         T* x = static_cast<T*>(to);
         tile.for_runs<A>([&](int64_t at, int64_t in, int64_t n) {
-          for_vectors<A>(n, [&](int64_t j, auto lanes) {
-            store(x + at + j, load(from + in + j), lanes);
-          });
+          for_vectors<A>(
+              n, [&](int64_t j, auto lanes) { store(x + at + j, load(from + in + j), lanes); });
         });
       },
       [](const void* from, int64_t i) -> double {
@@ -158,7 +156,8 @@ AIGC_INLINE void for_tile(const Tile& tile, const Values<A, V>& values, F&& f) {
   }
 }
 
-// ---- sums in fp64 --------------------------------------------------------------------------------
+// ---- sums in fp64
+// --------------------------------------------------------------------------------
 
 // v in fp64: the halves of an fp32 vector, or a vector of doubles and zero.
 struct Halves {
@@ -289,7 +288,8 @@ AIGC_INLINE void add_tile(const Tile& tile, const Values<A, V>& values, double* 
   }
 }
 
-// ---- the walk ------------------------------------------------------------------------------------
+// ---- the walk
+// ------------------------------------------------------------------------------------
 
 // How the norms are cut into units of work, which the shape alone decides: one norm, or some
 // neighbouring ones; and a unit into pieces where it outgrows the cache and there are few.
@@ -344,9 +344,8 @@ struct Cut {
 template <class A, class Write>
 void for_all_tiles(const Norms& norms, const Write& write) {
   const Cut<A> cut(norms);
-  cut.in_parallel(cut.units * cut.pieces, [&](int64_t i) {
-    cut.for_tiles(i / cut.pieces, i % cut.pieces, write);
-  });
+  cut.in_parallel(cut.units * cut.pieces,
+                  [&](int64_t i) { cut.for_tiles(i / cut.pieces, i % cut.pieces, write); });
 }
 
 // For each norm: sum(tile, sums, columns) of its tiles, finish(norm, its N sums), write(tile).

@@ -1,4 +1,4 @@
-"""fuse and fold_batch_norm on models as GAN code bases write them, held against the originals."""
+"""fuse and fold_batch_norm on models as GAN code bases write them, against the stock models."""
 
 import copy
 import pickle
@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from aigc_fast.nn import fold_batch_norm, fuse, unfuse
-from tests.ops.test_every_op import assert_as_good_as_torch
 
 
 def dcgan_generator() -> nn.Module:
@@ -62,27 +61,27 @@ def made(make) -> nn.Module:
     return model
 
 
-def run(model: nn.Module, x: torch.Tensor, penalty: bool = True) -> list[torch.Tensor]:
+def run(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """Output, gradients, and those of a gradient penalty."""
     torch.manual_seed(1)  # for dropout
     inputs = [x.clone().requires_grad_(), *model.parameters()]
     y = model(inputs[0])
-    grads = torch.autograd.grad(y.square().mean(), inputs, create_graph=penalty)
-    second = torch.autograd.grad(grads[0].square().sum(), inputs, allow_unused=True) if penalty else ()  # noqa: E501  # fmt: skip
-    return [y, *grads, *(torch.zeros(()) if g is None else g for g in second)]
+    first = torch.autograd.grad(y.square().mean(), inputs, create_graph=True)
+    second = torch.autograd.grad(first[0].square().sum(), inputs, allow_unused=True)
+    return [y, *first, *(t * 0 if g is None else g for t, g in zip(inputs, second, strict=True))]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("make", MODELS, ids=lambda f: f.__name__)
 def test_outputs_gradients_and_penalties_are_those_of_the_model(make, training) -> None:
     shape, pairs = MODELS[make]
-    plain, x = made(make).train(training), torch.randn(shape)
-    fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    plain, x = made(make).double().train(training), torch.randn(shape).double()
+    fused = copy.deepcopy(plain)
     report = fuse(fused)
     assert sum(n for n, _ in report.replaced.values()) == pairs and not report.kept, str(report)
     assert fused.state_dict().keys() == plain.state_dict().keys()
-    results = [run(m, t) for m, t in ((fused, x), (plain, x), (exact, x.double()))]
-    assert_as_good_as_torch(*results, torch.float32)
+    # Float64 throughout: what differs is the order of a few additions.
+    torch.testing.assert_close(run(fused, x), run(plain, x), rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(fused.state_dict(), plain.state_dict())
 
 
@@ -127,7 +126,7 @@ def test_says_what_it_keeps_and_why() -> None:
 
     report = fuse(Other())
     assert not report.replaced
-    assert {why for _, why in report.kept.values()} >= {
+    assert {why for _, reasons in report.kept.values() for why in reasons.split("; ")} >= {
         "the Linear has hooks",
         "a dropout stands before it",
         "the LazyLinear is not initialised",

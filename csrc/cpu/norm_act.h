@@ -1,0 +1,146 @@
+// What the directions of norm_act have in common.
+//
+// Differences are taken before products, as in g - mean(g): where they cancel, what is left is as
+// exact as the terms, and not as the terms times the scale.
+#pragma once
+
+#include "act_dispatch.h"
+#include "channels.h"
+#include "norm_tiles.h"
+
+namespace aigc_fast {
+
+using Optional = std::optional<Tensor>;
+
+// The numbers are part of the schema: whose mean and variance.
+enum Statistics : int64_t { kGiven, kOfBatch, kOfSample, kOfPixel };
+
+inline Tensor in_layout(const Tensor& x, int64_t statistics) {
+  require(statistics >= kGiven && statistics <= kOfPixel, "statistics must be in [0, 3]");
+  require(x.dim() >= 2, "x must have at least 2 dimensions");
+  if (statistics <= kOfBatch) return as_dense(x);
+  return is_channels_last(x) ? x : as_contiguous(x);
+}
+
+inline Norms norms_of(const Tensor& x, int64_t statistics) {
+  const int64_t size = x.numel(), channels = x.size(1), batch = x.size(0);
+  if (statistics <= kOfBatch) {
+    // The stride of a dimension of one element says nothing.
+    const int64_t inner = channels == 1 ? std::max<int64_t>(1, size) : x.stride(1);
+    return {1, size / std::max<int64_t>(1, channels * inner), channels, inner};
+  }
+  int64_t positions = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
+  const bool innermost = positions == 1 || is_channels_last(x);
+  if (statistics == kOfSample)
+    return innermost ? Norms{batch, positions, channels, 1}
+                     : Norms{1, 1, batch * channels, positions};
+  return innermost ? Norms{1, 1, batch * positions, channels}
+                   : Norms{batch, channels, positions, 1};
+}
+
+inline ScalarType sums_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls f with a value of the type that x is computed in.
+template <class F>
+void with_arithmetic(const Tensor& x, F&& f) {
+  dispatch(x, "x", [](auto) {});  // refuses what is not floating
+  return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+// ---- the activation, buffer by buffer
+// ------------------------------------------------------------
+
+template <class A>
+struct NormActivation {
+  int64_t number;
+  A gain, alpha;
+};
+
+// z := gain * act(z)
+template <class A>
+void apply(const NormActivation<A>& act, Buffer<A>& z, int64_t size) {
+  with_act(act.number, [&]<Act a>(std::integral_constant<Act, a>) {
+    for (int64_t i = 0; i < size; i += kLanes<A>)
+      store(z.at + i, activate<a, A>(load(z.at + i), act.alpha) * act.gain);
+  });
+}
+
+// z := gain * act'(z)
+template <class A>
+void slopes(const NormActivation<A>& act, Buffer<A>& z, int64_t size) {
+  with_act(act.number, [&]<Act a>(std::integral_constant<Act, a>) {
+    for (int64_t i = 0; i < size; i += kLanes<A>)
+      store(z.at + i, slope<a, A>(load(z.at + i), act.alpha) * act.gain);
+  });
+}
+
+// z := gain * act'(z), and curved := gain * act''(z)
+template <class A>
+void slopes(const NormActivation<A>& act, Buffer<A>& z, Buffer<A>& curved, int64_t size) {
+  with_act(act.number, [&]<Act a>(std::integral_constant<Act, a>) {
+    for (int64_t i = 0; i < size; i += kLanes<A>) {
+      const Vec<A> v = load(z.at + i);
+      store(z.at + i, slope<a, A>(v, act.alpha) * act.gain);
+      store(curved.at + i, curvature<a, A>(v, act.alpha) * act.gain);
+    }
+  });
+}
+
+// ---- what the three directions share
+// -------------------------------------------------------------
+
+// What every element needs of its norm. Further values of a direction follow.
+enum Value { kMean, kRstd, kScale, kBias, kValues };
+
+template <class A, int V>
+struct NormCall {
+  Norms norms;
+  Values<A, V> values;
+  std::vector<double> weight, rstd;
+  NormActivation<A> act;
+  // Of the elements that a norm's statistics were made of, 1 / their number; 0 where they are
+  // given, and for the mean of pixels, which have none.
+  double share, mean_share;
+
+  NormCall(const Tensor& x, const Optional& mean, const Optional& var, const Optional& weight_in,
+           const Optional& bias, int64_t statistics, double eps, NormActivation<A> activation)
+      : norms(norms_of(x, statistics)),
+        values(norms.total()),
+        weight(norms.total()),
+        rstd(norms.total()),
+        act(activation),
+        share(statistics == kGiven || norms.count() == 0 ? 0.0 : 1.0 / norms.count()),
+        mean_share(statistics == kOfPixel ? 0.0 : share) {
+    const int64_t n = norms.total();
+    channel_values<A>(mean, n, "mean", 0, values.row(kMean));
+    channel_values<double>(weight_in, n, "weight", 1, weight.data());
+    channel_values<double>(var, n, "var", 1, rstd.data());
+    channel_values<A>(bias, n, "bias", 0, values.row(kBias));
+    for (int64_t i = 0; i < n; ++i) set_rstd(i, 1 / std::sqrt(rstd[i] + eps));
+  }
+  void set_rstd(int64_t norm, double value) {
+    rstd[norm] = value;
+    values.row(kRstd)[norm] = static_cast<A>(value);
+    values.row(kScale)[norm] = static_cast<A>(value * weight[norm]);
+  }
+  void set(int value, int64_t norm, double to) { values.row(value)[norm] = static_cast<A>(to); }
+
+  // x := x - mean, and z := normalised x * weight + bias
+  void centre(const Tile& tile, Buffer<A>& x, Buffer<A>& z) const {
+    for_tile<A>(tile, values, [&](int64_t i, const Vec<A>* at) __attribute__((always_inline)) {
+      const Vec<A> centred = load(x.at + i) - at[kMean];
+      store(x.at + i, centred);
+      store(z.at + i, centred * at[kScale] + at[kBias]);
+    });
+  }
+};
+
+inline void check_gradient(const Tensor& grad, const Tensor& x) {
+  require(same_shape(grad, x), "gradients must have the shape of x");
+  require(grad.scalar_type() == x.scalar_type(), "gradients must have the dtype of x");
+}
+
+}  // namespace aigc_fast

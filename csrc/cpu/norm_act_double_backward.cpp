@@ -1,0 +1,142 @@
+// The derivative of norm_act's backward, which is what a gradient penalty takes.
+#include "norm_act.h"
+
+namespace aigc_fast {
+namespace {
+
+// The gradient of <gg, dx> + <gg_weight, dweight> + <gg_bias, dbias>. With the names above,
+//   u = d/dg = scale (gg - mean gg - n mean(gg n)) + gg_weight n + gg_bias     scale = weight rstd
+//   h = d/dz = u dy act''(z) gain
+//   v = d/dn = weight h - scale mean(g n) gg + (gg_weight - scale mean(gg n)) g
+//   d/dscale = sum(gg g) - (sum gg sum g + sum(gg n) sum(g n)) / count
+// grad_dy = u act'(z) gain, and grad_x takes v and d/dscale through the norm. Ten sums over the
+// norm, five where act'' = 0, decide all that the pass to write needs.
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_double_backward(
+    const Tensor& gg_in, const Optional& gg_weight, const Optional& gg_bias, const Tensor& dy_in,
+    const Tensor& x_in, const Optional& mean, const Tensor& var, const Optional& weight,
+    const Optional& bias, int64_t statistics, double eps, int64_t act, double gain, double alpha) {
+  const Tensor x = in_layout(x_in, statistics);
+  check_gradient(gg_in, x);
+  check_gradient(dy_in, x);
+  const Tensor gg = in_order_of(gg_in, x), dy = in_order_of(dy_in, x);
+  Tensor grad_dy = empty_like_dense(x), grad_x = empty_like_dense(x);
+  std::vector<double> grad_weight, grad_bias;
+  with_arithmetic(x, [&]<class A>(A) {
+    enum {
+      kMeanGG = kValues,
+      kSlopeGG,
+      kToWeight,
+      kToBias,
+      kByGG,
+      kByG,
+      kOwn,
+      kMeanV,
+      kSlopeX,
+      kAll
+    };
+    NormCall<A, kAll> call(x, mean, var, weight, bias, statistics, eps, {act, A(gain), A(alpha)});
+    const int64_t total = call.norms.total();
+    std::vector<double> to_weight(total), to_bias(total);
+    channel_values<double>(gg_weight, total, "grad_grad_weight", 0, to_weight.data());
+    channel_values<double>(gg_bias, total, "grad_grad_bias", 0, to_bias.data());
+    grad_weight.resize(total);
+    grad_bias.resize(total);
+    const Stream<A> outer = stream_of<A>(gg), grad = stream_of<A>(dy), in = stream_of<A>(x);
+    const Stream<A> out_dy = stream_of<A>(grad_dy), out_x = stream_of<A>(grad_x);
+    // k = dy act''(z) gain
+    struct Buffers {
+      Buffer<A> centred, gg, g, s, k;
+    };
+    const auto load_tile = [&]<bool curved>(const Tile& tile, Buffers& b,
+                                            std::bool_constant<curved>) {
+      in.load(tile, b.centred);
+      grad.load(tile, b.g);
+      outer.load(tile, b.gg);
+      call.centre(tile, b.centred, b.s);
+      const int64_t size = tile.size<A>();
+      curved ? slopes(call.act, b.s, b.k, size) : slopes(call.act, b.s, size);
+      for (int64_t i = 0; i < size; i += kLanes<A>) {
+        const Vec<A> dy = load(b.g.at + i);
+        store(b.g.at + i, dy * load(b.s.at + i));
+        if (curved) store(b.k.at + i, dy * load(b.k.at + i));
+      }
+    };
+    enum { kG, kGx, kGG, kGGx, kGGg, kK, kKx, kKxx, kKgg, kKggx, kSums };
+    const auto run = [&]<bool curved>(std::bool_constant<curved> is_curved) {
+      const auto sum = [&](const Tile& tile, double* sums, int64_t columns) {
+        Buffers b;
+        load_tile(tile, b, is_curved);
+        const auto add = [&](int64_t i, const Vec<A>*, Vec<A>* to) __attribute__((always_inline)) {
+          const Vec<A> x = load(b.centred.at + i), gg = load(b.gg.at + i), g = load(b.g.at + i);
+          to[kG] += g;
+          to[kGx] += g * x;
+          to[kGG] += gg;
+          to[kGGx] += gg * x;
+          to[kGGg] += gg * g;
+          if constexpr (curved) {
+            const Vec<A> k = load(b.k.at + i), kx = k * x;
+            to[kK] += k;
+            to[kKx] += kx;
+            to[kKxx] += kx * x;
+            to[kKgg] += k * gg;
+            to[kKggx] += kx * gg;
+          }
+        };
+        add_tile<A, curved ? kSums : kK>(tile, call.values, sums, columns, add);
+      };
+      const auto finish = [&](int64_t norm, const double* s) {
+        const double w = call.weight[norm], rstd = call.rstd[norm], scale = w * rstd;
+        const double share = call.share, mean_share = call.mean_share;
+        const double gn = s[kGx] * rstd, ggn = s[kGGx] * rstd;
+        const double by_gg = -scale * share * gn, by_g = to_weight[norm] - scale * share * ggn;
+        const double to_scale = s[kGGg] - mean_share * s[kGG] * s[kG] - share * ggn * gn;
+        double h = 0, hn = 0;  // sums of h and of h n
+        if constexpr (curved) {
+          const double u0 = to_bias[norm] - scale * mean_share * s[kGG];
+          h = scale * s[kKgg] + u0 * s[kK] + by_g * rstd * s[kKx];
+          hn = rstd * (scale * s[kKggx] + u0 * s[kKx] + by_g * rstd * s[kKxx]);
+        }
+        const double v = by_gg * s[kGG] + by_g * s[kG] + w * h;
+        const double vn = by_gg * ggn + by_g * gn + w * hn;
+        call.set(kMeanGG, norm, mean_share * s[kGG]);
+        call.set(kSlopeGG, norm, share * ggn * rstd);
+        call.set(kToWeight, norm, to_weight[norm] * rstd);
+        call.set(kToBias, norm, to_bias[norm]);
+        call.set(kByGG, norm, by_gg);
+        call.set(kByG, norm, by_g);
+        call.set(kOwn, norm, w);
+        call.set(kMeanV, norm, mean_share * v);
+        call.set(kSlopeX, norm, share * (vn + scale * to_scale) * rstd);
+        grad_weight[norm] = rstd * to_scale + hn;
+        grad_bias[norm] = h;
+      };
+      const auto write = [&](const Tile& tile) {
+        Buffers b;
+        load_tile(tile, b, is_curved);
+        const auto element = [&](int64_t i, const Vec<A>* at) __attribute__((always_inline)) {
+          const Vec<A> x = load(b.centred.at + i), gg = load(b.gg.at + i);
+          Vec<A> u = (gg - at[kMeanGG] - x * at[kSlopeGG]) * at[kScale];
+          u += x * at[kToWeight] + at[kToBias];
+          Vec<A> v = gg * at[kByGG] + load(b.g.at + i) * at[kByG];
+          if constexpr (curved) v += u * load(b.k.at + i) * at[kOwn];
+          store(b.g.at + i, u * load(b.s.at + i));
+          store(b.gg.at + i, (v - at[kMeanV] - x * at[kSlopeX]) * at[kRstd]);
+        };
+        for_tile<A>(tile, call.values, element);
+        out_dy.store(tile, b.g);
+        out_x.store(tile, b.gg);
+      };
+      sum_then_write<A, curved ? kSums : kK>(call.norms, sum, finish, write);
+    };
+    act > static_cast<int64_t>(Act::lrelu) ? run(std::true_type{}) : run(std::false_type{});
+  });
+  return {grad_dy, grad_x, like_parameter(grad_weight, weight, x.scalar_type()),
+          like_parameter(grad_bias, bias, x.scalar_type())};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
+  m.impl("norm_act_double_backward", TORCH_BOX(&norm_act_double_backward));
+}
+
+}  // namespace
+}  // namespace aigc_fast
