@@ -13,7 +13,7 @@ from .math import fp32
 from .upfirdn2d import upfirdn2d
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
-BUDGET = {"_activate": (64, 0), "_apply": (64, 0)}
+BUDGET = {"_activate": (48, 128), "_apply": (48, 0)}
 
 _ROWS = 16
 _WORD = tl.constexpr(32)
