@@ -14,7 +14,7 @@ from torch import Tensor
 from .math import sines
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
-BUDGET = {"_forward": (128, 4096), "_backward": (128, 4096)}
+BUDGET = {"_forward": (80, 2048), "_backward": (104, 2048)}
 
 _BLOCK = 512
 #: samples at a block's start and end that are not its own
@@ -28,16 +28,16 @@ def _split(ptr, taps_ptr, s, time, HOLD: tl.constexpr):
     odd = tl.zeros(s.shape, tl.float32)
     for k in tl.static_range(7):
         # From the far taps, which are the small ones, to the near: so the sums round least.
-        d: tl.constexpr = (3 - k // 2) * (1 - k % 2 * 2)
+        d = (3 - k // 2) * (1 - k % 2 * 2)
         at = s + d
         inside = (at >= 0) & (at < time)
         if HOLD:
             v = tl.load(ptr + tl.minimum(tl.maximum(at, 0), time - 1)).to(tl.float32)
         else:
             v = tl.load(ptr + at, inside, 0.0).to(tl.float32)
-        if d < 3:
+        if k != 0:  # d = 3
             even += v * tl.load(taps_ptr + (5 - 2 * d)).to(tl.float32)
-        if d > -3:
+        if k != 1:  # d = -3
             odd += v * tl.load(taps_ptr + (6 - 2 * d)).to(tl.float32)
     return even, odd
 
@@ -48,11 +48,11 @@ def _merge(even, odd, taps_ptr, BLOCK: tl.constexpr):
     j = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(7):
-        d: tl.constexpr = (3 - k // 2) * (1 - k % 2 * 2)
+        d = (3 - k // 2) * (1 - k % 2 * 2)
         at = tl.minimum(tl.maximum(j + d, 0), BLOCK - 1)
-        if d > -3:
+        if k != 1:
             total += tl.gather(even, at, 0) * tl.load(taps_ptr + (2 * d + 5)).to(tl.float32)
-        if d < 3:
+        if k != 0:
             total += tl.gather(odd, at, 0) * tl.load(taps_ptr + (2 * d + 6)).to(tl.float32)
     return total
 

@@ -13,7 +13,7 @@ from .math import fp32
 from .upfirdn2d import upfirdn2d
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
-BUDGET = {"_activate": (64, 0), "_apply": (64, 0)}
+BUDGET = {"_activate": (48, 128), "_apply": (48, 0)}
 
 _ROWS = 16
 _WORD = tl.constexpr(32)
@@ -69,10 +69,8 @@ def _stages(x: Tensor, first, second, geometry, flip, gain, between) -> Tensor:
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     z = x.float().contiguous()
     z = upfirdn2d(z, first, (up_x, up_y, 1, 1, *geometry[4:8]), flip, gain)
-    if z.numel():
-        words = triton.cdiv(z.shape[3], _WORD.value)
-        size = z.numel() // z.shape[3] * words
-        between((triton.cdiv(size, _ROWS),), z, size, z.shape[3], words)
+    words = triton.cdiv(z.shape[3], _WORD.value)
+    between(z, z.numel() // z.shape[3] * words, z.shape[3], words)
     z = upfirdn2d(z, second, (1, 1, down_x, down_y, *geometry[8:12]), flip, 1.0)
     layout = torch.channels_last if last else torch.contiguous_format
     return z.to(x.dtype, memory_format=layout)
@@ -84,13 +82,14 @@ def filtered_lrelu(
     mask = x.new_empty(0, dtype=torch.int32)
     limit = float("inf") if clamp is None else float(clamp)
 
-    def between(grid, z, size, width, words):
+    def between(z, size, width, words):
         nonlocal mask
         if keep_mask:
             mask = x.new_empty((*z.shape[:3], 2, words), dtype=torch.int32)
-        _activate[grid](
-            z, mask, size, width, words, float(slope), limit, KEEP=keep_mask, ROWS=_ROWS
-        )
+        if size:
+            _activate[(triton.cdiv(size, _ROWS),)](
+                z, mask, size, width, words, float(slope), limit, KEEP=keep_mask, ROWS=_ROWS
+            )
 
     biased = x if bias is None else x.float() + bias.float().view(1, -1, 1, 1)
     y = _stages(biased, up_filter, down_filter, (*geometry, 0, 0, 0, 0), flip, gain, between)
@@ -100,7 +99,9 @@ def filtered_lrelu(
 def filtered_mask(x, mask, first, second, geometry, flip, gain, slope) -> Tensor:
     mask = mask.contiguous()
 
-    def between(grid, z, size, width, words):
-        _apply[grid](z, mask, size, width, words, float(slope), ROWS=_ROWS)
+    def between(z, size, width, words):
+        if size:
+            grid = (triton.cdiv(size, _ROWS),)
+            _apply[grid](z, mask, size, width, words, float(slope), ROWS=_ROWS)
 
     return _stages(x, first, second, geometry, flip, gain, between)

@@ -13,7 +13,7 @@ from .bias_act import _dense, _in_order_of, _load_bias, _store_bias_grad, _tile,
 from .math import sines
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
-BUDGET = {"_forward": (72, 2048), "_backward": (96, 2048), "_double_backward": (168, 2048)}
+BUDGET = {"_forward": (96, 2048), "_backward": (120, 2048), "_double_backward": (168, 2048)}
 
 
 @triton.jit

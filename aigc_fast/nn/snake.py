@@ -1,5 +1,7 @@
 """Snake and its anti-aliased form; parameters named and initialised as in BigVGAN."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +52,7 @@ class SnakeBeta(Snake):
     The arguments are those of `Snake`; beta starts where alpha does.
     """
 
-    def __init__(self, channels: int, *args, **kwargs) -> None:
+    def __init__(self, channels: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(channels, *args, **kwargs)
         self.beta = nn.Parameter(self.alpha.detach().clone(), self.alpha.requires_grad)
 
@@ -66,7 +68,7 @@ class AliasFreeSnake(SnakeBeta):
     up_filter: Tensor
     down_filter: Tensor
 
-    def __init__(self, channels: int, *args, tied: bool = False, **kwargs) -> None:
+    def __init__(self, channels: int, *args: Any, tied: bool = False, **kwargs: Any) -> None:
         super().__init__(channels, *args, **kwargs)
         if tied:
             self.beta = None

@@ -79,23 +79,29 @@ inline void row_taps(const Axis& y, int64_t o, std::vector<RowTap>* found) {
     if (y.source(o, k, &i) && i >= 0 && i < y.in) found->push_back({k, i});
 }
 
-// to[i] = sum over taps of from[i] * weight, in whole vectors up to `size`.
+// to[i] = sum over taps of from[i] * weight, in whole vectors up to `size`; in two chains of
+// additions, which round less than one.
 template <class A>
 void sum_taps(const std::vector<Tap<A, A>>& taps, int64_t size, A* to) {
   constexpr int lanes = kLanes<A>, kBatch = 4;  // of sums that do not wait for one another
-  int64_t i = 0;
-  for (; i + kBatch * lanes <= size; i += kBatch * lanes) {
-    Vec<A> sums[kBatch] = {};
-    for (const auto& tap : taps)
+  const size_t half = taps.size() / 2;
+  const auto sum = [&](int64_t i, auto batch) __attribute__((always_inline)) {
+    Vec<A> a[batch] = {}, b[batch] = {};
+    for (size_t t = 0; t < half; ++t)
 #pragma GCC unroll 4  // else the sums stay in memory
-      for (int k = 0; k < kBatch; ++k) sums[k] += load(tap.from + i + k * lanes) * tap.weight;
-    for (int k = 0; k < kBatch; ++k) store(to + i + k * lanes, sums[k]);
-  }
-  for (; i < size; i += lanes) {
-    Vec<A> sum = {};
-    for (const auto& tap : taps) sum += load(tap.from + i) * tap.weight;
-    store(to + i, sum);
-  }
+      for (int k = 0; k < batch; ++k) {
+        a[k] += load(taps[t].from + i + k * lanes) * taps[t].weight;
+        b[k] += load(taps[half + t].from + i + k * lanes) * taps[half + t].weight;
+      }
+    if (taps.size() % 2)
+      for (int k = 0; k < batch; ++k)
+        a[k] += load(taps.back().from + i + k * lanes) * taps.back().weight;
+    for (int k = 0; k < batch; ++k) store(to + i + k * lanes, a[k] + b[k]);
+  };
+  int64_t i = 0;
+  for (; i + kBatch * lanes <= size; i += kBatch * lanes)
+    sum(i, std::integral_constant<int, kBatch>{});
+  for (; i < size; i += lanes) sum(i, std::integral_constant<int, 1>{});
 }
 
 // Lanes a0 b0 a1 b1 ... (half 0) or those from the middle on (half 1).
