@@ -189,6 +189,9 @@ def test_a_damaged_folder(tmp_path) -> None:
     ("cls", "config", "message"),
     [
         (UNet, dict(time_embedding_type="fourier"), "time_embedding_type must be 'positional'"),
+        (UNet, dict(block_out_channels="wide"), "block_out_channels must be like"),
+        (UNet, dict(norm_num_groups=None), "norm_num_groups must be like 32, got None"),
+        (UNet, dict(layers_per_block=[2, -1, 1, 1]), "layers_per_block must be like 2"),
         (UNet, dict(layers=3), "no option 'layers' is known"),
         (UNet, dict(_class_name="UNet1DModel"), "_class_name must be one of"),
         (UNet, dict(act_fn="mish"), "act_fn must be 'silu', got 'mish'"),

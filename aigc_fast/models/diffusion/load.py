@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -12,11 +13,17 @@ from aigc_fast.io.hf_folder import read_hf_folder
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def resolve(config: Mapping[str, Any], options: Mapping[str, Any], fixed: Mapping[str, Any]) -> Any:
+def resolve(
+    config: Mapping[str, Any],
+    options: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    optional: tuple[str, ...] = (),
+) -> Any:
     """The options of a diffusers configuration, as attributes.
 
     options: name -> default, of those that the model has.
     fixed:   name -> the only supported value, of the others.
+    optional: names of options that may be None though their default is not.
 
     Raises ValueError for an unsupported value or an unknown name.
     """
@@ -24,22 +31,28 @@ def resolve(config: Mapping[str, Any], options: Mapping[str, Any], fixed: Mappin
     for name, value in config.items():
         if name in options:
             found[name] = tuple(value) if isinstance(value, list) else value
+            if not (_fits(found[name], options[name]) or (value is None and name in optional)):
+                raise ValueError(f"{name} must be like {options[name]!r}, got {value!r}")
         elif name in fixed:
             if value != fixed[name]:
                 raise ValueError(f"{name} must be {fixed[name]!r}, got {value!r}")
         elif not name.startswith("_"):
             raise ValueError(f"no option {name!r} is known")
-    return Options(found)
+    return SimpleNamespace(**found)
 
 
-class Options:
-    """A configuration's values, as attributes."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
-
-    def __getattr__(self, name: str) -> Any:  # only for what is not there
-        raise AttributeError(name)
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value, or each of a tuple's, is of the kind of the default."""
+    if value is None or (isinstance(default, tuple) and not isinstance(value, tuple)):
+        return value is default
+    first = default[0] if isinstance(default, tuple) else default
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(first, bool | str):
+            if type(item) is not type(first):
+                return False
+        elif type(item) not in (int, float) or item < 0:
+            return False
+    return True
 
 
 def from_state_dict(

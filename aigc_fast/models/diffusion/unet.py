@@ -34,7 +34,6 @@ _BOTH: dict[str, Any] = dict(
     dropout=0.0,
     norm_num_groups=32,
     norm_eps=1e-5,
-    attention_head_dim=8,
     resnet_time_scale_shift="default",
     time_embedding_dim=None,
     num_class_embeds=None,
@@ -50,6 +49,7 @@ _PIXELS = (
         up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",),
         block_out_channels=(224, 448, 672, 896),
         act_fn="silu",
+        attention_head_dim=8,
         attn_norm_num_groups=None,
         add_attention=True,
     ),
@@ -70,6 +70,7 @@ _CONDITIONED = (
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         block_out_channels=(320, 640, 1280, 1280),
         act_fn="silu",
+        attention_head_dim=8,
         cross_attention_dim=1280,
         transformer_layers_per_block=1,
         use_linear_projection=False,
@@ -126,7 +127,7 @@ class UNet(nn.Module):
         name = config.get("_class_name", "UNet2DConditionModel" if by_text else "UNet2DModel")
         if name not in _CLASSES:
             raise ValueError(f"_class_name must be one of {sorted(_CLASSES)}, got {name!r}")
-        self.config = o = resolve(config, *_CLASSES[name])
+        self.config = o = resolve(config, *_CLASSES[name], ("attention_head_dim",))
         if o.act_fn not in ("silu", "swish"):
             raise ValueError(f"act_fn must be 'silu', got {o.act_fn!r}")
         if o.resnet_time_scale_shift not in ("default", "scale_shift"):
