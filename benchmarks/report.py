@@ -48,6 +48,10 @@ def table(rows: list[dict]) -> str:
                 f"{row['name'][:72]:72} {row['eager_over_ours']:>9.2f}x"
                 f" {row['compile_over_ours']:>11.2f}x {row['fraction_of_limit']:>8.0%}"
             )
+        elif "stock_over" in row:
+            over = ", ".join(f"{name} {x:.2f}x" for name, x in row["stock_over"].items())
+            compiling = f"compiling took {row['compile_seconds']:.0f} s"
+            lines.append(f"{row['name'][:72]:72} stock over: {over}; {compiling}")
         elif "diffusers_over_ours" in row:
             lines.append(f"{row['name'][:72]:72} diffusers/ours {row['diffusers_over_ours']:.2f}x")
         elif "peers_over_ours" in row:

@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import Tensor
 
 from aigc_fast.io import load_digits
-from aigc_fast.models.diffusion import UNet, sample_images
+from aigc_fast.models.diffusion import SmallUNet, sample_images
 from aigc_fast.schedulers import DDIMScheduler
 from aigc_fast.training import DiffusionTrainer
 
@@ -41,7 +41,7 @@ def run(console: Console, device: torch.device, *, quick: bool) -> DiffusionResu
     if quick:
         samples, labels = samples[::16], labels[::16]
     # Convolutions are a tenth faster in this layout (and the operators take either).
-    model = UNet().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = SmallUNet().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
@@ -76,7 +76,7 @@ def run(console: Console, device: torch.device, *, quick: bool) -> DiffusionResu
 
 def _train(
     console: Console,
-    model: UNet,
+    model: SmallUNet,
     samples: Tensor,
     labels: Tensor,
     epochs: int,

@@ -132,6 +132,7 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     ),
     "scheduler_step": _scheduler_step,
     "swiglu": lambda x: ops.swiglu(x(5, 127), x(5, 127)),
+    "timestep_embedding": lambda x: ops.timestep_embedding(x(5), 31, max_period=100.0),
     "upfirdn2d": lambda x: ops.upfirdn2d(x(2, 3, 7, 9), x.constant(4, 4), up=2, padding=2),
 }
 

@@ -18,7 +18,10 @@ from torch import nn
 
 #: package of a stock class -> the module that says what takes the place of its classes: TABLE, by
 #: the full name of the class
-INTEGRATIONS = {"transformers": "aigc_fast.integrations.transformers"}
+INTEGRATIONS = {
+    "diffusers": "aigc_fast.integrations.diffusers_models",
+    "transformers": "aigc_fast.integrations.transformers",
+}
 _RECORD = "_aigc_fast_patch"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -108,22 +111,33 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(model: Any) -> PatchReport:
     """Makes the parts of a stock model that are known here call aigc_fast's operators, in place.
 
-    model: a model of transformers (Llama, Mistral, Qwen2, Qwen3, Gemma-2, GPT-2), or any module
-           that has one inside, such as PEFT's. Of any other model nothing is changed.
+    model: a model of transformers (Llama, Mistral, Qwen2, Qwen3, Gemma-2, GPT-2) or of diffusers
+           (UNet2D, UNet2DCondition, AutoencoderKL, DiT, SD3, Flux, Wan), any module that has one
+           inside, such as PEFT's, or a pipeline of diffusers, all models of which are patched. Of
+           any other model nothing is changed.
 
     Modules, parameters, the names in state dicts and hooks stay. Outputs agree to rounding, in
     training too. Patching again changes nothing. Within torch.compile the stock code runs, which
     the compiler fuses by itself. `unpatch` takes it all back; a deep copy or pickle of a patched
-    model is patched. Hooks on an activation inside a gated MLP do not run while it is patched.
+    model is patched. Hooks on modules whose work another does (an activation inside a gated MLP,
+    the norms of a residual block) do not run while it is patched.
 
-    Returns what was replaced and what was not, and why. TypeError if `model` is no module.
+    Returns what was replaced and what was not, and why. TypeError if `model` is neither a module
+    nor a pipeline.
     """
-    _check(model)
     replaced: Counter[tuple[str, str]] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
+    for part in _models(model):
+        _patch(part, replaced, kept)
+    return PatchReport(_stock(model).__name__, _rows(replaced), _rows(kept))
+
+
+def _patch(
+    model: nn.Module, replaced: Counter[tuple[str, str]], kept: Counter[tuple[str, str]]
+) -> None:
     changes: list[Change] = []
     absorbed: set[nn.Module] = set()
     for module in list(model.modules()):
@@ -152,24 +166,30 @@ def patch(model: nn.Module) -> PatchReport:
         absorbed.update(getattr(module, child) for child in row.absorbs)
     if changes:
         model.__dict__.setdefault(_RECORD, []).extend(changes)
-    return PatchReport(_stock(model).__name__, _rows(replaced), _rows(kept))
 
 
-def unpatch(model: nn.Module) -> None:
+def unpatch(model: Any) -> None:
     """Takes back what `patch` did to `model` or to a module inside it; else does nothing.
 
     Every attribute holds the very object that it held before, unless someone assigned to it since.
-    TypeError if `model` is no module.
+    TypeError if `model` is neither a module nor a pipeline.
     """
-    _check(model)
-    for module in list(model.modules()):
-        for change in reversed(module.__dict__.pop(_RECORD, ())):
-            change.undo()
+    for part in _models(model):
+        for module in list(part.modules()):
+            for change in reversed(module.__dict__.pop(_RECORD, ())):
+                change.undo()
 
 
-def _check(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+def _models(model: Any) -> list[nn.Module]:
+    """The module itself, or those of a pipeline."""
+    if isinstance(model, nn.Module):
+        return [model]
+    components = getattr(model, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(
+            f"model must be a torch.nn.Module or a pipeline of them, got {type(model).__name__}"
+        )
+    return [part for part in components.values() if isinstance(part, nn.Module)]
 
 
 def _row(cls: type) -> type[Replacement] | None:
@@ -179,8 +199,16 @@ def _row(cls: type) -> type[Replacement] | None:
     return importlib.import_module(integration).TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
-def _stock(module: nn.Module) -> type:
+def _stock(module: Any) -> type:
     return next(c for c in type(module).__mro__ if not issubclass(c, Replacement))
+
+
+def become(replacement: type[Replacement], child: nn.Module) -> Assignment:
+    """What makes `child` ours where its parent decides it, whose own class need not change."""
+    if "forward" in child.__dict__:
+        raise Unfit(f"the forward of its {_stock(child).__name__} was replaced on the object")
+    fast = fast_class(replacement, _stock(child))  # type: ignore[arg-type]  # classes do hash
+    return Assignment(child, "__class__", fast)
 
 
 def _rows(counts: Counter[tuple[str, str]]) -> dict[str, tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""Reading the folders that transformers' save_pretrained writes, from sources not trusted.
+"""Reading the folders that save_pretrained of transformers and diffusers writes, not trusted.
 
 Weights come from safetensors alone: a pickle can run any code. The package safetensors checks a
 file's header against its size and maps the tensors; what it leaves open is checked here.
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
@@ -46,8 +45,10 @@ class HFFolder:
         return self.tensors[name].get_tensor(name)
 
 
-def read_hf_folder(path: str | os.PathLike[str]) -> HFFolder:
-    """Reads config.json and maps model.safetensors, or the shards that its index names.
+def read_hf_folder(path: str | os.PathLike[str], stem: str = "model") -> HFFolder:
+    """Reads config.json and maps <stem>.safetensors, or the shards that its index names.
+
+    stem: "model" is transformers', "diffusion_pytorch_model" that of diffusers.
 
     Raises:
         OSError: a file cannot be opened.
@@ -56,17 +57,19 @@ def read_hf_folder(path: str | os.PathLike[str]) -> HFFolder:
     """
     folder = Path(path)
     config = read_json(folder / "config.json")
-    if (folder / _INDEX).is_file():
-        return HFFolder(str(folder), config, _open_shards(folder))
-    if not (folder / _SINGLE).is_file():
+    single = f"{stem}.safetensors"
+    index = f"{single}.index.json"
+    if (folder / index).is_file():
+        return HFFolder(str(folder), config, _open_shards(folder, index))
+    if not (folder / single).is_file():
         pickled = next(iter(sorted(folder.glob("*.bin"))), None)
         if pickled is not None:
             raise ValueError(
                 f"{folder}: {pickled.name} is a pickle, which is not read because it can run any "
-                f"code; there must be a {_SINGLE} (transformers' save_pretrained writes one)"
+                f"code; there must be a {single} (save_pretrained writes one)"
             )
-        raise ValueError(f"{folder}: there is neither {_SINGLE} nor {_INDEX}")
-    return HFFolder(str(folder), config, _open(folder / _SINGLE))
+        raise ValueError(f"{folder}: there is neither {single} nor {index}")
+    return HFFolder(str(folder), config, _open(folder / single))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,8 +83,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open_shards(folder: Path) -> dict[str, Any]:
-    index = folder / _INDEX
+def _open_shards(folder: Path, name: str) -> dict[str, Any]:
+    index = folder / name
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: 'weight_map' must be an object that is not empty")
@@ -95,9 +98,9 @@ def _open_shards(folder: Path) -> dict[str, Any]:
         opened = _open(folder / shard)
         if twice := tensors.keys() & opened.keys():
             raise ValueError(f"{folder / shard}: tensor {min(twice)!r} is in another shard too")
-        for name, file in weight_map.items():
-            if file == shard and name not in opened:
-                raise ValueError(f"{folder / shard}: tensor {name!r} is missing")
+        for tensor, file in weight_map.items():
+            if file == shard and tensor not in opened:
+                raise ValueError(f"{folder / shard}: tensor {tensor!r} is missing")
         tensors |= opened
     return tensors
 

@@ -3,7 +3,7 @@
 from .bias_act import BiasAct, LinearBiasAct
 from .conv_bias_act import Conv2dBiasAct, ConvTranspose2dBiasAct
 from .gated_mlp import GEGLU, SwiGLU
-from .group_norm_act import GroupNormAct
+from .group_norm_act import GroupNormAct, ModulatedGroupNormAct
 from .layer_norm import LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
@@ -19,6 +19,7 @@ __all__ = [
     "GroupNormAct",
     "LayerNorm",
     "LinearBiasAct",
+    "ModulatedGroupNormAct",
     "ModulatedLayerNorm",
     "ModulatedRMSNorm",
     "QuantizedLinear",

@@ -1,7 +1,9 @@
-"""Group norm and the activation after it."""
+"""Group norm and the activation after it, with or without a scale and shift between them."""
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
@@ -33,3 +35,38 @@ class GroupNormAct(nn.GroupNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class ModulatedGroupNormAct(GroupNormAct):
+    """activation(group_norm(x) * (1 + scale) + shift), scale and shift (batch, channels): as a
+    time embedding modulates a U-Net's residual block."""
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        return modulated_group_norm_act(self, x, scale, shift, self.activation)
+
+
+def modulated_group_norm_act(
+    norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor, activation: str
+) -> Tensor:
+    """The forward of `ModulatedGroupNormAct` for any nn.GroupNorm; one operator but for a batch in
+    channels_last, where it is one operator and plain PyTorch."""
+    factor = 1 + scale
+    batch, channels = x.shape[:2]
+    if batch == 1 or x.is_contiguous():
+        # As the channels of a single sample, each with a weight and a bias of its own.
+        weight = factor if norm.weight is None else norm.weight * factor
+        bias = shift if norm.bias is None else torch.addcmul(shift, norm.bias, factor)
+        y = ops.group_norm_act(
+            x.reshape(1, batch * channels, *x.shape[2:]),
+            batch * norm.num_groups,
+            weight.flatten(),
+            bias.flatten(),
+            norm.eps,
+            activation,
+        )
+        return y.reshape(x.shape)
+    y = ops.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    y = torch.addcmul(shift[:, :, None, None], y, factor[:, :, None, None])
+    if activation in ("none", "silu"):
+        return F.silu(y) if activation == "silu" else y
+    return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -20,6 +20,7 @@ from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
 from aigc_fast.ops.rotary import apply_rotary
 from aigc_fast.ops.sampling import sample_tokens
 from aigc_fast.ops.scheduler_step import scheduler_step
+from aigc_fast.ops.timestep_embedding import timestep_embedding
 from aigc_fast.ops.upfirdn2d import upfirdn2d
 
 # The schemas stand; now the compiled libraries can register their kernels.
@@ -54,5 +55,6 @@ __all__ = [
     "sample_tokens",
     "scheduler_step",
     "swiglu",
+    "timestep_embedding",
     "upfirdn2d",
 ]

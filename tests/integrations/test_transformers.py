@@ -410,7 +410,7 @@ def test_what_does_not_fit_is_kept_and_reported() -> None:
 
 def test_refuses_what_is_no_module() -> None:
     for function in (aigc_fast.patch, aigc_fast.unpatch):
-        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module or a pipeline .*got str"):
             function("gpt2")
 
 

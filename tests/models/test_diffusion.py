@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from aigc_fast import schedulers
-from aigc_fast.models.diffusion import UNet, sample_images
+from aigc_fast.models.diffusion import SmallUNet, sample_images
 from aigc_fast.schedulers import DDIMScheduler
 
 
 def small_unet(**options):
-    return UNet(channels=(8, 16), **options).double()
+    return SmallUNet(channels=(8, 16), **options).double()
 
 
 @pytest.mark.parametrize("size", [(28, 28), (32, 20), (2, 6)])

@@ -14,6 +14,7 @@ from aigc_fast.nn import (
     GroupNormAct,
     LayerNorm,
     LinearBiasAct,
+    ModulatedGroupNormAct,
     ModulatedLayerNorm,
     ModulatedRMSNorm,
     QuantizedLinear,
@@ -100,6 +101,30 @@ def test_group_norm_act_is_group_norm_and_activation(activation, torch_module, a
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
     assert_same(ours(x), torch_module(theirs(x)))
     assert activation in repr(ours)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layout", ["one sample", "contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("activation", "act"),
+    [
+        ("none", nn.Identity()),
+        ("silu", nn.SiLU()),
+        ("gelu", nn.GELU()),
+        ("gelu_tanh", nn.GELU("tanh")),
+    ],
+)
+def test_modulated_group_norm_act(activation, act, layout, affine) -> None:
+    ours = ModulatedGroupNormAct(3, 6, affine=affine, activation=activation).double()
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(1 if layout == "one sample" else 2, 6, 5, 4, dtype=torch.float64)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    scale, shift = torch.randn(2, len(x), 6, dtype=torch.float64)
+    normed = F.group_norm(x, 3, ours.weight, ours.bias)
+    want = act(normed * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+    torch.testing.assert_close(ours(x, scale, shift), want)
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -19,6 +19,7 @@ from tests.op_samples import (
     rotary,
     sampling,
     scheduler_step,
+    timestep_embedding,
     upfirdn2d,
 )
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
@@ -40,6 +41,7 @@ OPS: dict[str, OpSamples] = {
     **layer_norm.OPS,
     **gan_loss.OPS,
     **optim.OPS,
+    **timestep_embedding.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]

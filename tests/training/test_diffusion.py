@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from aigc_fast.models.diffusion import UNet
+from aigc_fast.models.diffusion import SmallUNet
 from aigc_fast.training import (
     Denoising,
     DiffusionRecipe,
@@ -25,7 +25,7 @@ LABELS = torch.arange(10) % 2
 
 def trainer(recipe=None, seed=0, steps=60):
     torch.manual_seed(0)
-    model = UNet(channels=(8, 16), num_classes=2)
+    model = SmallUNet(channels=(8, 16), num_classes=2)
     return DiffusionTrainer(model, recipe, done=lambda step: step / steps, null_label=2, seed=seed)
 
 
@@ -180,7 +180,7 @@ def test_gradient_checkpointing_keeps_less():
             model(SAMPLES, torch.arange(10), LABELS).sum()
         return sum(sizes)
 
-    model = UNet(channels=(8, 16), num_classes=2)
+    model = SmallUNet(channels=(8, 16), num_classes=2)
     plain = kept(model)
     assert checkpoint_blocks(model) == 4
     assert kept(model) < plain / 2

@@ -1,0 +1,478 @@
+"""What takes the place of the transformer blocks of diffusers, their norms and attention."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from aigc_fast import ops
+from aigc_fast.integrations._patching import Assignment, Replacement, Unfit
+
+# ---- layers --------------------------------------------------------------------------------------
+
+
+class Timesteps(Replacement):
+    uses = "timestep_embedding"
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(timesteps)
+        return ops.timestep_embedding(
+            timesteps,
+            self.num_channels,
+            flip_sin_to_cos=self.flip_sin_to_cos,
+            downscale_freq_shift=self.downscale_freq_shift,
+            scale=self.scale,
+        )
+
+
+class GEGLU(Replacement):
+    uses = "geglu"
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling() or args or kwargs:
+            return super().forward(hidden_states, *args, **kwargs)
+        up, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return ops.geglu(gate, up)
+
+
+class SwiGLU(Replacement):
+    uses = "swiglu"
+    absorbs = ("activation",)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(hidden_states)
+        up, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return ops.swiglu(gate, up)
+
+
+class RMSNorm(Replacement):
+    uses = "rms_norm"
+    weight: Tensor
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if module.weight is None or module.bias is not None:
+            raise Unfit("it has a bias, or no weight")
+        yield from super().assignments(module)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)
+        if hidden_states.dim() == 4 and not hidden_states.is_contiguous():
+            # Heads of attention, moved in front of the tokens: normed where they lie.
+            heads = hidden_states.transpose(1, 2)
+            return ops.rms_norm(heads, self.weight, self.eps).transpose(1, 2)
+        return ops.rms_norm(hidden_states, self.weight, self.eps)
+
+
+class FP32LayerNorm(Replacement):
+    """In float32 inside, as the operator is for every dtype."""
+
+    uses = "layer_norm"
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if torch.compiler.is_compiling() or inputs.dtype == torch.float64:
+            return super().forward(inputs)
+        if any(p is not None and p.dtype != inputs.dtype for p in (weight, bias)):
+            return super().forward(inputs)
+        return ops.layer_norm(inputs, weight, bias, self.eps)
+
+
+# ---- adaLN ---------------------------------------------------------------------------------------
+# Autocast mixes dtypes, which the operators refuse: what they do not take is plain PyTorch.
+
+
+def modulated(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift, scale and shift (batch, width)."""
+    if x.dtype != scale.dtype:
+        return norm(x) * (1 + scale[:, None]) + shift[:, None]
+    return ops.modulated_layer_norm(x, scale, shift, norm.weight, norm.bias, norm.eps)
+
+
+def gated(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    if not residual.dtype == x.dtype == gate.dtype:
+        return residual + gate[:, None] * x
+    return ops.gated_residual(residual, x, gate)
+
+
+def second_half(
+    residual: Tensor, branch: Tensor, modulation: Iterable[Tensor], norm: Any, feed_forward: Any
+) -> Tensor:
+    """What follows the attention `branch` in a block: its gated residual, norm, feed-forward.
+
+    modulation: gate of the branch; shift, scale and gate of the feed-forward.
+    """
+    gate, shift, scale, gate_mlp = modulation
+    if residual.dtype == branch.dtype == gate.dtype:
+        normed, residual = ops.gated_residual_norm(
+            residual, branch, gate, scale, shift, norm.weight, norm.bias, norm.eps
+        )
+    else:
+        residual = gated(residual, branch, gate)
+        normed = modulated(norm, residual, scale, shift)
+    return gated(residual, feed_forward(normed), gate_mlp)
+
+
+class AdaNorm(Replacement):
+    uses = "modulated_layer_norm"
+    absorbs = ("norm",)
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if not isinstance(module.norm, nn.LayerNorm):
+            raise Unfit(f"its norm is {type(module.norm).__name__}")
+        yield from super().assignments(module)
+
+
+class AdaLayerNormZero(AdaNorm):
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():
+            return super().forward(x, timestep, class_labels, hidden_dtype, emb)
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+        shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
+        return modulated(self.norm, x, scale, shift), *rest
+
+
+class AdaLayerNormZeroSingle(AdaNorm):
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return super().forward(x, emb)
+        shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+        return modulated(self.norm, x, scale, shift), gate
+
+
+class SD35AdaLayerNormZeroX(AdaNorm):
+    def forward(self, hidden_states: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():
+            return super().forward(hidden_states, emb)
+        shift, scale, *rest, shift2, scale2, gate2 = self.linear(self.silu(emb)).chunk(9, dim=1)
+        first = modulated(self.norm, hidden_states, scale, shift)
+        return first, *rest, modulated(self.norm, hidden_states, scale2, shift2), gate2
+
+
+class AdaLayerNormContinuous(AdaNorm):
+    def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(x, conditioning_embedding)
+        embedding = self.linear(self.silu(conditioning_embedding).to(x.dtype))
+        scale, shift = embedding.chunk(2, dim=1)
+        return modulated(self.norm, x, scale, shift)
+
+
+class DiTBlock(Replacement):
+    uses = "gated_residual_norm, gated_residual"
+    absorbs = ("norm3",)
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if module.norm_type != "ada_norm_zero":
+            raise Unfit(f"its norm_type is {module.norm_type}")
+        if module.attn2 is not None or module.pos_embed is not None or hasattr(module, "fuser"):
+            raise Unfit("it has more than one attention and a feed-forward")
+        yield from super().assignments(module)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        if torch.compiler.is_compiling() or self._chunk_size is not None or cross_attention_kwargs:
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask,
+                timestep, cross_attention_kwargs, class_labels, added_cond_kwargs,
+            )  # fmt: skip
+        normed, *modulation = self.norm1(
+            hidden_states, timestep, class_labels, hidden_dtype=hidden_states.dtype
+        )
+        attended = self.attn1(
+            normed,
+            encoder_hidden_states=encoder_hidden_states if self.only_cross_attention else None,
+            attention_mask=attention_mask,
+        )
+        return second_half(hidden_states, attended, modulation, self.norm3, self.ff)
+
+
+class SD3Block(Replacement):
+    uses = "gated_residual_norm, gated_residual"
+    absorbs = ("norm2", "norm2_context")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        if torch.compiler.is_compiling() or self._chunk_size is not None:
+            return super().forward(
+                hidden_states, encoder_hidden_states, temb, joint_attention_kwargs
+            )
+        options = joint_attention_kwargs or {}
+        normed, *modulation = self.norm1(hidden_states, emb=temb)
+        context_modulation = None
+        if self.context_pre_only:
+            context = self.norm1_context(encoder_hidden_states, temb)
+        else:
+            context, *context_modulation = self.norm1_context(encoder_hidden_states, emb=temb)
+        attended, context = self.attn(
+            hidden_states=normed, encoder_hidden_states=context, **options
+        )
+        if self.use_dual_attention:
+            gate, *modulation, normed, second_gate = modulation
+            hidden_states = gated(hidden_states, attended, gate)
+            attended = self.attn2(hidden_states=normed, **options)
+            modulation = [second_gate, *modulation]
+        hidden_states = second_half(hidden_states, attended, modulation, self.norm2, self.ff)
+        if context_modulation is None:
+            return None, hidden_states
+        return second_half(
+            encoder_hidden_states, context, context_modulation, self.norm2_context, self.ff_context
+        ), hidden_states
+
+
+class FluxBlock(Replacement):
+    uses = "gated_residual_norm, gated_residual"
+    absorbs = ("norm2", "norm2_context")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return super().forward(
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
+        normed, *modulation = self.norm1(hidden_states, emb=temb)
+        context, *context_modulation = self.norm1_context(encoder_hidden_states, emb=temb)
+        attended, context, *adapter = self.attn(
+            hidden_states=normed,
+            encoder_hidden_states=context,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+        hidden_states = second_half(hidden_states, attended, modulation, self.norm2, self.ff)
+        for of_images in adapter:
+            hidden_states = hidden_states + of_images
+        encoder_hidden_states = second_half(
+            encoder_hidden_states, context, context_modulation, self.norm2_context, self.ff_context
+        )
+        return _in_range(encoder_hidden_states), hidden_states
+
+
+class FluxSingleBlock(Replacement):
+    uses = "gated_residual"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return super().forward(
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
+        tokens = encoder_hidden_states.shape[1]
+        residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        normed, gate = self.norm(residual, emb=temb)
+        activated = self.act_mlp(self.proj_mlp(normed))
+        attended = self.attn(
+            hidden_states=normed,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+        branch = self.proj_out(torch.cat([attended, activated], dim=2))
+        out = _in_range(gated(residual, branch, gate))
+        return out[:, :tokens], out[:, tokens:]
+
+
+def _in_range(x: Tensor) -> Tensor:
+    """diffusers keeps float16 finite here."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+# ---- attention with rotary embedding -------------------------------------------------------------
+
+
+def _check_processor(module: Any, name: str) -> None:
+    if type(module.processor).__name__ != name:
+        raise Unfit(f"its processor is {type(module.processor).__name__}")
+
+
+def angles(rotary: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """diffusers gives every angle twice, once for each feature of a pair."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = (t[..., ::2].to(x.device, dtype).contiguous() for t in rotary)
+    return cos, sin
+
+
+def normed_and_turned(x: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
+    """Query or key heads (batch, tokens, heads, head_dim)."""
+    if x.dtype != norm.weight.dtype:
+        return ops.apply_rotary(norm(x), cos, sin, interleaved=True)
+    weight, heads = norm.weight, x.shape[2]
+    return ops.qk_norm_rotary(x, weight, weight, cos, sin, heads, norm.eps, interleaved=True)
+
+
+class FluxAttention(Replacement):
+    uses = "qk_norm_rotary"
+    absorbs = ("norm_q", "norm_k")
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        _check_processor(module, "FluxAttnProcessor")
+        if module.norm_q.weight is None:
+            raise Unfit("its norms have no weight")
+        yield from super().assignments(module)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        # Another processor may have been chosen since.
+        if (
+            torch.compiler.is_compiling()
+            or type(self.processor).__name__ != "FluxAttnProcessor"
+            or self.fused_projections
+            or image_rotary_emb is None
+            or kwargs
+        ):
+            return super().forward(
+                hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
+            )
+        cos, sin = angles(image_rotary_emb, hidden_states)
+        tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        query, key, value = (
+            to(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for to in (self.to_q, self.to_k, self.to_v)
+        )
+        query = normed_and_turned(query, self.norm_q, cos[tokens:], sin[tokens:])
+        key = normed_and_turned(key, self.norm_k, cos[tokens:], sin[tokens:])
+        if encoder_hidden_states is not None:  # the tokens of the text come first
+            text_query, text_key, text_value = (
+                to(encoder_hidden_states).unflatten(-1, (-1, self.head_dim))
+                for to in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+            )
+            cos, sin = cos[:tokens], sin[:tokens]
+            text_query = normed_and_turned(text_query, self.norm_added_q, cos, sin)
+            text_key = normed_and_turned(text_key, self.norm_added_k, cos, sin)
+            query = torch.cat([text_query, query], dim=1)
+            key = torch.cat([text_key, key], dim=1)
+            value = torch.cat([text_value, value], dim=1)
+        out = _attend(self.processor, query, key, value, attention_mask).flatten(2)
+        if encoder_hidden_states is None:
+            return out
+        text, image = out[:, :tokens], out[:, tokens:]
+        image = self.to_out[1](self.to_out[0](image.contiguous()))
+        return image, self.to_add_out(text.contiguous())
+
+
+def _attend(
+    processor: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    parallel: bool = True,
+) -> Tensor:  # fmt: skip
+    """diffusers' attention, with the backend that was chosen for the processor."""
+    out = dispatch_attention_fn(
+        query, key, value, attn_mask=mask, backend=processor._attention_backend,
+        parallel_config=processor._parallel_config if parallel else None,
+    )  # fmt: skip
+    return out.to(query.dtype)
+
+
+class WanAttention(Replacement):
+    """Its norms are over all heads."""
+
+    uses = "rms_norm, apply_rotary"
+    absorbs = ("norm_q", "norm_k")
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        _check_processor(module, "WanAttnProcessor")
+        if module.add_k_proj is not None:
+            raise Unfit("it attends to images of the prompt too")
+        yield from super().assignments(module)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if (
+            torch.compiler.is_compiling()
+            or type(self.processor).__name__ != "WanAttnProcessor"
+            or self.fused_projections
+            or kwargs
+        ):
+            return super().forward(
+                hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
+            )
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = _rms_norm(self.norm_q, self.to_q(hidden_states)).unflatten(2, (self.heads, -1))
+        key = _rms_norm(self.norm_k, self.to_k(context)).unflatten(2, (self.heads, -1))
+        value = self.to_v(context).unflatten(2, (self.heads, -1))
+        if rotary_emb is not None:  # (1, tokens, 1, head_dim)
+            cos, sin = (t[0, :, 0] for t in angles(rotary_emb, query))
+            query = ops.apply_rotary(query, cos, sin, interleaved=True)
+            key = ops.apply_rotary(key, cos, sin, interleaved=True)
+        itself = encoder_hidden_states is None
+        out = _attend(self.processor, query, key, value, attention_mask, itself).flatten(2)
+        return self.to_out[1](self.to_out[0](out))
+
+
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    return norm(x) if x.dtype != norm.weight.dtype else ops.rms_norm(x, norm.weight, norm.eps)
+
+
+class WanBlock(Replacement):
+    """Its modulation is in float32, whatever the dtype of the model."""
+
+    uses = "modulated_layer_norm, gated_residual"
+    absorbs = ("norm1", "norm3")
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
+    ) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+        x, dtype = hidden_states, hidden_states.dtype
+        modulation = (self.scale_shift_table + temb.float()).unbind(-2)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation
+        normed = ops.modulated_layer_norm(x.float(), scale, shift, eps=self.norm1.eps).to(dtype)
+        attended = self.attn1(normed, None, None, rotary_emb)
+        x = ops.gated_residual(x.float(), attended.float(), gate).to(dtype)
+        x = x + self.attn2(self.norm2(x), encoder_hidden_states, None, None)
+        normed = ops.modulated_layer_norm(x.float(), scale_mlp, shift_mlp, eps=self.norm3.eps)
+        out = self.ffn(normed.to(dtype))
+        return ops.gated_residual(x.float(), out.float(), gate_mlp).to(dtype)

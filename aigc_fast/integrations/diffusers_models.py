@@ -1,0 +1,188 @@
+"""What takes the place of what in the models of diffusers: the table, its U-Nets and autoencoders.
+
+Transformer blocks are in diffusers_blocks.py.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aigc_fast import ops
+from aigc_fast.integrations import diffusers_blocks as blocks
+from aigc_fast.integrations._patching import Assignment, Replacement, Unfit, become
+from aigc_fast.nn.group_norm_act import modulated_group_norm_act
+
+
+def activation_of(module: nn.Module) -> str:
+    """Its name in `ops.group_norm_act`; Unfit where that has none."""
+    if type(module) is nn.SiLU:
+        return "silu"
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    raise Unfit(f"its activation is {type(module).__name__}")
+
+
+def _check_norm(norm: Any) -> None:
+    if not isinstance(norm, nn.GroupNorm) or norm.weight is None:
+        raise Unfit(f"its norm is {type(norm).__name__}")
+
+
+def group_norm(norm: Any, x: Tensor, activation: str = "none") -> Tensor:
+    """activation(norm(x)) in one operator. Queries of attention, (batch, channels, pixels), that
+    lie pixel by pixel are read as channels_last."""
+    args = norm.num_groups, norm.weight, norm.bias, norm.eps, activation
+    if x.dim() == 3 and not x.is_contiguous():
+        return ops.group_norm_act(x.unsqueeze(-1), *args).squeeze(-1)
+    return ops.group_norm_act(x, *args)
+
+
+class GroupNorm(Replacement):
+    uses = "group_norm_act"
+    weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Autocast brings an x of another dtype.
+        if torch.compiler.is_compiling() or x.dtype != self.weight.dtype:
+            return super().forward(x)
+        return group_norm(self, x)
+
+
+class HasGroupNorm(Replacement):
+    """A module whose own work stays, with a group norm that no activation follows."""
+
+    uses = "group_norm_act in its norm"
+    norm_name = "norm"
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        norm = getattr(module, cls.norm_name, None)
+        if norm is None:
+            raise Unfit("it has no group norm")
+        _check_norm(norm)
+        yield become(GroupNorm, norm)
+
+
+class Attention(HasGroupNorm):
+    norm_name = "group_norm"
+
+
+class NormThenSiLU(Replacement):
+    """A group norm that does the work of the SiLU after it too."""
+
+    uses = "group_norm_act"
+    weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        if x.dtype != self.weight.dtype:
+            return nn.functional.silu(super().forward(x))
+        return group_norm(self, x, "silu")
+
+
+class DoneBefore(Replacement):
+    """The SiLU whose work the norm before it does."""
+
+    uses = "group_norm_act, of the norm before it"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.compiler.is_compiling() else x
+
+
+class HasOutputNorm(Replacement):
+    """A U-Net, or half of an autoencoder: norm and activation before its last convolution."""
+
+    uses = "group_norm_act in its output"
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        norm, act = module.conv_norm_out, module.conv_act
+        _check_norm(norm)
+        if not isinstance(act, nn.SiLU):
+            raise Unfit(f"its activation is {type(act).__name__}")
+        yield from (become(NormThenSiLU, norm), become(DoneBefore, act))
+
+
+class ResnetBlock(Replacement):
+    uses = "group_norm_act"
+    absorbs = ("norm1", "norm2", "nonlinearity")
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        activation_of(module.nonlinearity)
+        for norm in (module.norm1, module.norm2):
+            _check_norm(norm)
+        if module.up or module.down:
+            raise Unfit("it changes the resolution")
+        if module.time_embedding_norm not in ("default", "scale_shift"):
+            raise Unfit(f"its time embedding is {module.time_embedding_norm}")
+        yield from super().assignments(module)
+
+    def forward(
+        self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if torch.compiler.is_compiling() or input_tensor.dtype != self.norm1.weight.dtype:
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        activation = activation_of(self.nonlinearity)
+        hidden = self.conv1(group_norm(self.norm1, input_tensor, activation))
+        if self.time_emb_proj is not None:
+            assert temb is not None
+            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        if self.time_embedding_norm == "scale_shift":
+            assert temb is not None
+            scale, shift = temb.chunk(2, dim=1)
+            hidden = modulated_group_norm_act(self.norm2, hidden, scale, shift, activation)
+        else:
+            if temb is not None:
+                hidden = hidden + temb[:, :, None, None]
+            hidden = group_norm(self.norm2, hidden, activation)
+        hidden = self.conv2(self.dropout(hidden))
+        if self.conv_shortcut is not None:
+            if self.training:  # as in diffusers, for the strides of gradients
+                input_tensor = input_tensor.contiguous()
+            input_tensor = self.conv_shortcut(input_tensor)
+        output = input_tensor + hidden
+        return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+def _table(**modules: dict[str, type[Replacement]]) -> dict[str, type[Replacement]]:
+    return {
+        f"diffusers.models.{name.replace('__', '.')}.{cls}": replacement
+        for name, rows in modules.items()
+        for cls, replacement in rows.items()
+    }
+
+
+#: module: class -> what takes its place
+TABLE = _table(
+    resnet=dict(ResnetBlock2D=ResnetBlock),
+    unets__unet_2d=dict(UNet2DModel=HasOutputNorm),
+    unets__unet_2d_condition=dict(UNet2DConditionModel=HasOutputNorm),
+    autoencoders__vae=dict(Encoder=HasOutputNorm, Decoder=HasOutputNorm),
+    attention_processor=dict(Attention=Attention),
+    embeddings=dict(Timesteps=blocks.Timesteps),
+    activations=dict(GEGLU=blocks.GEGLU, SwiGLU=blocks.SwiGLU),
+    normalization=dict(
+        RMSNorm=blocks.RMSNorm,
+        FP32LayerNorm=blocks.FP32LayerNorm,
+        AdaLayerNormZero=blocks.AdaLayerNormZero,
+        AdaLayerNormZeroSingle=blocks.AdaLayerNormZeroSingle,
+        SD35AdaLayerNormZeroX=blocks.SD35AdaLayerNormZeroX,
+        AdaLayerNormContinuous=blocks.AdaLayerNormContinuous,
+    ),
+    attention=dict(
+        BasicTransformerBlock=blocks.DiTBlock,
+        JointTransformerBlock=blocks.SD3Block,
+    ),
+    transformers__transformer_2d=dict(Transformer2DModel=HasGroupNorm),
+    transformers__transformer_flux=dict(
+        FluxAttention=blocks.FluxAttention,
+        FluxTransformerBlock=blocks.FluxBlock,
+        FluxSingleTransformerBlock=blocks.FluxSingleBlock,
+    ),
+    transformers__transformer_wan=dict(
+        WanAttention=blocks.WanAttention, WanTransformerBlock=blocks.WanBlock
+    ),
+)

@@ -1,0 +1,123 @@
+"""diffusers' configurations and checkpoints, from sources not trusted."""
+
+import os
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from aigc_fast.io.hf_folder import read_hf_folder
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def resolve(
+    config: Mapping[str, Any],
+    options: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    optional: tuple[str, ...] = (),
+) -> Any:
+    """The options of a diffusers configuration, as attributes.
+
+    options: name -> default, of those that the model has.
+    fixed:   name -> the only supported value, of the others.
+    optional: names of options that may be None though their default is not.
+
+    Raises ValueError for an unsupported value or an unknown name.
+    """
+    found = dict(options)
+    for name, value in config.items():
+        if name in options:
+            found[name] = tuple(value) if isinstance(value, list) else value
+            if not (_fits(found[name], options[name]) or (value is None and name in optional)):
+                raise ValueError(f"{name} must be like {options[name]!r}, got {value!r}")
+        elif name in fixed:
+            if value != fixed[name]:
+                raise ValueError(f"{name} must be {fixed[name]!r}, got {value!r}")
+        elif not name.startswith("_"):
+            raise ValueError(f"no option {name!r} is known")
+    return SimpleNamespace(**found)
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value, or each of a tuple's, is of the kind of the default."""
+    if value is None or (isinstance(default, tuple) and not isinstance(value, tuple)):
+        return value is default
+    first = default[0] if isinstance(default, tuple) else default
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(first, bool | str):
+            if type(item) is not type(first):
+                return False
+        elif type(item) not in (int, float) or item < 0:
+            return False
+    return True
+
+
+def from_state_dict(
+    build: Callable[[Mapping[str, Any]], Model],
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+) -> Model:
+    """A model with these very tensors; ValueError names the first that does not fit."""
+
+    def fetch(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in state:
+            raise ValueError(f"state: tensor {name!r} is missing")
+        if tuple(state[name].shape) != shape:
+            found = tuple(state[name].shape)
+            raise ValueError(f"state: tensor {name!r} must have shape {shape}, got {found}")
+        return state[name].detach()
+
+    return _load(build, config, set(state), fetch, "state")
+
+
+def from_folder(
+    build: Callable[[Mapping[str, Any]], Model],
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+) -> Model:
+    """A model from config.json and safetensors, memory-mapped where `dtype` is that of the file.
+
+    OSError where a file cannot be opened, ValueError where one is unsound or does not fit.
+    """
+    folder = read_hf_folder(path, "diffusion_pytorch_model")
+
+    def fetch(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = folder.get_tensor(name, shape)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    return _load(build, folder.config, set(folder.tensors), fetch, folder.path)
+
+
+#: what attention of early checkpoints is called
+_EARLY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def _load(
+    build: Callable[[Mapping[str, Any]], Model],
+    config: Mapping[str, Any],
+    names: set[str],
+    fetch: Callable[[str, tuple[int, ...]], Tensor],
+    source: str,
+) -> Model:
+    try:
+        with torch.device("meta"):  # shapes alone: no weight is made to be thrown away
+            model = build(config)
+    except ValueError as error:
+        raise ValueError(f"{source}: config: {error}") from None
+    state, unread = {}, set(names)
+    for key, like in model.state_dict().items():
+        name = key
+        module, _, kind = key.rpartition(".")
+        for new, early in _EARLY.items():
+            older = f"{module.removesuffix(new)}{early}.{kind}"
+            if key not in names and module.endswith(new) and older in names:
+                name = older
+        unread.discard(name)
+        state[key] = fetch(name, tuple(like.shape))
+    if unread:
+        raise ValueError(f"{source}: no use is known for tensor {min(unread)!r}")
+    model.load_state_dict(state, assign=True)
+    return model

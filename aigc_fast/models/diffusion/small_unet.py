@@ -1,0 +1,113 @@
+"""A small U-Net for small images.
+
+Not a configuration of `UNet`: it folds pixels into channels, pools, and joins one skip a block,
+where diffusers' convolves at full size, strides and joins a skip more a level: seven times the
+arithmetic on 28x28 digits (551 MFLOP a sample against 77, with the same three levels). A merge
+would leave that behind, or give `UNet` options that no checkpoint has.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aigc_fast import ops
+from aigc_fast.nn import GroupNormAct
+
+
+def _swish(x: Tensor) -> Tensor:
+    return ops.bias_act(x, None, 1, "swish", gain=1.0)
+
+
+class ResBlock(nn.Module):
+    """x + conv(swish(scale * norm(conv(swish(norm(x)))) + shift)), the embedding giving scale and
+    shift of each channel."""
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNormAct(8, in_channels, activation="silu")
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding_dim, 2 * out_channels)
+        self.norm2 = nn.GroupNorm(8, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
+        self.skip = (
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.norm2(self.conv1(self.norm1(x)))
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        return self.skip(x) + self.conv2(_swish(torch.addcmul(h + shift, h, scale)))
+
+
+class SmallUNet(nn.Module):
+    """From a noisy image, its timestep and its class, if any, to a prediction of its size.
+
+    The image is folded by `patch` (space to depth) on the way in and unfolded on the way out;
+    every level after the first halves it. Each block on the way up reads the output of its
+    counterpart on the way down.
+
+    channels: width of each level, a multiple of 8.
+    blocks: residual blocks of each level, each way.
+    num_classes: class number `num_classes` stands for "any", and is the only one if that is 0.
+    """
+
+    def __init__(
+        self,
+        image_channels: int = 1,
+        channels: Sequence[int] = (32, 64, 128),
+        blocks: int = 1,
+        patch: int = 2,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.patch, self.blocks, self.num_classes = patch, blocks, num_classes
+        self.time_features, dim = channels[0], 4 * channels[0]
+        self.time = nn.Sequential(nn.Linear(channels[0], dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.label = nn.Embedding(num_classes + 1, dim)
+        width = channels[0]
+        self.conv_in = nn.Conv2d(image_channels * patch**2, width, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for out in channels:
+            for _ in range(blocks):
+                self.down.append(ResBlock(width, out, dim))
+                width = out
+        self.middle = ResBlock(width, width, dim)
+        for out in reversed(channels):
+            for _ in range(blocks):
+                self.up.append(ResBlock(width + out, out, dim))
+                width = out
+        self.norm_out = GroupNormAct(8, width, activation="silu")
+        self.conv_out = nn.Conv2d(width, image_channels * patch**2, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(self, sample: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+        """sample (batch, channels, height, width), timesteps (batch,) -> shape of sample.
+
+        height and width: multiples of patch.
+        labels: int64 (batch,), or None for "any" throughout.
+        """
+        if labels is None:
+            labels = torch.full_like(timesteps, self.num_classes, dtype=torch.int64)
+        time = ops.timestep_embedding(
+            timesteps, self.time_features, flip_sin_to_cos=True, downscale_freq_shift=0.0
+        ).to(sample.dtype)
+        embedding = F.silu(self.time(time) + self.label(labels))
+
+        h = self.conv_in(F.pixel_unshuffle(sample, self.patch))
+        skips = []
+        for i, block in enumerate(self.down):
+            if i > 0 and i % self.blocks == 0:
+                h = F.avg_pool2d(h, 2, ceil_mode=True)
+            h = block(h, embedding)
+            skips.append(h)
+        h = self.middle(h, embedding)
+        for i, block in enumerate(self.up):
+            if i > 0 and i % self.blocks == 0:
+                h = F.interpolate(h, size=skips[-1].shape[2:])
+            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        return F.pixel_shuffle(self.conv_out(self.norm_out(h)), self.patch)

@@ -1,0 +1,91 @@
+"""Sampling from diffusers' UNet2DModel, stock, compiled and patched, in turns.
+
+The configuration is that of google/ddpm-cifar10-32, with random weights. "patched" is the one line
+`aigc_fast.patch(model)`; "patched_channels_last" and "patched_bfloat16" patch a model that torch's
+own `.to` has moved to that layout or to both, which is the policy that pays on CPUs.
+"""
+
+import copy
+import time
+
+import pytest
+import torch
+
+import aigc_fast
+from aigc_fast.schedulers import DDIMScheduler
+from benchmarks.bench_autoregressive import medians
+from benchmarks.machine import DEVICE
+
+diffusers = pytest.importorskip("diffusers")
+
+DDPM_CIFAR10 = dict(
+    sample_size=32,
+    block_out_channels=(128, 256, 256, 256),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=2,
+    attention_head_dim=None,
+    downsample_padding=0,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+    norm_eps=1e-6,
+)
+
+
+def models() -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    stock = diffusers.UNet2DModel(**DDPM_CIFAR10).eval().to(DEVICE)
+    found = {
+        "stock": stock,
+        "stock_bfloat16": copy.deepcopy(stock).bfloat16(),
+        "patched": copy.deepcopy(stock),
+        "patched_channels_last": copy.deepcopy(stock).to(memory_format=torch.channels_last),
+    }
+    found["patched_bfloat16"] = copy.deepcopy(found["patched_channels_last"]).bfloat16()
+    for name, model in found.items():
+        if name.startswith("patched"):
+            aigc_fast.patch(model)
+    found["compiled"] = torch.compile(copy.deepcopy(stock))
+    return found
+
+
+@torch.inference_mode()
+def sample(model: torch.nn.Module, batch: int, steps: int) -> torch.Tensor:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(steps, DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 3, 32, 32, generator=generator).to(DEVICE)
+    dtype = next(model.parameters()).dtype
+    for timestep in scheduler.timesteps.tolist():
+        noise = model(x.to(dtype), timestep).sample
+        x = scheduler.step(noise.float(), timestep, x)
+    return x.cpu()  # waits for a GPU
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def bench_diffusion_sampling(benchmark, request, batch) -> None:
+    quick = request.config.getoption("--quick")
+    steps, rounds = (2, 2) if quick else (20, 5)
+    found = models()
+    reference = sample(found["stock"], batch, steps)
+    start = time.perf_counter()
+    sample(found["compiled"], batch, 1)
+    compile_seconds = time.perf_counter() - start
+    for name, model in found.items():  # no speed-up of a wrong result
+        off = (sample(model, batch, steps) - reference).norm() / reference.norm()
+        assert off < (0.05 if "bfloat16" in name else 1e-3), (name, off)
+
+    def seconds(model: torch.nn.Module) -> float:
+        start = time.perf_counter()
+        sample(model, batch, steps)
+        return (time.perf_counter() - start) / steps
+
+    times = medians({name: lambda m=model: seconds(m) for name, model in found.items()}, rounds)
+    benchmark.extra_info.update(
+        dtype="float32",
+        threads=torch.get_num_threads(),
+        seconds=times,
+        compile_seconds=compile_seconds,
+        stock_over={name: times["stock"] / value for name, value in times.items()},
+    )
+    benchmark.pedantic(lambda: sample(found["patched"], batch, 1), rounds=1)

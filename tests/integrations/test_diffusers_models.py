@@ -1,0 +1,220 @@
+"""aigc_fast.patch on diffusers' models, beside the same models unpatched."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import aigc_fast
+from aigc_fast.integrations._patching import Replacement
+from tests.ops.test_every_op import assert_as_good_as_torch, recorded
+
+pytest.importorskip("diffusers")
+
+from tests.integrations.diffusers_zoo import CASES, exact, gradients, inputs_of, make, outputs
+
+EVERY_MODEL = pytest.mark.parametrize("name", CASES)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def snapshot(model):
+    """Everything that unpatch must bring back, by identity."""
+    state = [(id(m), type(m), dict(m.__dict__)) for m in model.modules()]
+    return state, {key: id(p) for key, p in model.named_parameters()}
+
+
+def assert_error_ratio(ours, stock, want, dtype) -> None:
+    """The rule of this library for the output, and for the gradient as the one vector that it is:
+    at most twice as wrong as stock. Each parameter's part is in units of its largest value, or of a
+    thousandth of the largest of all where it ought to be zero (biases of keys). Not parameter by
+    parameter: of a hundred small tensors some are lucky on either side."""
+    assert_as_good_as_torch(ours[:1], stock[:1], want[:1], dtype)
+    if len(want) > 1:
+        largest = torch.stack([g.abs().max() for g in want[1:]])
+        units = largest.clamp(min=1e-3 * largest.max())
+
+        def error(gradients):
+            parts = zip(gradients[1:], want[1:], units, strict=True)
+            return sum(((g.double() - e) / unit).square().sum() for g, e, unit in parts).sqrt()
+
+        assert all(o.dtype == s.dtype for o, s in zip(ours, stock, strict=True))
+        assert error(ours) <= 2 * error(stock)
+
+
+@EVERY_DTYPE
+@EVERY_MODEL
+def test_outputs_and_gradients_are_as_good_as_stock(name, dtype) -> None:
+    model, inputs = make(name, dtype), inputs_of(name, dtype)
+    want = exact(gradients, model, inputs)
+    stock = gradients(model, inputs)
+    aigc_fast.patch(model)
+    with recorded() as calls:
+        ours = gradients(model, inputs)
+    assert_error_ratio(ours, stock, want, dtype)
+    names = {op.name.removesuffix("_full") for op, _ in calls}
+    assert {n for n in names if "backward" not in n} == CASES[name].operators
+
+
+@pytest.mark.parametrize("name", ["unet", "unet, modulated", "unet with text", "autoencoder"])
+def test_channels_last(name) -> None:
+    model, inputs = make(name).to(memory_format=torch.channels_last), inputs_of(name)
+    inputs["sample"] = inputs["sample"].contiguous(memory_format=torch.channels_last)
+    want, stock = exact(gradients, model, inputs), gradients(model, inputs)
+    aigc_fast.patch(model)
+    ours = gradients(model, inputs)
+    assert_error_ratio(ours, stock, want, torch.float32)
+    assert ours[0].stride() == stock[0].stride()
+
+
+@EVERY_MODEL
+def test_everything_comes_back(name) -> None:
+    model = make(name)
+    before, keys = snapshot(model), list(model.state_dict())
+    report = aigc_fast.patch(model)
+    assert list(model.state_dict()) == keys
+    assert aigc_fast.patch(model) == report
+    assert report.model == CASES[name].cls and report.replaced and "Linear" in report.kept
+    for module in model.modules():
+        assert isinstance(module, type(module).__mro__[-1])
+    aigc_fast.unpatch(model)
+    assert snapshot(model) == before
+    aigc_fast.unpatch(model)
+    assert snapshot(model) == before
+
+
+@EVERY_MODEL
+def test_copies_are_patched_and_can_be_unpatched(name) -> None:
+    model, inputs = make(name), inputs_of(name)
+    stock = outputs(model, inputs)
+    aigc_fast.patch(model)
+    want = outputs(model, inputs)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(outputs(twin, inputs)[0], want[0])
+        aigc_fast.unpatch(twin)
+        assert torch.equal(outputs(twin, inputs)[0], stock[0])
+    assert torch.equal(outputs(model, inputs)[0], want[0])
+
+
+@pytest.mark.parametrize("name", ["unet", "dit", "flux", "wan"])
+def test_no_new_graph_breaks(name) -> None:
+    model, inputs = make(name), inputs_of(name)
+
+    def breaks():
+        torch._dynamo.reset()
+        found = torch._dynamo.explain(lambda: outputs(model, inputs)[0])()
+        return found.graph_break_count, found.graph_count
+
+    before = breaks()
+    aigc_fast.patch(model)
+    assert breaks() == before
+    torch._dynamo.reset()
+
+
+class LoRALinear(nn.Linear):
+    """A subclass put in the place of a Linear, as adapters of some libraries are."""
+
+    def __init__(self, base) -> None:
+        super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.load_state_dict(base.state_dict())
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("first", ["adapters", "patch"])
+@pytest.mark.parametrize("name", ["unet with text", "flux", "wan"])
+def test_adapters(name, first) -> None:
+    model, inputs = make(name), inputs_of(name)
+    if first == "patch":
+        aigc_fast.patch(model)
+    for module in list(model.modules()):
+        if hasattr(module, "to_q"):
+            module.to_q = LoRALinear(module.to_q)
+    if first == "adapters":
+        aigc_fast.patch(model)
+    ours = gradients(model, inputs)
+    aigc_fast.unpatch(model)
+    want, stock = exact(gradients, model, inputs), gradients(model, inputs)
+    assert_error_ratio(ours, stock, want, torch.float32)
+
+
+@EVERY_MODEL
+def test_autocast(name) -> None:
+    model, inputs = make(name), inputs_of(name)
+    want = exact(outputs, model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = outputs(model, inputs)
+        aigc_fast.patch(model)
+        ours = outputs(model, inputs)
+    assert_error_ratio(ours, stock, want, torch.bfloat16)
+
+
+def test_gradient_checkpointing_and_hooks() -> None:
+    model, inputs = make("unet"), inputs_of("unet")
+    seen = []
+    model.down_blocks[0].resnets[0].conv1.register_forward_hook(lambda *a: seen.append(a[0]))
+    want, stock = exact(gradients, model, inputs), gradients(model, inputs)
+    aigc_fast.patch(model)
+    model.enable_gradient_checkpointing()
+    model.train()
+    seen.clear()
+    assert_error_ratio(gradients(model, inputs), stock, want, torch.float32)
+    assert len(seen) == 2  # forward, and again for backward
+
+
+def test_a_pipeline() -> None:
+    from diffusers import DDIMScheduler, DDPMPipeline
+
+    pipe = DDPMPipeline(make("unet"), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample():
+        generator = torch.Generator().manual_seed(0)
+        return pipe(1, generator, num_inference_steps=3, output_type="np").images
+
+    before, stock = snapshot(pipe.unet), sample()
+    report = aigc_fast.patch(pipe)
+    assert report.model == "DDPMPipeline" and report.replaced["ResnetBlock2D"][0] == 8
+    torch.testing.assert_close(torch.tensor(sample()), torch.tensor(stock), atol=1e-4, rtol=0)
+    assert aigc_fast.patch(pipe.unet).replaced == report.replaced
+    aigc_fast.unpatch(pipe)
+    assert snapshot(pipe.unet) == before
+
+
+def test_what_does_not_fit_is_kept_and_reported() -> None:
+    model = make("unet with text")
+    resnet = model.down_blocks[0].resnets[0]
+    resnet.nonlinearity = nn.Mish()
+    model.mid_block.resnets[0].norm1 = nn.Identity()
+    model.conv_act.forward = lambda x: x
+    report = aigc_fast.patch(model)
+    kept = {(name, why) for name, (_, why) in report.kept.items()}
+    assert ("UNet2DConditionModel", "the forward of its SiLU was replaced on the object") in kept
+    assert ("BasicTransformerBlock", "its norm_type is layer_norm") in kept
+    assert ("Attention", "it has no group norm") in kept
+    assert report.kept["ResnetBlock2D"][1] in ("its activation is Mish", "its norm is Identity")
+    assert not isinstance(model.conv_norm_out, Replacement)
+    aigc_fast.unpatch(model)
+    assert not any(isinstance(m, Replacement) for m in model.modules())
+
+
+def test_another_processor_chosen_later() -> None:
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    class Mine(FluxAttnProcessor):
+        calls = 0
+
+        def __call__(self, *args, **kwargs):
+            Mine.calls += 1
+            return super().__call__(*args, **kwargs)
+
+    model, inputs = make("flux"), inputs_of("flux")
+    aigc_fast.patch(model)
+    want = outputs(model, inputs)
+    model.set_attn_processor(Mine())
+    torch.testing.assert_close(outputs(model, inputs), want)
+    assert Mine.calls == 2
