@@ -130,12 +130,13 @@ class TrainingSession(ABC):
         recent.clear()
 
     def _keep(self) -> None:
-        state = {"networks": self.networks, "trainer": self.trainer.state_dict()}
-        save_checkpoint(self.checkpoint, {**state, "seconds": self.seconds})
+        """The checkpoint last: where there is one, what it shows is there too."""
         self.keep_samples()
         steps, *columns = zip(*self.log.read(), strict=True)
         curves = dict(zip(self.losses, columns, strict=False))
         save_losses(self.options.output / "losses.png", curves, 3, steps, label=self.loss_label)
+        state = {"networks": self.networks, "trainer": self.trainer.state_dict()}
+        save_checkpoint(self.checkpoint, {**state, "seconds": self.seconds})
 
 
 def load_data(name: str, size: int) -> tuple[Tensor, Tensor]:
