@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from aigc_fast.io import load_digits
+from aigc_fast.io import load_digits, load_images
 from aigc_fast.training import (
     RECIPES,
     CSVLog,
@@ -186,7 +186,9 @@ class Session:
 def load_data(name: str, size: int) -> tuple[Tensor, Tensor]:
     """Images, uint8 (count, channels, size, size), and labels; `name` is "digits" or a folder."""
     if name != "digits":
-        raise ValueError(f"data must be digits, got {name!r}")
+        if not Path(name).is_dir():
+            raise ValueError(f"data must be digits or a folder of images, got {name!r}")
+        return load_images(name, size)
     images, labels = load_digits()
     images = images[:, None]
     if size != images.shape[-1]:
