@@ -12,7 +12,11 @@ from aigc_fast.io import load_images
 
 def save(path, color, size=(6, 4)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((size[1], size[0], len(color)), color, np.uint8).squeeze()).save(path)
+    Image.fromarray(
+        np.full((size[1], size[0], len(color)), color, np.uint8).squeeze(
+            -1 if len(color) == 1 else ()
+        )
+    ).save(path)
 
 
 def test_images_are_squares_of_their_classes(tmp_path):
