@@ -4,6 +4,7 @@ from .digits import load_digits
 from .gguf import GGUFFile, GGUFTensor, read_gguf
 from .hf_folder import HFFolder, read_hf_folder
 from .ncnn import NcnnLayer, NcnnNetwork, find_realesrgan, read_ncnn
+from .images import load_images
 from .quantized import pack_gguf
 from .tokenizer import TextTokenizer, load_tokenizer
 
@@ -16,6 +17,7 @@ __all__ = [
     "TextTokenizer",
     "find_realesrgan",
     "load_digits",
+    "load_images",
     "load_tokenizer",
     "pack_gguf",
     "read_gguf",
