@@ -3,8 +3,8 @@
 from .digits import load_digits
 from .gguf import GGUFFile, GGUFTensor, read_gguf
 from .hf_folder import HFFolder, read_hf_folder
-from .ncnn import NcnnLayer, NcnnNetwork, find_realesrgan, read_ncnn
 from .images import load_images
+from .ncnn import NcnnLayer, NcnnNetwork, find_realesrgan, read_ncnn
 from .quantized import pack_gguf
 from .tokenizer import TextTokenizer, load_tokenizer
 
