@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,3 +154,15 @@ def test_sampling_refuses(trained, tmp_path):
     assert result.exit_code == 2 and "scheduler must be one of ddim" in result.output
     result = run("sample", "diffusion", *options, "--output", tmp_path / "x.jpg")
     assert result.exit_code == 2 and "output must be a .png or .gif" in result.output
+
+
+@pytest.mark.parametrize("name", ["digits_v", "digits_flow"])
+def test_the_models_in_the_docs(name, tmp_path):
+    checkpoint = Path(__file__).parents[2] / "docs" / "diffusion" / f"{name}.safetensors"
+    options = ("--checkpoint", checkpoint, "--label", 7, "--guidance", 2, "--count", 20)
+    result = run("sample", "diffusion", *options, "--steps", 10, "--output", tmp_path / "7.png")
+    assert result.exit_code == 0, result.output
+    images = torch.from_numpy(np.array(Image.open(tmp_path / "7.png"))).float() / 127.5 - 1
+    # A seven has its bar above and its foot below the middle: more ink in the upper half.
+    rows = images.view(2, 96, 10, 96)[:, 6:90, :, 6:90]
+    assert ((rows[:, :42] > 0).sum() > 1.2 * (rows[:, 42:] > 0).sum()).item()
