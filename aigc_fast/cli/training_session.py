@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from aigc_fast.io import load_digits
+from aigc_fast.io import load_digits, load_images
 from aigc_fast.training import CSVLog, load_checkpoint, save_checkpoint
 
 from .pictures import save_losses
@@ -140,13 +140,18 @@ class TrainingSession(ABC):
 
 
 def load_data(name: str, size: int) -> tuple[Tensor, Tensor]:
-    """Images (count, channels, size, size) in [-1, 1] and labels; `name` is "digits"."""
-    if name != "digits":
-        raise ValueError(f"data must be digits, got {name!r}")
-    images, labels = load_digits()
-    if size != images.shape[-1]:
-        raise ValueError(f"size must be 28 for the digits, got {size}")
-    return images[:, None].float() / 127.5 - 1, labels
+    """Images (count, channels, size, size) in [-1, 1] and labels; `name` is "digits" or a folder of
+    images."""
+    if name == "digits":
+        digits, labels = load_digits()
+        images = digits[:, None]
+        if size != images.shape[-1]:
+            raise ValueError(f"size must be 28 for the digits, got {size}")
+    elif Path(name).is_dir():
+        images, labels = load_images(name, size)
+    else:
+        raise ValueError(f"data must be digits or a folder of images, got {name!r}")
+    return images.float() / 127.5 - 1, labels
 
 
 def _progress_bar(console: Console) -> Progress:

@@ -3,6 +3,7 @@
 from .digits import load_digits
 from .gguf import GGUFFile, GGUFTensor, read_gguf
 from .hf_folder import HFFolder, read_hf_folder
+from .images import load_images
 from .quantized import pack_gguf
 from .tokenizer import TextTokenizer, load_tokenizer
 
@@ -12,6 +13,7 @@ __all__ = [
     "HFFolder",
     "TextTokenizer",
     "load_digits",
+    "load_images",
     "load_tokenizer",
     "pack_gguf",
     "read_gguf",

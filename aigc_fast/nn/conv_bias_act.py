@@ -65,7 +65,7 @@ class ConvTranspose2dBiasAct(nn.ConvTranspose2d):
         if output_size is not None:
             raise ValueError("output_size must be None: give output_padding to the constructor")
         y = F.conv_transpose2d(
-            input, self.weight, None, self.stride, self.padding,
+            input, self.weight, None, self.stride, self.padding,  # type: ignore[arg-type]
             self.output_padding, self.groups, self.dilation,
         )  # fmt: skip
         bias = of_dtype(self.bias, y)

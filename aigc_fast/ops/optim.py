@@ -101,11 +101,9 @@ def _reference(
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool,
     ema_decay: float, max_norm: float | None,
 ) -> None:  # fmt: skip
-    taken: Tensor | bool = True
-    if norm is not None:
-        taken = norm.isfinite()
-        if skipped is not None:
-            skipped.add_(~taken)
+    taken = None if norm is None else norm.isfinite()
+    if taken is not None and skipped is not None:
+        skipped.add_(~taken)
     dtype = _wide(params[0].dtype)
     for i, param in enumerate(params):
         p, g, m, v = (t[i].to(dtype) for t in (params, grads, exp_avgs, exp_avg_sqs))
@@ -126,7 +124,7 @@ def _reference(
             average = averages[i].to(dtype)
             new.append((averages[i], average + (1 - ema_decay) * (p - average)))
         for tensor, value in new:
-            tensor.copy_(value if taken is True else torch.where(taken, value, tensor))
+            tensor.copy_(value if taken is None else torch.where(taken, value, tensor))
 
 
 def _check_norm(grads: list[Tensor], loss: Tensor | None = None) -> None:

@@ -194,8 +194,8 @@ class GANTrainer:
         self.d_optimizer.step(loss=total)
         if recipe.weight_clip is not None:
             with torch.no_grad():
-                torch._foreach_clamp_min_(self.d_parameters, -recipe.weight_clip)
-                torch._foreach_clamp_max_(self.d_parameters, recipe.weight_clip)
+                for parameter in self.d_parameters:
+                    parameter.clamp_(-recipe.weight_clip, recipe.weight_clip)
         return d_loss.detach()
 
     def _penalty(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
@@ -204,7 +204,7 @@ class GANTrainer:
         terms = [
             penalty(self._judge, samples, labels)
             for name, penalty, samples in (("r1", r1_penalty, real), ("r2", r2_penalty, fake))
-            if name in self.recipe.penalty.split("+")
+            if name in str(self.recipe.penalty).split("+")
         ]
         return sum(terms[1:], terms[0])
 

@@ -52,9 +52,7 @@ class Adam(torch.optim.Adam):
         self.skipped = torch.zeros((), device=everything[0].device)
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, loss: Tensor | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | None = None) -> Any:
         """One step; returns what `closure` returns.
 
         loss: a scalar tensor; where it is not finite the step is skipped.
@@ -68,7 +66,7 @@ class Adam(torch.optim.Adam):
             grads = [p.grad for group in self.param_groups for p in group["params"]]
             norm = ops.gradient_norm([g for g in grads if g is not None], loss)
         ema_decay = 0.0 if self.average is None else self.average.next_decay()
-        counter = self.skipped
+        counter: Tensor | None = self.skipped
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:

@@ -2,12 +2,14 @@
 length). Each is a scalar to be added to the loss; its backward is a double backward of the network,
 which the operators of this library run on their compiled kernels."""
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def gradient_penalty(
-    discriminator: nn.Module,
+    discriminator: Callable[..., Tensor],
     real: Tensor,
     fake: Tensor,
     labels: Tensor | None = None,
@@ -32,7 +34,9 @@ def gradient_penalty(
     return (norms - target).square().mean()
 
 
-def r1_penalty(discriminator: nn.Module, real: Tensor, labels: Tensor | None = None) -> Tensor:
+def r1_penalty(
+    discriminator: Callable[..., Tensor], real: Tensor, labels: Tensor | None = None
+) -> Tensor:
     """mean(|dD/dx|^2) / 2 at real samples x, to be weighted by gamma.
 
     Source: Mescheder et al. 2018, arXiv:1801.04406. The same at generated samples is R2.
@@ -40,7 +44,9 @@ def r1_penalty(discriminator: nn.Module, real: Tensor, labels: Tensor | None = N
     return _input_gradients(discriminator, real, labels).square().sum(1).mean() / 2
 
 
-def r2_penalty(discriminator: nn.Module, fake: Tensor, labels: Tensor | None = None) -> Tensor:
+def r2_penalty(
+    discriminator: Callable[..., Tensor], fake: Tensor, labels: Tensor | None = None
+) -> Tensor:
     """mean(|dD/dx|^2) / 2 at generated samples x, which are taken as constants."""
     return r1_penalty(discriminator, fake, labels)
 
@@ -71,7 +77,9 @@ def path_length_penalty(
     return (lengths - mean_length).square().mean()
 
 
-def _input_gradients(discriminator: nn.Module, samples: Tensor, labels: Tensor | None) -> Tensor:
+def _input_gradients(
+    discriminator: Callable[..., Tensor], samples: Tensor, labels: Tensor | None
+) -> Tensor:
     """dD/dx of each sample as a row, in float32 or better, differentiable."""
     leaf = samples.detach().requires_grad_()
     logits = discriminator(leaf) if labels is None else discriminator(leaf, labels)

@@ -113,6 +113,16 @@ def test_flow_without_labels(monkeypatch, tmp_path):
         assert result.exit_code == 2 and words in result.output.replace("\n", " ")
 
 
+def test_trains_on_a_folder_of_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 30), (60 * i, 90, 9)).save(tmp_path / "images" / f"{i}.png")
+    options = ("--data", tmp_path / "images", "--size", 16, "--steps", 1)
+    result = train(tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "out" / "samples.png").mode == "RGB"
+
+
 @pytest.mark.parametrize("prediction", ["v", "epsilon"])
 @pytest.mark.parametrize("name", ["dpmpp_2m", "ddim", "unipc", "euler"])
 def test_schedulers_are_of_the_models_noise(name, prediction):
@@ -124,10 +134,11 @@ def test_schedulers_are_of_the_models_noise(name, prediction):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--data", "nowhere"), "data must be digits"),
+        (("--data", "nowhere"), "data must be digits or a folder"),
         (("--prediction", "x0"), "prediction must be one of epsilon, v, flow"),
         (("--batch", 5001), "batch must be at most 5000"),
         (("--channels", 5), "channels must be a multiple of 8, got 5"),
+        (("--size", 27), "size must be even, got 27"),
         (("--resume",), "checkpoint.pt"),
     ],
 )

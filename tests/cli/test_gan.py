@@ -64,13 +64,24 @@ def test_stops_after_some_minutes(tmp_path):
     assert len(rows(tmp_path / "out")) == 1
 
 
+def test_trains_on_a_folder_of_images(tmp_path):
+    for i in range(8):
+        (tmp_path / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        color = (30 * i, 200 - 20 * i, 90)
+        Image.new("RGB", (40, 30), color).save(tmp_path / "images" / str(i % 2) / f"{i}.png")
+    options = ("--data", tmp_path / "images", "--size", 32, "--conditional", "--loss", "r3gan")
+    result = train(tmp_path / "out", *options, "--steps", 1)
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "out" / "samples.png").mode == "RGB"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (("--loss", "bce"), "loss must be one of non-saturating"),
         (("--arch", "biggan"), "arch must be one of mlp, dcgan"),
         (("--size", 64), "size must be 28 for the digits"),
-        (("--data", "nowhere"), "data must be digits"),
+        (("--data", "nowhere"), "data must be digits or a folder"),
         (("--batch", 51), "batch must be at most 50"),
         (("--arch", "mlp", "--conditional"), "the architecture mlp takes no labels"),
         (("--resume",), "checkpoint.pt"),
