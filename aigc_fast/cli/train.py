@@ -45,7 +45,8 @@ def gan(
 @train.command()
 def diffusion(
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is written.")],
-    data: Annotated[str, typer.Option(help="digits.")] = "digits",
+    data: Annotated[str, typer.Option(help="digits, or a folder of images.")] = "digits",
+    size: Annotated[int, typer.Option(help="Pixels, an even number.")] = 28,
     class_conditional: Annotated[
         bool, typer.Option("--class-conditional", help="Learn the classes.")
     ] = False,
@@ -74,7 +75,7 @@ def diffusion(
     from .train_diffusion import Options, run
 
     options = Options(
-        output=output, data=data, class_conditional=class_conditional, prediction=prediction,
+        output=output, data=data, size=size, class_conditional=class_conditional, prediction=prediction,
         schedule=schedule, weighting=weighting, channels=channels, steps=steps, minutes=minutes,
         batch=batch, lr=lr, bf16=bf16, gradient_checkpointing=gradient_checkpointing, seed=seed,
         every=every, resume=resume,

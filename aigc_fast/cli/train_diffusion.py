@@ -27,6 +27,7 @@ class Options(RunOptions):
     schedule: str = "cosine"
     weighting: str | None = None
     class_conditional: bool = False
+    size: int = 28
     channels: int = 32
     lr: float = 2e-3
     bf16: bool = False
@@ -57,8 +58,10 @@ class Session(TrainingSession):
         )  # fmt: skip
         if options.channels < 8 or options.channels % 8:
             raise ValueError(f"channels must be a multiple of 8, got {options.channels}")
+        if options.size < 2 or options.size % 2:
+            raise ValueError(f"size must be even, got {options.size}")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        samples, labels = load_data(options.data, 28)
+        samples, labels = load_data(options.data, options.size)
         classes = int(labels.max()) + 1 if options.class_conditional else 0
         self.samples = samples.to(device)
         self.labels = labels.to(device) if options.class_conditional else None

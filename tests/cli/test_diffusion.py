@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,6 +113,16 @@ def test_flow_without_labels(monkeypatch, tmp_path):
         assert result.exit_code == 2 and words in result.output.replace("\n", " ")
 
 
+def test_trains_on_a_folder_of_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 30), (60 * i, 90, 9)).save(tmp_path / "images" / f"{i}.png")
+    options = ("--data", tmp_path / "images", "--size", 16, "--steps", 1)
+    result = train(tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "out" / "samples.png").mode == "RGB"
+
+
 @pytest.mark.parametrize("prediction", ["v", "epsilon"])
 @pytest.mark.parametrize("name", ["dpmpp_2m", "ddim", "unipc", "euler"])
 def test_schedulers_are_of_the_models_noise(name, prediction):
@@ -122,10 +134,11 @@ def test_schedulers_are_of_the_models_noise(name, prediction):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--data", "nowhere"), "data must be digits"),
+        (("--data", "nowhere"), "data must be digits or a folder"),
         (("--prediction", "x0"), "prediction must be one of epsilon, v, flow"),
         (("--batch", 5001), "batch must be at most 5000"),
         (("--channels", 5), "channels must be a multiple of 8, got 5"),
+        (("--size", 27), "size must be even, got 27"),
         (("--resume",), "checkpoint.pt"),
     ],
 )
@@ -152,3 +165,15 @@ def test_sampling_refuses(trained, tmp_path):
     assert result.exit_code == 2 and "scheduler must be one of ddim" in result.output
     result = run("sample", "diffusion", *options, "--output", tmp_path / "x.jpg")
     assert result.exit_code == 2 and "output must be a .png or .gif" in result.output
+
+
+@pytest.mark.parametrize("name", ["digits_v", "digits_flow"])
+def test_the_models_in_the_docs(name, tmp_path):
+    checkpoint = Path(__file__).parents[2] / "docs" / "diffusion" / f"{name}.safetensors"
+    options = ("--checkpoint", checkpoint, "--label", 7, "--guidance", 2, "--count", 20)
+    result = run("sample", "diffusion", *options, "--steps", 10, "--output", tmp_path / "7.png")
+    assert result.exit_code == 0, result.output
+    images = torch.from_numpy(np.array(Image.open(tmp_path / "7.png"))).float() / 127.5 - 1
+    # A seven has its bar above and its foot below the middle: more ink in the upper half.
+    rows = images.view(2, 96, 10, 96)[:, 6:90, :, 6:90]
+    assert ((rows[:, :42] > 0).sum() > 1.2 * (rows[:, 42:] > 0).sum()).item()
