@@ -246,7 +246,7 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # ---- what is fused with what ----------------------------------------------------------------
 
 
-def _row(table: dict[type, Any], module: nn.Module) -> Any:
+def _row(table: dict[Any, Any], module: nn.Module) -> Any:
     """The table's row of a module with the forward of a stock class; None if there is none."""
     for stock, row in table.items():
         own = "forward" in module.__dict__ or type(module).forward is not stock.forward
