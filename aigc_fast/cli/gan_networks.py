@@ -18,7 +18,8 @@ from aigc_fast.models.gan import (
 Config = dict[str, Any]
 
 
-def make_generator(config: Config) -> nn.Module:
+def make_generator(config: Config) -> Any:
+    """A module with `latent_dim`."""
     return _ARCHITECTURES[config["arch"]][0](config)
 
 

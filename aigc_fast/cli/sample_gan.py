@@ -1,10 +1,11 @@
 """Samples of a GAN from its checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from aigc_fast.training import load_checkpoint
 
@@ -12,7 +13,7 @@ from .gan_networks import draw, make_generator
 from .pictures import save_grid
 
 
-def load_generator(checkpoint: Path, device: torch.device) -> nn.Module:
+def load_generator(checkpoint: Path, device: torch.device) -> Any:
     """The averaged generator of a checkpoint of `aigc-fast train gan`; ValueError for another."""
     state = load_checkpoint(checkpoint, device)
     try:
@@ -25,7 +26,7 @@ def load_generator(checkpoint: Path, device: torch.device) -> nn.Module:
 
 
 def samples_of(
-    generator: nn.Module, count: int, label: int | None = None, seed: int = 0
+    generator: Any, count: int, label: int | None = None, seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """(images (count, channels, height, width) in [-1, 1], their classes) on the CPU."""
     device = next(generator.parameters()).device

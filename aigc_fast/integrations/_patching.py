@@ -147,4 +147,5 @@ def become(replacement: type[Replacement], child: nn.Module) -> Assignment:
     """What makes `child` ours where its parent decides it, whose own class need not change."""
     if "forward" in child.__dict__:
         raise Unfit(f"the forward of its {_stock(child).__name__} was replaced on the object")
-    return Assignment(child, "__class__", fast_class(replacement, _stock(child)))
+    fast = fast_class(replacement, _stock(child))  # type: ignore[arg-type]  # classes do hash
+    return Assignment(child, "__class__", fast)
