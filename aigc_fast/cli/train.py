@@ -75,9 +75,9 @@ def diffusion(
     from .train_diffusion import Options, run
 
     options = Options(
-        output=output, data=data, size=size, class_conditional=class_conditional, prediction=prediction,
-        schedule=schedule, weighting=weighting, channels=channels, steps=steps, minutes=minutes,
-        batch=batch, lr=lr, bf16=bf16, gradient_checkpointing=gradient_checkpointing, seed=seed,
-        every=every, resume=resume,
+        output=output, data=data, size=size, class_conditional=class_conditional,
+        prediction=prediction, schedule=schedule, weighting=weighting, channels=channels,
+        steps=steps, minutes=minutes, batch=batch, lr=lr, bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing, seed=seed, every=every, resume=resume,
     )  # fmt: skip
     raise typer.Exit(run(Console(highlight=False), options))
