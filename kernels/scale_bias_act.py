@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .group_norm_act import _Layout, _ordered, _tile
+from .group_norm_act import _Layout, _tile, ordered
 from .math import fp32
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
@@ -184,7 +184,7 @@ def _like(sums: Tensor, parameter: Tensor | None) -> Tensor:
 def scale_bias_act(
     x, scale=None, noise=None, strength=None, bias=None, alpha=1.0, gain=1.0, clamp=None
 ) -> Tensor:
-    x = _ordered(x)
+    x = ordered(x)
     y = torch.empty_like(x)
     if x.numel():
         t = _Layout(x, 1)
@@ -198,7 +198,7 @@ def scale_bias_act(
 def scale_bias_act_backward(
     dy, x, scale, noise, strength, bias, alpha, gain, clamp
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = _ordered(x)
+    x = ordered(x)
     dx = torch.empty_like(x)
     t = _Layout(x, 1) if x.numel() else None
     part = x.new_zeros(*x.shape[:2], t.pieces if t else 1, 3, dtype=torch.float32)
@@ -215,7 +215,7 @@ def scale_bias_act_backward(
 def scale_bias_act_double_backward(
     gg_x, gg_scale, gg_strength, gg_bias, dy, x, scale, noise, strength, bias, alpha, gain, clamp
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = _ordered(x)
+    x = ordered(x)
     grad_dy, grad_x = torch.empty_like(x), torch.empty_like(x)
     t = _Layout(x, 1) if x.numel() else None
     part = x.new_zeros(*x.shape[:2], t.pieces if t else 1, dtype=torch.float32)

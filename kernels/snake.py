@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bias_act import _dense, _in_order_of, _load_bias, _store_bias_grad, _tile, _Tiling
+from .bias_act import _load_bias, _store_bias_grad, _tile, _Tiling, dense, in_order_of
 from .math import sines
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
@@ -84,7 +84,7 @@ def _double_backward(
 
 
 def snake(x, alpha, beta) -> Tensor:
-    x = _dense(x)
+    x = dense(x)
     y = torch.empty_like(x)
     if x.numel():
         t = _Tiling(x, alpha, 1)
@@ -109,15 +109,15 @@ def _with_sums(kernel, before, x, alpha, beta, outputs) -> tuple[Tensor, ...]:
 
 
 def snake_backward(dy, x, alpha, beta) -> tuple[Tensor, ...]:
-    x = _dense(x)
-    before = (_in_order_of(dy, x),)
+    x = dense(x)
+    before = (in_order_of(dy, x),)
     return _with_sums(_backward, before, x, alpha, beta, (torch.empty_like(x),))
 
 
 def snake_double_backward(gg, gg_alpha, gg_beta, dy, x, alpha, beta) -> tuple[Tensor, ...]:
-    x = _dense(x)
+    x = dense(x)
     before = (
-        _in_order_of(gg, x), gg_alpha.contiguous(), gg_beta.contiguous(), _in_order_of(dy, x)
+        in_order_of(gg, x), gg_alpha.contiguous(), gg_beta.contiguous(), in_order_of(dy, x)
     )  # fmt: skip
     outputs = torch.empty_like(x), torch.empty_like(x)
     return _with_sums(_double_backward, before, x, alpha, beta, outputs)
