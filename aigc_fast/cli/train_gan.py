@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +22,14 @@ from aigc_fast.training import (
     save_checkpoint,
 )
 
-from .gan_networks import ARCHITECTURES, Config, draw, make_discriminator, make_generator
+from .gan_networks import (
+    ARCHITECTURES,
+    LATENT_DIM,
+    Config,
+    draw,
+    make_discriminator,
+    make_generator,
+)
 from .pictures import save_grid, save_losses
 
 _GRID = 96  # samples of a picture, in rows of twelve
@@ -93,11 +101,11 @@ class Session:
         self.networks = options.networks(images.shape[1], num_classes)
         torch.manual_seed(options.seed)
         # Convolutions in bfloat16 take half the time in this layout, those in float32 the same.
-        layout = {"device": self.device, "memory_format": torch.channels_last}
+        layout: Any = {"device": self.device, "memory_format": torch.channels_last}
         generator = make_generator(self.networks).to(**layout)
         discriminator = make_discriminator(self.networks).to(**layout)
         self.trainer = GANTrainer(
-            generator, discriminator, int(generator.latent_dim), options.recipe(), seed=options.seed
+            generator, discriminator, LATENT_DIM, options.recipe(), seed=options.seed
         )
         options.output.mkdir(parents=True, exist_ok=True)
         self.checkpoint = options.output / "checkpoint.pt"

@@ -1,6 +1,7 @@
 """How good generated digits are, in the eyes of a classifier that has seen real ones alone."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ class DigitClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        relu = {"act": "relu", "gain": 1.0}
+        relu: dict[str, Any] = {"act": "relu", "gain": 1.0}
         self.body = nn.Sequential(
             Conv2dBiasAct(1, 24, 5, 2, 2, **relu),
             Conv2dBiasAct(24, 48, 3, 2, 1, **relu),
