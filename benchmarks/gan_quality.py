@@ -38,7 +38,9 @@ def row(name: str, quality: Quality) -> str:
 def of_checkpoint(
     classifier: DigitClassifier, checkpoint: Path, real: Tensor, seed: int = 0
 ) -> Quality:
-    images, labels = samples_of(load_generator(checkpoint, torch.device("cpu")), SAMPLES, seed=seed)
+    images, labels = samples_of(
+        *load_generator(checkpoint, torch.device("cpu")), SAMPLES, seed=seed
+    )
     return assess(classifier, images, real, labels)
 
 

@@ -16,10 +16,11 @@ from aigc_fast.models.gan import (
 #: A network's numbers as the checkpoint holds them: arch, size, image_channels, channels,
 #: num_classes (None for no labels) and norm (of the discriminator)
 Config = dict[str, Any]
+#: numbers of a latent vector, of every architecture
+LATENT_DIM = 100
 
 
-def make_generator(config: Config) -> Any:
-    """A module with `latent_dim`."""
+def make_generator(config: Config) -> nn.Module:
     return _ARCHITECTURES[config["arch"]][0](config)
 
 
@@ -32,7 +33,7 @@ class _OfImages(nn.Module):
 
     def __init__(self, network: MLPGenerator, shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.network, self.shape, self.latent_dim = network, shape, network.latent_dim
+        self.network, self.shape = network, shape
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.network(latents).view(-1, *self.shape)
@@ -42,7 +43,7 @@ def _mlp_generator(config: Config) -> nn.Module:
     if config["num_classes"] is not None:
         raise ValueError("conditional: the architecture mlp takes no labels")
     shape = (config["image_channels"], config["size"], config["size"])
-    sizes = (100, 256, 512, 1024, shape[0] * shape[1] * shape[2])
+    sizes = (LATENT_DIM, 256, 512, 1024, shape[0] * shape[1] * shape[2])
     return _OfImages(MLPGenerator(sizes), shape)
 
 
@@ -53,7 +54,7 @@ def _mlp_discriminator(config: Config) -> nn.Module:
 
 def _dcgan_generator(config: Config) -> nn.Module:
     return DCGANGenerator(
-        config["size"], config["image_channels"], config["channels"],
+        config["size"], config["image_channels"], config["channels"], LATENT_DIM,
         num_classes=config["num_classes"],
     )  # fmt: skip
 

@@ -1,38 +1,37 @@
 """Samples of a GAN from its checkpoint."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from aigc_fast.training import load_checkpoint
 
-from .gan_networks import draw, make_generator
+from .gan_networks import LATENT_DIM, Config, draw, make_generator
 from .pictures import save_grid
 
 
-def load_generator(checkpoint: Path, device: torch.device) -> Any:
-    """The averaged generator of a checkpoint of `aigc-fast train gan`; ValueError for another."""
+def load_generator(checkpoint: Path, device: torch.device) -> tuple[nn.Module, Config]:
+    """The averaged generator of a checkpoint of `aigc-fast train gan` and its numbers; ValueError
+    for another file."""
     state = load_checkpoint(checkpoint, device)
     try:
         generator = make_generator(state["networks"])
         generator.load_state_dict(state["trainer"]["average"])
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{checkpoint}: not a checkpoint of a GAN: {error}") from error
-    generator.num_classes = state["networks"]["num_classes"]
-    return generator.to(device).eval()
+    return generator.to(device).eval(), state["networks"]
 
 
 def samples_of(
-    generator: Any, count: int, label: int | None = None, seed: int = 0
+    generator: nn.Module, config: Config, count: int, label: int | None = None, seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """(images (count, channels, height, width) in [-1, 1], their classes) on the CPU."""
     device = next(generator.parameters()).device
     random = torch.Generator().manual_seed(seed)
-    latents = torch.randn(count, int(generator.latent_dim), generator=random)
-    classes = generator.num_classes
+    latents = torch.randn(count, LATENT_DIM, generator=random)
+    classes = config["num_classes"]
     if label is not None and (classes is None or label >= classes):
         raise ValueError(f"label must be a class of the model, which has {classes}, got {label}")
     labels = None
@@ -48,7 +47,7 @@ def run(
     """Exit code: 0, or 2 for a checkpoint or label that will not do."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        images, _ = samples_of(load_generator(checkpoint, device), count, label, seed)
+        images, _ = samples_of(*load_generator(checkpoint, device), count, label, seed)
     except (ValueError, OSError) as error:
         console.print(f"[bold red]{error}[/]", soft_wrap=True)
         return 2

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from aigc_fast.training import RECIPES, GANRecipe, GANStep, GANTrainer
 
-from .gan_networks import ARCHITECTURES, Config, draw, make_discriminator, make_generator
+from .gan_networks import (
+    ARCHITECTURES,
+    LATENT_DIM,
+    Config,
+    draw,
+    make_discriminator,
+    make_generator,
+)
 from .pictures import save_grid
 from .training_session import RunOptions, TrainingSession, load_data
 
@@ -78,7 +85,7 @@ class Session(TrainingSession):
         generator = make_generator(self.networks).to(**layout)
         discriminator = make_discriminator(self.networks).to(**layout)
         self.trainer = GANTrainer(
-            generator, discriminator, int(generator.latent_dim), options.recipe(), seed=options.seed
+            generator, discriminator, LATENT_DIM, options.recipe(), seed=options.seed
         )
         self.loss_label = f"{self.trainer.recipe.loss} loss"
         # The same latents in every picture: one sees them grow.
