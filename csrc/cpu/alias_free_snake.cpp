@@ -16,6 +16,10 @@ namespace {
 constexpr int kTaps = 12, kReach = 3;  // a sample reads others at most kReach away
 constexpr int64_t kTile = 512;         // tiles have this many samples or up to twice as many
 
+// Samples computed before a tile: whole vectors that hold kReach.
+template <class A>
+constexpr int64_t kHalo = (kReach + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+
 template <class A>
 struct Pair {
   Vec<A> even, odd;
@@ -51,7 +55,8 @@ AIGC_INLINE Vec<A> merge(const A* taps, const A* even, const A* odd) {
 template <class A>
 class Line {
  public:
-  static constexpr int64_t kMargin = 2 * kLanes<A>;
+  static constexpr int64_t kMargin = 32;
+  static_assert(kHalo<A> + kReach <= kMargin && kReach + kLanes<A> + kReach <= kMargin);
   Line() : memory_(2 * kTile + 2 * kMargin) {}
   operator A*() { return memory_.data() + kMargin; }
 
@@ -62,10 +67,14 @@ class Line {
     const int64_t begin = std::max<int64_t>(0, first - kMargin);
     const int64_t end = std::min(time, first + size + kMargin);
     A* at = memory_.data() + kMargin - first;
-    for_vectors<A>(end - begin, [&](int64_t i, auto lanes) {
-      store(at + begin + i, load(row + begin + i, lanes), lanes);
-    });
-    const auto beyond = [&](int64_t i) { return zeros ? A(0) : load_n(row + i, 1)[0]; };
+    if constexpr (std::is_same_v<A, Acc<T>>) {
+      for_vectors<A>(end - begin, [&](int64_t i, auto lanes) {
+        store(at + begin + i, load(row + begin + i, lanes), lanes);
+      });
+    } else {
+      std::copy(row + begin, row + end, at + begin);
+    }
+    const auto beyond = [&](int64_t i) { return zeros ? A(0) : A(load_n(row + i, 1)[0]); };
     std::fill(at + first - kMargin, at + begin, beyond(0));
     std::fill(at + end, at + first + size + kMargin, beyond(time - 1));
   }
@@ -101,11 +110,11 @@ struct Forward {
 
   void operator()(const T* in, T* out, Tile t, Snake<A> p) {
     x.fill(in, t.time, t.first, t.size, false);
-    for (int64_t s = -kLanes<A>; s < t.size + kReach; s += kLanes<A>) {
+    for (int64_t s = -kHalo<A>; s < t.size + kReach; s += kLanes<A>) {
       const Pair<A> z = split<A>(up, x + s);
       const Vec<A> a = broadcast(p.alpha);
-      store(even + s, z.even + sines<A>(a * z.even).squared * p.inverse_beta);
-      store(odd + s, z.odd + sines<A>(a * z.odd).squared * p.inverse_beta);
+      store(even + s, z.even + sines<T, A>(a * z.even).squared * p.inverse_beta);
+      store(odd + s, z.odd + sines<T, A>(a * z.odd).squared * p.inverse_beta);
     }
     for (int64_t k = 0; k < kReach; ++k) {
       if (t.at_start()) even[-1 - k] = odd[-1 - k] = even[0];
@@ -117,7 +126,12 @@ struct Forward {
   }
 };
 
-template <class T, class A = Acc<T>>
+// fp32 tensors take fp64 here: the gradients of alpha and beta are sums whose terms cancel, and
+// each carries what two filters and the sine's argument rounded.
+template <class T>
+using Exact = std::conditional_t<std::is_same_v<T, float>, double, Acc<T>>;
+
+template <class T, class A = Exact<T>>
 struct Backward {
   A up[kTaps], down[kTaps];
   Line<A> x, grad, even, odd;
@@ -127,7 +141,7 @@ struct Backward {
     constexpr int lanes = kLanes<A>;
     x.fill(in, t.time, t.first, t.size, false);
     grad.fill(dy, t.time, t.first, t.size, true);
-    for (int64_t s = -lanes; s < t.size + kReach; s += lanes) {
+    for (int64_t s = -kHalo<A>; s < t.size + kReach; s += lanes) {
       const Pair<A> d = split<A>(down, grad + s);
       store(even + s, d.even);
       store(odd + s, d.odd);
@@ -143,7 +157,7 @@ struct Backward {
       const Pair<A> z = split<A>(up, x + s);
       const auto one = [&](A* d, Vec<A> z) __attribute__((always_inline)) {
         const Vec<A> a = broadcast(p.alpha), g = only<A>(load(d, n), n);
-        const Sines<A> sine = sines<A>(a * z);
+        const Sines<A> sine = sines<T, A>(a * z);
         store(d, g * (A(1) + p.alpha * p.inverse_beta * sine.sin_twice), n);
         chain[0] += g * only<A>(z * sine.sin_twice, n);
         chain[1] += g * only<A>(sine.squared, n);
@@ -152,8 +166,10 @@ struct Backward {
       one(odd + s, z.odd);
     };
     constexpr std::integral_constant<int, lanes> all;
-    through_snake(-lanes, all);
-    through_snake(t.size, all);
+    for (int64_t k = 0; k < kHalo<A>; k += lanes) {
+      through_snake(k - kHalo<A>, all);
+      through_snake(t.size + k, all);
+    }
     chain[0] = chain[1] = Vec<A>{};
     int64_t terms = 0;
     for_vectors<A>(t.size, [&](int64_t i, auto n) {
@@ -162,15 +178,19 @@ struct Backward {
       for (int k = 0; k < 2; ++k) total[k] += std::exchange(chain[k], Vec<A>{});
     });
     for (int k = 0; k < 2; ++k) sums[k] = sum_lanes<A>(total[k] + chain[k]);
-    for (int64_t s = -lanes; s < t.size + kReach; s += lanes)
+    for (int64_t s = -kHalo<A>; s < t.size + kReach; s += lanes)
       store(grad + s, merge<A>(up, even + s, odd + s));
     if (t.at_start()) grad[0] += take_sum<A>(grad - kReach, grad);
     if (t.at_end()) {
       A* end = grad + t.size;
       end[-1] += take_sum<A>(end, end + kReach);
     }
-    for_vectors<A>(t.size,
-                   [&](int64_t i, auto n) { store(dx + t.first + i, load(grad + i, n), n); });
+    if constexpr (std::is_same_v<A, Acc<T>>) {
+      for_vectors<A>(t.size,
+                     [&](int64_t i, auto n) { store(dx + t.first + i, load(grad + i, n), n); });
+    } else {
+      std::copy_n(static_cast<A*>(grad), t.size, dx + t.first);
+    }
   }
 };
 
@@ -252,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> alias_free_snake_backward(
   std::vector<double> parts(2 * shape.rows * shape.pieces);
   std::vector<double> dalpha(shape.channels), dbeta(shape.channels);
   dispatch(x, "x", [&]<class T>(T) {
-    using A = Acc<T>;
+    using A = Exact<T>;
     const Parameters<A> shared(shape, alpha, beta, up_filter, down_filter);
     const T *in = data<T>(x), *grad = data<T>(dy);
     T* out = mutable_data<T>(dx);

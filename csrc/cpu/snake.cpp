@@ -40,7 +40,7 @@ Tensor snake(const Tensor& x_in, const Tensor& alpha, const Tensor& beta) {
         l, values.data(), NoSums{}, [](int64_t, const double*) {},
         [=](int64_t i, auto lanes, const Vec<A>* v) __attribute__((always_inline)) {
           const Vec<A> at = load(in + i, lanes);
-          store(out + i, at + sines<A>(v[0] * at).squared * v[1], lanes);
+          store(out + i, at + sines<T, A>(v[0] * at).squared * v[1], lanes);
         });
   });
   return y;
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> snake_backward(const Tensor& dy_in, const Ten
                        sums<A, 2, 2>([=](int64_t i, auto lanes, const Vec<A>* v,
                                          Vec<A>* sums) __attribute__((always_inline)) {
                          const Vec<A> at = load(in + i, lanes), g = load(grad + i, lanes);
-                         const Sines<A> s = sines<A>(v[0] * at);
+                         const Sines<A> s = sines<T, A>(v[0] * at);
                          store(out + i, g * (A(1) + v[0] * v[1] * s.sin_twice), lanes);
                          sums[0] += g * at * s.sin_twice;
                          sums[1] += g * s.squared;
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> snake_double_backward(
           const Vec<A> at = load(in + i, lanes), g = load(grad + i, lanes);
           const Vec<A> w = load(second + i, lanes);
           const auto [alpha, b, p, q] = std::tuple(v[0], v[1], v[2], v[3]);
-          const Sines<A> s = sines<A>(alpha * at);
+          const Sines<A> s = sines<T, A>(alpha * at);
           // d (x sin(2 alpha x)) / dx, and of sin(2 alpha x) in alpha
           const Vec<A> slope = s.sin_twice + A(2) * alpha * at * s.cos_twice;
           store(out + i,

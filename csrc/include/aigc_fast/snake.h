@@ -27,41 +27,42 @@ template <class A>
   return result;
 }
 
-template <class A>
+// T: the tensor's type. Unless it is double, fp32's precision will do whatever A is.
+template <class T, class A>
 AIGC_INLINE Sines<A> sines(Vec<A> u) {
-  if constexpr (std::is_same_v<A, double>) {
+  if constexpr (std::is_same_v<T, double>) {
     return sines_of_any<A>(u);
   } else {
     // Beyond n = 8192 quarter turns n times the parts of pi/2 below would no longer be exact.
-    if (__builtin_expect(lane_bits<float>(abs<float>(u) > 12800.0f) != 0, 0))
-      return sines_of_any<float>(u);
+    if (__builtin_expect(lane_bits<A>(abs<A>(u) > A(12800)) != 0, 0)) return sines_of_any<A>(u);
     // u = n pi/2 + r, |r| <= pi/4; the magic constant rounds to nearest by pushing the fraction
     // out and leaves n's last bit as its own. The parts of pi/2 have 8, 11 and 24 bits.
-    const Vec<float> shifted = u * 0.636619772f + 12582912.0f, n = shifted - 12582912.0f;
-    Vec<float> r = u - n * 1.5703125f;
-    r = r - n * 4.837512969970703125e-4f;
-    r = r - n * 7.54978995489188216e-8f;
+    constexpr A magic = sizeof(A) == 8 ? A(6755399441055744.0) : A(12582912.0);
+    const Vec<A> shifted = u * A(0.636619772367581343) + magic, n = shifted - magic;
+    Vec<A> r = u - n * A(1.5703125);
+    r = r - n * A(4.837512969970703125e-4);
+    r = r - n * A(7.54978995489188216e-8);
     // sin^2(r) and sin(2r) by minimax polynomials of their own, with relative errors under 2^-26:
     // products of sin(r) and cos(r) would round twice more.
-    const Vec<float> z = r * r, t = r + r, zt = t * t;
-    Vec<float> p = broadcast(1.3474253938e-4f);
-    p = p * z - 3.1712938404e-3f;
-    p = p * z + 4.4443759425e-2f;
-    p = p * z - 3.3333328889e-1f;
-    const Vec<float> square = p * z * z + z;
-    Vec<float> q = broadcast(2.6057505956e-6f);
-    q = q * zt - 1.9809590059e-4f;
-    q = q * zt + 8.3330660822e-3f;
-    q = q * zt - 1.6666659545e-1f;
+    const Vec<A> z = r * r, t = r + r, zt = t * t;
+    Vec<A> p = broadcast(A(1.3474253938e-4));
+    p = p * z - A(3.1712938404e-3);
+    p = p * z + A(4.4443759425e-2);
+    p = p * z - A(3.3333328889e-1);
+    const Vec<A> square = p * z * z + z;
+    Vec<A> q = broadcast(A(2.6057505956e-6));
+    q = q * zt - A(1.9809590059e-4);
+    q = q * zt + A(8.3330660822e-3);
+    q = q * zt - A(1.6666659545e-1);
     // An odd n exchanges sine and cosine and turns the sign at twice the angle. 1 - square is at
     // least 1/2: nothing cancels.
-    typedef Vec<int32_t> I;
-    const I last = reinterpret_cast<I>(shifted) << 31;
-    const auto turned = [&](Vec<float> v) {
-      return reinterpret_cast<Vec<float>>(reinterpret_cast<I>(v) ^ last);
+    typedef Vec<Bits<A>> I;
+    const I last = reinterpret_cast<I>(shifted) << (8 * sizeof(A) - 1);
+    const auto turned = [&](Vec<A> v) {
+      return reinterpret_cast<Vec<A>>(reinterpret_cast<I>(v) ^ last);
     };
-    return {last != 0 ? 1.0f - square : square, turned(q * zt * t + t),
-            turned(1.0f - 2.0f * square)};
+    return {last != 0 ? A(1) - square : square, turned(q * zt * t + t),
+            turned(A(1) - A(2) * square)};
   }
 }
 
