@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn import GroupNormAct
+from aigc_fast.nn import BatchNormAct2d, GroupNormAct, InstanceNormAct
 from aigc_fast.nn.bias_act import of_dtype
 
 #: the norms that a network of this folder takes; None for none
@@ -15,20 +15,11 @@ RELU: dict[str, Any] = {"act": "relu", "gain": 1.0}
 LEAKY: dict[str, Any] = {"act": "lrelu", "alpha": 0.2, "gain": 1.0}
 
 
-class BatchNormAct(nn.BatchNorm2d):
+class LayerNormAct(GroupNormAct):
+    """One norm over all of a sample; a gradient penalty of each sample allows it."""
+
     def __init__(self, channels: int, **act: Any) -> None:
-        super().__init__(channels)
-        self.act = act
-
-    def forward(self, input: Tensor) -> Tensor:
-        return ops.bias_act(super().forward(input), None, 1, **self.act)
-
-
-class SampleNormAct(GroupNormAct):
-    """Norms of a sample alone, which a gradient penalty of each sample allows."""
-
-    def __init__(self, groups: int, channels: int, **act: Any) -> None:
-        super().__init__(groups, channels)
+        super().__init__(1, channels)
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,5 +35,7 @@ def norm_act(norm: str | None, channels: int, **act: Any) -> nn.Module:
     channel of a sample.
     """
     if norm == "batch":
-        return BatchNormAct(channels, **act)
-    return SampleNormAct(1 if norm == "layer" else channels, channels, **act)
+        return BatchNormAct2d(channels, **act)
+    if norm == "instance":
+        return InstanceNormAct(channels, affine=True, **act)
+    return LayerNormAct(channels, **act)
