@@ -30,10 +30,9 @@ def tables(results: dict) -> str:
             if key not in ("eager_over_ours", "compile_over_ours")
         }
         if "fraction_of_limit" in row:
-            ratios = (row["eager_over_ours"], row["compile_over_ours"])
-            limit = f"{row['fraction_of_limit']:.0%}"
-            operators.append(f"| `{name}` | " + " | ".join(f"{r:.2f}" for r in ratios))
-            operators[-1] += f" | {limit} |"
+            ratios = (row["eager_over_ours"], row.get("compile_over_ours"))
+            cells = [*map(shown, ratios), f"{row['fraction_of_limit']:.0%}"]
+            operators.append(f"| `{name}` | {' | '.join(cells)} |")
         elif "eager_over_ours" in row:
             others = {
                 "eager": row["eager_over_ours"],
@@ -67,8 +66,12 @@ def flat(row: dict) -> dict[str, float]:
     }
 
 
+def shown(ratio: float | None) -> str:
+    return "n/a" if ratio is None else f"{ratio:.2f}"
+
+
 def listed(ratios: dict[str, float | None]) -> str:
-    return ", ".join(f"{k} {'n/a' if v is None else f'{v:.2f}'}" for k, v in ratios.items())
+    return ", ".join(f"{name} {shown(ratio)}" for name, ratio in ratios.items())
 
 
 def with_figures(text: str, name: str, results: dict) -> str:
