@@ -29,7 +29,7 @@ def tables(results: dict) -> str:
             for key, value in flat(row).items()
             if key not in ("eager_over_ours", "compile_over_ours")
         }
-        if "fraction_of_limit" in row:
+        if "fraction_of_limit" in row and "eager_over_ours" in row:
             ratios = (row["eager_over_ours"], row.get("compile_over_ours"))
             cells = [*map(shown, ratios), f"{row['fraction_of_limit']:.0%}"]
             operators.append(f"| `{name}` | {' | '.join(cells)} |")
