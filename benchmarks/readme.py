@@ -59,10 +59,12 @@ def tables(results: dict) -> str:
 
 def flat(row: dict) -> dict[str, float]:
     """The ratios of a row, those of `peers_over_ours` among them."""
-    peers = row.get("peers_over_ours", {})
+    peers = dict(row.get("peers_over_ours", {}))
+    if "ours_over_mul" in row:
+        peers["aten.mul"] = 1 / row["ours_over_mul"]
     return {
         **{f"{peer}_over_ours": ratio for peer, ratio in peers.items()},
-        **{k: v for k, v in row.items() if "_over_" in k and isinstance(v, float)},
+        **{k: v for k, v in row.items() if k.endswith("_over_ours") and isinstance(v, float)},
     }
 
 
