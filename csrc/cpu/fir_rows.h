@@ -74,34 +74,42 @@ struct RowTap {
 };
 inline void row_taps(const Axis& y, int64_t o, std::vector<RowTap>* found) {
   found->clear();
-  int64_t i;
-  for (int64_t k = 0; k < y.taps; ++k)
-    if (y.source(o, k, &i) && i >= 0 && i < y.in) found->push_back({k, i});
+  // Every up-th tap meets a pixel, the first such is k; divisions are slow.
+  const int64_t at = o * y.down - y.pad, beyond = (at % y.up + y.up) % y.up;
+  int64_t k = beyond ? y.up - beyond : 0;
+  for (int64_t i = (at + k) / y.up; k < y.taps; k += y.up, ++i)
+    if (i >= 0 && i < y.in) found->push_back({k, i});
+}
+
+template <int N, class A>
+AIGC_INLINE void sum_batch(const std::vector<Tap<A, A>>& taps, int64_t i, A* to) {
+  constexpr int lanes = kLanes<A>;
+  const size_t half = taps.size() / 2;
+  Vec<A> a[N] = {}, b[N] = {};
+  for (size_t t = 0; t < half; ++t) {
+    const Tap<A, A> p = taps[t], q = taps[half + t];
+#pragma GCC unroll 4  // else the sums stay in memory; so below
+    for (int k = 0; k < N; ++k) {
+      a[k] += load(p.from + i + k * lanes) * p.weight;
+      b[k] += load(q.from + i + k * lanes) * q.weight;
+    }
+  }
+  if (taps.size() % 2) {
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) a[k] += load(taps.back().from + i + k * lanes) * taps.back().weight;
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < N; ++k) store(to + i + k * lanes, a[k] + b[k]);
 }
 
 // to[i] = sum over taps of from[i] * weight, in whole vectors up to `size`; in two chains of
 // additions, which round less than one.
 template <class A>
 void sum_taps(const std::vector<Tap<A, A>>& taps, int64_t size, A* to) {
-  constexpr int lanes = kLanes<A>, kBatch = 4;  // of sums that do not wait for one another
-  const size_t half = taps.size() / 2;
-  const auto sum = [&](int64_t i, auto batch) __attribute__((always_inline)) {
-    Vec<A> a[batch] = {}, b[batch] = {};
-    for (size_t t = 0; t < half; ++t)
-#pragma GCC unroll 4  // else the sums stay in memory
-      for (int k = 0; k < batch; ++k) {
-        a[k] += load(taps[t].from + i + k * lanes) * taps[t].weight;
-        b[k] += load(taps[half + t].from + i + k * lanes) * taps[half + t].weight;
-      }
-    if (taps.size() % 2)
-      for (int k = 0; k < batch; ++k)
-        a[k] += load(taps.back().from + i + k * lanes) * taps.back().weight;
-    for (int k = 0; k < batch; ++k) store(to + i + k * lanes, a[k] + b[k]);
-  };
+  constexpr int lanes = kLanes<A>, kBatch = 4;  // of vectors whose sums do not wait for another
   int64_t i = 0;
-  for (; i + kBatch * lanes <= size; i += kBatch * lanes)
-    sum(i, std::integral_constant<int, kBatch>{});
-  for (; i < size; i += lanes) sum(i, std::integral_constant<int, 1>{});
+  for (; i + kBatch * lanes <= size; i += kBatch * lanes) sum_batch<kBatch>(taps, i, to);
+  for (; i < size; i += lanes) sum_batch<1>(taps, i, to);
 }
 
 // Lanes a0 b0 a1 b1 ... (half 0) or those from the middle on (half 1).
@@ -145,14 +153,18 @@ class RowFilter {
     result_.resize(phases_ * stride_);
     natural_.resize(phases_ > 1 ? phases_ * stride_ : 0);
     // Which element of a line the outputs of a phase start from; found once, divisions are slow.
-    plan_.resize(phases_);
+    plan_.resize(phases_), across_.resize(phases_);
     for (int64_t p = 0; p < phases_ && p < x.out; ++p)
       for (int64_t k = 0; k < x.taps; ++k) {
         int64_t i;
-        if (x.source(p, k, &i))
-          plan_[p].push_back({k, (i - lowest_) % step_ * length_ + (i - lowest_) / step_});
+        if (!x.source(p, k, &i)) continue;
+        const int64_t at = (i - lowest_) % step_ * length_ + (i - lowest_) / step_;
+        plan_[p].push_back({k, at});
+        if (fir.separable) across_[p].push_back({mixed_.data() + at, fir.taps[k]});
       }
   }
+
+  RowFilter(const RowFilter&) = delete;  // taps point into it
 
   // Before the first row of another plane, or an earlier row.
   void restart() { filled_ = 0; }
@@ -165,21 +177,22 @@ class RowFilter {
     for (const RowTap& r : rows_)
       if (r.row >= filled_) fill(r.row, read), filled_ = r.row + 1;
     if (fir_.separable) {
-      taps_.clear();
-      for (const RowTap& r : rows_) taps_.push_back({line(r.row), fir_.vertical[r.tap]});
+      taps_.resize(rows_.size());
+      for (size_t r = 0; r < rows_.size(); ++r)
+        taps_[r] = {line(rows_[r].row), fir_.vertical[rows_[r].tap]};
       sum_taps(taps_, step_ * length_, mixed_.data());
     }
     for (int64_t p = 0; p < phases_; ++p) {
-      taps_.clear();
-      for (const PhaseTap& t : plan_[p]) {
-        if (fir_.separable) {
-          taps_.push_back({mixed_.data() + t.at, fir_.taps[t.tap]});
-        } else {
-          for (const RowTap& r : rows_)
-            taps_.push_back({line(r.row) + t.at, fir_.weight(r.tap, t.tap)});
-        }
+      A* to = result_.data() + p * stride_;
+      if (fir_.separable) {
+        sum_taps(across_[p], columns_, to);
+        continue;
       }
-      sum_taps(taps_, columns_, result_.data() + p * stride_);
+      taps_.resize(plan_[p].size() * rows_.size());
+      auto tap = taps_.begin();
+      for (const PhaseTap& t : plan_[p])
+        for (const RowTap& r : rows_) *tap++ = {line(r.row) + t.at, fir_.weight(r.tap, t.tap)};
+      sum_taps(taps_, columns_, to);
     }
     return phases_ == 1 ? result_.data() : interleaved();
   }
@@ -241,6 +254,7 @@ class RowFilter {
   std::vector<std::vector<PhaseTap>> plan_;
   std::vector<RowTap> rows_;
   std::vector<Tap<A, A>> taps_;
+  std::vector<std::vector<Tap<A, A>>> across_;  // separable: the taps of each phase
 };
 
 }  // namespace aigc_fast
