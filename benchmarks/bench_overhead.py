@@ -9,13 +9,13 @@ from aigc_fast._timing import interleaved
 ROW = torch.tensor([1.0, -0.5, float("inf"), 0.9, 0.0, 0.1, 0.0])
 ANGLES = torch.randn(1, 32)
 ALPHA = torch.ones(1)
-#: each takes two (1, 64) tensors and a weight of 64 elements
+#: each takes two (1, 1, 1, 64) tensors and a weight of 64 elements
 CALLS = {
-    "bias_act": lambda x, y, w: ops.bias_act(x, w, 1, "lrelu"),
+    "bias_act": lambda x, y, w: ops.bias_act(x, w, 3, "lrelu"),
     "rms_norm": lambda x, y, w: ops.rms_norm(x, w),
     "add_rms_norm": lambda x, y, w: ops.add_rms_norm(x, y, w),
     "swiglu": lambda x, y, w: ops.swiglu(x, y),
-    "apply_rotary": lambda x, y, w: ops.apply_rotary(x.view(1, 1, 1, 64), ANGLES, ANGLES),
+    "apply_rotary": lambda x, y, w: ops.apply_rotary(x, ANGLES, ANGLES),
     "scheduler_step": lambda x, y, w: ops.scheduler_step(x, y, ROW),
     "add_noise": lambda x, y, w: ops.add_noise(x, y, ALPHA, ALPHA),
 }
@@ -24,7 +24,7 @@ CALLS = {
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", CALLS)
 def bench_overhead(benchmark, name, gradients) -> None:
-    x, y = (torch.randn(1, 64, requires_grad=gradients) for _ in range(2))
+    x, y = (torch.randn(1, 1, 1, 64, requires_grad=gradients) for _ in range(2))
     w = torch.randn(64, requires_grad=gradients)
     calls = {"aten.mul": lambda: torch.mul(x, y), "ours": lambda: CALLS[name](x, y, w)}
     times = interleaved(calls, seconds=0.5)

@@ -85,7 +85,12 @@ class Session(TrainingSession):
         generator = make_generator(self.networks).to(**layout)
         discriminator = make_discriminator(self.networks).to(**layout)
         self.trainer = GANTrainer(
-            generator, discriminator, LATENT_DIM, options.recipe(), seed=options.seed
+            generator,
+            discriminator,
+            LATENT_DIM,
+            options.recipe(),
+            done=self.share_done,
+            seed=options.seed,
         )
         self.loss_label = f"{self.trainer.recipe.loss} loss"
         # The same latents in every picture: one sees them grow.

@@ -169,7 +169,9 @@ class DiffusionTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave; ValueError where it is of another recipe."""
         recipe = asdict(self.recipe)
-        if differing := sorted(name for name in recipe if recipe[name] != state["recipe"][name]):
+        if differing := sorted(
+            name for name in recipe if recipe[name] != state["recipe"].get(name)
+        ):
             raise ValueError(
                 f"recipe must be that of the checkpoint, {', '.join(differing)} differ"
             )

@@ -1,6 +1,6 @@
 """Adversarial training: any loss with any penalty, one trainer for all of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ class GANRecipe:
     n_critic:         updates of the discriminator for one of the generator.
     weight_clip:      limit on the discriminator's weights, as of the first WGAN; None for none.
     g_lr, d_lr, betas: of the two Adams.
+    lr_falls_from:    share of the training, 0 to 1, after which both learning rates fall to zero
+                      along a line (arXiv:1703.10593, 7.2); 1 for never.
     max_norm:         to which gradients are clipped; None for not at all.
     instance_noise:   deviation of noise added to all that the discriminator sees
                       (arXiv:1610.04490), so that it judges shapes and not single pixels.
@@ -47,6 +49,7 @@ class GANRecipe:
     g_lr: float = 2e-4
     d_lr: float = 2e-4
     betas: tuple[float, float] = (0.5, 0.999)
+    lr_falls_from: float = 1.0
     max_norm: float | None = None
     instance_noise: float = 0.0
     ema_decay: float = 0.995
@@ -60,6 +63,8 @@ class GANRecipe:
         for name in ("penalty_interval", "n_critic"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.lr_falls_from <= 1:
+            raise ValueError(f"lr_falls_from must be in [0, 1], got {self.lr_falls_from}")
         if self.weight_clip is not None and not self.weight_clip > 0:
             raise ValueError(f"weight_clip must be positive, got {self.weight_clip}")
 
@@ -72,7 +77,13 @@ RECIPES = {
     "hinge": GANRecipe("hinge", betas=(0.0, 0.9)),
     "wgan": GANRecipe("wasserstein", n_critic=5, weight_clip=0.01, g_lr=5e-5, d_lr=5e-5),
     "wgan-gp": GANRecipe(
-        "wasserstein", "gradient", n_critic=2, g_lr=4e-4, d_lr=4e-4, betas=(0.0, 0.9)
+        "wasserstein",
+        "gradient",
+        n_critic=2,
+        g_lr=4e-4,
+        d_lr=4e-4,
+        betas=(0.0, 0.9),
+        lr_falls_from=0.5,
     ),
     "r1": GANRecipe(penalty="r1", penalty_interval=4, betas=(0.0, 0.99)),
     "r3gan": GANRecipe("relativistic", "r1+r2", penalty_weight=1.0, betas=(0.0, 0.99)),
@@ -105,6 +116,8 @@ class GANTrainer:
 
     recipe:  what is minimised; by default the non-saturating loss and numbers of DCGAN
         (arXiv:1406.2661, arXiv:1511.06434).
+    done:    done(step) is the share of the training, 0 to 1, that lies behind at a step, such as
+        `lambda step: step / 1000`; for recipes whose learning rates fall.
     seed:    of latents, noise and the order of samples. The same seed gives the same losses, to the
         bit, also where training was interrupted and went on from `state_dict`.
     average: the generator with averaged weights, the one to sample from.
@@ -117,10 +130,12 @@ class GANTrainer:
         latent_dim: int,
         recipe: GANRecipe | None = None,
         *,
+        done: Callable[[int], float] = lambda step: 0.0,
         seed: int = 0,
     ) -> None:
         self.recipe = recipe = recipe or GANRecipe()
         self.generator, self.discriminator, self.latent_dim = generator, discriminator, latent_dim
+        self.done = done
         self.g_parameters = list(generator.parameters())
         self.d_parameters = list(discriminator.parameters())
         self.ema = EMA(generator, recipe.ema_decay)
@@ -158,6 +173,7 @@ class GANTrainer:
         labels: of the real samples; the generated ones get the same.
         """
         recipe, batch = self.recipe, len(real)
+        self._set_learning_rates()
         of_generator = self.steps_done % recipe.n_critic == 0
         with torch.set_grad_enabled(of_generator):
             fake = self._run(self.generator, self.latents(batch), labels)
@@ -176,6 +192,14 @@ class GANTrainer:
             self.g_loss = g_loss.detach()
         self.steps_done += 1
         return self.g_loss, d_loss
+
+    def _set_learning_rates(self) -> None:
+        recipe = self.recipe
+        done, start = min(self.done(self.steps_done), 1.0), recipe.lr_falls_from
+        factor = 1.0 if done <= start else (1.0 - done) / (1.0 - start)
+        for optimizer, lr in ((self.g_optimizer, recipe.g_lr), (self.d_optimizer, recipe.d_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
 
     def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         recipe = self.recipe
@@ -240,7 +264,9 @@ class GANTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave; ValueError where it is of another recipe."""
         recipe = asdict(self.recipe)
-        if differing := sorted(name for name in recipe if recipe[name] != state["recipe"][name]):
+        if differing := sorted(
+            name for name in recipe if recipe[name] != state["recipe"].get(name)
+        ):
             raise ValueError(
                 f"recipe must be that of the checkpoint, {', '.join(differing)} differ"
             )

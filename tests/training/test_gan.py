@@ -76,6 +76,17 @@ def test_the_generator_moves_every_n_critic_steps():
     assert ours.ema.updates == 2
 
 
+def test_learning_rates_fall_along_a_line():
+    ours = trainer(GANRecipe(g_lr=0.4, d_lr=0.8, lr_falls_from=0.5))
+    ours.done = lambda step: step / 8
+    rates = []
+    for _ in range(9):
+        ours.step(SAMPLES[:4])
+        rates.append(ours.d_optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.8] * 5 + [0.6, 0.4, 0.2, 0.0])
+    assert ours.g_optimizer.param_groups[0]["lr"] == 0
+
+
 def test_lazy_penalties_weigh_as_much_more(monkeypatch):
     ours = trainer(GANRecipe(penalty="r1", penalty_weight=3.0, penalty_interval=2))
     asked = []
