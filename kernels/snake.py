@@ -13,7 +13,7 @@ from .bias_act import _load_bias, _store_bias_grad, _tile, _Tiling, dense, in_or
 from .math import sines
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
-BUDGET = {"_forward": (96, 2048), "_backward": (120, 2048), "_double_backward": (168, 2048)}
+BUDGET = {"_forward": (96, 2048), "_backward": (120, 4096), "_double_backward": (168, 4096)}
 
 
 @triton.jit

@@ -4,14 +4,14 @@ The launchers themselves run, on CPU tensors from the table of samples, with lau
 compiling: what is checked is what a GPU would get. Run as a process of its own, because Triton's
 interpreter must be off:
 
-    python -m tests.kernels.compile_ahead 90 [operator ...]  ->  JSON list
+    python -m tests.kernels.compile_ahead 90 [--most N] [operator ...]  ->  JSON list
 """
 
+import argparse
 import contextlib
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,24 +47,32 @@ class AbsentGPU:
 
 
 @contextlib.contextmanager
-def compiling(arch: int) -> Iterator[list[Any]]:
-    """Within the block kernels are compiled for sm_<arch>, not launched; yields the results."""
-    compiled: dict[str, Any] = {}
+def collecting() -> Iterator[dict[JITFunction, list[tuple]]]:
+    """Within the block launches are noted, not made; yields kernel -> (grid, args, kwargs)."""
+    launches: dict[JITFunction, list[tuple]] = {}
 
-    def compile_only(self: JITFunction, grid: Any) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
-            compiled[kernel.hash] = (Path(self.fn.__code__.co_filename).stem, kernel)
-
-        return launch
+    def note(self: JITFunction, grid: Any) -> Any:
+        return lambda *args, **kwargs: launches.setdefault(self, []).append((grid, args, kwargs))
 
     launch_kernel = JITFunction.__getitem__
-    driver.set_active(AbsentGPU(arch))
-    JITFunction.__getitem__ = compile_only
+    JITFunction.__getitem__ = note
     try:
-        yield compiled
+        yield launches
     finally:
         JITFunction.__getitem__ = launch_kernel
+
+
+def compile_some(launches: dict[JITFunction, list[tuple]], most: int | None) -> list[tuple]:
+    """(stem, compiled kernel) of at most so many launches of each kernel, evenly spread."""
+    compiled: dict[str, tuple] = {}
+    for kernel, calls in launches.items():
+        count = len(calls) if most is None else min(most, len(calls))
+        for i in range(count):
+            # The last launches of a kernel are those of its largest samples: begin there.
+            grid, args, kwargs = calls[len(calls) - 1 - i * len(calls) // count]
+            result = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+            compiled[result.hash] = (Path(kernel.fn.__code__.co_filename).stem, result)
+    return list(compiled.values())
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -94,17 +102,16 @@ def twice(op: Any, args: tuple, kwargs: dict) -> None:
         torch.autograd.grad(first, inputs, first, allow_unused=True)
 
 
-def main(arch: int, names: list[str]) -> None:
+def main(arch: int, names: list[str], most: int | None) -> None:
     def launch(op: _registry.Op, args: tuple) -> Any:
         op.check(*args)
         return op._call_triton(*args)
 
-    with compiling(arch) as compiled, _registry._intercepting(launch):
+    driver.set_active(AbsentGPU(arch))
+    with collecting() as launches, _registry._intercepting(launch):
         for name in names or OPS:
             op = OPS[name]
-            # sm_90 gets every call, its neighbours a few of each operator.
-            samples = op.samples() if arch == 90 else op.samples()[::8]
-            for sample in samples:
+            for sample in op.samples():
                 args, kwargs = cast((sample.args, sample.kwargs), torch.bfloat16)
                 if op.derivatives and sample.differentiable:
                     gradients(op, args, kwargs, contiguous_grad)
@@ -121,10 +128,15 @@ def main(arch: int, names: list[str]) -> None:
             "wide_loads": ".v4" in kernel.asm["ptx"] or ".v2" in kernel.asm["ptx"],
             **resources(kernel.asm["cubin"]),
         }
-        for stem, kernel in compiled.values()
+        for stem, kernel in compile_some(launches, most)
     ]
     print(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arch", type=int)
+    parser.add_argument("operators", nargs="*")
+    parser.add_argument("--most", type=int, help="launches of a kernel to compile; default: all")
+    options = parser.parse_args()
+    main(options.arch, options.operators, options.most)

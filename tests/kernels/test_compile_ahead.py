@@ -12,12 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_kernels_keep_their_budgets(arch, tmp_path) -> None:
+# All launches of all samples take ten minutes of a core: `--most` leaves a part of them.
+@pytest.mark.parametrize(("arch", "most"), [(80, 1), (90, 4), (100, 1)])
+def test_kernels_keep_their_budgets(arch, most, tmp_path) -> None:
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_ahead", str(arch)],
+        [sys.executable, "-m", "tests.kernels.compile_ahead", str(arch), "--most", str(most)],
         cwd=ROOT,
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"},
         capture_output=True,
@@ -33,6 +34,6 @@ def test_kernels_keep_their_budgets(arch, tmp_path) -> None:
         assert row["shared"] <= shared, row
         assert row["STACK"] == row["LOCAL"] == 0, f"spills: {row}"
     # Each kernel that has a budget was compiled: none is there unseen.
-    for stem in {stem for stem, _ in compiled if arch == 90}:
+    for stem in {stem for stem, _ in compiled}:
         names = importlib.import_module(f"aigc_fast.kernels.{stem}").BUDGET
         assert {kernel for s, kernel in compiled if s == stem} == set(names)

@@ -177,9 +177,23 @@ def permuted(t: Tensor) -> Tensor:
     return t.permute(backwards).contiguous().permute(backwards)
 
 
-@pytest.mark.parametrize("layout", [strided, offset, permuted], ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATIONS)
-@pytest.mark.parametrize(("op", "sample"), CALLS)
+LAYOUTS = (strided, offset, permuted)
+
+
+# All of them for C++; Triton, whose interpreter is slow, takes one a call in turn.
+@pytest.mark.parametrize(
+    ("op", "sample", "implementation", "device", "layout"),
+    [
+        pytest.param(
+            *c.values, implementation, device, layout, id=f"{c.id}-{implementation}-{kind}"
+        )
+        for i, c in enumerate(CALLS)
+        for implementation, device in IMPLEMENTATIONS
+        for k, layout in enumerate(LAYOUTS)
+        for kind in [layout.__name__]
+        if implementation != "triton" or CUDA or k == i % len(LAYOUTS)
+    ],
+)
 def test_any_strides(op, sample, implementation, device, layout) -> None:
     supported(op, sample, implementation, device)
     args, kwargs = cast((sample.args, sample.kwargs), torch.float32)
@@ -242,13 +256,10 @@ def permuted_grad(t: Tensor, i: int) -> Tensor:
     return permuted(contiguous_grad(t, i))
 
 
+# What layout a gradient arrives in does not depend on its dtype: each dtype tries one.
 @pytest.mark.parametrize(
     ("dtype", "upstream"),
-    [
-        *((dtype, contiguous_grad) for dtype in LOW),
-        (torch.float32, expanded_grad),
-        (torch.float32, permuted_grad),
-    ],
+    zip(LOW, (contiguous_grad, expanded_grad, permuted_grad), strict=True),
 )
 @pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATIONS)
 @pytest.mark.parametrize(("op", "sample"), DIFFERENTIABLE)
@@ -311,7 +322,7 @@ def test_refuses_gradients(op, sample) -> None:
     [
         pytest.param(op, sample, id=f"{name}-{sample.name}")
         for name, op in OPS.items()
-        for sample in [s for s in op.samples() if "special" not in s.name][:10]
+        for sample in [s for s in op.samples() if "special" not in s.name][:4]
     ],
 )
 def test_opcheck(op, sample) -> None:
