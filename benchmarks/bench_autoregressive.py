@@ -16,7 +16,7 @@ import torch
 
 from aigc_fast._timing import interleaved
 from aigc_fast.io import load_tokenizer
-from aigc_fast.models.autoregressive import DecoderLM, generate, stream
+from aigc_fast.models.autoregressive import DecoderLM, Engine, generate
 from tests.models.checkpoints import hf_names, llama_config
 
 QUESTION = "What is a rainbow, and how does it form?"
@@ -70,12 +70,15 @@ def transformers_model(path: Path):
     return model
 
 
-def decode(tokens) -> float:
-    """Seconds a token of a stream, the first one left out."""
-    stream = iter(tokens)
-    next(stream)
-    start = time.perf_counter()
-    count = sum(1 for _ in stream)
+def decode(model: DecoderLM, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds a token of all sequences together, while each of them decodes."""
+    engine = Engine(model, cache_dtype=torch.float16)
+    requests = [engine.add(prompt, tokens) for prompt in prompts]
+    while not all(request.tokens for request in requests):
+        engine.step()
+    start, count = time.perf_counter(), 0
+    while not any(request.finish_reason for request in requests):
+        count += len(engine.step())
     return (time.perf_counter() - start) / count
 
 
@@ -102,12 +105,14 @@ def bench_decode(benchmark, request, model, prompt, llama, transformers_model) -
     quick = request.config.getoption("--quick")
     tokens = 32 if quick else 128
 
-    def of_llama():
+    def of_llama() -> float:
         llama.reset()
-        for i, token in enumerate(llama.generate(prompt, temp=0.0, repeat_penalty=1.0), 1):
-            yield token
-            if i == tokens:
-                return
+        new = llama.generate(prompt, temp=0.0, repeat_penalty=1.0)
+        next(new)
+        start = time.perf_counter()
+        for _ in range(tokens - 1):
+            next(new)
+        return (time.perf_counter() - start) / (tokens - 1)
 
     def of_transformers() -> float:
         ids = torch.tensor([prompt])
@@ -120,9 +125,9 @@ def bench_decode(benchmark, request, model, prompt, llama, transformers_model) -
             times.append(time.perf_counter() - start)
         return (times[1] - times[0]) / (tokens - 1)
 
-    variants = {"ours": lambda: decode(stream(model, [prompt], tokens, cache_dtype=torch.float16))}
+    variants = {"ours": lambda: decode(model, [prompt], tokens)}
     if llama is not None:
-        variants["llama.cpp"] = lambda: decode(of_llama())
+        variants["llama.cpp"] = of_llama
     if transformers_model is not None:
         variants["transformers"] = of_transformers
     medians(variants, 1)
@@ -150,8 +155,8 @@ def bench_batch(benchmark, request, model, prompt) -> None:
     """Eight sequences, against one: tokens of all of them."""
     tokens = 32 if request.config.getoption("--quick") else 128
     variants = {
-        "ours": lambda: decode(stream(model, [prompt] * 8, tokens, cache_dtype=torch.float16)) / 8,
-        "one sequence": lambda: decode(stream(model, [prompt], tokens, cache_dtype=torch.float16)),
+        "ours": lambda: decode(model, [prompt] * 8, tokens),
+        "one sequence": lambda: decode(model, [prompt], tokens),
     }
     medians(variants, 1)
     note(benchmark, medians(variants, 5))
