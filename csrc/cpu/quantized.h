@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <functional>
 
 #include "tensor.h"
@@ -82,15 +83,18 @@ class Activations {
   const int32_t* starts(int64_t row) const { return starts_.data() + row * format_.groups; }
 
  private:
-  // code = round(x * 127 / max|x|).
+  // code = round(x * 127 / max|x|). The scale of a group with NaN or inf is that, and so are its
+  // products.
   template <class T>
   void set_codes(int64_t row, int64_t g, const T* x, int64_t count) {
     int8_t* out = codes_.data() + row * format_.columns() + g * format_.group_size;
-    Vec<float> top = {};
-    for_vectors<float>(
-        count, [&](int64_t i, auto n) { top = max<float>(top, abs<float>(load(x + i, n))); });
-    float largest = 0;
-    for (int i = 0; i < kLanes<float>; ++i) largest = std::max(largest, top[i]);
+    // As integers magnitudes have the same order, and NaN is the largest.
+    Vec<int32_t> top = {};
+    for_vectors<float>(count, [&](int64_t i, auto n) {
+      const Vec<int32_t> magnitude = (Vec<int32_t>)load(x + i, n) & 0x7fffffff;
+      top = magnitude > top ? magnitude : top;
+    });
+    const float largest = std::bit_cast<float>(max_lanes(top));
     const float factor = largest > 0 ? 127 / largest : 0.0f;
     Vec<int32_t> sums = {};
     for_vectors<float>(count, [&](int64_t i, auto n) {
@@ -99,8 +103,7 @@ class Activations {
       store_codes(out + i, code, n);
     });
     std::fill(out + count, out + format_.group_size, 0);
-    int32_t sum = 0;
-    for (int i = 0; i < kLanes<float>; ++i) sum += sums[i];
+    const int32_t sum = add_lanes(sums);
     const int64_t at = row * format_.groups + g;
     scales_[at] = largest / 127;
     sums_[at] = scales_[at] * static_cast<float>(sum);
@@ -118,6 +121,25 @@ class Activations {
     });
     std::fill(out + count, out + format_.group_size, 0.0f);
     sums_[row * format_.groups + g] = sum_lanes<float>(sum);
+  }
+
+  static int32_t max_lanes(Vec<int32_t> v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t top = v[0];
+    for (int i = 1; i < kLanes<float>; ++i) top = std::max(top, v[i]);
+    return top;
+#endif
+  }
+  static int32_t add_lanes(Vec<int32_t> v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < kLanes<float>; ++i) sum += v[i];
+    return sum;
+#endif
   }
 
   // To the nearest, ties to even.

@@ -44,9 +44,12 @@ def _samples() -> list[Sample]:
     samples = [Sample(name, *call) for name, call in named.items()]
     (x, weight, bias), kwargs = named["q4_0"]
     zeros = torch.cat([torch.zeros(1, 32, dtype=x.dtype), x[:, 32:]], 1)
+    special = torch.cat([x, x, x])
+    special[0, 5], special[1, 40] = torch.nan, torch.inf
     strided = rand(4, 128)[::2, ::2]
     return [
         *samples,
+        Sample("special_int8", (special, weight, bias), {**kwargs, "quantize_activations": True}),
         Sample("zeros_int8", (zeros, weight, bias), {**kwargs, "quantize_activations": True}),
         Sample("strided", (strided, weight, bias), kwargs),
     ]
