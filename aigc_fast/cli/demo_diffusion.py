@@ -46,6 +46,7 @@ def run(console: Console, device: torch.device, *, quick: bool) -> DiffusionResu
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        clip_sample=False,  # guidance goes past [-1, 1], and back
     )
     trainer = _train(console, model, samples, labels, 1 if quick else EPOCHS)
 

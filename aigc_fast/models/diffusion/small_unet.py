@@ -13,23 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn import GroupNormAct
-
-
-def _swish(x: Tensor) -> Tensor:
-    return ops.bias_act(x, None, 1, "swish", gain=1.0)
+from aigc_fast.nn import GroupNormAct, ModulatedGroupNormAct
 
 
 class ResBlock(nn.Module):
-    """x + conv(swish(scale * norm(conv(swish(norm(x)))) + shift)), the embedding giving scale and
-    shift of each channel."""
+    """x + conv(silu((1 + scale) * norm(conv(silu(norm(x)))) + shift)), the embedding giving scale
+    and shift of each channel."""
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int) -> None:
         super().__init__()
         self.norm1 = GroupNormAct(8, in_channels, activation="silu")
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.modulation = nn.Linear(embedding_dim, 2 * out_channels)
-        self.norm2 = nn.GroupNorm(8, out_channels)
+        self.norm2 = ModulatedGroupNormAct(8, out_channels, activation="silu")
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
         self.skip = (
@@ -39,9 +35,9 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.norm2(self.conv1(self.norm1(x)))
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
-        return self.skip(x) + self.conv2(_swish(torch.addcmul(h + shift, h, scale)))
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)
+        h = self.norm2(self.conv1(self.norm1(x)), scale, shift)
+        return self.skip(x) + self.conv2(h)
 
 
 class SmallUNet(nn.Module):
