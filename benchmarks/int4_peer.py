@@ -1,5 +1,5 @@
 """The decoder that torch.compile makes fastest on a CPU: transformers' model in bfloat16, its
-linear layers 4-bit weights through torch's own packed product, a static cache, one compiled step."""
+linear layers 4-bit weights through torch's own packed product, a static cache, a compiled step."""
 
 from collections.abc import Callable
 
