@@ -12,10 +12,10 @@ train = typer.Typer(help="Trains a model; goes on where it was stopped.", no_arg
 @train.command()
 def gan(
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is written.")],
-    arch: Annotated[str, typer.Option(help="dcgan or mlp.")] = "dcgan",
+    arch: Annotated[str, typer.Option(help="dcgan, r3gan or mlp.")] = "dcgan",
     loss: Annotated[str, typer.Option(help="As `wgan-gp`; any other word lists them.")] = "wgan-gp",
     data: Annotated[str, typer.Option(help="digits, or a folder of images.")] = "digits",
-    size: Annotated[int, typer.Option(help="Pixels: 28, 32, 64 or 128.")] = 28,
+    size: Annotated[int, typer.Option(help="Pixels: 28, 32, 64, 128; of r3gan 256 too.")] = 28,
     channels: Annotated[int, typer.Option(min=1, help="Width of the networks.")] = 32,
     conditional: Annotated[bool, typer.Option("--conditional", help="Learn the classes.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Batches to train on, in all.")] = 5000,

@@ -69,10 +69,15 @@ def test_trains_on_a_folder_of_images(tmp_path):
         (tmp_path / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
         color = (30 * i, 200 - 20 * i, 90)
         Image.new("RGB", (40, 30), color).save(tmp_path / "images" / str(i % 2) / f"{i}.png")
-    options = ("--data", tmp_path / "images", "--size", 32, "--conditional", "--loss", "r3gan")
-    result = train(tmp_path / "out", *options, "--steps", 1)
+    options = ("--data", tmp_path / "images", "--size", 32, "--conditional")
+    r3gan = ("--arch", "r3gan", "--loss", "r3gan", "--steps", 1)
+    result = train(tmp_path / "out", *options, *r3gan)
     assert result.exit_code == 0, result.output
     assert Image.open(tmp_path / "out" / "samples.png").mode == "RGB"
+    picture = tmp_path / "one.png"
+    one = ("--checkpoint", tmp_path / "out" / "checkpoint.pt", "--label", 1, "--count", 1)
+    assert run("sample", "gan", *one, "--output", picture).exit_code == 0
+    assert Image.open(picture).size == (36 * 3, 36 * 3)
 
 
 @pytest.mark.parametrize(
