@@ -30,6 +30,9 @@ def gan(
     seed: Annotated[int, typer.Option(help="The same seed gives the same losses.")] = 0,
     every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log to OUTPUT/tensorboard too.")
+    ] = False,
 ) -> None:
     """Trains a GAN: checkpoint.pt, log.csv, a grid of samples and the loss curves in OUTPUT."""
     from .train_gan import Options, run
@@ -37,7 +40,7 @@ def gan(
     options = Options(
         output=output, arch=arch, loss=loss, data=data, size=size, channels=channels,
         conditional=conditional, steps=steps, minutes=minutes, batch=batch, lr=lr, bf16=bf16,
-        seed=seed, every=every, resume=resume,
+        seed=seed, every=every, resume=resume, tensorboard=tensorboard,
     )  # fmt: skip
     raise typer.Exit(run(Console(highlight=False), options))
 
@@ -69,6 +72,9 @@ def diffusion(
     seed: Annotated[int, typer.Option(help="The same seed gives the same losses.")] = 0,
     every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log to OUTPUT/tensorboard too.")
+    ] = False,
 ) -> None:
     """Trains a diffusion model: checkpoint.pt to go on from, model.safetensors to sample from,
     log.csv, a grid of samples and the loss curve in OUTPUT."""
@@ -79,5 +85,6 @@ def diffusion(
         prediction=prediction, schedule=schedule, weighting=weighting, channels=channels,
         steps=steps, minutes=minutes, batch=batch, lr=lr, bf16=bf16,
         gradient_checkpointing=gradient_checkpointing, seed=seed, every=every, resume=resume,
+        tensorboard=tensorboard,
     )  # fmt: skip
     raise typer.Exit(run(Console(highlight=False), options))

@@ -1,6 +1,8 @@
 """`aigc-fast train gan` and `aigc-fast sample gan`, as a user runs them."""
 
 import csv
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,3 +107,36 @@ def test_sample_refuses_what_is_no_checkpoint(tmp_path):
         path.write_bytes(content)
         result = run("sample", "gan", "--checkpoint", path, "--output", tmp_path / "out.png")
         assert result.exit_code == 2 and "not a checkpoint" in result.output.replace("\n", " ")
+
+
+def test_logs_to_tensorboard(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def add_image(self, name, pixels, step, dataformats):
+            written.append((name, step, pixels.ndim, dataformats))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            written.append("closed")
+
+    output = tmp_path / "out"
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
+    )
+    result = train(output, "--steps", 2, "--tensorboard")
+    assert result.exit_code == 0, result.output
+    numbers = [(name, 2) for name in ("g_loss", "d_loss", "skipped", "seconds")]
+    picture = ("samples", 2, 2, "HW")
+    assert written == [(str(output / "tensorboard"), 1), *numbers, picture, "closed"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = train(output, "--steps", 4, "--tensorboard", "--resume")
+    assert result.exit_code == 2 and "pip install tensorboard" in result.output
