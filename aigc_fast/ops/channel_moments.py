@@ -18,9 +18,9 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     x: shape (N, C, ...), float64/32/16 or bfloat16, of any memory order; a tensor with gaps is
        copied once.
 
-    Both are (C,), float32 (float64 for float64), and zero where a channel has no elements. Sums are
-    joined in fp64; a large mean costs no digits. Bytes that must move: forward 1, backward 2
-    times x.
+    Both are (C,), float32 (float64 for float64), and zero where a channel has no elements; of one
+    with NaN or inf neither is finite. Sums are joined in fp64; a large mean costs no digits. Bytes
+    that must move: forward 1, backward 2 times x.
 
     Raises TypeError or ValueError for a wrong dtype or fewer than 2 dimensions.
     """
