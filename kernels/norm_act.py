@@ -292,6 +292,25 @@ def gradient_of(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.new_zeros(parameter.shape)
 
 
+def _moments(x: Tensor, t: Tiling, has_mean: bool, eps: float) -> tuple:
+    """(mean or None, var, 1 / sqrt(var + eps)) of the norms of an x that has elements."""
+    var, rstd, squares = t.new(x), t.new(x), t.new(x, t.parts)
+    mean, means = (t.new(x), t.new(x, t.parts)) if has_mean else (None, None)
+    _statistics[t.sum_grid](x, means, squares, *t.view, t.part, t.parts, MEAN=has_mean,
+                            **t.tile)  # fmt: skip
+    _join[t.value_grid](means, squares, mean, var, rstd, t.count, t.norms, t.part, t.parts,
+                        float(eps), MEAN=has_mean, **t.values)  # fmt: skip
+    return mean, var, rstd
+
+
+def channel_moments(x) -> tuple[Tensor, Tensor]:
+    x = in_layout(x, _BATCH)
+    if not x.numel():
+        return tuple(x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2))
+    mean, var, _ = _moments(x, Tiling(x, _BATCH), True, 0.0)
+    return mean, var
+
+
 def norm_act(
     x, running_mean, running_var, weight, bias, statistics, eps, act, gain, alpha
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,14 +323,8 @@ def norm_act(
     if statistics == _GIVEN:
         centre, rstd = running_mean.contiguous(), rstd_of(running_var, eps)
     else:
-        var, rstd, squares = t.new(x), t.new(x), t.new(x, t.parts)
-        has_mean = statistics != _PIXEL
-        mean, means = (t.new(x), t.new(x, t.parts)) if has_mean else (mean, None)
-        centre = mean if has_mean else None
-        _statistics[t.sum_grid](x, means, squares, *t.view, t.part, t.parts, MEAN=has_mean,
-                                **t.tile)  # fmt: skip
-        _join[t.value_grid](means, squares, centre, var, rstd, t.count, t.norms, t.part, t.parts,
-                            float(eps), MEAN=has_mean, **t.values)  # fmt: skip
+        centre, var, rstd = _moments(x, t, statistics != _PIXEL, eps)
+        mean = mean if centre is None else centre
     _forward[t.grid](x, centre, rstd, row_of(weight), row_of(bias), y, *t.view, float(gain),
                      float(alpha), ACT=act, **t.tile)  # fmt: skip
     return y, mean, var

@@ -11,10 +11,12 @@ from aigc_fast.models.gan import (
     DCGANGenerator,
     MLPDiscriminator,
     MLPGenerator,
+    R3GANDiscriminator,
+    R3GANGenerator,
 )
 
 #: A network's numbers as the checkpoint holds them: arch, size, image_channels, channels,
-#: num_classes (None for no labels) and norm (of the discriminator)
+#: num_classes (None for no labels) and norm (of DCGAN's discriminator)
 Config = dict[str, Any]
 #: numbers of a latent vector, of every architecture
 LATENT_DIM = 100
@@ -66,9 +68,24 @@ def _dcgan_discriminator(config: Config) -> nn.Module:
     )  # fmt: skip
 
 
+def _r3gan_generator(config: Config) -> nn.Module:
+    return R3GANGenerator(
+        config["size"], config["image_channels"], config["channels"], LATENT_DIM,
+        num_classes=config["num_classes"],
+    )  # fmt: skip
+
+
+def _r3gan_discriminator(config: Config) -> nn.Module:
+    return R3GANDiscriminator(
+        config["size"], config["image_channels"], config["channels"],
+        num_classes=config["num_classes"],
+    )  # fmt: skip
+
+
 _ARCHITECTURES: dict[str, tuple[Callable[[Config], nn.Module], Callable[[Config], nn.Module]]] = {
     "mlp": (_mlp_generator, _mlp_discriminator),
     "dcgan": (_dcgan_generator, _dcgan_discriminator),
+    "r3gan": (_r3gan_generator, _r3gan_discriminator),
 }
 ARCHITECTURES = tuple(_ARCHITECTURES)
 

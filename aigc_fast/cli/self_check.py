@@ -129,6 +129,7 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
         x(5, 7, 9), weight=x(7), bias=x(7), training=True, act="lrelu"
     ),
     "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
+    "channel_moments": lambda x: ops.channel_moments(x(2, 6, 5, 7)),
     "conv3x3": lambda x: ops.conv3x3(
         x.constant(2, 35, 5, 19), x.constant(24, 35, 3, 3), x.constant(24), x.constant(24)
     ),

@@ -12,10 +12,10 @@ train = typer.Typer(help="Trains a model; goes on where it was stopped.", no_arg
 @train.command()
 def gan(
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is written.")],
-    arch: Annotated[str, typer.Option(help="dcgan or mlp.")] = "dcgan",
+    arch: Annotated[str, typer.Option(help="dcgan, r3gan or mlp.")] = "dcgan",
     loss: Annotated[str, typer.Option(help="As `wgan-gp`; any other word lists them.")] = "wgan-gp",
     data: Annotated[str, typer.Option(help="digits, or a folder of images.")] = "digits",
-    size: Annotated[int, typer.Option(help="Pixels: 28, 32, 64 or 128.")] = 28,
+    size: Annotated[int, typer.Option(help="Pixels: 28, 32, 64, 128; of r3gan 256 too.")] = 28,
     channels: Annotated[int, typer.Option(min=1, help="Width of the networks.")] = 32,
     conditional: Annotated[bool, typer.Option("--conditional", help="Learn the classes.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Batches to train on, in all.")] = 5000,
@@ -30,6 +30,9 @@ def gan(
     seed: Annotated[int, typer.Option(help="The same seed gives the same losses.")] = 0,
     every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log to OUTPUT/tensorboard too.")
+    ] = False,
 ) -> None:
     """Trains a GAN: checkpoint.pt, log.csv, a grid of samples and the loss curves in OUTPUT."""
     from .train_gan import Options, run
@@ -37,7 +40,7 @@ def gan(
     options = Options(
         output=output, arch=arch, loss=loss, data=data, size=size, channels=channels,
         conditional=conditional, steps=steps, minutes=minutes, batch=batch, lr=lr, bf16=bf16,
-        seed=seed, every=every, resume=resume,
+        seed=seed, every=every, resume=resume, tensorboard=tensorboard,
     )  # fmt: skip
     raise typer.Exit(run(Console(highlight=False), options))
 
@@ -69,6 +72,9 @@ def diffusion(
     seed: Annotated[int, typer.Option(help="The same seed gives the same losses.")] = 0,
     every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log to OUTPUT/tensorboard too.")
+    ] = False,
 ) -> None:
     """Trains a diffusion model: checkpoint.pt to go on from, model.safetensors to sample from,
     log.csv, a grid of samples and the loss curve in OUTPUT."""
@@ -79,5 +85,6 @@ def diffusion(
         prediction=prediction, schedule=schedule, weighting=weighting, channels=channels,
         steps=steps, minutes=minutes, batch=batch, lr=lr, bf16=bf16,
         gradient_checkpointing=gradient_checkpointing, seed=seed, every=every, resume=resume,
+        tensorboard=tensorboard,
     )  # fmt: skip
     raise typer.Exit(run(Console(highlight=False), options))

@@ -8,13 +8,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from aigc_fast.io import load_digits, load_images
-from aigc_fast.training import CSVLog, load_checkpoint, save_checkpoint
+from aigc_fast.training import CSVLog, TensorBoardLog, load_checkpoint, save_checkpoint
 
 from .pictures import save_losses
 
@@ -33,6 +35,7 @@ class RunOptions:
     seed: int = 0
     every: int = 500
     resume: bool = False
+    tensorboard: bool = False
 
 
 class TrainingSession(ABC):
@@ -58,7 +61,7 @@ class TrainingSession(ABC):
 
     @abstractmethod
     def keep_samples(self) -> None:
-        """Draws from the model as it is."""
+        """Draws from the model as it is, to samples.png."""
 
     def open(self) -> None:
         """ValueError where the folder holds another training than is asked for."""
@@ -77,7 +80,11 @@ class TrainingSession(ABC):
         elif self.checkpoint.exists():
             raise ValueError(f"{self.checkpoint} exists: --resume goes on from it")
         columns = [*self.losses, "skipped", "seconds"]
-        self.log = CSVLog(options.output / "log.csv", columns, self.trainer.steps_done)
+        done = self.trainer.steps_done
+        self.board = None
+        if options.tensorboard:
+            self.board = TensorBoardLog(options.output / "tensorboard", columns, done)
+        self.log = CSVLog(options.output / "log.csv", columns, done)
 
     def share_done(self, step: int) -> float:
         """How much of the training lies behind, 0 to 1."""
@@ -105,6 +112,8 @@ class TrainingSession(ABC):
                 if share >= 1:
                     break
         self.log.close()
+        if self.board:
+            self.board.close()
         rate = (trainer.steps_done - begun) / max(self.seconds - before, 1e-9)
         console.print(
             f"{trainer.steps_done} steps of {options.batch} images, {rate:.1f} steps/s, "
@@ -126,12 +135,18 @@ class TrainingSession(ABC):
     def _log(self, recent: list[tuple[Tensor, ...]]) -> None:
         """Means since the last row. Only here does the host wait for the device."""
         means = [torch.stack(losses).mean().item() for losses in zip(*recent, strict=True)]
-        self.log.add(self.trainer.steps_done, *means, self.trainer.skipped, self.seconds)
+        row = (self.trainer.steps_done, *means, self.trainer.skipped, self.seconds)
+        self.log.add(*row)
+        if self.board:
+            self.board.add(*row)
         recent.clear()
 
     def _keep(self) -> None:
         """The checkpoint last: where there is one, what it shows is there too."""
         self.keep_samples()
+        if self.board:
+            with Image.open(self.options.output / "samples.png") as picture:
+                self.board.add_picture(self.trainer.steps_done, "samples", np.asarray(picture))
         steps, *columns = zip(*self.log.read(), strict=True)
         curves = dict(zip(self.losses, columns, strict=False))
         save_losses(self.options.output / "losses.png", curves, 3, steps, label=self.loss_label)

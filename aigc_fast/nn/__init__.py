@@ -16,6 +16,7 @@ from .norm_act import (
     InstanceNormAct,
     MinibatchStddev,
     PixelNormAct,
+    SyncBatchNormAct,
 )
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
@@ -52,6 +53,7 @@ __all__ = [
     "Snake",
     "SnakeBeta",
     "SwiGLU",
+    "SyncBatchNormAct",
     "Upsample2d",
     "fold_batch_norm",
     "fuse",

@@ -21,7 +21,7 @@ from aigc_fast.nn._replacing import (
     take_back,
 )
 from aigc_fast.nn.bias_act import of_dtype
-from aigc_fast.nn.norm_act import Activated, BatchNormAct
+from aigc_fast.nn.norm_act import Activated, BatchNormAct, SyncBatchNormAct
 from aigc_fast.ops._activations import ACTIVATIONS, activate, resolve
 
 _RECORD = "_aigc_fast_fused"
@@ -176,6 +176,10 @@ class _BatchNorm(_Fused, BatchNormAct):
         return super().forward(x)
 
 
+class _SyncBatchNorm(_BatchNorm, SyncBatchNormAct):
+    pass
+
+
 class _InstanceNorm(_Fused):
     uses = "instance_norm_act"
 
@@ -225,6 +229,7 @@ _LAYERS: dict[type, type[_Fused]] = {
     **dict.fromkeys(_CONVS, _Conv),
     **dict.fromkeys(_TRANSPOSED, _ConvTranspose),
     **dict.fromkeys(_BATCH_NORMS, _BatchNorm),
+    nn.SyncBatchNorm: _SyncBatchNorm,
     **dict.fromkeys(_INSTANCE_NORMS, _InstanceNorm),
     nn.GroupNorm: _GroupNorm,
 }

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from aigc_fast import ops
@@ -61,7 +62,12 @@ class BatchNormAct(Activated, nn.modules.batchnorm._BatchNorm):
             self.act,
             self.alpha,
             self.gain,
+            self._processes() if self.training else None,
         )
+
+    def _processes(self) -> Any:
+        """The process group whose x are one batch; None for this process alone."""
+        return None
 
 
 class BatchNormAct1d(BatchNormAct, nn.BatchNorm1d):
@@ -82,6 +88,50 @@ class BatchNormAct2d(BatchNormAct, nn.BatchNorm2d):
 
 class BatchNormAct3d(BatchNormAct, nn.BatchNorm3d):
     """nn.BatchNorm3d, then an activation: x of shape (N, C, D, H, W)."""
+
+
+_BATCH_NORMS = (
+    BatchNormAct1d, BatchNormAct2d, BatchNormAct3d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+)  # fmt: skip
+
+
+class SyncBatchNormAct(BatchNormAct, nn.SyncBatchNorm):
+    """nn.SyncBatchNorm, then an activation: x of shape (N, C, ...), on CPUs too.
+
+    In training its statistics, and gradients of any order, are those of the batches of all
+    processes together, which may differ in size; all of them must run it at once. Without
+    torch.distributed at work, and in evaluation, it is a batch norm.
+
+    process_group: the processes; all of them where None.
+    act, alpha, gain: as for `ops.batch_norm_act`; the others, and the state dict, as for torch's.
+
+    >>> SyncBatchNormAct(128, act="relu")  # nn.SyncBatchNorm(128), then nn.ReLU()
+    """
+
+    def __init__(
+        self, num_features: int, *args: Any, process_group: Any = None, **options: Any
+    ) -> None:
+        super().__init__(num_features, *args, **options)
+        self.process_group = process_group
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Makes the batch norms inside, torch's and this library's, such modules, in place.
+
+        torch.nn.SyncBatchNorm's method of the name would leave out the activations. Returns module.
+        """
+        for child in module.modules():
+            if type(child) in _BATCH_NORMS:
+                child.__class__ = cls
+                child.process_group = process_group
+        return module
+
+    def _processes(self) -> Any:
+        if not dist.is_available() or not dist.is_initialized():
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
 
 
 class InstanceNormAct(Activated):

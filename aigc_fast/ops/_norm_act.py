@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops import _norm_reference as reference
+from aigc_fast.ops._activations import DEFAULT_ALPHA
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._norm_reference import GIVEN, PIXEL, SAMPLE
@@ -26,29 +27,56 @@ def norm_act(
     return _norm_act(x, mean, var, weight, bias, *options)
 
 
+def normalize(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    act: int = 0, gain: float = 1.0, alpha: float = DEFAULT_ALPHA,
+) -> Tensor:  # fmt: skip
+    """y for a mean and var that may have gradients, which `norm_act` gives none.
+
+    The kernels take them as constants, m and v. By how much they differ from those, which is zero
+    but for derivatives, goes to weight and bias:
+        (x - mean) / sqrt(var + eps) weight = (x - m) / sqrt(v + eps) weight' + (m - mean) scale
+        with scale = weight / sqrt(var + eps), weight' = scale sqrt(v + eps).
+    """
+    m, v = mean.detach(), var.detach()
+    if torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad):
+        scale = torch.rsqrt(var + eps)
+        scale = scale if weight is None else scale * weight
+        shift = (m - mean) * scale
+        weight = scale * torch.sqrt(v + eps)
+        bias = shift if bias is None else bias + shift
+    return norm_act(x, m, v, weight, bias, (GIVEN, eps, act, gain, alpha))[0]
+
+
 def _norms(x: Tensor, statistics: int) -> int:
     if statistics == PIXEL:
         return x.numel() // max(x.shape[1], 1)
     return x.shape[0] * x.shape[1] if statistics == SAMPLE else x.shape[1]
 
 
-def _check(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, statistics: int, *_: Any,
-) -> None:  # fmt: skip
+def check_parameters(x: Tensor, norms: int, **parameters: Tensor | None) -> None:
+    """Refuses an x without channels, and parameters that are not one value a norm."""
     check_tensor("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must have at least 2 dimensions, got shape {tuple(x.shape)}")
-    norms = _norms(x, statistics)
-    given = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
-    for name, value in given.items():
+    for name, value in parameters.items():
         if value is not None:
             check_tensor(name, value, dtypes=FLOATS, shape=(norms,))
             if value.device != x.device:
                 raise ValueError(
                     f"{name} must be on the device of x ({x.device}), got {value.device}"
                 )
-        elif statistics == GIVEN and name.startswith("running"):
+
+
+def _check(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, statistics: int, *_: Any,
+) -> None:  # fmt: skip
+    norms = _norms(x, statistics) if x.dim() > 1 else 0
+    running = {"running_mean": mean, "running_var": var}
+    check_parameters(x, norms, **running, weight=weight, bias=bias)
+    for name, value in running.items():
+        if statistics == GIVEN and value is None:
             raise ValueError(f"{name} must be given in evaluation (training=False), got None")
     needed = {GIVEN: 0, PIXEL: 1}.get(statistics, 2)
     if norms and x.numel() < needed * norms:

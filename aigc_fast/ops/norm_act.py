@@ -1,11 +1,14 @@
 """Batch, instance and pixel norm, each with its activation and a fused double backward."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from aigc_fast.ops._activations import resolve
-from aigc_fast.ops._norm_act import norm_act
+from aigc_fast.ops._norm_act import check_parameters, norm_act, normalize
 from aigc_fast.ops._norm_reference import BATCH, GIVEN, PIXEL, SAMPLE
+from aigc_fast.ops._norm_sync import joined_moments
 
 
 def batch_norm_act(
@@ -20,6 +23,7 @@ def batch_norm_act(
     act: str = "linear",
     alpha: float | None = None,
     gain: float = 1.0,
+    process_group: Any = None,
 ) -> Tensor:
     """y = gain * act((x - mean) / sqrt(var + eps) * weight + bias), per channel.
 
@@ -34,28 +38,39 @@ def batch_norm_act(
     act, alpha:   as in `bias_act`: linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus, swish.
     gain:         factor on the activation; 1 by default, so that the call stands for
                   torch.nn.functional.batch_norm and the activation of torch.
+    process_group: in training, of the processes whose x are one batch, which need not have the same
+                  size and may be empty: all of them call at once, forward and backward. None for
+                  this process alone.
 
     Computes in fp32 (fp64 for fp64) and rounds once; sums over a channel are joined in fp64, and a
     large mean costs no digits. Saves x and the statistics for backward. Any order of derivative;
     forward, backward and double backward are kernels. Bytes that must move, times x: forward 3
     (2 in evaluation), backward 5, double backward 8; on the CPU 2, 3 and 5 where a channel of a
-    contiguous x fits the L2 cache.
+    contiguous x fits the L2 cache. In a process group forward 3, backward 8, and one exchange of
+    2 C + 1 numbers in each; gradients, of any order, are those of the sum of all processes' losses,
+    a parameter's being the part of its own process, as torch.nn.SyncBatchNorm has it.
 
     Raises TypeError or ValueError for a wrong dtype, shape, device, act or alpha, for fewer than
-    two values a channel in training, and for missing statistics in evaluation.
+    two values a channel in training (of one process), and for missing statistics in evaluation.
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
     number, alpha = resolve(act, alpha)
-    options = (BATCH if training else GIVEN, eps, number, gain, alpha)
-    y, mean, var = norm_act(x, running_mean, running_var, weight, bias, options)
+    if training and process_group is not None:
+        running = {"running_mean": running_mean, "running_var": running_var}
+        check_parameters(x, x.shape[1] if x.dim() > 1 else 0, **running, weight=weight, bias=bias)
+        mean, var, unbiased = joined_moments(x, process_group)
+        y = normalize(x, mean, var, weight, bias, eps, number, gain, alpha)
+    else:
+        options = (BATCH if training else GIVEN, eps, number, gain, alpha)
+        y, mean, var = norm_act(x, running_mean, running_var, weight, bias, options)
+        count = x.numel() // max(x.shape[1], 1)
+        unbiased = var * (count / max(count - 1, 1))
     if training and x.shape[1]:
         with torch.no_grad():
-            count = x.numel() // x.shape[1]
             if running_mean is not None:
                 running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             if running_var is not None:
-                unbiased = var * (count / (count - 1))
                 running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     return y
 

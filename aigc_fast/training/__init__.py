@@ -6,7 +6,7 @@ from .denoising import Denoising
 from .diffusion import DiffusionRecipe, DiffusionStep, DiffusionTrainer
 from .ema import EMA
 from .gan import RECIPES, GANRecipe, GANStep, GANTrainer
-from .log import CSVLog
+from .log import CSVLog, TensorBoardLog
 from .optim import Adam, AdamW
 from .penalties import gradient_penalty, path_length_penalty, r1_penalty, r2_penalty
 
@@ -23,6 +23,7 @@ __all__ = [
     "GANRecipe",
     "GANStep",
     "GANTrainer",
+    "TensorBoardLog",
     "batches",
     "epochs_of_batches",
     "gradient_penalty",

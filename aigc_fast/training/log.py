@@ -1,8 +1,10 @@
-"""A log of training as comma-separated values."""
+"""Logs of training: comma-separated values, and TensorBoard's event files."""
 
 import csv
 import os
 from pathlib import Path
+
+import numpy as np
 
 
 class CSVLog:
@@ -33,3 +35,35 @@ class CSVLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class TensorBoardLog:
+    """Event files of numbers and pictures, for `tensorboard --logdir FOLDER`.
+
+    last_step: TensorBoard hides what an earlier run logged after it. 0 begins anew.
+
+    Raises ImportError where the package tensorboard is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], columns: list[str], last_step: int = 0):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "tensorboard: this needs the package of that name: pip install tensorboard"
+            ) from error
+        self.columns = columns
+        self._writer = SummaryWriter(os.fspath(folder), purge_step=last_step + 1)
+
+    def add(self, step: int, *values: float) -> None:
+        for name, value in zip(self.columns, values, strict=True):
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def add_picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """pixels: uint8 (height, width) or (height, width, channels)."""
+        self._writer.add_image(name, pixels, step, dataformats="HWC"[: pixels.ndim])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -5,6 +5,49 @@
 namespace aigc_fast {
 namespace {
 
+// How the mean and the variance of each norm are summed: about its first element, so that a large
+// mean costs no digits.
+template <class A>
+struct Deviations {
+  Stream<A> in;
+  std::vector<double> shift;
+
+  Deviations(const Tensor& x, const Norms& norms, bool about_zero)
+      : in(stream_of<A>(x)), shift(norms.total() + kLanes<A>) {
+    if (about_zero || !x.numel()) return;
+    const auto& [samples, rows, channels, inner] = norms;
+    for (int64_t i = 0; i < norms.total(); ++i)
+      shift[i] = in.value((i / channels * rows * channels + i % channels) * inner);
+  }
+  void operator()(const Tile& tile, double* sums, int64_t columns) const {
+    Buffer<A> values;
+    in.load(tile, values);
+    add_deviations(tile, values, shift.data() + tile.norm(), sums, columns);
+  }
+  // (mean, variance) of the sums of a norm that has 1 / share elements.
+  std::pair<A, A> finish(int64_t norm, const double* sums, double mean_share, double share) const {
+    const double offset = sums[0] * mean_share, square = sums[1] * share - offset * offset;
+    return {static_cast<A>(shift[norm] + offset), static_cast<A>(square < 0 ? 0 : square)};
+  }
+};
+
+// (mean, var) of each channel; zero where it has no elements.
+std::tuple<Tensor, Tensor> channel_moments(const Tensor& x_in) {
+  const Tensor x = in_layout(x_in, kOfBatch);
+  const Norms norms = norms_of(x, kOfBatch);
+  Tensor mean = empty({norms.total()}, sums_type(x)), var = empty({norms.total()}, sums_type(x));
+  with_arithmetic(x, [&]<class A>(A) {
+    const Deviations<A> sum(x, norms, false);
+    const double share = 1.0 / std::max<int64_t>(1, norms.count());
+    A *means = mutable_data<A>(mean), *vars = mutable_data<A>(var);
+    const auto finish = [&](int64_t norm, const double* sums) {
+      std::tie(means[norm], vars[norm]) = sum.finish(norm, sums, share, share);
+    };
+    sum_then_write<A, 2>(norms, sum, finish, [](const Tile&) {});
+  });
+  return {mean, var};
+}
+
 // (y, mean, var), with an entry for each norm: empty where they were given, the mean also of
 // pixels.
 std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_in, const Optional& running_mean,
@@ -36,25 +79,15 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_in, const Optional& 
       out.store(tile, z);
     };
     if (given) return for_all_tiles<A>(norms, write);
-    std::vector<double> shift(norms.total() + kLanes<A>);
-    if (statistics != kOfPixel && x.numel())
-      for (int64_t i = 0; i < norms.total(); ++i)
-        shift[i] = in.value(
-            (i / norms.channels * norms.rows * norms.channels + i % norms.channels) * norms.inner);
-    const auto sum = [&](const Tile& tile, double* sums, int64_t columns) {
-      Buffer<A> values;
-      in.load(tile, values);
-      add_deviations(tile, values, shift.data() + tile.norm(), sums, columns);
-    };
+    const Deviations<A> sum(x, norms, statistics == kOfPixel);
     A *means = mutable_data<A>(mean), *vars = mutable_data<A>(var);
     const auto finish = [&](int64_t norm, const double* sums) {
-      const double offset = statistics == kOfPixel ? 0 : sums[0] * call.mean_share;
-      const double square = sums[1] * call.share - offset * offset;
-      vars[norm] = static_cast<A>(square < 0 ? 0 : square);
-      call.set_rstd(norm, 1 / std::sqrt(vars[norm] + eps));
+      const auto [m, v] = sum.finish(norm, sums, call.mean_share, call.share);
+      vars[norm] = v;
+      call.set_rstd(norm, 1 / std::sqrt(v + eps));
       if (statistics == kOfPixel) return;
-      means[norm] = static_cast<A>(shift[norm] + offset);
-      call.set(kMean, norm, means[norm]);
+      means[norm] = m;
+      call.set(kMean, norm, m);
     };
     sum_then_write<A, 2>(norms, sum, finish, write);
   });
@@ -121,6 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_backward(const Tensor& dy_in, const 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
+  m.impl("channel_moments", TORCH_BOX(&channel_moments));
   m.impl("norm_act", TORCH_BOX(&norm_act));
   m.impl("norm_act_backward", TORCH_BOX(&norm_act_backward));
 }

@@ -1,6 +1,8 @@
 """`aigc-fast train gan` and `aigc-fast sample gan`, as a user runs them."""
 
 import csv
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,10 +71,15 @@ def test_trains_on_a_folder_of_images(tmp_path):
         (tmp_path / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
         color = (30 * i, 200 - 20 * i, 90)
         Image.new("RGB", (40, 30), color).save(tmp_path / "images" / str(i % 2) / f"{i}.png")
-    options = ("--data", tmp_path / "images", "--size", 32, "--conditional", "--loss", "r3gan")
-    result = train(tmp_path / "out", *options, "--steps", 1)
+    options = ("--data", tmp_path / "images", "--size", 32, "--conditional")
+    r3gan = ("--arch", "r3gan", "--loss", "r3gan", "--steps", 1)
+    result = train(tmp_path / "out", *options, *r3gan)
     assert result.exit_code == 0, result.output
     assert Image.open(tmp_path / "out" / "samples.png").mode == "RGB"
+    picture = tmp_path / "one.png"
+    one = ("--checkpoint", tmp_path / "out" / "checkpoint.pt", "--label", 1, "--count", 1)
+    assert run("sample", "gan", *one, "--output", picture).exit_code == 0
+    assert Image.open(picture).size == (36 * 3, 36 * 3)
 
 
 @pytest.mark.parametrize(
@@ -100,3 +107,36 @@ def test_sample_refuses_what_is_no_checkpoint(tmp_path):
         path.write_bytes(content)
         result = run("sample", "gan", "--checkpoint", path, "--output", tmp_path / "out.png")
         assert result.exit_code == 2 and "not a checkpoint" in result.output.replace("\n", " ")
+
+
+def test_logs_to_tensorboard(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def add_image(self, name, pixels, step, dataformats):
+            written.append((name, step, pixels.ndim, dataformats))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            written.append("closed")
+
+    output = tmp_path / "out"
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
+    )
+    result = train(output, "--steps", 2, "--tensorboard")
+    assert result.exit_code == 0, result.output
+    numbers = [(name, 2) for name in ("g_loss", "d_loss", "skipped", "seconds")]
+    picture = ("samples", 2, 2, "HW")
+    assert written == [(str(output / "tensorboard"), 1), *numbers, picture, "closed"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = train(output, "--steps", 4, "--tensorboard", "--resume")
+    assert result.exit_code == 2 and "pip install tensorboard" in result.output

@@ -2,6 +2,8 @@
 
 import io
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -101,6 +103,33 @@ def test_cmyk(model, tmp_path):
     result = enlarge(model, Image.new("CMYK", (4, 4), (0, 255, 255, 0)), tmp_path, source=".jpg")
     red, green, blue = result.getpixel((3, 3))
     assert red > 240 and green < 15 and blue < 15
+
+
+PEAKS = """
+import resource, sys
+from pathlib import Path
+from rich.console import Console
+from aigc_fast.cli.upscale import run
+
+for name in sys.argv[2:]:
+    options = {"model": sys.argv[1], "tile": None, "overlap": None, "dtype": "float32"}
+    assert run(Console(quiet=True), Path(name), Path(name + ".png"), **options) == 0
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_memory_grows_as_documented(model, tmp_path, mode):
+    """8 MB for a million pixels of the source and 4 of the result, one more of each for alpha."""
+    sizes = {"small.png": (512, 512), "large.png": (2000, 1500)}
+    for name, size in sizes.items():
+        Image.new(mode, size, (30, 90, 160, 200)[: len(mode)]).save(tmp_path / name)
+    command = [sys.executable, "-c", PEAKS, model, *(str(tmp_path / name) for name in sizes)]
+    small, large = map(float, subprocess.check_output(command, text=True).split())
+    source, alpha = 3.0, mode == "RGBA"
+    documented = (8 + alpha) * source + (4 + alpha) * 4 * source
+    assert Image.open(tmp_path / "large.png.png").size == (4000, 3000)
+    assert large - small < documented, f"{large - small:.0f} MB, {documented:.0f} documented"
 
 
 def refused(*arguments):

@@ -123,7 +123,25 @@ def _images(sample) -> list[Sample]:
     return [sample("64x128x32x32", x), sample("64x128x32x32_nhwc", channels_last(x))]
 
 
+def _moments() -> list[Sample]:
+    return [
+        Sample("images", (rand(3, 4, 5, 5),)),
+        Sample("channels_last", (channels_last(rand(2, 18, 5, 3)),)),
+        Sample("matrix", (rand(16, 20),)),
+        Sample("one_value", (rand(1, 3, 1),)),
+        Sample("no_samples", (rand(0, 4, 2),)),
+        # of an inf the mean is inf or NaN
+        Sample("special", (_special().nan_to_num(torch.nan, 1.0),), differentiable=False),
+        Sample("large_mean", (rand(2, 3, 40, 30) + 300,), differentiable=False),
+    ]
+
+
 OPS = {
+    "channel_moments": OpSamples(
+        ops.channel_moments,
+        _moments,
+        _pixel_refusals,
+    ),
     "batch_norm_act": OpSamples(
         ops.batch_norm_act,
         _batch,

@@ -3,6 +3,7 @@
 from .dcgan import DCGANDiscriminator, DCGANGenerator
 from .load_ncnn import load_generator
 from .mlp import MLPDiscriminator, MLPGenerator
+from .r3gan import R3GANDiscriminator, R3GANGenerator
 from .rrdb import RRDBNet
 from .srvgg import SRVGGNetCompact
 from .stylegan2 import StyleGAN2Generator
@@ -15,6 +16,8 @@ __all__ = [
     "DCGANGenerator",
     "MLPDiscriminator",
     "MLPGenerator",
+    "R3GANDiscriminator",
+    "R3GANGenerator",
     "RRDBNet",
     "SRVGGNetCompact",
     "StyleGAN2Discriminator",

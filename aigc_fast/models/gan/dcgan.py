@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aigc_fast.nn import Conv2dBiasAct, ConvTranspose2dBiasAct
 
-from .layers import LEAKY, NORMS, RELU, norm_act
+from .layers import LEAKY, NORMS, RELU, check_labels, norm_act
 
 #: kernels of the layers that double 4 x 4 up to that size; the one of 3 takes 4 to 7
 _KERNELS = {28: (3, 4, 4), 32: (4, 4, 4), 64: (4, 4, 4, 4), 128: (4, 4, 4, 4, 4)}
@@ -56,11 +56,10 @@ class DCGANGenerator(nn.Module):
         _initialise(self)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        if labels is not None and self.num_classes is not None:
-            classes = F.one_hot(labels, self.num_classes).to(latents.dtype)
+        check_labels(labels, self.num_classes is not None)
+        if labels is not None:
+            classes = F.one_hot(labels, self.num_classes or 0).to(latents.dtype)
             latents = torch.cat([latents, classes], 1)
-        elif labels is not None or self.num_classes is not None:
-            raise ValueError("labels must be given if, and only if, the network has num_classes")
         return self.main(latents[:, :, None, None])
 
 
@@ -109,14 +108,13 @@ class DCGANDiscriminator(nn.Module):
         _initialise(self)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        check_labels(labels, self.embed is not None)
         *body, head = self.main
         x = images
         for layer in body:
             x = layer(x)
         logits = head(x).flatten(1)
-        if (labels is None) != (self.embed is None):
-            raise ValueError("labels must be given if, and only if, the network has num_classes")
-        if labels is None or self.embed is None:
+        if self.embed is None:
             return logits
         classes = self.embed(labels).to(x.dtype)
         return logits + (x.sum((2, 3)) * classes).sum(1, keepdim=True)

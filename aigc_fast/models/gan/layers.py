@@ -1,4 +1,5 @@
-"""Norms with the leaky ReLU or ReLU that follows them, under the keys of the norm."""
+"""What the networks share: norms with the leaky ReLU or ReLU that follows them, under the keys of
+the norm, and a check."""
 
 from typing import Any
 
@@ -13,6 +14,11 @@ NORMS = ("batch", "instance", "layer", None)
 #: options of bias_act that make it torch's function of the name
 RELU: dict[str, Any] = {"act": "relu", "gain": 1.0}
 LEAKY: dict[str, Any] = {"act": "lrelu", "alpha": 0.2, "gain": 1.0}
+
+
+def check_labels(labels: Tensor | None, conditional: bool) -> None:
+    if (labels is not None) != conditional:
+        raise ValueError("labels must be given if, and only if, the network has num_classes")
 
 
 class LayerNormAct(GroupNormAct):
