@@ -7,15 +7,19 @@ import os
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .digits import load_digits
 
-_SPEED = 1.0, 3.0  # slowest and fastest, in pixels a frame
+#: the 28x28 pixels of a digit, of which it fills 20x20, as a share of the frame
+_SHARE = 0.8
+#: slowest and fastest, in shares of the frame from one image to the next
+_SPEED = 0.04, 0.1
 
 
 def load_moving_digits(
-    count: int = 5000,
+    count: int = 10000,
     *,
     frames: int = 8,
     size: int = 32,
@@ -26,18 +30,19 @@ def load_moving_digits(
     """Videos, uint8 (count, frames, size, size), and the labels of their digits, int64
     (count, digits).
 
-    A digit keeps its pixels, without the margin around them. It starts anywhere, in any direction,
-    at one to three pixels a frame; where two meet, the brighter pixel shows. Every image is used
-    as often as any other, and all is a function of the arguments.
+    A digit is four sevenths of the frame high or wide. It starts anywhere, in any direction, and
+    keeps its speed, which crosses the frame in ten to twenty-five images; where two digits meet,
+    the brighter pixel shows. Every handwritten one is used as often as any other, and all is a
+    function of the arguments.
 
-    size:   pixels a side, 24 at least: a digit is 20 high or wide.
+    size:   pixels a side, at least 16.
     digits: of a video, 1 or 2.
-    path:   that of `load_digits`, which tells the errors; besides, ValueError for a count, frames,
+    path:   that of `load_digits`, whose errors these are; besides, ValueError for a count, frames,
             size or digits out of range.
 
-    Source: Srivastava et al. 2015, arXiv:1502.04681, there with two digits in 64x64.
+    Source: Srivastava et al. 2015, arXiv:1502.04681, there two digits of 28x28 in 64x64.
     """
-    for name, value, lowest in (("count", count, 1), ("frames", frames, 1), ("size", size, 24)):
+    for name, value, lowest in (("count", count, 1), ("frames", frames, 1), ("size", size, 16)):
         if value < lowest:
             raise ValueError(f"{name} must be at least {lowest}, got {value}")
     if digits not in (1, 2):
@@ -49,11 +54,13 @@ def load_moving_digits(
     chosen = order[: count * digits].view(count, digits)
     start = torch.rand(count, digits, 1, 2, generator=random)  # a share of the way there is
     angle, speed = torch.rand(2, count, digits, 1, 1, generator=random)
-    speed = _SPEED[0] + (_SPEED[1] - _SPEED[0]) * speed
+    speed = size * (_SPEED[0] + (_SPEED[1] - _SPEED[0]) * speed)
     way = speed * torch.cat([(2 * math.pi * angle).sin(), (2 * math.pi * angle).cos()], dim=-1)
     way = way * torch.arange(frames)[:, None]  # (count, digits, frames, 2)
 
-    crops = [_without_margin(image) for image in images.numpy()]
+    side = round(_SHARE * size)
+    images = F.interpolate(images[:, None].float(), (side, side), mode="bilinear", antialias=True)
+    crops = [_without_margin(image) for image in images[:, 0].round().byte().numpy()]
     room = torch.tensor([[size - n for n in crop.shape] for crop in crops])[chosen][:, :, None]
     places = start * room + way
     places = room - (room - places.remainder(2 * room)).abs()  # there and back again

@@ -167,7 +167,7 @@ def test_schedulers_are_of_the_models_noise(name, prediction):
             ("--data", "moving-digits", "--size", 30),
             "size must be a positive multiple of 4",
         ),
-        (("--data", "moving-digits", "--size", 20), "size must be at least 24, got 20"),
+        (("--data", "moving-digits", "--size", 12), "size must be at least 16, got 12"),
         (("--resume",), "checkpoint.pt"),
     ],
 )

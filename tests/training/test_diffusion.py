@@ -16,7 +16,6 @@ from aigc_fast.training import (
     load_checkpoint,
     save_checkpoint,
 )
-from aigc_fast.training.denoising import weighted_mse
 from aigc_fast.training.gradient_checkpointing import checkpoint_blocks
 
 SAMPLES = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -93,14 +92,6 @@ def test_weights_are_those_of_the_papers(prediction):
         finite = want.isfinite()  # 0 / 0 at no signal, where the limit is 1
         torch.testing.assert_close(got[finite], want[finite], rtol=1e-4, atol=1e-5)
         assert got.isfinite().all()
-
-
-def test_the_loss_weighs_samples():
-    output, target = torch.randn(3, 2, 2), torch.randn(3, 2, 2)
-    weights = torch.tensor([1.0, 0.0, 4.0])
-    each = (output - target).square().mean((1, 2))
-    torch.testing.assert_close(weighted_mse(output, target, weights), (each * weights).mean())
-    torch.testing.assert_close(weighted_mse(output, target, None), each.mean())
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])

@@ -42,10 +42,9 @@ class Condition(nn.Module):
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.timestep_embedder = TimestepMLP(_TIME_FEATURES, width)
-        self.class_embedder = nn.ModuleDict(
-            {"embedding_table": nn.Embedding(num_classes + 1, width)}
-        )
-        nn.init.normal_(self.class_embedder["embedding_table"].weight, std=0.02)
+        table = nn.Embedding(num_classes + 1, width)
+        nn.init.normal_(table.weight, std=0.02)
+        self.class_embedder = nn.ModuleDict({"embedding_table": table})
 
     def forward(self, time: Tensor, labels: Tensor) -> Tensor:
         return self.timestep_embedder(time) + self.class_embedder["embedding_table"](labels)
