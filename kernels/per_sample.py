@@ -52,14 +52,14 @@ class Rows:
         """x, or a copy of it, such that its samples lie as those of the results."""
         if x is None or _inner_strides(x) == _inner_strides(self._order):
             return x
-        return torch.empty_like(self._order).copy_(x)
+        return torch.empty_like(self._order, dtype=x.dtype).copy_(x)
 
     def dense(self, x: Tensor) -> Tensor:
         """Like arrange, and with no gaps between samples."""
         x = self.arrange(x)
         if self.batch <= 1 or x.stride(0) == self.inner:
             return x
-        return torch.empty_like(self._order).copy_(x)
+        return torch.empty_like(self._order, dtype=x.dtype).copy_(x)
 
     def strides(self, *tensors: Tensor | None, per_sample: bool) -> list[int]:
         """Elements from one sample to the next in each tensor. Where nothing differs from sample

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aigc_fast.models.diffusion import SmallUNet
+from aigc_fast.models.diffusion import DiT, SmallUNet
 from aigc_fast.schedulers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -20,8 +20,12 @@ from aigc_fast.schedulers import (
 from aigc_fast.training.denoising import PREDICTIONS, SCHEDULES
 
 #: What a model is made of and what it predicts: image_channels, size, channels (of the levels),
-#: num_classes (0 for no labels), prediction and schedule.
+#: num_classes (0 for no labels), prediction and schedule; and of a model of video, frames.
 Config = dict[str, Any]
+
+#: (frames, rows, columns) of a token of video, which must divide a video's.
+PATCH = (4, 4, 4)
+_HEAD_DIM = 32
 
 _SOLVERS: dict[str, type] = {
     "ddim": DDIMScheduler,
@@ -33,10 +37,30 @@ _SOLVERS: dict[str, type] = {
 SCHEDULERS = tuple(_SOLVERS)
 
 
-def make_model(config: Config) -> SmallUNet:
-    return SmallUNet(
-        config["image_channels"], config["channels"], num_classes=config["num_classes"]
+def make_model(config: Config) -> nn.Module:
+    """A U-Net for images, a transformer for video."""
+    channels, classes = config["channels"], config["num_classes"]
+    if "frames" not in config:
+        model = SmallUNet(config["image_channels"], channels, num_classes=classes)
+        # Convolutions are a tenth faster in this layout.
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return DiT(
+        dict(
+            in_channels=config["image_channels"],
+            sample_size=config["size"],
+            patch_size=PATCH,
+            num_layers=len(channels),
+            num_attention_heads=channels[0] // _HEAD_DIM,
+            attention_head_dim=_HEAD_DIM,
+            num_embeds_ada_norm=classes,
+        )
     )
+
+
+def sample_shape(config: Config) -> tuple[int, ...]:
+    """(channels, [frames,] height, width)"""
+    frames = [config["frames"]] if "frames" in config else []
+    return (config["image_channels"], *frames, config["size"], config["size"])
 
 
 def save_model(path: Path, model: nn.Module, config: Config) -> None:
@@ -49,7 +73,7 @@ def save_model(path: Path, model: nn.Module, config: Config) -> None:
     os.replace(partial, path)
 
 
-def load_model(path: Path, device: torch.device) -> tuple[SmallUNet, Config]:
+def load_model(path: Path, device: torch.device) -> tuple[nn.Module, Config]:
     """What `save_model` wrote; ValueError for another file."""
     from safetensors import SafetensorError, safe_open
 
@@ -63,8 +87,7 @@ def load_model(path: Path, device: torch.device) -> tuple[SmallUNet, Config]:
         raise ValueError(
             f"{path}: not the model.safetensors of a diffusion model: {error}"
         ) from error
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.eval(), config
+    return model.to(device).eval(), config
 
 
 def make_scheduler(name: str, prediction: str, schedule: str) -> Scheduler:

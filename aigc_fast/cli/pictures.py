@@ -1,4 +1,4 @@
-"""Pictures of samples and of losses."""
+"""Pictures and films of samples, and pictures of losses."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +18,21 @@ def save_grid(path: Path, images: Tensor, columns: int, *, scale: int = 3, gap: 
 
 
 def save_film(
-    path: Path, frames: Tensor, columns: int, *, scale: int = 3, gap: int = 2, duration: int = 80
+    path: Path, frames: Tensor, columns: int, *, scale: int = 3, gap: int = 2, stay: int = 1600
 ) -> None:
-    """A GIF without end of grids, (frames, count, ...), `duration` ms each; the last stays."""
+    """A GIF without end of grids, (frames, count, ...), 80 ms each; the last stays for `stay`."""
     first, *rest = (_grid(images, columns, scale, gap) for images in frames)
-    durations = [duration] * len(rest) + [20 * duration]
+    durations = [80] * len(rest) + [stay]
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def save_videos(path: Path, videos: Tensor) -> None:
+    """videos: (count, 1 or 3, frames, height, width) in [-1, 1]. A .gif file shows them move, ten
+    in a row; another one all their frames, a video in a row."""
+    if path.suffix == ".gif":
+        save_film(path, videos.movedim(2, 0), min(len(videos), 10), stay=80)
+    else:
+        save_grid(path, videos.transpose(1, 2).flatten(0, 1), columns=videos.shape[2])
 
 
 def _grid(images: Tensor, columns: int, scale: int, gap: int) -> Image.Image:

@@ -31,7 +31,11 @@ def diffusion(
         Path, typer.Option(exists=True, dir_okay=False, help="model.safetensors of a training.")
     ],
     output: Annotated[
-        Path, typer.Option(dir_okay=False, help="A PNG file, or a GIF of how the samples form.")
+        Path,
+        typer.Option(
+            dir_okay=False,
+            help="A PNG file, or a GIF of how images form; frames of videos, or a GIF of them.",
+        ),
     ] = Path("samples.png"),
     scheduler: Annotated[
         str, typer.Option(help="dpmpp_2m, unipc, ddim, euler; dpmpp_2m, unipc, flow_euler of flow.")
@@ -44,7 +48,7 @@ def diffusion(
     count: Annotated[int, typer.Option(min=1, help="Samples to draw.")] = 40,
     seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
 ) -> None:
-    """A grid of samples of a model that `aigc-fast train diffusion` trained."""
+    """Samples, images or videos, of a model that `aigc-fast train diffusion` trained."""
     from .sample_diffusion import Options, run
 
     options = Options(checkpoint, output, scheduler, steps, guidance, label, count, seed)

@@ -1,4 +1,4 @@
-"""Samples of a diffusion model from its weights, as a picture or as a film of how they form."""
+"""Samples of a diffusion model from its weights: images, a film of how they form, or videos."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from aigc_fast.models.diffusion import sample
 
-from .diffusion_model import load_model, make_scheduler
-from .pictures import save_film, save_grid
+from .diffusion_model import load_model, make_scheduler, sample_shape
+from .pictures import save_film, save_grid, save_videos
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ def run(console: Console, options: Options) -> int:
         console.print(f"[bold red]{error}[/]", soft_wrap=True)
         return 2
     columns = min(options.count, 10)
-    if options.output.suffix == ".gif":
+    if images.dim() == 5:
+        save_videos(options.output, images)
+    elif options.output.suffix == ".gif":
         save_film(options.output, stages, columns)
     else:
         save_grid(options.output, images, columns)
@@ -47,8 +49,8 @@ def run(console: Console, options: Options) -> int:
 
 
 def samples_of(options: Options, device: torch.device) -> tuple[Tensor, Tensor]:
-    """On the CPU: the samples (count, channels, height, width), and (steps, ...) what each step
-    expected them to become."""
+    """On the CPU: the samples (count, channels, [frames,] height, width), and what each step
+    expected them to become, (steps, ...)."""
     model, config = load_model(options.checkpoint, device)
     scheduler = make_scheduler(options.scheduler, config["prediction"], config["schedule"])
     classes, label, count = config["num_classes"], options.label, options.count
@@ -64,7 +66,7 @@ def samples_of(options: Options, device: torch.device) -> tuple[Tensor, Tensor]:
     images = sample(
         model,
         scheduler,
-        (count, config["image_channels"], config["size"], config["size"]),
+        (count, *sample_shape(config)),
         labels=labels,
         null_label=classes,
         num_steps=options.steps,

@@ -48,8 +48,10 @@ def gan(
 @train.command()
 def diffusion(
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is written.")],
-    data: Annotated[str, typer.Option(help="digits, or a folder of images.")] = "digits",
-    size: Annotated[int, typer.Option(help="Pixels, an even number.")] = 28,
+    data: Annotated[
+        str, typer.Option(help="digits, moving-digits, or a folder of images.")
+    ] = "digits",
+    size: Annotated[int, typer.Option(help="Pixels: an even number; of videos, of fours.")] = 28,
     class_conditional: Annotated[
         bool, typer.Option("--class-conditional", help="Learn the classes.")
     ] = False,
@@ -58,12 +60,15 @@ def diffusion(
     weighting: Annotated[
         str | None, typer.Option(help="Of the loss by signal-to-noise ratio: min_snr or p2.")
     ] = None,
-    channels: Annotated[int, typer.Option(help="Width of the U-Net, a multiple of 8.")] = 32,
+    channels: Annotated[
+        int,
+        typer.Option(help="Width of the U-Net, or a fourth of a transformer's; of eights."),
+    ] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Batches to train on, in all.")] = 5000,
     minutes: Annotated[
         float | None, typer.Option(min=0.001, help="Stop after so long instead.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Images or videos of a batch.")] = 32,
     lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 2e-3,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     gradient_checkpointing: Annotated[
@@ -77,7 +82,7 @@ def diffusion(
     ] = False,
 ) -> None:
     """Trains a diffusion model: checkpoint.pt to go on from, model.safetensors to sample from,
-    log.csv, a grid of samples and the loss curve in OUTPUT."""
+    log.csv, samples (of videos, a GIF too) and the loss curve in OUTPUT."""
     from .train_diffusion import Options, run
 
     options = Options(

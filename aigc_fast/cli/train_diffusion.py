@@ -1,7 +1,6 @@
 """Training a diffusion model: what to predict by name, checkpoints, a log, pictures."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -10,11 +9,13 @@ from torch import Tensor
 from aigc_fast.models.diffusion import sample
 from aigc_fast.training import DiffusionRecipe, DiffusionStep, DiffusionTrainer
 
-from .diffusion_model import make_model, make_scheduler, save_model
-from .pictures import save_grid
+from .diffusion_model import PATCH, make_model, make_scheduler, sample_shape, save_model
+from .pictures import save_grid, save_videos
 from .training_session import RunOptions, TrainingSession, load_data
 
 _GRID = 40  # samples of a picture, in rows of ten
+_VIDEOS = 10  # of a picture, a row each
+_LAYERS = 6  # of a transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,25 +59,28 @@ class Session(TrainingSession):
         )  # fmt: skip
         if options.channels < 8 or options.channels % 8:
             raise ValueError(f"channels must be a multiple of 8, got {options.channels}")
-        if options.size < 2 or options.size % 2:
-            raise ValueError(f"size must be even, got {options.size}")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         samples, labels = load_data(options.data, options.size)
+        videos = samples.dim() == 5
+        patch = PATCH[-1] if videos else 2
+        if options.size < patch or options.size % patch:
+            raise ValueError(f"size must be a positive multiple of {patch}, got {options.size}")
         classes = int(labels.max()) + 1 if options.class_conditional else 0
         self.samples = samples.to(device)
         self.labels = labels.to(device) if options.class_conditional else None
+        width = options.channels
         self.networks = {
             "image_channels": samples.shape[1],
             "size": samples.shape[-1],
-            "channels": [options.channels * i for i in (1, 2, 3)],
+            "channels": [4 * width] * _LAYERS if videos else [width * i for i in (1, 2, 3)],
             "num_classes": classes,
             "prediction": options.prediction,
             "schedule": options.schedule,
         }
+        if videos:
+            self.networks["frames"] = samples.shape[2]
         torch.manual_seed(options.seed)
-        # Convolutions are a tenth faster in this layout.
-        layout: Any = {"device": device, "memory_format": torch.channels_last}
-        model = make_model(self.networks).to(**layout)
+        model = make_model(self.networks).to(device)
         self.trainer = DiffusionTrainer(
             model, recipe, done=self.share_done, null_label=classes if classes else None,
             seed=options.seed,
@@ -89,14 +93,19 @@ class Session(TrainingSession):
     def keep_samples(self) -> None:
         networks, output, model = self.networks, self.options.output, self.trainer.average
         save_model(output / "model.safetensors", model, networks)
-        classes = networks["num_classes"]
-        images = sample(
+        classes, videos = networks["num_classes"], "frames" in networks
+        count = _VIDEOS if videos else _GRID
+        samples = sample(
             model,
             make_scheduler("dpmpp_2m", networks["prediction"], networks["schedule"]),
-            (_GRID, *self.samples.shape[1:]),
-            labels=torch.arange(_GRID, device=self.samples.device) % classes if classes else None,
+            (count, *sample_shape(networks)),
+            labels=torch.arange(count, device=self.samples.device) % classes if classes else None,
             null_label=classes if classes else None,
             num_steps=12,
             guidance_scale=2.0 if classes else 1.0,
-        )
-        save_grid(output / "samples.png", images.cpu(), columns=10)
+        ).cpu()
+        if videos:
+            save_videos(output / "samples.png", samples)
+            save_videos(output / "samples.gif", samples)
+        else:
+            save_grid(output / "samples.png", samples, columns=10)

@@ -75,6 +75,8 @@ class Session(TrainingSession):
         self.options = options
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         samples, labels = load_data(options.data, options.size)
+        if samples.dim() != 4:
+            raise ValueError(f"data must be images for a GAN, {options.data} are videos")
         self.samples = samples.to(device)
         self.labels = labels.to(device) if options.conditional else None
         num_classes = int(labels.max()) + 1

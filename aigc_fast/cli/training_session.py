@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from aigc_fast.io import load_digits, load_images
+from aigc_fast.io import load_digits, load_images, load_moving_digits
 from aigc_fast.training import CSVLog, TensorBoardLog, load_checkpoint, save_checkpoint
 
 from .pictures import save_losses
@@ -155,16 +155,20 @@ class TrainingSession(ABC):
 
 
 def load_data(name: str, size: int) -> tuple[Tensor, Tensor]:
-    """Images (count, channels, size, size) in [-1, 1] and labels of "digits" or a folder."""
+    """Images (count, channels, size, size) in [-1, 1] and labels of "digits" or a folder, or the
+    videos (count, 1, frames, size, size) of "moving-digits"."""
     if name == "digits":
         images, labels = load_digits()
         if size != images.shape[-1]:
             raise ValueError(f"size must be 28 for the digits, got {size}")
         images = images[:, None]
+    elif name == "moving-digits":
+        images, labels = load_moving_digits(size=size)
+        images, labels = images[:, None], labels[:, 0]
     elif Path(name).is_dir():
         images, labels = load_images(name, size)
     else:
-        raise ValueError(f"data must be digits or a folder of images, got {name!r}")
+        raise ValueError(f"data must be digits, moving-digits or a folder of images, got {name!r}")
     return images.float() / 127.5 - 1, labels
 
 

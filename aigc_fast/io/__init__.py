@@ -4,6 +4,7 @@ from .digits import load_digits
 from .gguf import GGUFFile, GGUFTensor, read_gguf
 from .hf_folder import HFFolder, read_hf_folder
 from .images import load_images
+from .moving_digits import load_moving_digits
 from .ncnn import NcnnLayer, NcnnNetwork, find_realesrgan, read_ncnn
 from .quantized import pack_gguf
 from .tokenizer import TextTokenizer, load_tokenizer
@@ -18,6 +19,7 @@ __all__ = [
     "find_realesrgan",
     "load_digits",
     "load_images",
+    "load_moving_digits",
     "load_tokenizer",
     "pack_gguf",
     "read_gguf",

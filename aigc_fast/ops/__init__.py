@@ -9,6 +9,7 @@ from aigc_fast.ops.channel_moments import channel_moments
 from aigc_fast.ops.conv3x3 import conv3x3
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
+from aigc_fast.ops.diffusion_loss import diffusion_loss
 from aigc_fast.ops.filtered_lrelu import filtered_lrelu
 from aigc_fast.ops.gan_loss import discriminator_loss, generator_loss
 from aigc_fast.ops.gated_mlp import geglu, swiglu
@@ -56,6 +57,7 @@ __all__ = [
     "decode_attention",
     "decoder_step",
     "dequantize_weight",
+    "diffusion_loss",
     "discriminator_loss",
     "filtered_lrelu",
     "gated_residual",

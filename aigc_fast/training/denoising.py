@@ -72,11 +72,3 @@ class Denoising:
         weights = (5 / snr).clamp(max=1) if self.weighting == "min_snr" else 1 / (1 + snr)
         # Both velocities err 1 / alpha times as much as the noise that follows from them.
         return weights if self.prediction == "epsilon" else alpha.square() * weights
-
-
-def weighted_mse(output: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean over the batch of weights (batch,) times each sample's mean squared error, in fp32
-    (fp64 for fp64)."""
-    wide = torch.promote_types(target.dtype, torch.float32)
-    error = (output.to(wide) - target.to(wide)).square().flatten(1).mean(1)
-    return (error if weights is None else weights * error).mean()

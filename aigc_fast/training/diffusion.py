@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aigc_fast import ops
+
 from .batches import epochs_of_batches
-from .denoising import Denoising, weighted_mse
+from .denoising import PREDICTIONS, Denoising
 from .ema import EMA
 from .gradient_checkpointing import checkpoint_blocks
 from .optim import AdamW
@@ -115,17 +117,14 @@ class DiffusionTrainer:
         if labels is not None and self.null_label is not None:
             hidden = torch.rand(len(samples), generator=random, device=self.device)
             labels = labels.masked_fill(hidden < recipe.unlabelled, self.null_label)
-        noisy: Any
-        if recipe.prediction == "epsilon":
-            noisy, target = self.scheduler.add_noise(samples, noise, timesteps), noise
-        else:
-            noisy, target = self.scheduler.add_noise(
-                samples, noise, timesteps, return_velocity=True
-            )
+        alpha, sigma = self.scheduler.levels(timesteps)
+        noisy = ops.add_noise(samples, noise, alpha, sigma)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bf16):
             output = self.model(noisy, timesteps, labels)
-        weights = recipe.weights(*self.scheduler.levels(timesteps))
-        return weighted_mse(output, target, weights)
+        return ops.diffusion_loss(
+            output, samples, noise, alpha, sigma, recipe.weights(alpha, sigma),
+            prediction_type=PREDICTIONS[recipe.prediction],
+        )  # fmt: skip
 
     def step(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
         """One update on a batch; returns the loss."""

@@ -123,6 +123,30 @@ def test_trains_on_a_folder_of_images(tmp_path):
     assert Image.open(tmp_path / "out" / "samples.png").mode == "RGB"
 
 
+def test_videos_as_frames_and_as_film(monkeypatch, tmp_path):
+    videos, labels = training_session.load_moving_digits(8, size=24)
+    monkeypatch.setattr(training_session, "load_moving_digits", lambda size: (videos, labels))
+    out = tmp_path / "out"
+    options = ("--data", "moving-digits", "--size", 24, "--batch", 4)
+    result = train(out, *options, "--steps", 2, "--gradient-checkpointing")
+    assert result.exit_code == 0, result.output
+    frame = (24 + 2 * 2) * 3
+    assert Image.open(out / "samples.png").size == (8 * frame, 10 * frame)
+    assert Image.open(out / "samples.gif").n_frames == 8
+    result = train(out, *options, "--steps", 3, "--gradient-checkpointing", "--resume")
+    assert result.exit_code == 0, result.output
+    options = ("--checkpoint", out / "model.safetensors", "--steps", 2, "--count", 2)
+    options += ("--label", int(labels.max()), "--guidance", 2)
+    for name, size in (("some.png", (8 * frame, 2 * frame)), ("some.gif", (2 * frame, frame))):
+        result = run("sample", "diffusion", *options, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        assert Image.open(tmp_path / name).size == size
+    # The film has eight frames, as long as each other.
+    film = Image.open(tmp_path / "some.gif")
+    film.seek(7)
+    assert film.info["duration"] == 80
+
+
 @pytest.mark.parametrize("prediction", ["v", "epsilon"])
 @pytest.mark.parametrize("name", ["dpmpp_2m", "ddim", "unipc", "euler"])
 def test_schedulers_are_of_the_models_noise(name, prediction):
@@ -134,11 +158,16 @@ def test_schedulers_are_of_the_models_noise(name, prediction):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--data", "nowhere"), "data must be digits or a folder"),
+        (("--data", "nowhere"), "data must be digits, moving-digits or a folder"),
         (("--prediction", "x0"), "prediction must be one of epsilon, v, flow"),
         (("--batch", 5001), "batch must be at most 5000"),
         (("--channels", 5), "channels must be a multiple of 8, got 5"),
-        (("--size", 27), "size must be even, got 27"),
+        (("--size", 27), "size must be 28 for the digits, got 27"),
+        (
+            ("--data", "moving-digits", "--size", 30),
+            "size must be a positive multiple of 4",
+        ),
+        (("--data", "moving-digits", "--size", 12), "size must be at least 16, got 12"),
         (("--resume",), "checkpoint.pt"),
     ],
 )

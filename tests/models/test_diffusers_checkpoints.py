@@ -215,7 +215,10 @@ DIT = dict(attention_head_dim=8, num_attention_heads=2, num_layers=2, num_embeds
 
 def dit(**options):
     torch.manual_seed(0)
-    return DiT(DIT | options).double().eval()
+    model = DiT(DIT | options).double().eval()
+    for parameter in model.parameters():  # many are zero at first
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def test_labels() -> None:
@@ -242,6 +245,15 @@ def test_video() -> None:
     assert not torch.allclose(model(x.flip(2), torch.tensor([5, 700])).flip(2), out)
     with pytest.raises(ValueError, match=r"sample must have sizes that \(2, 2, 4\) divides"):
         model(x[:, :, :3], torch.tensor([5, 700]))
+
+
+def test_a_new_dit_is_the_identity_and_answers_zero() -> None:
+    model = DiT(DIT).double()
+    x, t = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([5, 700])
+    assert not model(x, t).any()
+    condition = model.transformer_blocks[0].norm1(torch.ones(2, 256).double(), torch.tensor([0, 5]))
+    tokens = torch.randn(2, 16, 16, dtype=torch.float64)
+    assert torch.equal(model.transformer_blocks[0](tokens, tokens, condition, condition)[0], tokens)
 
 
 def test_patches_of_a_video_go_where_they_came_from() -> None:

@@ -9,6 +9,7 @@ from tests.op_samples import (
     bias_act,
     conv3x3,
     decode_attention,
+    diffusion_loss,
     filtered_lrelu,
     gan_loss,
     gated_mlp,
@@ -48,6 +49,7 @@ OPS: dict[str, OpSamples] = {
     **sampling.OPS,
     **scheduler_step.OPS,
     **add_noise.OPS,
+    **diffusion_loss.OPS,
     **group_norm_act.OPS,
     **layer_norm.OPS,
     **snake.OPS,
@@ -56,9 +58,6 @@ OPS: dict[str, OpSamples] = {
     **optim.OPS,
     **timestep_embedding.OPS,
     **alias_free_snake.OPS,
-    **gan_loss.OPS,
-    **optim.OPS,
-    **timestep_embedding.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]

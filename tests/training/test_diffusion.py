@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from aigc_fast.models.diffusion import SmallUNet
+from aigc_fast.models.diffusion import DiT, SmallUNet
 from aigc_fast.training import (
     Denoising,
     DiffusionRecipe,
@@ -16,7 +16,6 @@ from aigc_fast.training import (
     load_checkpoint,
     save_checkpoint,
 )
-from aigc_fast.training.denoising import weighted_mse
 from aigc_fast.training.gradient_checkpointing import checkpoint_blocks
 
 SAMPLES = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -27,6 +26,11 @@ def trainer(recipe=None, seed=0, steps=60):
     torch.manual_seed(0)
     model = SmallUNet(channels=(8, 16), num_classes=2)
     return DiffusionTrainer(model, recipe, done=lambda step: step / steps, null_label=2, seed=seed)
+
+
+def video_dit(layers=4):
+    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": layers}
+    return DiT({**config, "in_channels": 1, "patch_size": (2, 2, 2), "num_embeds_ada_norm": 2})
 
 
 def losses(of, epochs=2):
@@ -90,14 +94,6 @@ def test_weights_are_those_of_the_papers(prediction):
         assert got.isfinite().all()
 
 
-def test_the_loss_weighs_samples():
-    output, target = torch.randn(3, 2, 2), torch.randn(3, 2, 2)
-    weights = torch.tensor([1.0, 0.0, 4.0])
-    each = (output - target).square().mean((1, 2))
-    torch.testing.assert_close(weighted_mse(output, target, weights), (each * weights).mean())
-    torch.testing.assert_close(weighted_mse(output, target, None), each.mean())
-
-
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
 def test_training_learns(prediction):
     # Two flat images: easily told apart, easily found again.
@@ -130,6 +126,25 @@ def test_goes_on_to_the_bit_after_an_interruption(recipe, tmp_path):
     continued = trainer(recipe, 0)
     continued.load_state_dict(load_checkpoint(tmp_path / "checkpoint.pt"))
     assert part + losses(continued, epochs=4) == whole
+
+
+def test_video_goes_on_to_the_bit_too(tmp_path):
+    videos = torch.stack([SAMPLES, SAMPLES.flip(3)], dim=2)
+
+    def begin(seed=5):
+        torch.manual_seed(0)
+        recipe = DiffusionRecipe(weighting="min_snr", gradient_checkpointing=True)
+        model = video_dit(layers=1)
+        return DiffusionTrainer(model, recipe, done=lambda step: step / 4, null_label=2, seed=seed)
+
+    def run(trainer):
+        return [s.loss.item() for s in trainer.train(videos, LABELS, epochs=2, batch_size=5)]
+
+    whole, begun, continued = run(begin()), begin(), begin(seed=0)
+    part = [s.loss.item() for s in begun.train(videos, LABELS, epochs=1, batch_size=5)]
+    save_checkpoint(tmp_path / "checkpoint.pt", begun.state_dict())
+    continued.load_state_dict(load_checkpoint(tmp_path / "checkpoint.pt"))
+    assert part + run(continued) == whole and len(whole) == 4
 
 
 def test_a_checkpoint_of_another_recipe_is_refused():
@@ -171,16 +186,20 @@ def test_gradient_checkpointing_changes_no_number():
     assert losses(checkpointed) == losses(trainer(recipe))
 
 
-def test_gradient_checkpointing_keeps_less():
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_gradient_checkpointing_keeps_less(kind):
     def kept(model):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x: sizes.append(x.numel()) or x, lambda x: x
         ):
-            model(SAMPLES, torch.arange(10), LABELS).sum()
+            model(samples, torch.arange(10), LABELS).sum()
         return sum(sizes)
 
-    model = SmallUNet(channels=(8, 16), num_classes=2)
+    if kind == "unet":
+        samples, model = SAMPLES, SmallUNet(channels=(8, 16), num_classes=2)
+    else:
+        samples, model = SAMPLES[:, :, None].expand(-1, -1, 4, -1, -1), video_dit()
     plain = kept(model)
     assert checkpoint_blocks(model) == 4
     assert kept(model) < plain / 2

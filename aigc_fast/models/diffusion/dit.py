@@ -42,9 +42,9 @@ class Condition(nn.Module):
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.timestep_embedder = TimestepMLP(_TIME_FEATURES, width)
-        self.class_embedder = nn.ModuleDict(
-            {"embedding_table": nn.Embedding(num_classes + 1, width)}
-        )
+        table = nn.Embedding(num_classes + 1, width)
+        nn.init.normal_(table.weight, std=0.02)
+        self.class_embedder = nn.ModuleDict({"embedding_table": table})
 
     def forward(self, time: Tensor, labels: Tensor) -> Tensor:
         return self.timestep_embedder(time) + self.class_embedder["embedding_table"](labels)
@@ -57,20 +57,46 @@ class AdaLN(nn.Module):
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.emb = Condition(num_classes, width)
-        self.linear = nn.Linear(width, 6 * width)
+        self.linear = _zero_linear(width, 6 * width)  # every block starts as the identity
 
     def forward(self, time: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(self.emb(time, labels))).chunk(6, dim=1)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward; the norms between are run by `DiT`, fused with the residuals."""
+    """Attention and feed-forward, each residual added in the pass of the norm after it: what goes
+    in is normed already, and what comes out is normed for the next block."""
 
-    def __init__(self, num_classes: int, width: int, heads: int, bias: bool) -> None:
+    def __init__(self, num_classes: int, width: int, heads: int, bias: bool, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.norm1 = AdaLN(num_classes, width)
         self.attn1 = Attention(width, heads, bias=bias)
         self.ff = FeedForward(width, GELU)
+
+    def forward(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        modulation: tuple[Tensor, ...],
+        next_modulation: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """(x, normed) of the next block. Modulations: what `norm1` gave, of this block and the
+        next."""
+        gate, shift, scale, gate_mlp = modulation[2:]
+        next_shift, next_scale = next_modulation[:2]
+        normed, x = ops.gated_residual_norm(x, self.attn1(normed), gate, scale, shift, eps=self.eps)
+        normed, x = ops.gated_residual_norm(
+            x, self.ff(normed), gate_mlp, next_scale, next_shift, eps=1e-6
+        )
+        return x, normed
+
+
+def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    linear = nn.Linear(in_features, out_features)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 class DiT(nn.Module):
@@ -81,7 +107,7 @@ class DiT(nn.Module):
             numbers (frames, rows, columns): the model is then one of video, every token sees all
             frames, and the position in time is added to that in space.
 
-    Every residual is added in the pass of the norm after it, from one block into the next.
+    A new model starts as the paper has it: each block is the identity, and zero is the answer.
     ValueError names an option that is not supported or known.
 
     Source: Peebles and Xie 2022, arXiv:2212.09748.
@@ -106,11 +132,11 @@ class DiT(nn.Module):
         proj = convolution(o.in_channels, width, patch, stride=patch)
         self.pos_embed = nn.ModuleDict({"proj": proj})
         self.transformer_blocks = nn.ModuleList(
-            Block(o.num_embeds_ada_norm, width, o.num_attention_heads, o.attention_bias)
+            Block(o.num_embeds_ada_norm, width, o.num_attention_heads, o.attention_bias, o.norm_eps)
             for _ in range(o.num_layers)
         )
-        self.proj_out_1 = nn.Linear(width, 2 * width)
-        self.proj_out_2 = nn.Linear(width, math.prod(patch) * self.out_channels)
+        self.proj_out_1 = _zero_linear(width, 2 * width)
+        self.proj_out_2 = _zero_linear(width, math.prod(patch) * self.out_channels)
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> "DiT":
@@ -147,21 +173,14 @@ class DiT(nn.Module):
         modulations = [block.norm1(time, labels) for block in blocks]
         # The condition of the first block is the output's too.
         last = self.proj_out_1(F.silu(blocks[0].norm1.emb(time, labels))).chunk(2, dim=1)
-        pairs = [*(m[:2] for m in modulations[1:]), last]
+        modulations.append(last)
 
         x = self.pos_embed["proj"](sample).flatten(2).transpose(1, 2)
         x = x + self._positions(grid, x.device).to(x.dtype)
-        normed = ops.modulated_layer_norm(x, modulations[0][1], modulations[0][0], eps=1e-6)
-        for block, modulation, (next_shift, next_scale) in zip(
-            blocks, modulations, pairs, strict=True
-        ):
-            gate, shift, scale, gate_mlp = modulation[2:]
-            normed, x = ops.gated_residual_norm(
-                x, block.attn1(normed), gate, scale, shift, eps=self.config.norm_eps
-            )
-            normed, x = ops.gated_residual_norm(
-                x, block.ff(normed), gate_mlp, next_scale, next_shift, eps=1e-6
-            )
+        shift, scale = modulations[0][:2]
+        normed = ops.modulated_layer_norm(x, scale, shift, eps=1e-6)
+        for block, modulation, following in zip(blocks, modulations, modulations[1:], strict=False):
+            x, normed = block(x, normed, modulation, following)
         return self._image(self.proj_out_2(normed), grid)
 
     def _image(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,104 @@
+"""The mean over samples of weight * mean((model_output - target)^2), and its gradient.
+
+target = alpha * first - sigma * second; without a second it is first, without scales they are 1.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .math import fp32
+from .per_sample import BLOCK, Rows, load, locate, store
+
+#: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
+BUDGET = {"_forward": (64, 1024), "_backward": (64, 0)}
+
+
+@triton.jit
+def _error(
+    output_ptr, first_ptr, second_ptr, alpha_ptr, sigma_ptr, row, at, mask, output_stride,
+    first_stride, second_stride, HAS_SECOND: tl.constexpr, HAS_SCALES: tl.constexpr,
+):  # fmt: skip
+    target = load(first_ptr, row, first_stride, at, mask)
+    if HAS_SECOND:
+        second = load(second_ptr, row, second_stride, at, mask)
+        if HAS_SCALES:
+            target *= tl.load(alpha_ptr + row).to(tl.float32)
+            second *= tl.load(sigma_ptr + row).to(tl.float32)
+        target -= second
+    return load(output_ptr, row, output_stride, at, mask) - target
+
+
+@triton.jit
+def _forward(
+    out_ptr, output_ptr, first_ptr, second_ptr, alpha_ptr, sigma_ptr, weights_ptr, inner, share,
+    output_stride, first_stride, second_stride, HAS_SECOND: tl.constexpr,
+    HAS_SCALES: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, at, mask = locate(inner, BLOCK)
+    error = _error(
+        output_ptr, first_ptr, second_ptr, alpha_ptr, sigma_ptr, row, at, mask, output_stride,
+        first_stride, second_stride, HAS_SECOND, HAS_SCALES,
+    )  # fmt: skip
+    scale = fp32(share)
+    if HAS_WEIGHTS:
+        scale *= tl.load(weights_ptr + row).to(tl.float32)
+    tl.store(out_ptr + tl.program_id(0), scale * tl.sum(error * error, 0))
+
+
+@triton.jit
+def _backward(
+    grad_ptr, to_output_ptr, output_ptr, first_ptr, second_ptr, alpha_ptr, sigma_ptr, weights_ptr,
+    inner, share, output_stride, first_stride, second_stride, HAS_SECOND: tl.constexpr,
+    HAS_SCALES: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, at, mask = locate(inner, BLOCK)
+    error = _error(
+        output_ptr, first_ptr, second_ptr, alpha_ptr, sigma_ptr, row, at, mask, output_stride,
+        first_stride, second_stride, HAS_SECOND, HAS_SCALES,
+    )  # fmt: skip
+    scale = 2 * fp32(share) * tl.load(grad_ptr).to(tl.float32)
+    if HAS_WEIGHTS:
+        scale *= tl.load(weights_ptr + row).to(tl.float32)
+    store(to_output_ptr, row, inner, at, mask, error * scale)
+
+
+class _Call:
+    """The arguments that both kernels share."""
+
+    def __init__(
+        self,
+        model_output: Tensor,
+        first: Tensor,
+        second: Tensor | None,
+        alpha: Tensor | None,
+        sigma: Tensor | None,
+        weights: Tensor | None,
+    ) -> None:
+        self.rows = rows = Rows(model_output)
+        tensors = [rows.arrange(x) for x in (model_output, first, second)]
+        scales = [s if s is None else s.contiguous() for s in (alpha, sigma, weights)]
+        strides = rows.strides(*tensors, per_sample=True)
+        self.args = (*tensors, *scales, rows.inner, 1 / rows.size, *strides)
+        self.options = {
+            "HAS_SECOND": second is not None,
+            "HAS_SCALES": alpha is not None,
+            "HAS_WEIGHTS": weights is not None,
+            "BLOCK": BLOCK,
+        }
+
+
+def diffusion_loss(model_output: Tensor, *args: Tensor | None) -> Tensor:
+    call = _Call(model_output, *args)
+    (programs,) = call.rows.grid
+    parts = model_output.new_empty(programs, dtype=torch.float32)
+    _forward[(programs,)](parts, *call.args, **call.options)
+    return parts.view(()) if programs == 1 else parts.sum()
+
+
+def diffusion_loss_backward(grad: Tensor, model_output: Tensor, *args: Tensor | None) -> Tensor:
+    call = _Call(model_output, *args)
+    to_output = call.rows.result()
+    _backward[call.rows.grid](grad, to_output, *call.args, **call.options)
+    return call.rows.finish([to_output])[0]
