@@ -56,9 +56,6 @@ OPS: dict[str, OpSamples] = {
     **optim.OPS,
     **timestep_embedding.OPS,
     **alias_free_snake.OPS,
-    **gan_loss.OPS,
-    **optim.OPS,
-    **timestep_embedding.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]
