@@ -234,8 +234,9 @@ class _Tiling:
         if bias is None:
             return x.new_empty(0)
         if self.per_column:
-            return partial.sum(0).to(x.dtype)
-        return partial.view(-1, self.channels, self.across).sum((0, 2)).to(x.dtype)
+            return partial.sum(0, dtype=torch.float64).to(x.dtype)
+        of_channels = partial.view(-1, self.channels, self.across)
+        return of_channels.sum((0, 2), dtype=torch.float64).to(x.dtype)
 
 
 def _limit(clamp: float | None) -> float:

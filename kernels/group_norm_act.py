@@ -1,7 +1,6 @@
 """y = act(group_norm(x) * weight + bias) and its derivative.
 
-A sample is channels x positions, at strides that tell contiguous from channels_last; a program
-takes a tile of BLOCK_C x BLOCK_P of it. A group that fits a tile is one program (_whole). Others
+A group that fits a tile is one program (_whole). Others
 are cut into pieces of positions, so that few groups still fill the machine: _moments leaves mean
 and squared differences of each channel's piece, _merge those of each group, _apply writes y. In
 backward _sums leaves what each channel's pieces add up to and _gradient writes dx.
@@ -12,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .channel_tiles import Layout, ordered, tile
 from .gated_mlp import _activate
 from .math import fp32
 
@@ -25,19 +25,7 @@ BUDGET = {
     "_gradient": (136, 1024),
 }
 
-_TILE = 4096
 _WHOLE = 8192  # elements of a group's tile in _whole
-_PROGRAMS = 1024  # that fill the largest GPUs
-_CHANNELS = 32  # of a tile in channels_last
-
-
-@triton.jit
-def _tile(channels, positions, pieces, BLOCK_C: tl.constexpr):
-    """This program's sample, channels (as a column) and piece."""
-    across = tl.cdiv(channels, BLOCK_C)
-    pid = tl.program_id(0).to(tl.int64)
-    channel = pid // pieces % across * BLOCK_C + tl.arange(0, BLOCK_C)
-    return pid // pieces // across, channel[:, None], pid % pieces
 
 
 @triton.jit
@@ -88,7 +76,7 @@ def _moments(
     x_ptr, mean_ptr, squares_ptr, channels, positions, pieces, piece_size, c_stride, p_stride,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
+    sample, channel, piece = tile(channels, positions, pieces, BLOCK_C)
     first = piece * piece_size
     last = tl.minimum(first + piece_size, positions)
     position = tl.arange(0, BLOCK_P)[None, :]
@@ -150,7 +138,7 @@ def _apply(
     c_stride, p_stride, ACT: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
+    sample, channel, piece = tile(channels, positions, pieces, BLOCK_C)
     # Backwards: what the pass before read last is still in the L2 cache.
     sample = tl.num_programs(0) // (pieces * tl.cdiv(channels, BLOCK_C)) - 1 - sample
     position = (pieces - 1 - piece) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
@@ -181,7 +169,7 @@ def _sums(
     pieces, piece_size, c_stride, p_stride, ACT: tl.constexpr, WEIGHT: tl.constexpr,
     BIAS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
+    sample, channel, piece = tile(channels, positions, pieces, BLOCK_C)
     first = piece * piece_size
     last = tl.minimum(first + piece_size, positions)
     known = channel < channels
@@ -209,7 +197,7 @@ def _gradient(
     positions, pieces, c_stride, p_stride, ACT: tl.constexpr, WEIGHT: tl.constexpr,
     BIAS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
+    sample, channel, piece = tile(channels, positions, pieces, BLOCK_C)
     position = piece * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     known = channel < channels
     mask = known & (position < positions)
@@ -228,37 +216,6 @@ def _gradient(
 # ---- launchers ------------------------------------------------------------------------------
 
 
-def ordered(x: Tensor) -> Tensor:
-    """x where it is contiguous or channels_last, else a contiguous copy."""
-    for dim, order in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.dim() == dim and x.is_contiguous(memory_format=order):
-            return x
-    return x.contiguous()
-
-
-class _Layout:
-    """Where the elements of a call lie, and the tiles that its passes take."""
-
-    def __init__(self, x: Tensor, num_groups: int) -> None:
-        self.batch, self.channels = x.shape[:2]
-        self.groups, self.width = num_groups, self.channels // num_groups
-        self.positions = x.shape[2:].numel()
-        last = not x.is_contiguous()
-        self.strides = (1, self.channels) if last else (self.positions, 1)
-        wanted = _CHANNELS if last else triton.cdiv(_TILE, triton.next_power_of_2(self.positions))
-        self.block_c = min(triton.next_power_of_2(self.channels), wanted)
-        self.block_p = min(triton.next_power_of_2(self.positions), max(_TILE // self.block_c, 1))
-        across = self.batch * triton.cdiv(self.channels, self.block_c)
-        # Pieces for a pass that sums: as many as fill the machine.
-        self.tiles = triton.cdiv(self.positions, self.block_p)
-        run = triton.cdiv(self.tiles, max(triton.cdiv(_PROGRAMS, across), 1))
-        self.piece_size = run * self.block_p
-        self.pieces = triton.cdiv(self.positions, self.piece_size)
-        self.sums_grid, self.map_grid = (across * self.pieces,), (across * self.tiles,)
-        warps = max(1, min(8, self.block_c * self.block_p // 512))
-        self.blocks = {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p, "num_warps": warps}
-
-
 def _params(weight: Tensor | None, bias: Tensor | None, act: int) -> tuple[list, dict]:
     tensors = [None if p is None else p.contiguous() for p in (weight, bias)]
     return tensors, {"ACT": act, "WEIGHT": weight is not None, "BIAS": bias is not None}
@@ -273,7 +230,7 @@ def group_norm_act(
     rstd = torch.zeros_like(mean)
     if not x.numel():
         return y, mean, rstd
-    t = _Layout(x, num_groups)
+    t = Layout(x, num_groups)
     params, options = _params(weight, bias, act)
     block_c, block_p = triton.next_power_of_2(t.width), triton.next_power_of_2(t.positions)
     if block_c * block_p <= _WHOLE:
@@ -302,7 +259,7 @@ def group_norm_act_backward(
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
     mean, rstd = mean.contiguous(), rstd.contiguous()
-    t = _Layout(x, num_groups) if x.numel() else None
+    t = Layout(x, num_groups) if x.numel() else None
     part = x.new_zeros(x.shape[0], x.shape[1], t.pieces if t else 1, 2, dtype=torch.float32)
     params, options = _params(weight, bias, act)
     if t:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bias_act import _act, _slope, dense, in_order_of
-from .group_norm_act import ordered
+from .channel_tiles import ordered
 from .math import fp32
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed

@@ -1,10 +1,10 @@
 """y = clip(gain * act(x * scale + noise * strength + bias), -clamp, clamp), its backward and double
 backward; act is linear, relu or lrelu, which is lrelu with its alpha.
 
-A sample is channels x positions, at strides that tell contiguous from channels_last; a program
-takes tiles of BLOCK_C x BLOCK_P of it: in forward one, in the derivatives a piece of the positions,
-whose sums for scale, strength and bias it leaves in fp32. These few are added in fp64, in a fixed
-order.
+A program takes tiles of channels and positions (channel_tiles.py): in forward one, in the
+derivatives a piece of the positions, whose sums for scale, strength and bias it leaves in fp64.
+These few are added in a fixed order. The gradient of strength may be one number for millions of
+terms of either sign.
 """
 
 import torch
@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .group_norm_act import _Layout, _tile, ordered
+from .bias_act import in_order_of
+from .channel_tiles import Layout, ordered, tile
 from .math import fp32
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
@@ -56,7 +57,7 @@ def _forward(
     c_stride, p_stride, noise_stride, alpha, gain, limit,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
+    sample, channel, piece = tile(channels, positions, pieces, BLOCK_C)
     position = piece * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     known = channel < channels
     mask = known & (position < positions)
@@ -73,19 +74,47 @@ def _forward(
 
 
 @triton.jit
+def _piece(
+    scale_ptr, bias_ptr, channels, positions, pieces, piece_size, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """A program's sample, channels, their mask, scale and bias, where its piece of the positions
+    begins and ends, and where its sums go."""
+    sample, channel, piece = tile(channels, positions, pieces, BLOCK_C)
+    known = channel < channels
+    row = sample * channels + channel
+    scale, bias = _value(scale_ptr, row, known, 1.0), _value(bias_ptr, channel, known, 0.0)
+    first = piece * piece_size
+    last = tl.minimum(first + piece_size, positions)
+    return sample, channel, known, scale, bias, first, last, row * pieces + piece
+
+
+@triton.jit
+def _terms(
+    dy_ptr, x_ptr, noise_ptr, strength_ptr, at, mask, scale, bias, noise_at, position, positions,
+    alpha, gain, limit,
+):  # fmt: skip
+    """x, its noise, dy/dz / gain, and dy times that."""
+    x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+    z, noise = _before_act(x, scale, bias, noise_ptr, strength_ptr, noise_at, position, positions)
+    slope = _slope(z, alpha, gain, limit)
+    return x, noise, slope, tl.load(dy_ptr + at, mask, 0.0).to(tl.float32) * slope
+
+
+@triton.jit
+def _store_sum(ptr, lanes, mask):
+    tl.store(ptr, tl.sum(lanes.to(tl.float64), 1)[:, None], mask)
+
+
+@triton.jit
 def _backward(
     dy_ptr, x_ptr, scale_ptr, noise_ptr, strength_ptr, bias_ptr, dx_ptr, part_ptr, channels,
     positions, pieces, piece_size, c_stride, p_stride, noise_stride, alpha, gain, limit,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
-    first = piece * piece_size
-    last = tl.minimum(first + piece_size, positions)
-    known = channel < channels
+    sample, channel, known, scale, bias, first, last, part = _piece(
+        scale_ptr, bias_ptr, channels, positions, pieces, piece_size, BLOCK_C
+    )
     alpha, gain, limit = fp32(alpha), fp32(gain), fp32(limit)
-    scale = _value(scale_ptr, sample * channels + channel, known, 1.0)
-    bias = _value(bias_ptr, channel, known, 0.0)
-    noise_at = sample * noise_stride
     scales = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     noises = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     biases = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
@@ -93,11 +122,10 @@ def _backward(
         position = start + tl.arange(0, BLOCK_P)[None, :]
         mask = known & (position < last)
         at = sample * channels * positions + channel * c_stride + position * p_stride
-        x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-        z, noise = _before_act(
-            x, scale, bias, noise_ptr, strength_ptr, noise_at, position, positions
-        )
-        g = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32) * _slope(z, alpha, gain, limit)
+        x, noise, _, g = _terms(
+            dy_ptr, x_ptr, noise_ptr, strength_ptr, at, mask, scale, bias, sample * noise_stride,
+            position, positions, alpha, gain, limit,
+        )  # fmt: skip
         tl.store(dx_ptr + at, (g * (scale * gain)).to(dx_ptr.dtype.element_ty), mask)
         if scale_ptr is not None:
             scales += g * x
@@ -105,10 +133,9 @@ def _backward(
             noises += g * noise
         if bias_ptr is not None:
             biases += g
-    to = part_ptr + ((sample * channels + channel) * pieces + piece) * 3
-    tl.store(to, tl.sum(scales, 1)[:, None], known)
-    tl.store(to + 1, tl.sum(noises, 1)[:, None], known)
-    tl.store(to + 2, tl.sum(biases, 1)[:, None], known)
+    _store_sum(part_ptr + part * 3, scales, known)
+    _store_sum(part_ptr + part * 3 + 1, noises, known)
+    _store_sum(part_ptr + part * 3 + 2, biases, known)
 
 
 @triton.jit
@@ -118,27 +145,21 @@ def _double_backward(
     piece_size, c_stride, p_stride, noise_stride, alpha, gain, limit,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample, channel, piece = _tile(channels, positions, pieces, BLOCK_C)
-    first = piece * piece_size
-    last = tl.minimum(first + piece_size, positions)
-    known = channel < channels
+    sample, channel, known, scale, bias, first, last, part = _piece(
+        scale_ptr, bias_ptr, channels, positions, pieces, piece_size, BLOCK_C
+    )
     alpha, gain, limit = fp32(alpha), fp32(gain), fp32(limit)
-    scale = _value(scale_ptr, sample * channels + channel, known, 1.0)
-    bias = _value(bias_ptr, channel, known, 0.0)
     gg_scale = _value(gg_scale_ptr, sample * channels + channel, known, 0.0)
     gg_bias = _value(gg_bias_ptr, channel, known, 0.0)
-    noise_at = sample * noise_stride
     scales = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for start in range(first, last, BLOCK_P):
         position = start + tl.arange(0, BLOCK_P)[None, :]
         mask = known & (position < last)
         at = sample * channels * positions + channel * c_stride + position * p_stride
-        x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-        z, noise = _before_act(
-            x, scale, bias, noise_ptr, strength_ptr, noise_at, position, positions
-        )
-        slope = _slope(z, alpha, gain, limit)
-        g = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32) * slope
+        x, noise, slope, g = _terms(
+            dy_ptr, x_ptr, noise_ptr, strength_ptr, at, mask, scale, bias, sample * noise_stride,
+            position, positions, alpha, gain, limit,
+        )  # fmt: skip
         u = x * gg_scale + gg_bias
         if gg_strength_ptr is not None:
             u += noise * tl.load(gg_strength_ptr).to(tl.float32)
@@ -148,8 +169,7 @@ def _double_backward(
             scales += g * gg_x
         tl.store(grad_dy_ptr + at, (slope * (u * gain)).to(grad_dy_ptr.dtype.element_ty), mask)
         tl.store(grad_x_ptr + at, (g * (gg_scale * gain)).to(grad_x_ptr.dtype.element_ty), mask)
-    to = part_ptr + (sample * channels + channel) * pieces + piece
-    tl.store(to, tl.sum(scales, 1)[:, None], known)
+    _store_sum(part_ptr + part, scales, known)
 
 
 # ---- launchers ------------------------------------------------------------------------------
@@ -157,10 +177,6 @@ def _double_backward(
 
 def _dense(*parameters: Tensor | None) -> list[Tensor | None]:
     return [None if p is None else p.contiguous() for p in parameters]
-
-
-def _in_order_of(x: Tensor, like: Tensor) -> Tensor:
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
 def _numbers(
@@ -187,7 +203,7 @@ def scale_bias_act(
     x = ordered(x)
     y = torch.empty_like(x)
     if x.numel():
-        t = _Layout(x, 1)
+        t = Layout(x, 1)
         _forward[t.map_grid](
             x, *_dense(scale, noise, strength, bias), y, t.channels, t.positions, t.tiles,
             *t.strides, *_numbers(x, noise, alpha, gain, clamp), **t.blocks,
@@ -200,15 +216,15 @@ def scale_bias_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = ordered(x)
     dx = torch.empty_like(x)
-    t = _Layout(x, 1) if x.numel() else None
-    part = x.new_zeros(*x.shape[:2], t.pieces if t else 1, 3, dtype=torch.float32)
+    t = Layout(x, 1) if x.numel() else None
+    part = x.new_zeros(*x.shape[:2], t.pieces if t else 1, 3, dtype=torch.float64)
     if t:
         _backward[t.sums_grid](
-            _in_order_of(dy, x), x, *_dense(scale, noise, strength, bias), dx, part, t.channels,
+            in_order_of(dy, x), x, *_dense(scale, noise, strength, bias), dx, part, t.channels,
             t.positions, t.pieces, t.piece_size, *t.strides,
             *_numbers(x, noise, alpha, gain, clamp), **t.blocks,
         )  # fmt: skip
-    sums = part.sum(2, dtype=torch.float64) * gain
+    sums = part.sum(2) * gain
     return dx, _like(sums[..., 0], scale), _like(sums[..., 1], strength), _like(sums[..., 2], bias)
 
 
@@ -217,14 +233,14 @@ def scale_bias_act_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = ordered(x)
     grad_dy, grad_x = torch.empty_like(x), torch.empty_like(x)
-    t = _Layout(x, 1) if x.numel() else None
-    part = x.new_zeros(*x.shape[:2], t.pieces if t else 1, dtype=torch.float32)
+    t = Layout(x, 1) if x.numel() else None
+    part = x.new_zeros(*x.shape[:2], t.pieces if t else 1, dtype=torch.float64)
     if t:
         _double_backward[t.sums_grid](
-            None if gg_x is None else _in_order_of(gg_x, x),
-            *_dense(gg_scale, gg_strength, gg_bias), _in_order_of(dy, x), x,
+            None if gg_x is None else in_order_of(gg_x, x),
+            *_dense(gg_scale, gg_strength, gg_bias), in_order_of(dy, x), x,
             *_dense(scale, noise, strength, bias), grad_dy, grad_x, part, t.channels, t.positions,
             t.pieces, t.piece_size, *t.strides, *_numbers(x, noise, alpha, gain, clamp),
             **t.blocks,
         )  # fmt: skip
-    return grad_dy, grad_x, _like(part.sum(2, dtype=torch.float64) * gain, scale)
+    return grad_dy, grad_x, _like(part.sum(2) * gain, scale)

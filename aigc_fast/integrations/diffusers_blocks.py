@@ -319,9 +319,26 @@ def _in_range(x: Tensor) -> Tensor:
 # ---- attention with rotary embedding -------------------------------------------------------------
 
 
-def _check_processor(module: Any, name: str) -> None:
-    if type(module.processor).__name__ != name:
-        raise Unfit(f"its processor is {type(module.processor).__name__}")
+class _Attention(Replacement):
+    """Does the work of one processor of diffusers."""
+
+    absorbs = ("norm_q", "norm_k")
+    processor_name = ""
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if (name := type(module.processor).__name__) != cls.processor_name:
+            raise Unfit(f"its processor is {name}")
+        yield from super().assignments(module)
+
+    def _leaves(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call is the stock class's: another processor may have been chosen since."""
+        return (
+            torch.compiler.is_compiling()
+            or type(self.processor).__name__ != self.processor_name
+            or self.fused_projections
+            or bool(kwargs)
+        )
 
 
 def angles(rotary: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -339,16 +356,15 @@ def normed_and_turned(x: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
     return ops.qk_norm_rotary(x, weight, weight, cos, sin, heads, norm.eps, interleaved=True)
 
 
-class FluxAttention(Replacement):
+class FluxAttention(_Attention):
     uses = "qk_norm_rotary"
-    absorbs = ("norm_q", "norm_k")
+    processor_name = "FluxAttnProcessor"
 
     @classmethod
     def assignments(cls, module: Any) -> Iterable[Assignment]:
-        _check_processor(module, "FluxAttnProcessor")
+        yield from super().assignments(module)
         if module.norm_q.weight is None:
             raise Unfit("its norms have no weight")
-        yield from super().assignments(module)
 
     def forward(
         self,
@@ -358,14 +374,7 @@ class FluxAttention(Replacement):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        # Another processor may have been chosen since.
-        if (
-            torch.compiler.is_compiling()
-            or type(self.processor).__name__ != "FluxAttnProcessor"
-            or self.fused_projections
-            or image_rotary_emb is None
-            or kwargs
-        ):
+        if image_rotary_emb is None or self._leaves(kwargs):
             return super().forward(
                 hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
             )
@@ -408,18 +417,17 @@ def _attend(
     return out.to(query.dtype)
 
 
-class WanAttention(Replacement):
+class WanAttention(_Attention):
     """Its norms are over all heads."""
 
     uses = "rms_norm, apply_rotary"
-    absorbs = ("norm_q", "norm_k")
+    processor_name = "WanAttnProcessor"
 
     @classmethod
     def assignments(cls, module: Any) -> Iterable[Assignment]:
-        _check_processor(module, "WanAttnProcessor")
+        yield from super().assignments(module)
         if module.add_k_proj is not None:
             raise Unfit("it attends to images of the prompt too")
-        yield from super().assignments(module)
 
     def forward(
         self,
@@ -429,12 +437,7 @@ class WanAttention(Replacement):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if (
-            torch.compiler.is_compiling()
-            or type(self.processor).__name__ != "WanAttnProcessor"
-            or self.fused_projections
-            or kwargs
-        ):
+        if self._leaves(kwargs):
             return super().forward(
                 hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
             )

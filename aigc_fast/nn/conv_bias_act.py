@@ -10,20 +10,11 @@ from aigc_fast import ops
 from .bias_act import describe, of_dtype
 
 
-class Conv2dBiasAct(nn.Conv2d):
-    """nn.Conv2d with the activation that follows it: weight, bias as there; any memory format.
-
-    act, alpha, gain, clamp: as for `ops.bias_act`. The default gain of relu, lrelu and swish is
-    sqrt(2); gain=1.0 gives the function of that name in torch.
-
-    >>> Conv2dBiasAct(3, 64, 4, 2, 1, act="lrelu", alpha=0.2, gain=1.0)
-    """
+class _ConvBiasAct(nn.modules.conv._ConvNd):
+    """The activation, and all it shares: the convolution is the class that comes next."""
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
         *args: Any,
         act: str = "linear",
         alpha: float | None = None,
@@ -31,11 +22,10 @@ class Conv2dBiasAct(nn.Conv2d):
         clamp: float | None = None,
         **conv: Any,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, *args, **conv)
+        super().__init__(*args, **conv)
         self.act, self.alpha, self.gain, self.clamp = act, alpha, gain, clamp
 
-    def forward(self, input: Tensor) -> Tensor:
-        y = self._conv_forward(input, self.weight, None)
+    def _activate(self, y: Tensor) -> Tensor:
         bias = of_dtype(self.bias, y)
         return ops.bias_act(y, bias, 1, self.act, self.alpha, self.gain, self.clamp)
 
@@ -43,23 +33,22 @@ class Conv2dBiasAct(nn.Conv2d):
         return f"{super().extra_repr()}, {describe(self)}"
 
 
-class ConvTranspose2dBiasAct(nn.ConvTranspose2d):
-    """nn.ConvTranspose2d with the activation that follows it, as `Conv2dBiasAct`."""
+class Conv2dBiasAct(_ConvBiasAct, nn.Conv2d):
+    """nn.Conv2d with the activation that follows it: arguments, weight and bias as there, any
+    memory format.
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        *args: Any,
-        act: str = "linear",
-        alpha: float | None = None,
-        gain: float | None = None,
-        clamp: float | None = None,
-        **conv: Any,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, *args, **conv)
-        self.act, self.alpha, self.gain, self.clamp = act, alpha, gain, clamp
+    act, alpha, gain, clamp: as for `ops.bias_act`. The default gain of relu, lrelu and swish is
+    sqrt(2); gain=1.0 gives the function of that name in torch.
+
+    >>> Conv2dBiasAct(3, 64, 4, 2, 1, act="lrelu", alpha=0.2, gain=1.0)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._activate(self._conv_forward(input, self.weight, None))
+
+
+class ConvTranspose2dBiasAct(_ConvBiasAct, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d with the activation that follows it, as `Conv2dBiasAct`."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is not None:
@@ -68,8 +57,4 @@ class ConvTranspose2dBiasAct(nn.ConvTranspose2d):
             input, self.weight, None, self.stride, self.padding,  # type: ignore[arg-type]
             self.output_padding, self.groups, self.dilation,
         )  # fmt: skip
-        bias = of_dtype(self.bias, y)
-        return ops.bias_act(y, bias, 1, self.act, self.alpha, self.gain, self.clamp)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {describe(self)}"
+        return self._activate(y)

@@ -9,6 +9,7 @@
 // either line is the other one, with its taps; that of continuing a signal is to add what lies
 // beyond an end to the sample there.
 #include "snake.h"
+#include "sums.h"
 
 namespace aigc_fast {
 namespace {
@@ -152,15 +153,15 @@ struct Backward {
       o[-1] += take_sum<A>(e, e + kReach) + take_sum<A>(o, o + kReach);
     }
     // Gradients of snake's values become those of its arguments, in the tile and its margins.
-    Vec<A> total[2] = {}, chain[2] = {};
+    Wide<A> total[2];
     const auto through_snake = [&](int64_t s, auto n) __attribute__((always_inline)) {
       const Pair<A> z = split<A>(up, x + s);
       const auto one = [&](A* d, Vec<A> z) __attribute__((always_inline)) {
         const Vec<A> a = broadcast(p.alpha), g = only<A>(load(d, n), n);
         const Sines<A> sine = sines<T, A>(a * z);
         store(d, g * (A(1) + p.alpha * p.inverse_beta * sine.sin_twice), n);
-        chain[0] += g * only<A>(z * sine.sin_twice, n);
-        chain[1] += g * only<A>(sine.squared, n);
+        total[0] += widen<A>(g * only<A>(z * sine.sin_twice, n));
+        total[1] += widen<A>(g * only<A>(sine.squared, n));
       };
       one(even + s, z.even);
       one(odd + s, z.odd);
@@ -170,14 +171,9 @@ struct Backward {
       through_snake(k - kHalo<A>, all);
       through_snake(t.size + k, all);
     }
-    chain[0] = chain[1] = Vec<A>{};
-    int64_t terms = 0;
-    for_vectors<A>(t.size, [&](int64_t i, auto n) {
-      through_snake(i, n);
-      if (++terms % kChain) return;
-      for (int k = 0; k < 2; ++k) total[k] += std::exchange(chain[k], Vec<A>{});
-    });
-    for (int k = 0; k < 2; ++k) sums[k] = sum_lanes<A>(total[k] + chain[k]);
+    total[0] = total[1] = {};  // a margin is another tile's
+    for_vectors<A>(t.size, through_snake);
+    for (int k = 0; k < 2; ++k) sums[k] = total[k].sum();
     for (int64_t s = -kHalo<A>; s < t.size + kReach; s += lanes)
       store(grad + s, merge<A>(up, even + s, odd + s));
     if (t.at_start()) grad[0] += take_sum<A>(grad - kReach, grad);

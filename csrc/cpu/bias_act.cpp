@@ -5,6 +5,7 @@
 // channels_last are one case each: rows of `inner` elements that share a bias value, or (inner
 // == 1) rows of `channels` elements with one value each.
 #include "act_dispatch.h"
+#include "sums.h"
 #include "tensor.h"
 
 namespace aigc_fast {
@@ -29,16 +30,17 @@ Layout layout_of(const Tensor& x, const std::optional<Tensor>& bias, int64_t dim
 }
 
 // Calls f(i, lanes, bias) for every vector of elements i, i + 1, ... in parallel. If `bias_grad`
-// is given, it receives the sums over each channel of what f returns (zero in unused lanes).
-template <class T, class F>
+// is given, it receives the sums over each channel of what f returns (zero in unused lanes);
+// without `sums` it is not.
+template <class T, bool sums, class F>
 void for_elements(Layout l, const T* bias, T* bias_grad, F f) {
   using A = Acc<T>;
   if (l.size == 0) {
     if (bias_grad) std::memset(static_cast<void*>(bias_grad), 0, l.channels * sizeof(T));
     return;
   }
-  std::vector<A> partial;  // [chunk][channel]
-  std::vector<double> sums(bias_grad ? l.channels : 0);
+  std::vector<double> partial;  // [chunk][channel]
+  std::vector<double> totals(bias_grad ? l.channels : 0);
   if (l.inner == 1) {
     const int64_t rows = l.size / l.channels;
     const int64_t block = std::max<int64_t>(1, kBlock / l.channels);
@@ -46,14 +48,14 @@ void for_elements(Layout l, const T* bias, T* bias_grad, F f) {
     if (bias_grad) partial.resize(blocks * l.channels);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin * block; r < std::min(rows, end * block); ++r) {
-        A* sum = bias_grad ? partial.data() + r / block * l.channels : nullptr;
+        double* to = bias_grad ? partial.data() + r / block * l.channels : nullptr;
         for_vectors<A>(l.channels, [&](int64_t j, auto lanes) {
           const Vec<A> v = f(r * l.channels + j, lanes, load(bias + j, lanes));
-          if (sum) store(sum + j, load(sum + j, lanes) + v, lanes);
+          if (sums && to) add_to(to + j, widen<A>(v), lanes);
         });
       }
     });
-    for (size_t i = 0; i < partial.size(); ++i) sums[i % l.channels] += partial[i];
+    for (size_t i = 0; i < partial.size(); ++i) totals[i % l.channels] += partial[i];
   } else {
     const int64_t rows = l.size / l.inner, pieces = (l.inner + kBlock - 1) / kBlock;
     const int64_t grain = std::max<int64_t>(1, kBlock / l.inner);
@@ -62,17 +64,18 @@ void for_elements(Layout l, const T* bias, T* bias_grad, F f) {
       for (int64_t u = begin; u < end; ++u) {
         const int64_t row = u / pieces, start = u % pieces * kBlock;
         const Vec<A> b = bias ? broadcast(load_n(bias + row % l.channels, 1)[0]) : Vec<A>{};
-        Vec<A> sum = {};
+        Wide<A> sum;
         for_vectors<A>(std::min(kBlock, l.inner - start), [&](int64_t j, auto lanes) {
-          sum += f(row * l.inner + start + j, lanes, b);
+          const Vec<A> v = f(row * l.inner + start + j, lanes, b);
+          if (sums) sum += widen<A>(v);
         });
-        if (bias_grad) partial[u] = sum_lanes<A>(sum);
+        if (bias_grad) partial[u] = sum.sum();
       }
     });
-    for (size_t u = 0; u < partial.size(); ++u) sums[u / pieces % l.channels] += partial[u];
+    for (size_t u = 0; u < partial.size(); ++u) totals[u / pieces % l.channels] += partial[u];
   }
-  for (size_t c = 0; c < sums.size(); ++c)
-    store_n(bias_grad + c, broadcast(static_cast<A>(sums[c])), 1);
+  for (size_t c = 0; c < totals.size(); ++c)
+    store_n(bias_grad + c, broadcast(static_cast<A>(totals[c])), 1);
 }
 
 template <class A>
@@ -111,13 +114,13 @@ Tensor bias_act(const Tensor& x_in, const std::optional<Tensor>& bias_in, int64_
     const T* in = data<T>(x);
     T* out = mutable_data<T>(y);
     with_act(act, [&]<Act a>(std::integral_constant<Act, a>) {
-      for_elements<T>(l, bias ? data<T>(*bias) : nullptr, nullptr,
-                      [=](int64_t i, auto lanes, Vec<A> b) {
-                        Vec<A> v = activate<a, A>(load(in + i, lanes) + b, p.alpha) * p.gain;
-                        v = max<A>(min<A>(v, broadcast(p.limit)), broadcast(-p.limit));
-                        store(out + i, v, lanes);
-                        return v;
-                      });
+      for_elements<T, false>(l, bias ? data<T>(*bias) : nullptr, nullptr,
+                             [=](int64_t i, auto lanes, Vec<A> b) {
+                               Vec<A> v = activate<a, A>(load(in + i, lanes) + b, p.alpha) * p.gain;
+                               v = max<A>(min<A>(v, broadcast(p.limit)), broadcast(-p.limit));
+                               store(out + i, v, lanes);
+                               return v;
+                             });
     });
   });
   return y;
@@ -146,14 +149,14 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy_in, const Tensor& 
     const T *grad = data<T>(dy), *s = data<T>(saved);
     T* out = mutable_data<T>(dx);
     with_act(act, [&]<Act a>(std::integral_constant<Act, a>) {
-      for_elements<T>(l, bias ? data<T>(*bias) : nullptr, bias ? mutable_data<T>(dbias) : nullptr,
-                      [=](int64_t i, auto lanes, Vec<A> b) {
-                        const Vec<A> at = load(s + i, lanes) + (from_output ? Vec<A>{} : b);
-                        const Vec<A> v =
-                            load(grad + i, lanes) * derivative<a, A>(at, from_output, p);
-                        store(out + i, v, lanes);
-                        return v;
-                      });
+      for_elements<T, true>(
+          l, bias ? data<T>(*bias) : nullptr, bias ? mutable_data<T>(dbias) : nullptr,
+          [=](int64_t i, auto lanes, Vec<A> b) {
+            const Vec<A> at = load(s + i, lanes) + (from_output ? Vec<A>{} : b);
+            const Vec<A> v = load(grad + i, lanes) * derivative<a, A>(at, from_output, p);
+            store(out + i, v, lanes);
+            return v;
+          });
     });
   });
   return {dx, dbias};
@@ -182,17 +185,18 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_double_backward(const Tensor& gg_in,
     const T *grad = data<T>(dy), *v = data<T>(gg), *in = data<T>(x);
     T *out = mutable_data<T>(grad_dy), *out_x = mutable_data<T>(grad_x);
     with_act(act, [&]<Act a>(std::integral_constant<Act, a>) {
-      for_elements<T>(l, bias ? data<T>(*bias) : nullptr, bias ? mutable_data<T>(dbias) : nullptr,
-                      [=](int64_t i, auto lanes, Vec<A> b) {
-                        const Vec<A> at = load(in + i, lanes) + b, g = load(v + i, lanes);
-                        store(out + i, g * derivative<a, A>(at, false, p), lanes);
-                        const Vec<A> y = activate<a, A>(at, p.alpha) * p.gain;
-                        Vec<A> second = curvature<a, A>(at, p.alpha) * p.gain;
-                        second = abs<A>(y) > p.limit ? Vec<A>{} : second;
-                        const Vec<A> result = g * load(grad + i, lanes) * second;
-                        store(out_x + i, result, lanes);
-                        return result;
-                      });
+      for_elements<T, true>(l, bias ? data<T>(*bias) : nullptr,
+                            bias ? mutable_data<T>(dbias) : nullptr,
+                            [=](int64_t i, auto lanes, Vec<A> b) {
+                              const Vec<A> at = load(in + i, lanes) + b, g = load(v + i, lanes);
+                              store(out + i, g * derivative<a, A>(at, false, p), lanes);
+                              const Vec<A> y = activate<a, A>(at, p.alpha) * p.gain;
+                              Vec<A> second = curvature<a, A>(at, p.alpha) * p.gain;
+                              second = abs<A>(y) > p.limit ? Vec<A>{} : second;
+                              const Vec<A> result = g * load(grad + i, lanes) * second;
+                              store(out_x + i, result, lanes);
+                              return result;
+                            });
     });
   });
   return {grad_dy, grad_x, dbias};

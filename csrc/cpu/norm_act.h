@@ -23,12 +23,8 @@ inline Tensor in_layout(const Tensor& x, int64_t statistics) {
 }
 
 inline Norms norms_of(const Tensor& x, int64_t statistics) {
-  const int64_t size = x.numel(), channels = x.size(1), batch = x.size(0);
-  if (statistics <= kOfBatch) {
-    // The stride of a dimension of one element says nothing.
-    const int64_t inner = channels == 1 ? std::max<int64_t>(1, size) : x.stride(1);
-    return {1, size / std::max<int64_t>(1, channels * inner), channels, inner};
-  }
+  if (statistics <= kOfBatch) return norms_of_channels(x);
+  const int64_t channels = x.size(1), batch = x.size(0);
   int64_t positions = 1;
   for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
   const bool innermost = positions == 1 || is_channels_last(x);
@@ -43,15 +39,7 @@ inline ScalarType sums_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Calls f with a value of the type that x is computed in.
-template <class F>
-void with_arithmetic(const Tensor& x, F&& f) {
-  dispatch(x, "x", [](auto) {});  // refuses what is not floating
-  return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
-}
-
-// ---- the activation, buffer by buffer
-// ------------------------------------------------------------
+// ---- the activation, buffer by buffer ----------------------------------------------------------
 
 template <class A>
 struct NormActivation {
@@ -89,8 +77,7 @@ void slopes(const NormActivation<A>& act, Buffer<A>& z, Buffer<A>& curved, int64
   });
 }
 
-// ---- what the three directions share
-// -------------------------------------------------------------
+// ---- what the three directions share -----------------------------------------------------------
 
 // What every element needs of its norm. Further values of a direction follow.
 enum Value { kMean, kRstd, kScale, kBias, kValues };

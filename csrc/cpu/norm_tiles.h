@@ -1,5 +1,5 @@
-// The walk of every norm with statistics of its own: sums over each norm, a few numbers made of
-// them, and a pass that writes.
+// The walk of every norm with statistics of its own, and of snake: sums over each norm, a few
+// numbers made of them, and a pass that writes.
 //
 // A norm is a set of elements that share a mean and a variance: a channel of the batch, a channel
 // of a sample, or a pixel. Seen in memory order as [samples][rows][channels][inner] a dense tensor
@@ -9,6 +9,7 @@
 #pragma once
 
 #include "memory_order.h"
+#include "sums.h"
 #include "tensor.h"
 
 namespace aigc_fast {
@@ -21,6 +22,22 @@ struct Norms {
   // Neighbours in memory belong to different norms.
   bool across() const { return inner == 1; }
 };
+
+// The channels of a dense tensor as norms.
+inline Norms norms_of_channels(const Tensor& x) {
+  require(x.dim() >= 2, "x must have at least 2 dimensions");
+  const int64_t size = x.numel(), channels = x.size(1);
+  // The stride of a dimension of one element says nothing.
+  const int64_t inner = channels == 1 ? std::max<int64_t>(1, size) : x.stride(1);
+  return {1, size / std::max<int64_t>(1, channels * inner), channels, inner};
+}
+
+// Calls f with a value of the type that x is computed in.
+template <class F>
+void with_arithmetic(const Tensor& x, F&& f) {
+  dispatch(x, "x", [](auto) {});  // refuses what is not floating
+  return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
 
 // Elements of a tile: six fp32 buffers of them fit the L1 cache.
 constexpr int64_t kTile = 1024;
@@ -156,50 +173,13 @@ AIGC_INLINE void for_tile(const Tile& tile, const Values<A, V>& values, F&& f) {
   }
 }
 
-// ---- sums in fp64
-// --------------------------------------------------------------------------------
+// ---- sums in fp64 ------------------------------------------------------------------------------
 
-// v in fp64: the halves of an fp32 vector, or a vector of doubles and zero.
-struct Halves {
-  Vec<double> low, high;
-};
-template <class A>
-AIGC_INLINE Halves halves(Vec<A> v) {
-  if constexpr (std::is_same_v<A, double>) {
-    return {v, Vec<double>{}};
-  } else {
-    typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-    Half half[2];
-    std::memcpy(half, &v, sizeof v);
-    return {__builtin_convertvector(half[0], Vec<double>),
-            __builtin_convertvector(half[1], Vec<double>)};
-  }
-}
-template <class A>
-AIGC_INLINE void add_to(double* sums, Vec<A> v) {
-  const Halves wide = halves<A>(v);
-  store(sums, load(sums) + wide.low);
-  if constexpr (std::is_same_v<A, float>)
-    store(sums + kLanes<double>, load(sums + kLanes<double>) + wide.high);
-}
 // The first n lanes of v, and zero in the others.
 template <class A>
 AIGC_INLINE Vec<A> first_lanes(Vec<A> v, int64_t n) {
   for (int64_t k = n; k < kLanes<A>; ++k) v[k] = 0;
   return v;
-}
-
-// kLanes<double> elements in fp64.
-template <class A>
-AIGC_INLINE Vec<double> load_wide(const A* p) {
-  if constexpr (std::is_same_v<A, double>) {
-    return load(p);
-  } else {
-    typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-    Half half;
-    std::memcpy(&half, p, sizeof half);
-    return __builtin_convertvector(half, Vec<double>);
-  }
 }
 
 // Adds x - shift and its square to two sums of each norm, all in fp64: whatever the shift, a large
@@ -252,12 +232,9 @@ AIGC_INLINE void add_tile(const Tile& tile, const Values<A, V>& values, double* 
   Vec<A> at[V];
   if (!tile.norms.across()) {
     for (int k = 0; k < V; ++k) at[k] = values.alone(k, tile.norm());
-    Vec<double> totals[N] = {};
+    Wide<A> totals[N];
     const auto join = [&](const Vec<A>* chain) {
-      for (int s = 0; s < N; ++s) {
-        const Halves wide = halves<A>(chain[s]);
-        totals[s] += wide.low + wide.high;
-      }
+      for (int s = 0; s < N; ++s) totals[s] += widen<A>(chain[s]);
     };
     int64_t i = 0;
     for (; i + kChain * lanes <= size; i += kChain * lanes) {
@@ -273,7 +250,7 @@ AIGC_INLINE void add_tile(const Tile& tile, const Values<A, V>& values, double* 
         for (int s = 0; s < N; ++s) chain[s] = first_lanes<A>(chain[s], size - i);
       join(chain);
     }
-    for (int s = 0; s < N; ++s) sums[s * columns] += sum_lanes<double>(totals[s]);
+    for (int s = 0; s < N; ++s) sums[s * columns] += totals[s].sum();
     return;
   }
   const int64_t pitch = tile.pitch<A>();
@@ -283,13 +260,13 @@ AIGC_INLINE void add_tile(const Tile& tile, const Values<A, V>& values, double* 
       Vec<A> chain[N] = {};
       for (int64_t i = start; i < std::min(size, start + kChain * pitch); i += pitch)
         f(i, at, chain);
-      for (int s = 0; s < N; ++s) add_to<A>(sums + s * columns + j, chain[s]);
+      for (int s = 0; s < N; ++s)
+        add_to(sums + s * columns + j, widen<A>(chain[s]), std::integral_constant<int, lanes>{});
     }
   }
 }
 
-// ---- the walk
-// ------------------------------------------------------------------------------------
+// ---- the walk ----------------------------------------------------------------------------------
 
 // How the norms are cut into units of work, which the shape alone decides: one norm, or some
 // neighbouring ones; and a unit into pieces where it outgrows the cache and there are few.
@@ -383,6 +360,12 @@ void sum_then_write(const Norms& norms, const Sum& sum, const Finish& finish, co
     conclude(unit, first);
   }
   for_all_tiles<A>(norms, write);
+}
+
+// The same for sums whose terms `sum` writes as it adds them: no second pass.
+template <class A, int N, class Sum, class Finish>
+void sum_norms(const Norms& norms, const Sum& sum, const Finish& finish) {
+  sum_then_write<A, N>(norms, sum, finish, [](const Tile&) {});
 }
 
 }  // namespace aigc_fast

@@ -4,10 +4,8 @@
 // x is (batch, channels, pixels). A contiguous one is rows of pixels that share scale and bias, and
 // meet one row of the noise; with channels_last every pixel is a row of channels, and its noise one
 // number. All derivatives compute z anew from x, which the gradient of scale needs in any case.
-#include <array>
-#include <utility>
-
 #include "memory_order.h"
+#include "sums.h"
 
 namespace aigc_fast {
 namespace {
@@ -15,8 +13,10 @@ namespace {
 using MaybeTensor = std::optional<Tensor>;
 
 // Elements of a unit of work; units depend on the shape alone, so that sums come out the same for
-// any number of threads. Terms of an fp32 sum meet in short chains, which round less.
-constexpr int64_t kUnit = 16384, kMinPixels = 32, kChain = 8;
+// any number of threads.
+constexpr int64_t kUnit = 16384, kMinPixels = 32;
+// Pixels whose sums stay in registers where a pixel is a row of channels.
+constexpr int64_t kRun = 8;
 
 // A parameter's values in the type of the arithmetic.
 template <class A>
@@ -133,22 +133,19 @@ struct Call {
   void by_channels(std::array<const A*, V> arrays, std::vector<double>* totals, F f) const {
     const int64_t rows = batch * channels, pieces = (pixels + kUnit - 1) / kUnit;
     const int64_t grain = std::max<int64_t>(1, kGrain / pixels);
-    std::vector<A> parts(N * rows * pieces);
+    std::vector<double> parts(N * rows * pieces);
     torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) {
         const int64_t row = u / pieces, start = u % pieces * kUnit;
         const A* of_row = noise_of(row / channels);
-        Vec<A> at[V], sums[N + 1] = {}, chain[N + 1] = {};
+        Vec<A> at[V];
+        Wide<A> sums[N + 1];
         for (int v = 0; v < V; ++v) at[v] = broadcast(arrays[v][row]);
-        int64_t terms = 0;
         for_vectors<A>(std::min(kUnit, pixels - start), [&](int64_t j, auto lanes) {
           const Vec<A> n = of_row ? load(of_row + start + j, lanes) : Vec<A>{};
-          f(row * pixels + start + j, lanes, at, n, chain);
-          if (N && ++terms % kChain == 0)
-            for (int s = 0; s < N; ++s) sums[s] += std::exchange(chain[s], Vec<A>{});
+          f(row * pixels + start + j, lanes, at, n, sums);
         });
-        for (int s = 0; s < N; ++s)
-          parts[(s * rows + row) * pieces + u % pieces] = sum_lanes<A>(sums[s] + chain[s]);
+        for (int s = 0; s < N; ++s) parts[(s * rows + row) * pieces + u % pieces] = sums[s].sum();
       }
     });
     for (size_t i = 0; i < parts.size(); ++i) (*totals)[i / pieces] += parts[i];
@@ -159,24 +156,23 @@ struct Call {
     const int64_t height = std::max(kMinPixels, kUnit / channels);
     const int64_t pieces = (pixels + height - 1) / height;
     const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(height, pixels) * channels));
-    std::vector<A> parts(N * batch * pieces * channels);
+    std::vector<double> parts(N * batch * pieces * channels);
     torch::stable::parallel_for(0, batch * pieces, grain, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) {
         const int64_t sample = u / pieces, first = u % pieces * height;
         const int64_t past = std::min(pixels, first + height);
         const A* of_pixel = noise_of(sample);
-        for (int64_t start = first; start < past; start += kChain)
+        for (int64_t start = first; start < past; start += kRun)
           for_vectors<A>(channels, [&](int64_t j, auto lanes) {
-            Vec<A> at[V], sums[N + 1] = {};
+            Vec<A> at[V];
+            Wide<A> sums[N + 1];
             for (int v = 0; v < V; ++v) at[v] = load(arrays[v] + sample * channels + j, lanes);
-            for (int64_t p = start; p < std::min(past, start + kChain); ++p) {
+            for (int64_t p = start; p < std::min(past, start + kRun); ++p) {
               const Vec<A> n = of_pixel ? broadcast(of_pixel[p]) : Vec<A>{};
               f((sample * pixels + p) * channels + j, lanes, at, n, sums);
             }
-            for (int s = 0; s < N; ++s) {
-              A* to = parts.data() + (u * N + s) * channels + j;
-              store(to, load(to, lanes) + sums[s], lanes);
-            }
+            for (int s = 0; s < N; ++s)
+              add_to(parts.data() + (u * N + s) * channels + j, sums[s], lanes);
           });
       }
     });
@@ -208,7 +204,7 @@ Tensor scale_bias_act(const Tensor& x_in, const MaybeTensor& scale, const MaybeT
     using V = Vec<Acc<T>>;
     call.template for_elements<0, 2>(
         {call.scale.data(), call.bias.data()}, nullptr,
-        [&, in, out](int64_t i, auto lanes, const V* at, V n, V*) {
+        [&, in, out](int64_t i, auto lanes, const V* at, V n, Wide<Acc<T>>*) {
           const V y = call.activate(call.before_act(load(in + i, lanes), at[0], n, at[1]));
           const V limit = broadcast(call.limit);
           store(out + i, max<Acc<T>>(min<Acc<T>>(y, limit), -limit), lanes);
@@ -235,13 +231,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bias_act_backward(
     using V = Vec<Acc<T>>;
     call.template for_elements<3, 2>(
         {call.scale.data(), call.bias.data()}, &totals,
-        [&, in, grad, out](int64_t i, auto lanes, const V* at, V n, V* sums) {
+        [&, in, grad, out](int64_t i, auto lanes, const V* at, V n, Wide<Acc<T>>* sums) {
           const V x = load(in + i, lanes);
           const V g = load(grad + i, lanes) * call.slope(call.before_act(x, at[0], n, at[1]));
           store(out + i, g * (at[0] * call.gain), lanes);
-          sums[0] += g * x;
-          sums[1] += g * n;
-          sums[2] += g;
+          const auto wide = widen<Acc<T>>(g);
+          sums[0] += wide * widen<Acc<T>>(x);
+          sums[1] += wide * widen<Acc<T>>(n);
+          sums[2] += wide;
         });
   });
   const auto second = totals.begin() + totals.size() / 3, third = second + totals.size() / 3;
@@ -275,14 +272,14 @@ std::tuple<Tensor, Tensor, Tensor> scale_bias_act_double_backward(
     T *out = mutable_data<T>(grad_dy), *out_x = mutable_data<T>(grad_x);
     call.template for_elements<1, 4>(
         {call.scale.data(), call.bias.data(), to_scale.data(), to_bias.data()}, &totals,
-        [&, in, grad, to_x, out, out_x](int64_t i, auto lanes, const V* at, V n, V* sums) {
+        [&, in, grad, to_x, out, out_x](int64_t i, auto lanes, const V* at, V n, Wide<A>* sums) {
           const V x = load(in + i, lanes), v = to_x ? load(to_x + i, lanes) : V{};
           const V slope = call.slope(call.before_act(x, at[0], n, at[1]));
           const V g = load(grad + i, lanes) * slope;
           const V u = v * at[0] + x * at[2] + (n * to_strength + at[3]);
           store(out + i, slope * (u * call.gain), lanes);
           store(out_x + i, g * (at[2] * call.gain), lanes);
-          sums[0] += g * v;
+          sums[0] += widen<A>(g) * widen<A>(v);
         });
   });
   return {grad_dy, grad_x, like_parameter(totals, gain, scale)};

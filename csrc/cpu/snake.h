@@ -1,7 +1,6 @@
 // What snake and its anti-aliased form share.
 #pragma once
 
-#include "channel_walk.h"
 #include "channels.h"
 
 #include <aigc_fast/snake.h>

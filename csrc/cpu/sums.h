@@ -1,4 +1,4 @@
-// Sums along a row.
+// Sums along a row, and sums in fp64.
 #pragma once
 
 #include <array>
@@ -23,6 +23,61 @@ AIGC_INLINE std::array<A, N> sums_over(int64_t width, F&& f) {
   for (int s = 0; s < N; ++s)
     total[s] = sum_lanes<A>((sums[0][s] + sums[1][s]) + (sums[2][s] + sums[3][s]));
   return total;
+}
+
+// kLanes<double> elements in fp64.
+template <class A>
+AIGC_INLINE Vec<double> load_wide(const A* p) {
+  if constexpr (std::is_same_v<A, double>) {
+    return load(p);
+  } else {
+    typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+    Half half;
+    std::memcpy(&half, p, sizeof half);
+    return __builtin_convertvector(half, Vec<double>);
+  }
+}
+
+// A vector in fp64, the halves of one where A is float. The gradient of a parameter may be the sum
+// of millions of terms of either sign: products and sums in fp64 leave it as exact as its terms.
+template <class A>
+struct Wide {
+  static constexpr int kHalves = sizeof(double) / sizeof(A);
+  Vec<double> half[kHalves] = {};
+
+  AIGC_INLINE void operator+=(const Wide& other) {
+    for (int h = 0; h < kHalves; ++h) half[h] += other.half[h];
+  }
+  AIGC_INLINE Wide operator*(const Wide& other) const {
+    Wide result;
+    for (int h = 0; h < kHalves; ++h) result.half[h] = half[h] * other.half[h];
+    return result;
+  }
+  AIGC_INLINE double sum() const {
+    Vec<double> total = half[0];
+    for (int h = 1; h < kHalves; ++h) total += half[h];
+    return sum_lanes<double>(total);
+  }
+};
+template <class A>
+AIGC_INLINE Wide<A> widen(Vec<A> v) {
+  A lanes[kLanes<A>];
+  std::memcpy(lanes, &v, sizeof v);
+  Wide<A> result;
+  for (int h = 0; h < Wide<A>::kHalves; ++h) result.half[h] = load_wide(lanes + h * kLanes<double>);
+  return result;
+}
+// to[i] += v[i] in the first `lanes` lanes.
+template <class A, class N>
+AIGC_INLINE void add_to(double* to, const Wide<A>& v, N lanes) {
+  for (int h = 0; h < Wide<A>::kHalves; ++h, to += kLanes<double>) {
+    if constexpr (std::is_same_v<N, int>) {
+      const int n = std::min(kLanes<double>, lanes - h * kLanes<double>);
+      if (n > 0) store_n(to, load_n(to, n) + v.half[h], n);
+    } else {
+      store(to, load(to) + v.half[h]);
+    }
+  }
 }
 
 }  // namespace aigc_fast

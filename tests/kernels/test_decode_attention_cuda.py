@@ -1,9 +1,6 @@
 """The CUDA kernels of decode_attention, run thread by thread on the CPU (cuda_on_cpu.h)."""
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +8,9 @@ from torch import Tensor
 
 import aigc_fast
 from aigc_fast import ops
+from tests.kernels.cuda_on_cpu import DTYPES, build
 from tests.ops.test_every_op import assert_as_good_as_torch
 
-HERE = Path(__file__).parent
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTERS = "query keys values lengths out lse parts parts_lse"
 _INTS = "q_len heads kv_heads head_dim capacity splits"
 _LONGS = (
@@ -37,16 +33,7 @@ class Arguments(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not installed")
-    path = tmp_path_factory.mktemp("cuda_on_cpu") / "decode_attention.so"
-    source = HERE / "decode_attention_on_cpu.cpp"
-    subprocess.run(
-        [compiler, "-std=c++20", "-O1", "-g", "-shared", "-fPIC", source, "-o", path],
-        check=True,
-    )
-    return ctypes.CDLL(str(path))
+    return build("decode_attention", tmp_path_factory)
 
 
 def run(library, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, splits: int = 0):

@@ -1,9 +1,6 @@
 """The CUDA kernels of quantized_linear, run thread by thread on the CPU (cuda_on_cpu.h)."""
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +9,9 @@ from torch import Tensor
 import aigc_fast
 from aigc_fast import ops
 from aigc_fast.ops import _registry
+from tests.kernels.cuda_on_cpu import DTYPES, build
 from tests.op_samples import rand
 from tests.ops.test_every_op import assert_as_good_as_torch
-
-HERE = Path(__file__).parent
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Arguments(ctypes.Structure):
@@ -34,16 +29,7 @@ class Arguments(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not installed")
-    path = tmp_path_factory.mktemp("cuda_on_cpu") / "quantized_linear.so"
-    source = HERE / "quantized_linear_on_cpu.cpp"
-    subprocess.run(
-        [compiler, "-std=c++20", "-O1", "-g", "-shared", "-fPIC", source, "-o", path],
-        check=True,
-    )
-    return ctypes.CDLL(str(path))
+    return build("quantized_linear", tmp_path_factory)
 
 
 def run(library, x, weight, bias, *, bits, group_size, out_features, quantize_activations=False):
