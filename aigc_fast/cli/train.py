@@ -35,14 +35,15 @@ def gan(
     ] = False,
 ) -> None:
     """Trains a GAN: checkpoint.pt, log.csv, a grid of samples and the loss curves in OUTPUT."""
-    from .train_gan import Options, run
+    from .train_gan import Options, Session
+    from .training_session import run
 
     options = Options(
         output=output, arch=arch, loss=loss, data=data, size=size, channels=channels,
         conditional=conditional, steps=steps, minutes=minutes, batch=batch, lr=lr, bf16=bf16,
         seed=seed, every=every, resume=resume, tensorboard=tensorboard,
     )  # fmt: skip
-    raise typer.Exit(run(Console(highlight=False), options))
+    raise typer.Exit(run(Console(highlight=False), lambda: Session(options)))
 
 
 @train.command()
@@ -83,7 +84,8 @@ def diffusion(
 ) -> None:
     """Trains a diffusion model: checkpoint.pt to go on from, model.safetensors to sample from,
     log.csv, samples (of videos, a GIF too) and the loss curve in OUTPUT."""
-    from .train_diffusion import Options, run
+    from .train_diffusion import Options, Session
+    from .training_session import run
 
     options = Options(
         output=output, data=data, size=size, class_conditional=class_conditional,
@@ -92,4 +94,4 @@ def diffusion(
         gradient_checkpointing=gradient_checkpointing, seed=seed, every=every, resume=resume,
         tensorboard=tensorboard,
     )  # fmt: skip
-    raise typer.Exit(run(Console(highlight=False), options))
+    raise typer.Exit(run(Console(highlight=False), lambda: Session(options)))

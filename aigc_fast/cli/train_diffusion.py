@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from aigc_fast.models.diffusion import sample
@@ -33,17 +32,6 @@ class Options(RunOptions):
     lr: float = 2e-3
     bf16: bool = False
     gradient_checkpointing: bool = False
-
-
-def run(console: Console, options: Options) -> int:
-    """Exit code: 0, or 2 for options, data or a checkpoint that will not do."""
-    try:
-        session = Session(options)
-    except (ValueError, OSError, ImportError) as error:
-        console.print(f"[bold red]{error}[/]", soft_wrap=True)
-        return 2
-    session.train(console)
-    return 0
 
 
 class Session(TrainingSession):

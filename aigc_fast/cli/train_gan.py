@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from aigc_fast.training import RECIPES, GANRecipe, GANStep, GANTrainer
@@ -55,17 +54,6 @@ class Options(RunOptions):
             # A penalty is of each sample by itself, and a batch norm mixes them.
             "norm": "batch" if self.recipe().penalty is None else None,
         }
-
-
-def run(console: Console, options: Options) -> int:
-    """Exit code: 0, or 2 for options, data or a checkpoint that will not do."""
-    try:
-        session = Session(options)
-    except (ValueError, OSError, ImportError) as error:
-        console.print(f"[bold red]{error}[/]", soft_wrap=True)
-        return 2
-    session.train(console)
-    return 0
 
 
 class Session(TrainingSession):

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -152,6 +152,17 @@ class TrainingSession(ABC):
         save_losses(self.options.output / "losses.png", curves, 3, steps, label=self.loss_label)
         state = {"networks": self.networks, "trainer": self.trainer.state_dict()}
         save_checkpoint(self.checkpoint, {**state, "seconds": self.seconds})
+
+
+def run(console: Console, begin: Callable[[], TrainingSession]) -> int:
+    """Exit code: 0, or 2 for options, data or a checkpoint that will not do."""
+    try:
+        session = begin()
+    except (ValueError, OSError, ImportError) as error:
+        console.print(f"[bold red]{error}[/]", soft_wrap=True)
+        return 2
+    session.train(console)
+    return 0
 
 
 def load_data(name: str, size: int) -> tuple[Tensor, Tensor]:

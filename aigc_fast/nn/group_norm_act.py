@@ -59,14 +59,16 @@ def modulated_group_norm_act(
         y = ops.group_norm_act(
             x.reshape(1, batch * channels, *x.shape[2:]),
             batch * norm.num_groups,
-            weight.flatten(),
-            bias.flatten(),
+            of_dtype(weight.flatten(), x),
+            of_dtype(bias.flatten(), x),
             norm.eps,
             activation,
         )
         return y.reshape(x.shape)
-    y = ops.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    y = torch.addcmul(shift[:, :, None, None], y, factor[:, :, None, None])
+    y = ops.group_norm_act(
+        x, norm.num_groups, of_dtype(norm.weight, x), of_dtype(norm.bias, x), norm.eps
+    )
+    y = torch.addcmul(shift[:, :, None, None].to(x.dtype), y, factor[:, :, None, None].to(x.dtype))
     if activation in ("none", "silu"):
         return F.silu(y) if activation == "silu" else y
     return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")

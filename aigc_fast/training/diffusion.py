@@ -1,20 +1,20 @@
 """Training of a diffusion model: epsilon, v or flow prediction, one trainer for all of them."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
 
-from .batches import epochs_of_batches
 from .denoising import PREDICTIONS, Denoising
 from .ema import EMA
 from .gradient_checkpointing import checkpoint_blocks
 from .optim import AdamW
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class DiffusionStep(NamedTuple):
         )
 
 
-class DiffusionTrainer:
+class DiffusionTrainer(Trainer):
     """Trains model(noisy, timesteps, labels). A step whose loss or gradients are not finite changes
     nothing and is counted in `skipped`.
 
@@ -85,29 +85,16 @@ class DiffusionTrainer:
         null_label: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.recipe = recipe = recipe or DiffusionRecipe()
-        self.model, self.done, self.null_label = model, done, null_label
-        parameters = list(model.parameters())
-        self.device = parameters[0].device
-        self.scheduler = recipe.scheduler()
-        self.ema = EMA(model, recipe.ema_decay)
+        recipe = recipe or DiffusionRecipe()
+        self.model, self.null_label, self.scheduler = model, null_label, recipe.scheduler()
+        ema = EMA(model, recipe.ema_decay)
         if recipe.gradient_checkpointing:
             checkpoint_blocks(model)
         self.optimizer = AdamW(
-            parameters, recipe.lr, recipe.betas, weight_decay=recipe.weight_decay,
-            max_norm=recipe.max_norm, average=self.ema,
+            model.parameters(), recipe.lr, recipe.betas, weight_decay=recipe.weight_decay,
+            max_norm=recipe.max_norm, average=ema,
         )  # fmt: skip
-        self.seed, self.steps_done = seed, 0
-        self.random = torch.Generator(self.device).manual_seed(seed)
-
-    @property
-    def average(self) -> nn.Module:
-        return self.ema.model
-
-    @property
-    def skipped(self) -> int:
-        """Updates that were left out because something was not finite."""
-        return int(self.optimizer.skipped)
+        super().__init__(recipe, {"model": model}, {"optimizer": self.optimizer}, ema, done, seed)
 
     def loss(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
         """Of a batch with new noise at new timesteps, part of the labels hidden."""
@@ -128,9 +115,8 @@ class DiffusionTrainer:
 
     def step(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
         """One update on a batch; returns the loss."""
-        share = min(self.done(self.steps_done), 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * _warm_up_and_cosine(share)
+            group["lr"] = self.recipe.lr * _warm_up_and_cosine(self.share_done)
         loss = self.loss(samples, labels)
         self.optimizer.zero_grad()
         loss.backward()
@@ -139,48 +125,10 @@ class DiffusionTrainer:
         self.steps_done += 1
         return loss.detach()
 
-    def train(
-        self, samples: Tensor, labels: Tensor | None = None, *, epochs: int, batch_size: int
-    ) -> Iterator[DiffusionStep]:
-        """Yields after every step; whoever iterates logs, plots, or stops. Goes on after
-        `steps_done`."""
-        data = (samples,) if labels is None else (samples, labels)
-        for epoch, step, batch in epochs_of_batches(
-            *data, batch_size=batch_size, epochs=epochs, seed=self.seed, done=self.steps_done
-        ):
-            steps = len(samples) // batch_size
-            yield DiffusionStep(epoch, epochs, step, steps, self.step(*batch))
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that training needs to go on as if it had not been interrupted."""
-        return {
-            "recipe": asdict(self.recipe),
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "average_updates": self.ema.updates,
-            "optimizer": self.optimizer.state_dict(),
-            "skipped": self.optimizer.skipped,
-            "random": self.random.get_state(),
-            "seed": self.seed,
-            "steps_done": self.steps_done,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave; ValueError where it is of another recipe."""
-        recipe = asdict(self.recipe)
-        if differing := sorted(
-            name for name in recipe if recipe[name] != state["recipe"].get(name)
-        ):
-            raise ValueError(
-                f"recipe must be that of the checkpoint, {', '.join(differing)} differ"
-            )
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.ema.updates = state["average_updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer.skipped.copy_(state["skipped"])
-        self.random.set_state(state["random"].cpu())
-        self.seed, self.steps_done = state["seed"], state["steps_done"]
+    def _run_step(
+        self, place: tuple[int, int, int, int], batch: tuple[Tensor, ...]
+    ) -> DiffusionStep:
+        return DiffusionStep(*place, self.step(*batch))
 
 
 def _warm_up_and_cosine(done: float) -> float:

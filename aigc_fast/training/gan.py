@@ -1,7 +1,7 @@
 """Adversarial training: any loss with any penalty, one trainer for all of them."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from aigc_fast.ops import discriminator_loss, generator_loss
 from aigc_fast.ops.gan_loss import LOSSES
 
-from .batches import epochs_of_batches
 from .ema import EMA
 from .optim import Adam
 from .penalties import gradient_penalty, r1_penalty, r2_penalty
+from .trainer import Trainer
 
 PENALTIES = ("gradient", "r1", "r2", "r1+r2")
 
@@ -107,7 +107,7 @@ class GANStep(NamedTuple):
         )
 
 
-class GANTrainer:
+class GANTrainer(Trainer):
     """Trains a generator (latents to samples) against a discriminator (samples to logits).
 
     A step is a batch of real samples: an update of the discriminator and, every n_critic steps, of
@@ -133,34 +133,29 @@ class GANTrainer:
         done: Callable[[int], float] = lambda step: 0.0,
         seed: int = 0,
     ) -> None:
-        self.recipe = recipe = recipe or GANRecipe()
+        recipe = recipe or GANRecipe()
         self.generator, self.discriminator, self.latent_dim = generator, discriminator, latent_dim
-        self.done = done
         self.g_parameters = list(generator.parameters())
         self.d_parameters = list(discriminator.parameters())
-        self.ema = EMA(generator, recipe.ema_decay)
+        ema = EMA(generator, recipe.ema_decay)
         self.g_optimizer = Adam(
-            self.g_parameters, recipe.g_lr, recipe.betas, max_norm=recipe.max_norm, average=self.ema
+            self.g_parameters, recipe.g_lr, recipe.betas, max_norm=recipe.max_norm, average=ema
         )
         self.d_optimizer = Adam(
             self.d_parameters, recipe.d_lr, recipe.betas, max_norm=recipe.max_norm
         )
+        super().__init__(
+            recipe,
+            {"generator": generator, "discriminator": discriminator},
+            {"g_optimizer": self.g_optimizer, "d_optimizer": self.d_optimizer},
+            ema,
+            done,
+            seed,
+        )
         # Real and fake in one batch: half as many matrix products, each twice as large. Not where a
         # batch norm would mix them: it tells them apart by their statistics.
         self._jointly = not any(isinstance(m, _BatchNorm) for m in discriminator.modules())
-        self.device = self.g_parameters[0].device
-        self.seed, self.steps_done = seed, 0
-        self.random = torch.Generator(self.device).manual_seed(seed)
         self.g_loss = torch.zeros((), device=self.device)
-
-    @property
-    def average(self) -> nn.Module:
-        return self.ema.model
-
-    @property
-    def skipped(self) -> int:
-        """Updates that were left out because something was not finite."""
-        return int(self.g_optimizer.skipped + self.d_optimizer.skipped)
 
     def latents(self, batch_size: int) -> Tensor:
         """Standard normal (batch_size, latent_dim), the next ones of the trainer's seed."""
@@ -195,7 +190,7 @@ class GANTrainer:
 
     def _set_learning_rates(self) -> None:
         recipe = self.recipe
-        done, start = min(self.done(self.steps_done), 1.0), recipe.lr_falls_from
+        done, start = self.share_done, recipe.lr_falls_from
         factor = 1.0 if done <= start else (1.0 - done) / (1.0 - start)
         for optimizer, lr in ((self.g_optimizer, recipe.g_lr), (self.d_optimizer, recipe.d_lr)):
             for group in optimizer.param_groups:
@@ -232,57 +227,15 @@ class GANTrainer:
         ]
         return sum(terms[1:], terms[0])
 
-    def train(
-        self, samples: Tensor, labels: Tensor | None = None, *, epochs: int, batch_size: int
-    ) -> Iterator[GANStep]:
-        """Yields after every step; whoever iterates logs, plots, or stops. Goes on after
-        `steps_done`."""
-        data = (samples,) if labels is None else (samples, labels)
-        for epoch, step, batch in epochs_of_batches(
-            *data, batch_size=batch_size, epochs=epochs, seed=self.seed, done=self.steps_done
-        ):
-            steps = len(samples) // batch_size
-            yield GANStep(epoch, epochs, step, steps, *self.step(*batch))
+    def _run_step(self, place: tuple[int, int, int, int], batch: tuple[Tensor, ...]) -> GANStep:
+        return GANStep(*place, *self.step(*batch))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that training needs to go on as if it had not been interrupted."""
-        return {
-            "recipe": asdict(self.recipe),
-            "generator": self.generator.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "average": self.average.state_dict(),
-            "average_updates": self.ema.updates,
-            "g_optimizer": self.g_optimizer.state_dict(),
-            "d_optimizer": self.d_optimizer.state_dict(),
-            "skipped": [self.g_optimizer.skipped, self.d_optimizer.skipped],
-            "g_loss": self.g_loss,
-            "random": self.random.get_state(),
-            "seed": self.seed,
-            "steps_done": self.steps_done,
-        }
+        return {**super().state_dict(), "g_loss": self.g_loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave; ValueError where it is of another recipe."""
-        recipe = asdict(self.recipe)
-        if differing := sorted(
-            name for name in recipe if recipe[name] != state["recipe"].get(name)
-        ):
-            raise ValueError(
-                f"recipe must be that of the checkpoint, {', '.join(differing)} differ"
-            )
-        self.generator.load_state_dict(state["generator"])
-        self.discriminator.load_state_dict(state["discriminator"])
-        self.average.load_state_dict(state["average"])
-        self.ema.updates = state["average_updates"]
-        self.g_optimizer.load_state_dict(state["g_optimizer"])
-        self.d_optimizer.load_state_dict(state["d_optimizer"])
-        for optimizer, count in zip(
-            (self.g_optimizer, self.d_optimizer), state["skipped"], strict=True
-        ):
-            optimizer.skipped.copy_(count)
+        super().load_state_dict(state)
         self.g_loss = state["g_loss"].to(self.device)
-        self.random.set_state(state["random"].cpu())
-        self.seed, self.steps_done = state["seed"], state["steps_done"]
 
     def _run(self, network: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):

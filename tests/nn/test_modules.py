@@ -127,6 +127,17 @@ def test_modulated_group_norm_act(activation, act, layout, affine) -> None:
     torch.testing.assert_close(ours(x, scale, shift), want)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_modulated_group_norm_act_under_autocast(layout) -> None:
+    norm = ModulatedGroupNormAct(3, 6, activation="silu")
+    x = torch.randn(2, 6, 5, 4).bfloat16().contiguous(memory_format=layout)
+    scale, shift = torch.randn(2, 2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = norm(x, scale, shift)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), norm(x.float(), scale, shift), rtol=0.03, atol=0.05)
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_layer_norm_and_its_modulated_form(affine):
     options = {"eps": 1e-3, "elementwise_affine": affine, "dtype": torch.float64}

@@ -1,0 +1,97 @@
+"""What all trainers share: the loop over batches, averaged weights, and a state to go on from."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import epochs_of_batches
+from .ema import EMA
+from .optim import Adam
+
+
+class Trainer(ABC):
+    """
+    recipe:     a dataclass: what is minimised, and how.
+    networks, optimizers: what a step changes, by the names that `state_dict` gives them.
+    ema:        the averaged weights, of the network to sample from.
+    done:       done(step) is the share of the training, 0 to 1, that lies behind at a step.
+    seed:       of everything random. The same seed gives the same losses, to the bit, also where
+                training was interrupted and went on from `state_dict`.
+    """
+
+    def __init__(
+        self,
+        recipe: Any,
+        networks: dict[str, nn.Module],
+        optimizers: dict[str, Adam],
+        ema: EMA,
+        done: Callable[[int], float],
+        seed: int,
+    ) -> None:
+        self.recipe, self.networks, self.optimizers, self.ema = recipe, networks, optimizers, ema
+        self.done, self.seed, self.steps_done = done, seed, 0
+        self.device = next(ema.model.parameters()).device
+        self.random = torch.Generator(self.device).manual_seed(seed)
+
+    @property
+    def average(self) -> nn.Module:
+        return self.ema.model
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were left out because something was not finite."""
+        return sum(int(optimizer.skipped) for optimizer in self.optimizers.values())
+
+    @property
+    def share_done(self) -> float:
+        return min(self.done(self.steps_done), 1.0)
+
+    @abstractmethod
+    def _run_step(self, place: tuple[int, int, int, int], batch: tuple[Tensor, ...]) -> Any:
+        """A step at (epoch, epochs, step, steps), counted from 1; what `train` yields of it."""
+
+    def train(
+        self, samples: Tensor, labels: Tensor | None = None, *, epochs: int, batch_size: int
+    ) -> Iterator[Any]:
+        """Yields after every step; whoever iterates logs, plots, or stops. Goes on after
+        `steps_done`."""
+        data = (samples,) if labels is None else (samples, labels)
+        steps = len(samples) // batch_size
+        for epoch, step, batch in epochs_of_batches(
+            *data, batch_size=batch_size, epochs=epochs, seed=self.seed, done=self.steps_done
+        ):
+            yield self._run_step((epoch, epochs, step, steps), batch)
+
+    def _parts(self) -> dict[str, Any]:
+        return {**self.networks, "average": self.average, **self.optimizers}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training needs to go on as if it had not been interrupted."""
+        return {
+            "recipe": asdict(self.recipe),
+            **{name: part.state_dict() for name, part in self._parts().items()},
+            "average_updates": self.ema.updates,
+            "skipped": [optimizer.skipped for optimizer in self.optimizers.values()],
+            "random": self.random.get_state(),
+            "seed": self.seed,
+            "steps_done": self.steps_done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave; ValueError where it is of another recipe."""
+        recipe, other = asdict(self.recipe), state["recipe"]
+        if differing := sorted(name for name in recipe if recipe[name] != other.get(name)):
+            raise ValueError(
+                f"recipe must be that of the checkpoint, {', '.join(differing)} differ"
+            )
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.ema.updates = state["average_updates"]
+        for optimizer, count in zip(self.optimizers.values(), state["skipped"], strict=True):
+            optimizer.skipped.copy_(count)
+        self.random.set_state(state["random"].cpu())
+        self.seed, self.steps_done = state["seed"], state["steps_done"]
