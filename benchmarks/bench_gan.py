@@ -95,8 +95,8 @@ class PlainTrainer:
                 average.lerp_(p, 0.005)
 
 
-def variants(generator, discriminator, latent_shape, recipe, real) -> dict:
-    """A step of each; under "compile" its error where it has none."""
+def variants(generator, discriminator, latent_shape, recipe, real, quick) -> dict:
+    """A step of each; under "compile" why there is none, where it has none."""
     networks = lambda: [plain(n).to(DEVICE) for n in (generator, discriminator)]  # noqa: E731
     eager = PlainTrainer(*networks(), latent_shape, recipe)
     compiled = PlainTrainer(*networks(), latent_shape, recipe, compile=True)
@@ -110,6 +110,8 @@ def variants(generator, discriminator, latent_shape, recipe, real) -> dict:
         "compile": lambda: compiled.step(real),
         "ours": lambda: ours.step(real),
     }
+    if quick:  # compiling takes a minute
+        return {**calls, "compile": "not with --quick"}
     try:
         # Reuse of buffers, which a second derivative forbids, would hide the error that matters.
         with torch._functorch.config.patch(donated_buffer=False):
@@ -119,9 +121,8 @@ def variants(generator, discriminator, latent_shape, recipe, real) -> dict:
     return calls
 
 
-def measure(benchmark, request, calls: dict) -> None:
+def measure(benchmark, calls: dict, quick: bool) -> None:
     failed = calls.pop("compile") if isinstance(calls["compile"], str) else None
-    quick = request.config.getoption("--quick")
     times = interleaved(calls, seconds=1.0 if quick else 10.0, rounds=3 if quick else 5)
     benchmark.extra_info.update(
         threads=torch.get_num_threads(),
@@ -133,18 +134,19 @@ def measure(benchmark, request, calls: dict) -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def bench_wgan_gp_dcgan_64(benchmark, request, bf16) -> None:
+def bench_wgan_gp_dcgan_64(benchmark, quick, bf16) -> None:
     """Critic with its penalty, then generator, 32 images of 3 x 64 x 64."""
     torch.manual_seed(0)
     recipe = GANRecipe("wasserstein", "gradient", betas=(0.0, 0.9), bf16=bf16)
     generator, critic = DCGANGenerator(64), DCGANDiscriminator(64, norm=None)
     real = torch.rand(32, 3, 64, 64, device=DEVICE) * 2 - 1
-    measure(benchmark, request, variants(generator, critic, (100, 1, 1), recipe, real))
+    calls = variants(generator, critic, (100, 1, 1), recipe, real, quick)
+    measure(benchmark, calls, quick)
 
 
-def bench_mlp_gan(benchmark, request) -> None:
+def bench_mlp_gan(benchmark, quick) -> None:
     """Both networks of the MLP GAN, 64 digits."""
     torch.manual_seed(0)
     real = torch.rand(64, 784, device=DEVICE) * 2 - 1
     networks = MLPGenerator(), MLPDiscriminator()
-    measure(benchmark, request, variants(*networks, (100,), GANRecipe(), real))
+    measure(benchmark, variants(*networks, (100,), GANRecipe(), real, quick), quick)

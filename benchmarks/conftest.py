@@ -24,6 +24,7 @@ from tests.ops.test_every_op import (
 )
 
 _QUICK = 2  # calls of a benchmark
+_COMPILES = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,18 +32,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """--quick keeps a few calls of each benchmark, spread over its parameters."""
+    """--quick keeps a few calls of each benchmark, spread over its parameters, and compiles the
+    first alone: compiling takes seconds, what it is compared with often microseconds."""
     if not config.getoption("--quick"):
         return
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
         groups.setdefault(item.originalname, []).append(item)
-    # An odd stride visits every dtype and direction.
-    items[:] = [
-        item
-        for group in groups.values()
-        for item in group[:: 1 if len(group) <= _QUICK else -(-len(group) // _QUICK) | 1]
-    ]
+    items.clear()
+    for group in groups.values():
+        # An odd stride visits every dtype and direction.
+        kept = group[:: 1 if len(group) <= _QUICK else -(-len(group) // _QUICK) | 1]
+        for item in kept:
+            item.stash[_COMPILES] = item is kept[0]
+        items += kept
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Measure:
 
     benchmark: Any
     quick: bool
+    compiles: bool
     upstream: dict = field(default_factory=dict)
 
     def __call__(
@@ -64,7 +68,8 @@ class Measure:
         reads_only: bool = False,
         bytes_moved: int | None = None,
     ) -> None:
-        """Times in turns the call as eager PyTorch, torch.compile and ours, and its limit.
+        """Times in turns the call as eager PyTorch, torch.compile (see --quick) and ours, and its
+        limit.
 
         eager:       the best plain PyTorch for the call; torch.compile compiles it
         backward:    forward and backward, with respect to every input
@@ -78,8 +83,9 @@ class Measure:
         plain, mine = run(plain_op, args, kwargs), run(op, args, kwargs)
         # No speed-up is printed for a wrong result.
         assert_as_good_as_torch(mine, plain, exact, dtype)
-        compiled_op = dataclasses.replace(op, function=torch.compile(eager))
-        variants = {"eager": plain_op, "compile": compiled_op, "ours": op}
+        variants = {"eager": plain_op, "ours": op}
+        if self.compiles:
+            variants["compile"] = dataclasses.replace(op, function=torch.compile(eager))
         calls = {n: lambda v=v: run(v, args, kwargs) for n, v in variants.items()}
         if bytes_moved is None:
             outputs = self._outputs(op, args, kwargs)
@@ -89,13 +95,15 @@ class Measure:
         # In the same turns: what the variants leave in the caches is then the same for all.
         kind = "read" if reads_only else "copy"
         limit = plain_pass(bytes_moved, kind)
-        times = interleaved({**calls, kind: limit}, seconds=0.3 if self.quick else 3.0)
+        seconds, rounds = (0.3, 1) if self.quick else (3.0, 5)
+        times = interleaved({**calls, kind: limit}, seconds=seconds, rounds=rounds)
+        if self.compiles:
+            self.benchmark.extra_info["compile_over_ours"] = times["compile"] / times["ours"]
         self.benchmark.extra_info.update(
             dtype=str(dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
             seconds=times,
             eager_over_ours=times["eager"] / times["ours"],
-            compile_over_ours=times["compile"] / times["ours"],
             bytes=bytes_moved,
             gigabytes_per_second=bytes_moved / times["ours"] / 1e9,
             limit=kind,
@@ -139,8 +147,13 @@ class Measure:
 
 
 @pytest.fixture
-def measure(benchmark, request) -> Measure:
-    return Measure(benchmark, request.config.getoption("--quick"))
+def quick(request) -> bool:
+    return request.config.getoption("--quick")
+
+
+@pytest.fixture
+def measure(benchmark, request, quick) -> Measure:
+    return Measure(benchmark, quick, request.node.stash.get(_COMPILES, True))
 
 
 @pytest.fixture(autouse=True)

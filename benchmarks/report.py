@@ -64,7 +64,7 @@ def table(rows: list[dict]) -> str:
     lines = [f"{'benchmark':72} {'eager/ours':>10} {'compile/ours':>12} {'of limit':>9}"]
     for row in rows:
         if "eager_over_ours" in row:
-            compiled = row.get("compile_over_ours")  # it cannot compile a second derivative
+            compiled = row.get("compile_over_ours")  # not compiled, or not to be
             lines.append(
                 f"{row['name'][:72]:72} {row['eager_over_ours']:>9.2f}x"
                 f" {'n/a' if compiled is None else f'{compiled:.2f}x':>12}"
@@ -72,8 +72,9 @@ def table(rows: list[dict]) -> str:
             )
         elif "stock_over" in row:
             over = ", ".join(f"{name} {x:.2f}x" for name, x in row["stock_over"].items())
-            compiling = f"compiling took {row['compile_seconds']:.0f} s"
-            lines.append(f"{row['name'][:72]:72} stock over: {over}; {compiling}")
+            seconds = row.get("compile_seconds")
+            compiling = "" if seconds is None else f"; compiling took {seconds:.0f} s"
+            lines.append(f"{row['name'][:72]:72} stock over: {over}{compiling}")
         elif "diffusers_over_ours" in row:
             lines.append(f"{row['name'][:72]:72} diffusers/ours {row['diffusers_over_ours']:.2f}x")
         elif "peers_over_ours" in row:

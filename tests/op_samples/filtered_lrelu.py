@@ -58,8 +58,8 @@ OPS = {
         _refusals,
         large=lambda: [
             Sample(
-                f"{name}_4x64x128x128",
-                (rand(4, 64, 128, 128), *filters, rand(64)),
+                f"{name}_1x64x128x128",
+                (rand(1, 64, 128, 128), *filters, rand(64)),
                 {"up": up, "down": 2, "padding": padding, "clamp": 256.0},
             )
             # A layer of StyleGAN3-T at a fixed resolution, one that doubles it, and one of
