@@ -138,7 +138,10 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
         x(2, 3, 7, 9), x.constant(6), x.constant(6), x(3), 2, 2, 5, clamp=1.0
     ),
     "diffusion_loss": lambda x: ops.diffusion_loss(
-        x(3, 4, 7, 5), x(3, 4, 7, 5), x(3, 4, 7, 5), x(3), x(3), prediction_type="v_prediction"
+        x(3, 4, 7, 5),
+        *(x.constant(3, 4, 7, 5) for _ in range(2)),
+        *(x.constant(3) for _ in range(3)),
+        prediction_type="v_prediction",
     ),
     "discriminator_loss": lambda x: ops.discriminator_loss(x(5, 7), x(5, 7), "relativistic"),
     "gated_residual": lambda x: ops.gated_residual(x(2, 5, 127), x(2, 5, 127), x(2, 127)),
