@@ -144,6 +144,8 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
         x.constant(3, 4, 7, 5),
         x.constant(3),
         x.constant(3),
+        *(x.constant(3, 4, 7, 5) for _ in range(2)),
+        *(x.constant(3) for _ in range(3)),
         prediction_type="v_prediction",
     ),
     "discriminator_loss": lambda x: ops.discriminator_loss(x(5, 7), x(5, 7), "relativistic"),
