@@ -140,12 +140,8 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     ),
     "diffusion_loss": lambda x: ops.diffusion_loss(
         x(3, 4, 7, 5),
-        x.constant(3, 4, 7, 5),
-        x.constant(3, 4, 7, 5),
-        x.constant(3),
-        x.constant(3),
         *(x.constant(3, 4, 7, 5) for _ in range(2)),
-        *(x.constant(3) for _ in range(3)),
+        *(x.constant(3) for _ in range(2)),
         prediction_type="v_prediction",
     ),
     "discriminator_loss": lambda x: ops.discriminator_loss(x(5, 7), x(5, 7), "relativistic"),
