@@ -26,7 +26,9 @@ struct Deviations {
   }
   // (mean, variance) of the sums of a norm that has 1 / share elements.
   std::pair<A, A> finish(int64_t norm, const double* sums, double mean_share, double share) const {
-    const double offset = sums[0] * mean_share, square = sums[1] * share - offset * offset;
+    // Where there is no mean inf is no part of it.
+    const double offset = mean_share ? sums[0] * mean_share : 0;
+    const double square = sums[1] * share - offset * offset;
     return {static_cast<A>(shift[norm] + offset), static_cast<A>(square < 0 ? 0 : square)};
   }
 };
