@@ -102,7 +102,8 @@ struct Stream {
   void (*store_)(void*, const Tile&, const A*);
   double (*value_)(const void*, int64_t);
 
-  // What the last vector of a run has in excess is zero.
+  // What the last vector has in excess is zero: a function that looks at all lanes of a vector, as
+  // sines() does, must not see what was in memory.
   void load(const Tile& tile, Buffer<A>& to) const { load_(data, tile, to.at); }
   void store(const Tile& tile, const Buffer<A>& from) const { store_(data, tile, from.at); }
   double value(int64_t i) const { return value_(data, i); }
@@ -118,6 +119,7 @@ Stream<A> stream_of(T* x) {
           for_vectors<A>(
               n, [&](int64_t j, auto lanes) { store(to + in + j, load(x + at + j, lanes)); });
         });
+        aigc_fast::store(to + tile.size<A>(), Vec<A>{});
       },
       [](void* to, const Tile& tile, const A* from) {
         T* x = static_cast<T*>(to);
