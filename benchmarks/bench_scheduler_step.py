@@ -15,7 +15,7 @@ def eager(
     sample, model_output, coefficients, *, noise=None, history=(), uncond_output=None,
     guidance_scale=1.0, guidance_rescale=0.0, return_x0=False,
 ):  # fmt: skip
-    a, b, r, p, q, s, n, *h = coefficients
+    a, b, r, *rest = coefficients
     m = model_output
     if uncond_output is not None:
         m = uncond_output + guidance_scale * (model_output - uncond_output)
@@ -24,12 +24,22 @@ def eager(
         ratio = model_output.std(dims, keepdim=True) / m.std(dims, keepdim=True)
         m = m * (guidance_rescale * ratio + 1 - guidance_rescale)
     x0 = (a * sample + b * m).clamp(-r, r)
-    y = p * x0 + q * sample + s * m
-    if noise is not None:
-        y = y + n * noise
-    for weight, earlier in zip(h, history, strict=True):
-        y = y + weight * earlier
-    return (y, x0) if return_x0 else y
+
+    def combine(p, q, s, n, *h):
+        y = p * x0 + q * sample + s * m
+        if noise is not None:
+            y = y + n * noise
+        for weight, earlier in zip(h, history, strict=True):
+            y = y + weight * earlier
+        return y
+
+    terms = 4 + len(history)
+    results = [combine(*rest[:terms])]
+    if return_x0:
+        results.append(x0)
+    if len(rest) > terms:
+        results.append(combine(*rest[terms:]))
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
