@@ -176,6 +176,11 @@ rule cxx
   command = {cxx} {CXX_FLAGS} {TORCH_TARGET} {sanitize} {paths} {torch_includes} {compile_command}
   depfile = $out.d
   deps = gcc
+rule header
+  command = {cxx} {CXX_FLAGS} {TORCH_TARGET} {sanitize} {paths} {torch_includes} -x c++-header $
+    {compile_command}
+  depfile = $out.d
+  deps = gcc
 rule cxx_host
   command = {cxx} {CXX_FLAGS} {paths} {host_flags} {compile_command}
   depfile = $out.d
@@ -194,10 +199,15 @@ rule link_host
   command = {cxx} -shared $in -o $out
 """
     for lib in libs:
-        objects = []
+        objects, flags, needs = [], lib.flags, ""
+        if lib.compile_rule == "cxx":
+            header = f"{build}/{lib.name}/precompiled.h"
+            text += f"build {header}.gch: header {CSRC}/cpu/precompiled.h\n  flags = {flags}\n"
+            flags, needs = f"{flags} -include {header}", f"| {header}.gch"
         for source in lib.sources:
             objects.append(f"{build}/{lib.name}/{source.stem}.o")
-            text += f"build {objects[-1]}: {lib.compile_rule} {source}\n  flags = {lib.flags}\n"
+            text += f"build {objects[-1]}: {lib.compile_rule} {source} {needs}\n"
+            text += f"  flags = {flags}\n"
         text += f"build {build}/{lib.name}.so: {lib.link_rule} {' '.join(objects)}\n"
     return text
 

@@ -329,13 +329,12 @@ def test_options_have_no_derivative(name) -> None:
 @pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @EVERYWHERE
 def test_every_byte_of_a_narrow_cache(implementation, device, cache, dtype) -> None:
-    """One entry for each of the 256 values, looked up by queries that see nothing else."""
-    values = torch.arange(256, dtype=torch.uint8).view(cache)[:, None].expand(256, 16)
-    query = torch.zeros(256, 1, 1, 16, dtype=dtype)
+    """The 256 values as the one entry of each of 16 caches."""
+    values = torch.arange(256, dtype=torch.uint8).view(cache).view(16, 1, 1, 16)
+    query = torch.zeros(16, 1, 1, 16, dtype=dtype)
     scale = torch.tensor([0.25])
-    values = values.contiguous().view(256, 1, 1, 16)
-    keys = torch.zeros(256, 1, 1, 16).to(cache)
-    lengths = torch.ones(256, dtype=torch.int32)
+    keys = torch.zeros(16, 1, 1, 16).to(cache)
+    lengths = torch.ones(16, dtype=torch.int32)
     out, _ = run(implementation, device, query, keys, values, lengths, value_scale=scale.to(device))
     want = (values.float() * 0.25).to(dtype)
     torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)

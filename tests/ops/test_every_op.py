@@ -140,12 +140,19 @@ def supported(op: OpSamples, sample: Sample, implementation: str, device: str) -
         pytest.skip("too large for Triton's interpreter")
 
 
+# The GPU kernels take no float64. Of the 16-bit dtypes Triton, whose interpreter is slow, takes one
+# a call in turn.
 @pytest.mark.parametrize(
-    ("implementation", "device", "dtype"),
-    [("cpu", "cpu", torch.float64)]  # the GPU kernels take no float64
-    + [(*implementation, dtype) for implementation in IMPLEMENTATIONS for dtype in LOW],
+    ("op", "sample", "implementation", "device", "dtype"),
+    [
+        pytest.param(*c.values, implementation, device, dtype, id=f"{c.id}-{implementation}-{kind}")
+        for i, c in enumerate(CALLS)
+        for implementation, device in IMPLEMENTATIONS
+        for k, dtype in enumerate((*LOW, torch.float64))
+        for kind in [str(dtype).removeprefix("torch.")]
+        if implementation == "cpu" or (k < 3 and (CUDA or k in (0, 1 + i % 2)))
+    ],
 )
-@pytest.mark.parametrize(("op", "sample"), CALLS)
 def test_matches_reference(op, sample, implementation, device, dtype) -> None:
     supported(op, sample, implementation, device)
     with aigc_fast.backend("reference"):
@@ -256,7 +263,7 @@ def permuted_grad(t: Tensor, i: int) -> Tensor:
     return permuted(contiguous_grad(t, i))
 
 
-# Of the odd layouts of a gradient Triton, whose interpreter is slow, takes one a call in turn.
+# Triton, whose interpreter is slow, takes in turn one layout of the gradient and one 16-bit dtype.
 @pytest.mark.parametrize(
     ("op", "sample", "implementation", "device", "dtype", "upstream"),
     [
@@ -268,7 +275,7 @@ def permuted_grad(t: Tensor, i: int) -> Tensor:
             + [(dtype, contiguous_grad) for dtype in LOW]
         )
         for name in [f"{implementation}-{str(dtype).removeprefix('torch.')}-{upstream.__name__}"]
-        if implementation != "triton" or CUDA or k > 1 or k == i % 2
+        if implementation != "triton" or CUDA or k in (i % 3, 3 + i // 3 % 2)
     ],
 )
 def test_gradients_match_reference(op, sample, implementation, device, dtype, upstream) -> None:
@@ -330,7 +337,7 @@ def test_refuses_gradients(op, sample) -> None:
     [
         pytest.param(op, sample, id=f"{name}-{sample.name}")
         for name, op in OPS.items()
-        for sample in [s for s in op.samples() if "special" not in s.name][:4]
+        for sample in [s for s in op.samples() if "special" not in s.name][:2]
     ],
 )
 def test_opcheck(op, sample) -> None:
