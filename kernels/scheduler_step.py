@@ -146,7 +146,11 @@ def _second(table: Tensor, num_history: int) -> int:
     return 4 + num_history if table.shape[-1] > 7 + num_history else 0
 
 
-def scheduler_step(
+def scheduler_step(sample, model_output, coefficients, noise=None) -> Tensor:
+    return scheduler_step_full(sample, model_output, coefficients, (), noise)[0]
+
+
+def scheduler_step_full(
     sample, model_output, coefficients, history, noise=None, uncond_output=None,
     guidance_scale=1.0, guidance_rescale=0.0, return_x0=False,
 ) -> list[Tensor]:  # fmt: skip

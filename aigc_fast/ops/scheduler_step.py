@@ -82,15 +82,21 @@ def scheduler_step(
             sample, model_output, uncond_output, noise, coefficients, guidance_scale, return_x0,
             *history,
         )  # fmt: skip
-    elif return_x0 or uncond_output is not None or guidance_scale != 1 or guidance_rescale != 0:
-        results = _scheduler_step(
+    elif (
+        history
+        or return_x0
+        or uncond_output is not None
+        or guidance_scale != 1
+        or guidance_rescale != 0
+        or coefficients.dim() == 0
+        or coefficients.size(-1) != 7
+    ):
+        results = _scheduler_step_full(
             sample, model_output, coefficients, history, noise, uncond_output, guidance_scale,
             guidance_rescale, return_x0,
         )  # fmt: skip
-    elif noise is not None:
-        results = _scheduler_step(sample, model_output, coefficients, history, noise)
     else:
-        results = _scheduler_step(sample, model_output, coefficients, history)
+        return _scheduler_step(sample, model_output, coefficients, noise)
     return tuple(results) if len(results) > 1 else results[0]
 
 
@@ -118,7 +124,7 @@ def _guided(
     return m
 
 
-def _reference(
+def _reference_full(
     sample: Tensor,
     model_output: Tensor,
     coefficients: Tensor,
@@ -149,6 +155,12 @@ def _reference(
     if len(rest) > terms:
         results.append(combine(*rest[terms:]))
     return [torch.empty_like(sample).copy_(t) for t in results]
+
+
+def _reference(
+    sample: Tensor, model_output: Tensor, coefficients: Tensor, noise: Tensor | None = None
+) -> Tensor:
+    return _reference_full(sample, model_output, coefficients, (), noise)[0]
 
 
 def _reference_backward(
@@ -254,11 +266,21 @@ def _check_backward(
             check_tensor("grad_output", grad, like=("sample", sample), shape=sample.shape)
 
 
+# The plain step has a schema of its own: lists in and out cost a call as much as 64 elements do.
 _scheduler_step = Op(
-    "scheduler_step(Tensor sample, Tensor model_output, Tensor coefficients, Tensor[] history,"
-    " Tensor? noise=None, Tensor? uncond_output=None, float guidance_scale=1.0,"
-    " float guidance_rescale=0.0, bool return_x0=False) -> Tensor[]",
+    "scheduler_step(Tensor sample, Tensor model_output, Tensor coefficients, Tensor? noise=None)"
+    " -> Tensor",
     _reference,
+    lambda sample, output, coefficients, noise=None: _check(
+        sample, output, coefficients, (), noise
+    ),
+    stem="scheduler_step",
+)
+_scheduler_step_full = Op(
+    "scheduler_step_full(Tensor sample, Tensor model_output, Tensor coefficients,"
+    " Tensor[] history, Tensor? noise=None, Tensor? uncond_output=None,"
+    " float guidance_scale=1.0, float guidance_rescale=0.0, bool return_x0=False) -> Tensor[]",
+    _reference_full,
     _check,
     stem="scheduler_step",
 )
@@ -290,7 +312,7 @@ class _SchedulerStep(OpFunction):
         ctx.guidance_scale, ctx.has_noise, ctx.k = guidance_scale, noise is not None, len(history)
         ctx.return_x0 = return_x0
         return tuple(
-            _scheduler_step(
+            _scheduler_step_full(
                 sample, model_output, coefficients, history, noise, uncond_output, guidance_scale,
                 0.0, return_x0,
             )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast import ops
-from aigc_fast.ops.scheduler_step import _scheduler_step
+from aigc_fast.ops.scheduler_step import _scheduler_step, _scheduler_step_full
 
 Scalar = float | Tensor
 
@@ -122,11 +122,11 @@ class Step(NamedTuple):
             # The operator itself: the public function's questions cost a fifth of a small step.
             tensors = [history[i] for i in self.reads] if self.reads else ()
             noise = noise if self.noisy else None
-            if return_x0:
-                return tuple(
-                    _scheduler_step(sample, output, row, tensors, noise, None, 1.0, 0.0, True)
-                )
-            results = _scheduler_step(sample, output, row, tensors, noise)
+            if not tensors and not return_x0 and row.size(-1) == 7:
+                return _scheduler_step(sample, output, row, noise)
+            results = _scheduler_step_full(
+                sample, output, row, tensors, noise, None, 1.0, 0.0, return_x0
+            )
             return tuple(results) if len(results) > 1 else results[0]
         return ops.scheduler_step(
             sample,

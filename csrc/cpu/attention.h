@@ -13,20 +13,19 @@ constexpr int64_t kBlock = 32;  // keys between two looks at the running maximum
 constexpr int64_t kRows = 32;   // most rows of a unit
 
 // Row r of a key/value head is query r / group of head r % group, so that the rows of a tile see
-// about as many keys. C is the type of the caches.
-template <class T, int R, class C = T>
+// about as many keys. C is the type of the caches, A that of the arithmetic; queries and outputs
+// may have another type T, which is all that their methods are instantiated for.
+template <class C, class A, int R>
 class Attention {
  public:
-  using A = Acc<T>;
   using V = Vec<A>;
   using P = Products<A, C, R>;
   static constexpr int L = P::L, K = P::K;  // lanes; keys of a score tile
   static_assert(kBlock % K == 0 && kRows % R == 0);
 
-  Attention(const Shape& shape, HeadRows<T> query, HeadRows<C> keys, HeadRows<C> values, A scale,
+  Attention(const Shape& shape, HeadRows<C> keys, HeadRows<C> values, A scale,
             const Pages& pages = {}, const ScoreOptions<A>& options = {})
       : s_(shape),
-        query_(query),
         keys_(keys),
         values_(values),
         scale_(scale),
@@ -45,12 +44,31 @@ class Attention {
     return keys_.data + b * keys_.batch + head * keys_.head + index * keys_.seq;
   }
 
+  // The queries of the rows [first, last) of a head.
+  template <class T>
+  void load_queries(HeadRows<T> query, int64_t b, int64_t head, int64_t first, int64_t last,
+                    A* tiles) const {
+    for (int64_t row = first; row < last; row += R, tiles += query_size())
+      for (int r = 0; r < R; ++r) {
+        const int64_t i = (row + r) / s_.group(), g = (row + r) % s_.group();
+        const T* from =
+            query.data + b * query.batch + i * query.seq + (head * s_.group() + g) * query.head;
+        for (int64_t p = 0; p < pairs_; ++p) {
+          V x = {}, y = {};
+          if (row + r < last)
+            load_pair(from + p * 2 * L, std::min<int64_t>(2 * L, s_.head_dim - p * 2 * L), x, y);
+          if constexpr (!std::is_same_v<T, C>) pair_to_halves<T>(x, y);
+          store(tiles + (p * 2 * R + r) * L, x);
+          store(tiles + (p * 2 * R + R + r) * L, y);
+        }
+      }
+  }
+
   // Results of the rows [first, last) of a head over the keys [begin, end). `after` is where the
   // thread will read next.
   void attend(int64_t b, int64_t head, int64_t first, int64_t last, int64_t length, int64_t begin,
-              int64_t end, const C* after, A* query, A* result) const {
+              int64_t end, const C* after, const A* query, A* result) const {
     for (int64_t row = first; row < last; row += R) {
-      load_query(b, head, row, last, query + (row - first) / R * query_size());
       A* tile = result + (row - first) / R * result_size();
       std::fill_n(tile, result_size(), A(0));
       store(tile + query_size(), broadcast(-std::numeric_limits<A>::infinity()));
@@ -75,6 +93,7 @@ class Attention {
   }
 
   // Merges `count` results of a tile, `stride` apart, and writes the rows [row, last).
+  template <class T>
   void merge(const A* results, int64_t count, int64_t stride, int64_t b, int64_t head, int64_t row,
              int64_t last, T* out, A* lse) const {
     const A* maxima = results + query_size();
@@ -145,22 +164,6 @@ class Attention {
       block.keys[k] = keys + id * keys_.batch + slot * keys_.seq;
       block.values[k] = values + id * values_.batch + slot * values_.seq;
       if (k < last && ++slot == pages_.size) ++page, slot = 0;
-    }
-  }
-
-  void load_query(int64_t b, int64_t head, int64_t row, int64_t last, A* tile) const {
-    for (int r = 0; r < R; ++r) {
-      const int64_t i = (row + r) / s_.group(), g = (row + r) % s_.group();
-      for (int64_t p = 0; p < pairs_; ++p) {
-        V x = {}, y = {};
-        if (row + r < last)
-          load_pair(query_.data + b * query_.batch + i * query_.seq +
-                        (head * s_.group() + g) * query_.head + p * 2 * L,
-                    std::min<int64_t>(2 * L, s_.head_dim - p * 2 * L), x, y);
-        if constexpr (!std::is_same_v<T, C>) pair_to_halves<T>(x, y);
-        store(tile + (p * 2 * R + r) * L, x);
-        store(tile + (p * 2 * R + R + r) * L, y);
-      }
     }
   }
 
@@ -255,7 +258,6 @@ class Attention {
   }
 
   Shape s_;
-  HeadRows<T> query_;
   HeadRows<C> keys_, values_;
   A scale_;
   Pages pages_;

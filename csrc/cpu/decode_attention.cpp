@@ -19,10 +19,9 @@ struct Unit {
   int64_t b, head, chunk, begin, end;  // keys [begin, end)
 };
 
-template <class T, int R, class C>
-void run(const Shape& s, const Attention<T, R, C>& attention, const std::vector<int64_t>& lengths,
-         T* out, Acc<T>* lse) {
-  using A = Acc<T>;
+template <class T, class C, class A, int R>
+void run(const Shape& s, HeadRows<T> queries, const Attention<C, A, R>& attention,
+         const std::vector<int64_t>& lengths, T* out, A* lse) {
   const int64_t rows = s.rows(), chunks = (rows + kRows - 1) / kRows;
   // Longer splits for more rows: their results then take less memory than the cache itself.
   const int64_t split = kSplit * std::max<int64_t>(1, rows / kRows);
@@ -52,9 +51,11 @@ void run(const Shape& s, const Attention<T, R, C>& attention, const std::vector<
     const auto query = allocate(tiles * attention.query_size());
     for (int64_t u = begin; u < end; ++u) {
       const auto [b, h, c, first_key, last_key] = units[u];
+      const int64_t start = c * kRows, stop = std::min(rows, start + kRows);
       const Unit& next = units[std::min(u + 1, end - 1)];
+      attention.load_queries(queries, b, h, start, stop, query.get());
       attention.attend(
-          b, h, c * kRows, std::min(rows, (c + 1) * kRows), lengths[b], first_key, last_key,
+          b, h, start, stop, lengths[b], first_key, last_key,
           next.begin < next.end ? attention.key(next.b, next.head, next.begin) : nullptr,
           query.get(), results.get() + u * size);
     }
@@ -153,10 +154,9 @@ std::tuple<Tensor, Tensor> decode_attention_full(
     dispatch_cache<T>(keys, [&]<class C>(C) {
       auto with_tile = [&]<int R>(std::integral_constant<int, R>) {
         if (lse.numel() == 0) return;
-        run<T, R, C>(
-            s,
-            {s, HeadRows<T>(query), HeadRows<C>(keys), HeadRows<C>(values), factor, pages, options},
-            lengths, mutable_data<T>(out), mutable_data<A>(lse));
+        const Attention<C, A, R> attention(s, HeadRows<C>(keys), HeadRows<C>(values), factor, pages,
+                                           options);
+        run(s, HeadRows<T>(query), attention, lengths, mutable_data<T>(out), mutable_data<A>(lse));
       };
       if (s.rows() == 1) return with_tile(std::integral_constant<int, 1>{});
       if (s.rows() == 2 || kLanes<A> == 2) return with_tile(std::integral_constant<int, 2>{});

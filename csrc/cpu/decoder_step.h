@@ -55,19 +55,17 @@ class Step {
   }
 
  private:
-  Attention<T, R> attention(const Layer<T>& layer, int64_t b, int64_t head, const T* query) const {
+  using Heads = Attention<T, float, R>;
+  Heads attention(const Layer<T>& layer, int64_t b, int64_t head) const {
     const int64_t at = (s_.pages.table ? 0 : b * s_.key_batch) + head * s_.key_head;
     return {{1, 1, s_.group(), 1, s_.head_dim, s_.capacity},
-            {query, 0, 0, s_.head_dim},
             {layer.keys + at, s_.key_batch, s_.key_seq, 0},
             {layer.values + at, s_.key_batch, s_.key_seq, 0},
             scale_,
             s_.pages.of(b)};
   }
   int64_t tiles() const { return (s_.group() + R - 1) / R; }
-  int64_t result_size() const {
-    return tiles() * attention(layers_[0], 0, 0, nullptr).result_size();
-  }
+  int64_t result_size() const { return tiles() * attention(layers_[0], 0, 0).result_size(); }
 
   void normalize(int64_t b, const float* weight, float* out) const {
     const float* x = residual_.data() + b * s_.hidden;
@@ -93,8 +91,7 @@ class Step {
           normed_(s_.hidden),
           gate_(s_.batch * kFew * kTileRows),
           rotated_(s_.group() * s_.head_dim),
-          query_(step.tiles() * step.attention(step.layers_[0], 0, 0, nullptr).query_size() +
-                 kLine),
+          query_(step.tiles() * step.attention(step.layers_[0], 0, 0).query_size() + kLine),
           result_(step.result_size() + kLine),
           lse_(s_.group()) {}
 
@@ -212,7 +209,9 @@ class Step {
       for (int64_t r = 0; r < s_.group(); ++r)
         rotate(b, packed + (head * s_.group() + r) * dim, rotated_.data() + r * dim);
       if (!step_.shared_ && split == splits - 1) append(layer, b, head);
-      const Attention<T, R> attention = step_.attention(layer, b, head, rotated_.data());
+      const Heads attention = step_.attention(layer, b, head);
+      const HeadRows<T> query(rotated_.data(), 0, 0, s_.head_dim);
+      attention.load_queries(query, 0, 0, 0, s_.group(), aligned(query_));
       const int64_t begin = split * kKeys, end = std::min(position + 1, begin + kKeys);
       float* result =
           splits == 1 ? aligned(result_) : step_.results_.data() + u * step_.result_size();
@@ -226,11 +225,11 @@ class Step {
                                      [&](const Unit& u) { return u.b == b && u.head == head; });
       if (unit->splits == 1) return;
       const int64_t first = unit - step_.units_.begin();
-      write(step_.attention(layer, b, head, nullptr), b, head,
+      write(step_.attention(layer, b, head), b, head,
             step_.results_.data() + first * step_.result_size(), unit->splits);
     }
 
-    void write(const Attention<T, R>& attention, int64_t b, int64_t head, const float* results,
+    void write(const Heads& attention, int64_t b, int64_t head, const float* results,
                int64_t splits) {
       T* out = step_.attended_.data() + (b * s_.heads + head * s_.group()) * s_.head_dim;
       for (int64_t tile = 0; tile < step_.tiles(); ++tile)

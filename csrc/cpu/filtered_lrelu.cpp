@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor> filtered_lrelu(const Tensor& x_in, const Tensor& up_f
       keep_mask ? empty({n, c, height, 2, words}, ScalarType::Int) : empty({0}, ScalarType::Int);
   uint32_t* bits = static_cast<uint32_t*>(mask.mutable_data_ptr());
   // Rows that no output needs are not computed; their bits are to be the same every time.
-  if (keep_mask) std::memset(bits, 0, mask.numel() * sizeof(uint32_t));
+  if (keep_mask) std::fill_n(bits, mask.numel(), 0u);
   if (y.numel() == 0) return {in_layout_of(x_in, y), mask};
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;

@@ -1,6 +1,7 @@
 // act(gate) * up and its derivative, act being silu or one of the two gelus. Gate and up may be the
 // halves of one packed tensor: both are read in place.
 #include "rows.h"
+#include "two_vectors.h"
 
 #include <aigc_fast/smooth_activation.h>
 
@@ -44,10 +45,8 @@ Tensor forward(const Tensor& gate_in, const Tensor& up_in) {
     for_pieces(gate.count, width, gate.stride == width && up.stride == width,
                [&](int64_t row, int64_t column, int64_t count) {
                  const T *g = gate.at<T>(row) + column, *u = up.at<T>(row) + column;
-                 T* o = out + row * width + column;
-                 for_vectors<A>(count, [&](int64_t i, auto lanes) {
-                   const Vec<A> value = smooth<act, A>(load(g + i, lanes));
-                   store(o + i, value * load(u + i, lanes), lanes);
+                 map_row<T, 2>(count, {g, u}, out + row * width + column, [](const auto& v) {
+                   return smooth<act, A, kCoarse<T>>(v[0]) * v[1];
                  });
                });
   });
@@ -72,7 +71,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& gate_in,
       const T* d = dy.at<T>(row) + column;
       const int64_t to = row * width + column;
       for_vectors<A>(count, [&](int64_t i, auto lanes) {
-        const Activated<A> a = activate<act, A>(load(g + i, lanes));
+        const Activated<A> a = activate<act, A, kCoarse<T>>(load(g + i, lanes));
         const Vec<A> grad = load(d + i, lanes);
         store(up_out + to + i, grad * a.value, lanes);
         store(gate_out + to + i, grad * load(u + i, lanes) * a.slope, lanes);

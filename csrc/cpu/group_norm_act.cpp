@@ -28,8 +28,9 @@ struct Forward : GroupNormCall<T> {
     const A mean = this->mean[u], rstd = this->rstd[u];
     this->for_channels(u, begin, end, [&](int64_t c, int64_t at, int64_t count) {
       const A scale = rstd * this->weight[c], shift = this->bias[c];
-      map_row<T, 1>(count, {this->x + at}, y + at,
-                    [=](auto& v) { return smooth<act, A>((v[0] - mean) * scale + shift); });
+      map_row<T, 1>(count, {this->x + at}, y + at, [=](auto& v) {
+        return smooth<act, A, kCoarse<T>>((v[0] - mean) * scale + shift);
+      });
     });
   }
   void contiguous() const {
@@ -74,7 +75,7 @@ struct Forward : GroupNormCall<T> {
       const int64_t at = (b * s.spatial + row) * channels;
       map_columns<T, 1, 3>(
           rows, channels, {this->x + at}, {mean.data(), scale.data(), this->bias.data()}, y + at,
-          [](auto& v, auto& p) { return smooth<act, A>((v[0] - p[0]) * p[1] + p[2]); });
+          [](auto& v, auto& p) { return smooth<act, A, kCoarse<T>>((v[0] - p[0]) * p[1] + p[2]); });
     });
   }
 };

@@ -83,8 +83,8 @@ class Activations {
   const int32_t* starts(int64_t row) const { return starts_.data() + row * format_.groups; }
 
  private:
-  // code = round(x * 127 / max|x|). The scale of a group with NaN or inf is that, and so are its
-  // products.
+  // code = round(x * 127 / max|x|). The scale of a group with NaN or inf is that, its codes are 0,
+  // and its products NaN.
   template <class T>
   void set_codes(int64_t row, int64_t g, const T* x, int64_t count) {
     int8_t* out = codes_.data() + row * format_.columns() + g * format_.group_size;
@@ -95,10 +95,11 @@ class Activations {
       top = magnitude > top ? magnitude : top;
     });
     const float largest = std::bit_cast<float>(max_lanes(top));
-    const float factor = largest > 0 ? 127 / largest : 0.0f;
+    const bool finite = largest <= std::numeric_limits<float>::max();
+    const float factor = largest > 0 && finite ? 127 / largest : 0.0f;
     Vec<int32_t> sums = {};
     for_vectors<float>(count, [&](int64_t i, auto n) {
-      const Vec<int32_t> code = round_to_int(load(x + i, n) * factor);
+      const Vec<int32_t> code = round_to_int(finite ? load(x + i, n) * factor : Vec<float>{});
       sums += code;
       store_codes(out + i, code, n);
     });

@@ -129,11 +129,11 @@ std::vector<Acc<T>> rescale_factors(SampleRows& rows, RowPointer<const T> cond,
 }
 
 // [prev], then x0 if asked for, then the second result if the row has one
-std::vector<Tensor> scheduler_step(const Tensor& sample_in, const Tensor& output_in,
-                                   const Tensor& coefficients, std::vector<Tensor> history,
-                                   const std::optional<Tensor>& noise,
-                                   const std::optional<Tensor>& uncond_in, double scale,
-                                   double rescale, bool return_x0) {
+std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& output_in,
+                                        const Tensor& coefficients, std::vector<Tensor> history,
+                                        const std::optional<Tensor>& noise,
+                                        const std::optional<Tensor>& uncond_in, double scale,
+                                        double rescale, bool return_x0) {
   const int64_t num_history = history.size();
   const Call call(sample_in, output_in, coefficients, uncond_in, scale, rescale, num_history);
   if (noise) {
@@ -201,6 +201,13 @@ std::vector<Tensor> scheduler_step(const Tensor& sample_in, const Tensor& output
   return results;
 }
 
+Tensor scheduler_step(const Tensor& sample, const Tensor& output, const Tensor& coefficients,
+                      const std::optional<Tensor>& noise) {
+  auto results = scheduler_step_full(sample, output, coefficients, {}, noise, {}, 1, 0, false);
+  require(results.size() == 1, "coefficients must be a row of one result");
+  return results[0];
+}
+
 // Gradients of sample, model_output, uncond_output (if given), noise (if has_noise), history.
 std::vector<Tensor> scheduler_step_backward(const Tensor& grad_in,
                                             const std::optional<Tensor>& grad_x0_in,
@@ -266,6 +273,7 @@ std::vector<Tensor> scheduler_step_backward(const Tensor& grad_in,
 
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
   m.impl("scheduler_step", TORCH_BOX(&scheduler_step));
+  m.impl("scheduler_step_full", TORCH_BOX(&scheduler_step_full));
   m.impl("scheduler_step_backward", TORCH_BOX(&scheduler_step_backward));
 }
 
