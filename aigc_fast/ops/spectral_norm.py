@@ -38,8 +38,8 @@ def spectral_norm(
     """
     weights, u, v = list(weights), list(u), list(v)
     if torch.is_grad_enabled() and any(isinstance(w, Tensor) and w.requires_grad for w in weights):
-        *normal, sigma, u, v = _SpectralNormFunction.call(u, v, iterations, eps, *weights)
-        return normal, sigma, u, v
+        *normal, sigma, new_u, new_v = _SpectralNormFunction.call(u, v, iterations, eps, *weights)
+        return normal, sigma, new_u, new_v
     return _spectral_norm(weights, u, v, iterations, eps)
 
 
