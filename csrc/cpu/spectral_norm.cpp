@@ -57,14 +57,15 @@ struct Shapes {
   }
 };
 
-// f(first, last) for pieces of [0, size), in parallel unless within a parallel region. `back`: from
-// the last on, for a pass after one that went forth: it then meets first what the cache still has.
+// f(first, last) for pieces of [0, size), in parallel unless within a parallel region. `back`: a
+// thread begins with its last piece, for a pass after one that went forth: it then meets first what
+// its cache still has.
 template <class F>
 void in_pieces(int64_t size, int64_t piece, bool back, F f) {
   const int64_t count = (size + piece - 1) / piece;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t p = back ? count - 1 - i : i;
+      const int64_t p = back ? begin + end - 1 - i : i;
       f(p * piece, std::min(size, (p + 1) * piece));
     }
   });
