@@ -10,6 +10,7 @@ making a tensor of Python numbers, and random numbers of a generator that nobody
 import contextlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -116,6 +117,9 @@ class _NoReads(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _READS and not self._tape.is_on_host(args):
             raise NotCapturable(f"Tensor.{func.__name__} reads a value")
+        if func is F.one_hot:  # looks at the values on the CPU alone
+            labels, classes = args
+            return (labels[..., None] == torch.arange(classes)).long()
         return func(*args, **kwargs or {})
 
 
