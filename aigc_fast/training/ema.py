@@ -41,9 +41,9 @@ class EMA:
 
         decay: a scalar tensor in place of `next_decay()`.
         """
-        share: float | Tensor = 1 - (self.next_decay() if decay is None else decay)
+        share = 1 - (self.next_decay() if decay is None else decay)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             if buffer.is_floating_point():
-                average.lerp_(buffer, share if decay is None else share.to(buffer))
+                average.lerp_(buffer, share.to(buffer) if isinstance(share, Tensor) else share)
             else:
                 average.copy_(buffer)
