@@ -1,11 +1,7 @@
 """y = gain * act((x - mean) / sqrt(var + eps) * weight + bias) for every norm of x, and backward.
 
-A norm is what shares a mean and a variance: a channel of the batch, a channel of a sample, or a
-pixel. Seen in memory order as (samples, rows, channels, inner) a dense tensor has a norm for each
-(sample, channel). A program takes a tile of ELEMENTS x CHANNELS: one norm where its elements are
-neighbours, several where the channels are (INNERMOST). Sums go over parts of each norm; a second
-kernel adds the parts in a fixed order and makes of them the few numbers of a norm that the writing
-pass needs.
+Sums go over parts of each norm; a second kernel adds the parts in a fixed order and makes of them
+the few numbers of a norm that the writing pass needs.
 """
 
 import torch
@@ -13,85 +9,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bias_act import _act, _slope, dense, in_order_of
-from .channel_tiles import ordered
+from .activations import activate, slope
 from .math import fp32
+from .memory_order import in_order_of
+from .norm_tiles import (
+    BATCH,
+    GIVEN,
+    PIXEL,
+    Tiling,
+    affine,
+    centred,
+    gradient_of,
+    in_layout,
+    offsets,
+    place,
+    row_of,
+    rstd_of,
+    store_part,
+    store_value,
+    total,
+    value,
+)
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {
     "_statistics": (56, 1024), "_join": (64, 1024), "_forward": (56, 0),
     "_backward_sums": (72, 1024), "_backward_values": (40, 1024), "_backward": (64, 0),
 }  # fmt: skip
-
-_TILE = 1024
-_PROGRAMS = 1024  # of a sum: about eight for each SM of the largest GPUs
-_GIVEN, _BATCH, _SAMPLE, _PIXEL = range(4)
-
-
-# ---- tiles ----------------------------------------------------------------------------------
-
-
-@triton.jit
-def place(samples, channels, CHANNELS: tl.constexpr):
-    """This program's sample, channels and number along a norm."""
-    across = tl.cdiv(channels, CHANNELS)
-    pid = tl.program_id(0).to(tl.int64)
-    unit = pid % (samples * across)
-    channel = unit % across * CHANNELS + tl.arange(0, CHANNELS)
-    return unit // across, channel, pid // (samples * across)
-
-
-@triton.jit
-def offsets(sample, element, last, channel, rows, channels, inner, INNERMOST: tl.constexpr):
-    """Offsets and mask of a tile."""
-    e, c = element[:, None], channel[None, :]
-    if INNERMOST:
-        at = (sample * rows + e) * channels + c
-    else:
-        at = ((sample * rows + e // inner) * channels + c) * inner + e % inner
-    return at, (e < last) & (c < channels)
-
-
-@triton.jit
-def value(ptr, norm, known, MISSING: tl.constexpr):
-    """A value for each of some norms."""
-    if ptr is None:
-        return tl.zeros_like(norm).to(tl.float32) + MISSING
-    else:
-        return tl.load(ptr + norm, known, 0.0).to(tl.float32)
-
-
-@triton.jit
-def centred(x_ptr, at, mask, mean_ptr, norm, known):
-    x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-    return x - value(mean_ptr, norm, known, 0.0)[None, :]
-
-
-@triton.jit
-def affine(x, rstd_ptr, weight_ptr, bias_ptr, norm, known):
-    """(weight / deviation, that * x + bias)"""
-    scale = value(rstd_ptr, norm, known, 1.0) * value(weight_ptr, norm, known, 1.0)
-    return scale[None, :], x * scale[None, :] + value(bias_ptr, norm, known, 0.0)[None, :]
-
-
-@triton.jit
-def store_part(ptr, k, sums, part, parts, norm, norms, known):
-    """A part of sum k, the tile's lanes joined in fp64: ptr is (sums, parts, norms)."""
-    at = ptr + (k * parts + part) * norms + norm
-    tl.store(at, tl.sum(sums.to(tl.float64), 0), known)
-
-
-@triton.jit
-def total(ptr, k, norm, norms, parts, PARTS: tl.constexpr):
-    p = tl.arange(0, PARTS)[:, None]
-    mask = (p < parts) & (norm < norms)[None, :]
-    return tl.sum(tl.load(ptr + (k * parts + p) * norms + norm[None, :], mask, 0.0), 0)
-
-
-@triton.jit
-def store_value(ptr, k, v, norm, norms):
-    if ptr is not None:
-        tl.store(ptr + k * norms + norm, v.to(tl.float32).to(ptr.dtype.element_ty), norm < norms)
 
 
 # ---- forward --------------------------------------------------------------------------------
@@ -167,7 +111,7 @@ def _forward(
     norm, known = sample * channels + channel, channel < channels
     x = centred(x_ptr, at, mask, mean_ptr, norm, known)
     _, z = affine(x, rstd_ptr, weight_ptr, bias_ptr, norm, known)
-    y = _act(z, fp32(alpha), ACT) * fp32(gain)
+    y = activate(z, fp32(alpha), ACT) * fp32(gain)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask)
 
 
@@ -191,7 +135,7 @@ def _backward_sums(
         at, mask = offsets(sample, element, last, channel, rows, channels, inner, INNERMOST)
         x = centred(x_ptr, at, mask, mean_ptr, norm, known)
         _, z = affine(x, rstd_ptr, weight_ptr, bias_ptr, norm, known)
-        g = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32) * (_slope(z, alpha, ACT) * gain)
+        g = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32) * (slope(z, alpha, ACT) * gain)
         g_sum += g
         gx_sum += g * x
     norms = samples * channels
@@ -226,7 +170,7 @@ def _backward(
     norm, known = sample * channels + channel, channel < channels
     x = centred(x_ptr, at, mask, mean_ptr, norm, known)
     scale, z = affine(x, rstd_ptr, weight_ptr, bias_ptr, norm, known)
-    s = _slope(z, fp32(alpha), ACT) * fp32(gain)
+    s = slope(z, fp32(alpha), ACT) * fp32(gain)
     g = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32) * s
     g -= value(value_ptr, norm, known, 0.0)[None, :]
     g -= x * value(value_ptr + samples * channels, norm, known, 0.0)[None, :]
@@ -234,62 +178,6 @@ def _backward(
 
 
 # ---- launchers ------------------------------------------------------------------------------
-
-
-def in_layout(x: Tensor, statistics: int) -> Tensor:
-    return dense(x) if statistics <= _BATCH else ordered(x)
-
-
-class Tiling:
-    """How a dense tensor is cut into tiles, and its norms into parts; the shape alone decides."""
-
-    def __init__(self, x: Tensor, statistics: int) -> None:
-        samples, channels, positions = x.shape[0], x.shape[1], x.shape[2:].numel()
-        innermost = positions == 1 or not x.is_contiguous()
-        if statistics <= _BATCH:
-            inner = x.stride(1) if channels > 1 else x.numel()
-            view = (1, x.numel() // (channels * inner), channels, inner)
-        elif statistics == _SAMPLE:
-            view = (samples, positions, channels, 1) if innermost else (1, 1, samples * channels, positions)  # noqa: E501  # fmt: skip
-        else:
-            view = (1, 1, samples * positions, channels) if innermost else (samples, channels, positions, 1)  # noqa: E501  # fmt: skip
-        samples, rows, channels, inner = view
-        self.count, self.norms = rows * inner, samples * channels
-        self.view = (*view, self.count)
-        across = min(triton.next_power_of_2(channels), 64) if inner == 1 else 1
-        down = min(triton.next_power_of_2(self.count), _TILE // across)
-        self.tile = {"INNERMOST": inner == 1, "ELEMENTS": down, "CHANNELS": across}
-        units, tiles = samples * triton.cdiv(channels, across), triton.cdiv(self.count, down)
-        self.grid = (units * tiles,)
-        most = max(1, min(_PROGRAMS // units, tiles))
-        self.part = triton.cdiv(triton.cdiv(self.count, most), down) * down
-        self.parts = triton.cdiv(self.count, self.part)
-        self.sum_grid = (units * self.parts,)
-        parts = triton.next_power_of_2(self.parts)
-        own = max(1, min(triton.next_power_of_2(self.norms), 1024 // parts))
-        self.values = {"PARTS": parts, "NORMS": own}
-        self.value_grid = (triton.cdiv(self.norms, own),)
-        self.share = 0.0 if statistics == _GIVEN else 1.0 / self.count
-        self.mean_share = 0.0 if statistics == _PIXEL else self.share
-
-    def new(self, x: Tensor, *shape: int) -> Tensor:
-        return x.new_empty(*shape, self.norms, dtype=torch.float32)
-
-    def new_sums(self, x: Tensor, number: int) -> Tensor:
-        return x.new_empty(number, self.parts, self.norms, dtype=torch.float64)
-
-
-def row_of(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
-
-
-def rstd_of(var: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(var.float() + eps)
-
-
-def gradient_of(parameter: Tensor | None) -> Tensor | None:
-    """Zeros: an empty x has no tile that would write the sums."""
-    return None if parameter is None else parameter.new_zeros(parameter.shape)
 
 
 def _moments(x: Tensor, t: Tiling, has_mean: bool, eps: float) -> tuple:
@@ -304,10 +192,10 @@ def _moments(x: Tensor, t: Tiling, has_mean: bool, eps: float) -> tuple:
 
 
 def channel_moments(x) -> tuple[Tensor, Tensor]:
-    x = in_layout(x, _BATCH)
+    x = in_layout(x, BATCH)
     if not x.numel():
         return tuple(x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2))
-    mean, var, _ = _moments(x, Tiling(x, _BATCH), True, 0.0)
+    mean, var, _ = _moments(x, Tiling(x, BATCH), True, 0.0)
     return mean, var
 
 
@@ -320,10 +208,10 @@ def norm_act(
     if not x.numel():
         return y, mean, var
     t = Tiling(x, statistics)
-    if statistics == _GIVEN:
+    if statistics == GIVEN:
         centre, rstd = running_mean.contiguous(), rstd_of(running_var, eps)
     else:
-        centre, var, rstd = _moments(x, t, statistics != _PIXEL, eps)
+        centre, var, rstd = _moments(x, t, statistics != PIXEL, eps)
         mean = mean if centre is None else centre
     _forward[t.grid](x, centre, rstd, row_of(weight), row_of(bias), y, *t.view, float(gain),
                      float(alpha), ACT=act, **t.tile)  # fmt: skip

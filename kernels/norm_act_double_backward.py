@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bias_act import _curvature, _slope, in_order_of
+from .activations import curvature, slope
 from .math import fp32
-from .norm_act import (
+from .memory_order import in_order_of
+from .norm_tiles import (
     Tiling,
     affine,
     centred,
@@ -37,8 +38,8 @@ def _element(
     scale, z = affine(x, rstd_ptr, weight_ptr, bias_ptr, norm, known)
     dy = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32)
     gg = tl.load(gg_ptr + at, mask, 0.0).to(tl.float32)
-    s = _slope(z, alpha, ACT) * gain
-    return gg, x, scale, s, dy * s, dy * (_curvature(z, alpha, ACT) * gain)
+    s = slope(z, alpha, ACT) * gain
+    return gg, x, scale, s, dy * s, dy * (curvature(z, alpha, ACT) * gain)
 
 
 @triton.jit

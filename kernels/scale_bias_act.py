@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bias_act import in_order_of
 from .channel_tiles import Layout, ordered, tile
 from .math import fp32
+from .memory_order import in_order_of
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_forward": (96, 1024), "_backward": (184, 1024), "_double_backward": (176, 1024)}

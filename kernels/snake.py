@@ -1,7 +1,7 @@
 """y = x + sin(alpha x)^2 / (beta + eps) with alpha and beta per channel, backward and its backward.
 
-Tiles of the matrix that bias_act sees in a dense tensor; in backward each leaves its sums for
-alpha and beta, and the partial sums are added in a fixed order.
+In backward each tile leaves its sums for alpha and beta, and the partial sums are added in a fixed
+order.
 """
 
 import torch
@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bias_act import _load_bias, _store_bias_grad, _tile, _Tiling, dense, in_order_of
+from .bias_tiles import Tiling, load_bias, store_sums, tile
 from .math import sines
+from .memory_order import dense, in_order_of
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_forward": (96, 2048), "_backward": (120, 4096), "_double_backward": (168, 4096)}
@@ -26,10 +27,10 @@ def _forward(
     x_ptr, alpha_ptr, beta_ptr, y_ptr, rows, cols, channels, PER_COLUMN: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    at, mask, row, col = _tile(rows, cols, ROWS, COLS)
+    at, mask, row, col = tile(rows, cols, ROWS, COLS)
     x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-    alpha = _load_bias(alpha_ptr, row, col, rows, cols, channels, PER_COLUMN)
-    b = _inverse(_load_bias(beta_ptr, row, col, rows, cols, channels, PER_COLUMN))
+    alpha = load_bias(alpha_ptr, row, col, rows, cols, channels, PER_COLUMN)
+    b = _inverse(load_bias(beta_ptr, row, col, rows, cols, channels, PER_COLUMN))
     squared, _, _ = sines(alpha * x)
     tl.store(y_ptr + at, (x + squared * b).to(y_ptr.dtype.element_ty), mask)
 
@@ -39,19 +40,19 @@ def _backward(
     dy_ptr, x_ptr, alpha_ptr, beta_ptr, dx_ptr, dalpha_ptr, dbeta_ptr, rows, cols, channels,
     PER_COLUMN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    at, mask, row, col = _tile(rows, cols, ROWS, COLS)
+    at, mask, row, col = tile(rows, cols, ROWS, COLS)
     dy = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32)
     x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-    alpha = _load_bias(alpha_ptr, row, col, rows, cols, channels, PER_COLUMN)
-    beta = _load_bias(beta_ptr, row, col, rows, cols, channels, PER_COLUMN) + 1e-9
+    alpha = load_bias(alpha_ptr, row, col, rows, cols, channels, PER_COLUMN)
+    beta = load_bias(beta_ptr, row, col, rows, cols, channels, PER_COLUMN) + 1e-9
     squared, sin_twice, _ = sines(alpha * x)
     # Divided, not multiplied by a rounded 1 / beta, whose error all terms of a sum would share.
     scaled = tl.div_rn(dy, beta)
     dx = dy + alpha * scaled * sin_twice
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask)
     dalpha, dbeta = scaled * x * sin_twice, -tl.div_rn(scaled, beta) * squared
-    _store_bias_grad(dalpha_ptr, dalpha, rows, cols, ROWS, COLS, PER_COLUMN)
-    _store_bias_grad(dbeta_ptr, dbeta, rows, cols, ROWS, COLS, PER_COLUMN)
+    store_sums(dalpha_ptr, dalpha, rows, cols, ROWS, COLS, PER_COLUMN)
+    store_sums(dbeta_ptr, dbeta, rows, cols, ROWS, COLS, PER_COLUMN)
 
 
 @triton.jit
@@ -60,14 +61,14 @@ def _double_backward(
     dalpha_ptr, dbeta_ptr, rows, cols, channels, PER_COLUMN: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):  # fmt: skip
-    at, mask, row, col = _tile(rows, cols, ROWS, COLS)
+    at, mask, row, col = tile(rows, cols, ROWS, COLS)
     w = tl.load(gg_ptr + at, mask, 0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32)
     x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-    alpha = _load_bias(alpha_ptr, row, col, rows, cols, channels, PER_COLUMN)
-    b = _inverse(_load_bias(beta_ptr, row, col, rows, cols, channels, PER_COLUMN))
-    p = _load_bias(gg_alpha_ptr, row, col, rows, cols, channels, PER_COLUMN) * b
-    q = _load_bias(gg_beta_ptr, row, col, rows, cols, channels, PER_COLUMN) * b * b
+    alpha = load_bias(alpha_ptr, row, col, rows, cols, channels, PER_COLUMN)
+    b = _inverse(load_bias(beta_ptr, row, col, rows, cols, channels, PER_COLUMN))
+    p = load_bias(gg_alpha_ptr, row, col, rows, cols, channels, PER_COLUMN) * b
+    q = load_bias(gg_beta_ptr, row, col, rows, cols, channels, PER_COLUMN) * b * b
     squared, sin_twice, cos_twice = sines(alpha * x)
     slope = sin_twice + 2.0 * alpha * x * cos_twice
     grad_dy = w * (1.0 + alpha * b * sin_twice) + p * x * sin_twice - q * squared
@@ -76,8 +77,8 @@ def _double_backward(
     tl.store(grad_x_ptr + at, (dy * grad_x).to(grad_x_ptr.dtype.element_ty), mask)
     dalpha = dy * (w * b * slope + 2.0 * p * x * x * cos_twice - q * x * sin_twice)
     dbeta = dy * b * (2.0 * q * squared - (w * alpha * b + p * x) * sin_twice)
-    _store_bias_grad(dalpha_ptr, dalpha, rows, cols, ROWS, COLS, PER_COLUMN)
-    _store_bias_grad(dbeta_ptr, dbeta, rows, cols, ROWS, COLS, PER_COLUMN)
+    store_sums(dalpha_ptr, dalpha, rows, cols, ROWS, COLS, PER_COLUMN)
+    store_sums(dbeta_ptr, dbeta, rows, cols, ROWS, COLS, PER_COLUMN)
 
 
 # ---- launchers ------------------------------------------------------------------------------
@@ -87,10 +88,9 @@ def snake(x, alpha, beta) -> Tensor:
     x = dense(x)
     y = torch.empty_like(x)
     if x.numel():
-        t = _Tiling(x, alpha, 1)
+        t = Tiling(x, alpha, 1)
         _forward[t.grid](
-            x, alpha.contiguous(), beta.contiguous(), y, t.rows, t.cols, t.channels,
-            PER_COLUMN=t.per_column, ROWS=t.ROWS, COLS=t.COLS,
+            x, alpha.contiguous(), beta.contiguous(), y, *t.matrix, **t.tile
         )  # fmt: skip
     return y
 
@@ -99,11 +99,10 @@ def _with_sums(kernel, before, x, alpha, beta, outputs) -> tuple[Tensor, ...]:
     """Runs the kernel; returns the outputs and the sums for alpha and beta."""
     if not x.numel():
         return *outputs, torch.zeros_like(alpha), torch.zeros_like(beta)
-    t = _Tiling(x, alpha, 1)
+    t = Tiling(x, alpha, 1)
     sums = t.partial_sums(x, alpha), t.partial_sums(x, alpha)
     kernel[t.grid](
-        *before, x, alpha.contiguous(), beta.contiguous(), *outputs, *sums, t.rows, t.cols,
-        t.channels, PER_COLUMN=t.per_column, ROWS=t.ROWS, COLS=t.COLS,
+        *before, x, alpha.contiguous(), beta.contiguous(), *outputs, *sums, *t.matrix, **t.tile
     )  # fmt: skip
     return *outputs, *(t.bias_grad(s, x, alpha) for s in sums)
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bias_act import _act
+from .activations import activate
 from .math import fp32
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
@@ -60,7 +60,7 @@ def _upfirdn2d(
     total *= fp32(gain)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
-    y = _act(total, fp32(alpha), ACT) * fp32(act_gain)
+    y = activate(total, fp32(alpha), ACT) * fp32(act_gain)
     limit = fp32(limit)
     y = tl.where(y > limit, limit, tl.where(y < -limit, -limit, y))  # keeps NaN
     tl.store(y_ptr + o, y.to(y_ptr.dtype.element_ty), mask)

@@ -75,12 +75,9 @@ def diffusion_loss(
 
 
 def _error(
-    model_output: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    alpha: Tensor | None,
+    model_output: Tensor, first: Tensor, second: Tensor | None, alpha: Tensor | None,
     sigma: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """model_output - target, the target being alpha * first - sigma * second, where no second
     stands for zeros, and no alpha and sigma for ones."""
     dtype = _wide(model_output)
@@ -101,29 +98,16 @@ def _each(scale: Tensor, like: Tensor) -> Tensor:
     return scale.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
-def _reference(
-    model_output: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    alpha: Tensor | None,
-    sigma: Tensor | None,
-    weights: Tensor | None,
-) -> Tensor:
-    error = _error(model_output, first, second, alpha, sigma)
+def _reference(model_output: Tensor, *args: Any) -> Tensor:
+    *target, weights = args
+    error = _error(model_output, *target)
     square = error.square().reshape(error.shape[0], -1).mean(1)
     return (square if weights is None else weights.to(square.dtype) * square).mean()
 
 
-def _reference_backward(
-    grad_output: Tensor,
-    model_output: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    alpha: Tensor | None,
-    sigma: Tensor | None,
-    weights: Tensor | None,
-) -> Tensor:
-    error = _error(model_output, first, second, alpha, sigma)
+def _reference_backward(grad_output: Tensor, model_output: Tensor, *args: Any) -> Tensor:
+    *target, weights = args
+    error = _error(model_output, *target)
     scale = grad_output.to(error.dtype) * (2 / error.numel())
     if weights is not None:
         scale = scale * _each(weights, error)
@@ -131,13 +115,9 @@ def _reference_backward(
 
 
 def _check(
-    model_output: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    alpha: Tensor | None,
-    sigma: Tensor | None,
-    weights: Tensor | None,
-) -> None:
+    model_output: Tensor, first: Tensor, second: Tensor | None, alpha: Tensor | None,
+    sigma: Tensor | None, weights: Tensor | None,
+) -> None:  # fmt: skip
     check_tensor("model_output", model_output)
     if model_output.dim() == 0 or model_output.numel() == 0:
         shape = tuple(model_output.shape)

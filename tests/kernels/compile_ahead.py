@@ -4,7 +4,7 @@ The launchers themselves run, on CPU tensors from the table of samples, with lau
 compiling: what is checked is what a GPU would get. Run as a process of its own, because Triton's
 interpreter must be off:
 
-    python -m tests.kernels.compile_ahead 90 [--most N] [operator ...]  ->  JSON list
+    python -m tests.kernels.compile_ahead 90 [operator ...] [--most N]  ->  JSON list
 """
 
 import argparse
