@@ -11,11 +11,9 @@ from torch.utils._pytree import tree_iter
 Function = Callable[..., tuple[Tensor, ...]]
 
 
-def wants_graph(cuda_graph: bool | None, device: torch.device) -> bool:
-    """Whether to record: what `cuda_graph` says, or where it is None, wherever that is possible."""
+def check_graph(cuda_graph: bool, device: torch.device) -> None:
     if cuda_graph and device.type not in RECORDERS:
-        raise ValueError(f"cuda_graph must be False or None for a model on {device}, got True")
-    return device.type in RECORDERS if cuda_graph is None else cuda_graph
+        raise ValueError(f"cuda_graph must be False for a model on {device}, got True")
 
 
 class Replay:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aigc_fast._graphs import Replay, wants_graph
+from aigc_fast._graphs import Replay, check_graph
 from tests.tape import NotCapturable, tapes
 
 CPU = torch.device("cpu")
@@ -70,10 +70,10 @@ def test_what_no_graph_can_hold(function):
 
 
 def test_who_gets_a_graph():
-    assert not wants_graph(None, CPU) and not wants_graph(False, CPU)
-    with pytest.raises(ValueError, match="cuda_graph must be False or None for a model on cpu"):
-        wants_graph(True, CPU)
-    assert wants_graph(None, torch.device("cuda")) and not wants_graph(False, torch.device("cuda"))
+    check_graph(False, CPU)
+    check_graph(True, torch.device("cuda"))
+    with pytest.raises(ValueError, match="cuda_graph must be False for a model on cpu"):
+        check_graph(True, CPU)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from aigc_fast._graphs import Replay, wants_graph
+from aigc_fast._graphs import Replay, check_graph
 from aigc_fast.ops import discriminator_loss, generator_loss
 from aigc_fast.ops.gan_loss import LOSSES
 
@@ -122,8 +122,8 @@ class GANTrainer(Trainer):
     seed:    of latents, noise and the order of samples. The same seed gives the same losses, to the
         bit, also where training was interrupted and went on from `state_dict`.
     cuda_graph: whether a step is one CUDA graph, from the third step of its kind on (with or
-        without the generator, with or without the penalty) and for each shape of a batch. None
-        where the networks are on a GPU; False never. The networks must then not wait for the
+        without the generator, with or without the penalty) and for each shape of a batch. The
+        networks must then not wait for the
         device in `forward`, and their parameters must stay the tensors that they are. That the
         step can be recorded is tested on the CPU, by replaying the operators that it calls; the
         recording itself has not run on a GPU yet.
@@ -142,7 +142,7 @@ class GANTrainer(Trainer):
         *,
         done: Callable[[int], float] = lambda step: 0.0,
         seed: int = 0,
-        cuda_graph: bool | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         recipe = recipe or GANRecipe()
         self.generator, self.discriminator, self.latent_dim = generator, discriminator, latent_dim
@@ -167,7 +167,8 @@ class GANTrainer(Trainer):
         # batch norm would mix them: it tells them apart by their statistics.
         self._jointly = not any(isinstance(m, _BatchNorm) for m in discriminator.modules())
         self.g_loss = torch.zeros((), device=self.device)
-        self._records = wants_graph(cuda_graph, self.device)
+        check_graph(cuda_graph, self.device)
+        self._records = cuda_graph
         self._record()
 
     def _record(self) -> None:

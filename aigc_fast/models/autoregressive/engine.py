@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast import ops
-from aigc_fast._graphs import Replay, wants_graph
+from aigc_fast._graphs import Replay, check_graph
 
 from .cache import KVCache, allocate
 from .decoder_lm import DecoderLM
@@ -52,7 +52,7 @@ class Engine:
         max_batch_size: int = 32,
         prefill_chunk: int = 512,
         cache_dtype: torch.dtype | None = None,
-        cuda_graph: bool | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         """
         Args:
@@ -64,9 +64,8 @@ class Engine:
                 float32: half the memory, and half the time that attention takes to read it.
             cuda_graph: whether a decoding step, sampling included, is one CUDA graph for each
                 number of running requests; nothing then waits for the device but the reading of
-                the tokens. None where the model is on a GPU; False never. A step of a model with
-                dynamic rotary scaling past its original length, whose angles change with the
-                length, is always run without. That the step can be recorded is tested on the CPU,
+                the tokens. A step of a model with dynamic rotary scaling past its original length,
+                whose angles change with the length, is always run without. That the step can be recorded is tested on the CPU,
                 by replaying the operators that it calls; the recording itself has not run on a GPU
                 yet.
 
@@ -87,7 +86,8 @@ class Engine:
         dtype = cache_dtype or weight.dtype
         self._memory = allocate(model.config, num_pages, page_size, dtype, weight.device)
         self._graph: Replay | None = None
-        if wants_graph(cuda_graph, weight.device):
+        check_graph(cuda_graph, weight.device)
+        if cuda_graph:
             step = functools.partial(_decoding_step, model, self._memory)
             self._graph = Replay(step, weight.device)
         self._waiting: deque[Request] = deque()

@@ -28,7 +28,7 @@ def generate(
     tokenizer: TextTokenizer | None = None,
     sampling: Sampling = GREEDY,
     cache_dtype: torch.dtype | None = None,
-    cuda_graph: bool | None = None,
+    cuda_graph: bool = False,
     **options: Any,
 ) -> list[Request]:
     """The answers to some prompts, in their order; arguments as for `stream`.
@@ -52,7 +52,7 @@ def stream(
     tokenizer: TextTokenizer | None = None,
     sampling: Sampling = GREEDY,
     cache_dtype: torch.dtype | None = None,
-    cuda_graph: bool | None = None,
+    cuda_graph: bool = False,
     **options: Any,
 ) -> Iterator[Update]:
     """Yields what comes for each prompt as it comes. Closing the iterator ends all of it.
@@ -86,7 +86,7 @@ def _prepare(
     tokenizer: TextTokenizer | None,
     sampling: Sampling,
     cache_dtype: torch.dtype | None,
-    cuda_graph: bool | None,
+    cuda_graph: bool,
     options: dict[str, Any],
 ) -> tuple[Engine, list[Request]]:
     """An engine with just the memory these prompts need, and the prompts in it."""

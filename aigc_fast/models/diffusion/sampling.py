@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from aigc_fast._graphs import Replay, wants_graph
+from aigc_fast._graphs import Replay, check_graph
 from aigc_fast.schedulers import Scheduler
 from aigc_fast.schedulers.scheduler import Generator, draw_noise
 
@@ -81,8 +81,7 @@ class Sampler:
 
     scheduler:  a copy is taken.
     null_label, num_steps, guidance_scale, guidance_rescale: as for `sample`.
-    cuda_graph: None for a graph where the model is on a GPU; False for none; True is an error
-        elsewhere.
+    cuda_graph: whether to record; False only calls the same steps.
 
     Raises ValueError for cuda_graph on a CPU; RuntimeError from the second call on where the model
     or the solver cannot be recorded.
@@ -97,14 +96,15 @@ class Sampler:
         num_steps: int = 30,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
-        cuda_graph: bool | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         self._model, self._scheduler = model, copy.deepcopy(scheduler)
         self._guidance = null_label, guidance_scale, guidance_rescale
         device = next(model.parameters()).device
         self._scheduler.set_timesteps(num_steps, device)
         self._run: Callable[..., tuple[Tensor, ...]] = self._steps
-        if wants_graph(cuda_graph, device):
+        check_graph(cuda_graph, device)
+        if cuda_graph:
             self._run = Replay(self._steps, device)
         self._random: Generator = None
         self._draws: dict[tuple[int, ...], list[tuple[Tensor, torch.dtype | None]]] = {}
