@@ -65,9 +65,9 @@ class Engine:
             cuda_graph: whether a decoding step, sampling included, is one CUDA graph for each
                 number of running requests; nothing then waits for the device but the reading of
                 the tokens. A step of a model with dynamic rotary scaling past its original length,
-                whose angles change with the length, is always run without. That the step can be recorded is tested on the CPU,
-                by replaying the operators that it calls; the recording itself has not run on a GPU
-                yet.
+                whose angles change with the length, is always run without. That the step can be
+                recorded is tested on the CPU, by replaying the operators that it calls; the
+                recording itself has not run on a GPU yet.
 
         Raises:
             ValueError: a number is not positive, or cuda_graph is True for a model on the CPU.
