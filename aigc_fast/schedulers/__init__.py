@@ -7,10 +7,10 @@ from aigc_fast.schedulers.distilled import (
     LCMScheduler,
     TCDScheduler,
 )
+from aigc_fast.schedulers.dpm_singlestep import DPMSolverSinglestepScheduler
 from aigc_fast.schedulers.dpm_solver import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
 )
 from aigc_fast.schedulers.euler import (

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from aigc_fast.schedulers.ancestral import clipping
-from aigc_fast.schedulers.dpm_solver import (
+from aigc_fast.schedulers.linear import NOISE, SAMPLE, X0, Form, Mixed, Row, named, steps_of
+from aigc_fast.schedulers.log_snr import (
     FinalSigma,
     LambdaScheduler,
     Levels,
@@ -23,9 +24,8 @@ from aigc_fast.schedulers.dpm_solver import (
     levels_of,
     without_variance,
 )
-from aigc_fast.schedulers.linear import NOISE, SAMPLE, X0, Form, Mixed, Row, named, steps_of
 from aigc_fast.schedulers.schedule import shift_sigmas
-from aigc_fast.schedulers.scheduler import Generator, draw_noise
+from aigc_fast.schedulers.scheduler import Generator, draw_noise, shift_in
 
 EARLIER: tuple[str, ...] = ("h1", "h2", "h3")
 LAST, LAST_NOISE = named("last"), named("last_noise")
@@ -43,11 +43,6 @@ def x0_of(s: Any, index: int, sample: Tensor, kept: Tensor) -> Tensor:
         return kept
     alpha, sigma = (v[index].item() for v in levels_of(s)[:2])
     return (sample - sigma * kept) / alpha
-
-
-def shift_in(values: list, new: Any) -> None:
-    del values[0]
-    values.append(new)
 
 
 # ---- UniPC --------------------------------------------------------------------------------------
