@@ -111,11 +111,8 @@ def int4_decoder(request, transformers_model):
     return greedy_decoder(with_int4_weights(copy.deepcopy(transformers_model)), length=1024)
 
 
-def bench_decode(
-    benchmark, request, model, prompt, llama, transformers_model, int4_decoder
-) -> None:
-    quick = request.config.getoption("--quick")
-    tokens = 32 if quick else 128
+def bench_decode(benchmark, quick, model, prompt, llama, transformers_model, int4_decoder) -> None:
+    tokens = 16 if quick else 128
 
     def of_llama() -> float:
         llama.reset()
@@ -149,11 +146,11 @@ def bench_decode(
             lambda new: int4_decoder(prompt, new)
         )
     medians(variants, 1)
-    note(benchmark, medians(variants, 3 if quick else 7))
+    note(benchmark, medians(variants, 1 if quick else 7))
     benchmark.pedantic(lambda: generate(model, [prompt], 2), rounds=3)
 
 
-def bench_prefill(benchmark, request, model, prompt, llama) -> None:
+def bench_prefill(benchmark, quick, model, prompt, llama) -> None:
     """512 tokens of prompt."""
     ids = (prompt * 14)[:512]
 
@@ -164,18 +161,18 @@ def bench_prefill(benchmark, request, model, prompt, llama) -> None:
     variants = {"ours": ours}
     if llama is not None:
         variants["llama.cpp"] = lambda: (llama.reset(), llama.eval(ids))
-    seconds = 0.5 if request.config.getoption("--quick") else 3.0
-    note(benchmark, interleaved(variants, seconds=seconds, rounds=3), tokens=512)
-    benchmark.pedantic(ours, rounds=3)
+    seconds, rounds = (0.0, 1) if quick else (3.0, 3)
+    note(benchmark, interleaved(variants, seconds=seconds, rounds=rounds), tokens=512)
+    benchmark.pedantic(ours, rounds=rounds)
 
 
-def bench_batch(benchmark, request, model, prompt) -> None:
+def bench_batch(benchmark, quick, model, prompt) -> None:
     """Eight sequences, against one: tokens of all of them."""
-    tokens = 32 if request.config.getoption("--quick") else 128
+    tokens = 16 if quick else 128
     variants = {
         "ours": lambda: decode(model, [prompt] * 8, tokens),
         "one sequence": lambda: decode(model, [prompt], tokens),
     }
     medians(variants, 1)
-    note(benchmark, medians(variants, 5))
+    note(benchmark, medians(variants, 1 if quick else 5))
     benchmark.pedantic(lambda: generate(model, [prompt] * 8, 2), rounds=3)

@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aigc_fast import ops
+from aigc_fast._timing import interleaved
+from benchmarks.machine import DEVICE, plain_pass
 from tests.op_samples import OPS
 
 OP = OPS["decode_attention"]
@@ -37,3 +40,39 @@ def bench_decode_attention(measure, sample, dtype) -> None:
     size = torch.finfo(dtype).bits // 8
     moved = size * (2 * key_cache.numel() + 2 * query.numel())
     measure(OP, sample, dtype, eager=eager, reads_only=True, bytes_moved=moved)
+
+
+@pytest.mark.parametrize("cached", [8192, 32768])
+def bench_narrow_cache(benchmark, quick, cached) -> None:
+    """int8 caches with a scale for each head, beside bfloat16 ones."""
+    query = torch.randn(1, 1, 32, 128, dtype=torch.bfloat16, device=DEVICE)
+    wide = [torch.randn(1, cached, 8, 128, device=DEVICE) for _ in range(2)]
+    scales = [x.abs().amax((0, 1, 3)) / 127 for x in wide]
+    narrow = [(x / s[:, None]).round().to(torch.int8) for x, s in zip(wide, scales, strict=True)]
+    rounded = [x.to(torch.bfloat16) for x in wide]
+    lengths = torch.tensor([cached], dtype=torch.int32, device=DEVICE)
+    options = dict(zip(("key_scale", "value_scale"), scales, strict=True))
+
+    def ours():
+        return ops.decode_attention(query, *narrow, lengths, **options)
+
+    moved = 2 * narrow[0].nbytes
+    times = interleaved(
+        {
+            "ours": ours,
+            "bfloat16": lambda: ops.decode_attention(query, *rounded, lengths),
+            "read": plain_pass(moved, "read"),
+        },
+        seconds=0.3 if quick else 3.0,
+    )
+    benchmark.extra_info.update(
+        dtype="int8",
+        threads=torch.get_num_threads(),
+        seconds=times,
+        bfloat16_over_ours=times["bfloat16"] / times["ours"],
+        bytes=moved,
+        gigabytes_per_second=moved / times["ours"] / 1e9,
+        limit="read",
+        fraction_of_limit=times["read"] / times["ours"],
+    )
+    benchmark.pedantic(ours, rounds=3 if quick else 10, warmup_rounds=1)

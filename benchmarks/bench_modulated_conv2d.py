@@ -1,5 +1,5 @@
-"""StyleGAN2's modulated convolution beside the grouped one with weights for each sample, and its
-prologue and epilogue beside the elementwise chain."""
+"""StyleGAN2's modulated convolution beside the two forms that StyleGAN2's authors sample and train
+with, and its prologue and epilogue beside the elementwise chain."""
 
 import dataclasses
 
@@ -24,12 +24,21 @@ def eager_pass(x, scale, noise=None, strength=None, bias=None, act="linear"):
 
 
 def eager_conv(x, weight, style, noise, strength, bias, *, act):
-    """The weights of each sample, (batch, out, in, k, k), in one grouped convolution."""
+    """To sample: the weights of each sample, (batch, out, in, k, k), in one grouped convolution."""
     n, c, h, w = x.shape
     own = weight * style.view(n, 1, c, 1, 1)
     own = own * torch.rsqrt(own.square().sum((2, 3, 4), keepdim=True) + 1e-8)
     y = F.conv2d(x.reshape(1, n * c, h, w), own.flatten(0, 1), padding=1, groups=n)
     y = y.view(n, -1, h, w) + noise * strength
+    return F.leaky_relu(y + bias.view(1, -1, 1, 1), 0.2) * 2**0.5
+
+
+def eager_training_conv(x, weight, style, noise, strength, bias, *, act):
+    """To train: the pixels scaled before and after one convolution."""
+    own = weight * style[:, None, :, None, None]
+    demodulation = torch.rsqrt(own.square().sum((2, 3, 4)) + 1e-8)
+    y = F.conv2d(x * style[:, :, None, None], weight, padding=1)
+    y = y * demodulation[:, :, None, None] + noise * strength
     return F.leaky_relu(y + bias.view(1, -1, 1, 1), 0.2) * 2**0.5
 
 
@@ -51,4 +60,6 @@ def bench_scale_bias_act(measure, sample, dtype, direction) -> None:
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 @pytest.mark.parametrize("sample", [layer(8, 512, 8), layer(8, 128, 64)], ids=lambda s: s.name)
 def bench_modulated_conv2d(measure, sample, direction) -> None:
-    measure(CONV, sample, torch.float32, eager=eager_conv, backward=direction != "forward")
+    backward = direction != "forward"
+    eager = eager_training_conv if backward else eager_conv
+    measure(CONV, sample, torch.float32, eager=eager, backward=backward)

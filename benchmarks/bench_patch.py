@@ -44,7 +44,7 @@ def compare(benchmark, request, model, seconds, tokens) -> None:
 
     variants = {"ours": patched, "transformers": seconds}
     medians(variants, 1)
-    rounds = 3 if request.config.getoption("--quick") else 7
+    rounds = 1 if request.config.getoption("--quick") else 7
     note(benchmark, medians(variants, rounds), tokens=tokens)
     benchmark.extra_info["dtype"] = str(model.dtype).removeprefix("torch.")
     benchmark.pedantic(patched, rounds=1)

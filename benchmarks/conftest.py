@@ -23,29 +23,24 @@ from tests.ops.test_every_op import (
     worst,
 )
 
-_QUICK = 2  # calls of a benchmark
-_COMPILES = pytest.StashKey[bool]()
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="a few calls of each suite, briefly")
+    parser.addoption("--quick", action="store_true", help="the smallest call of each, briefly")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """--quick keeps a few calls of each benchmark, spread over its parameters, and compiles the
-    first alone: compiling takes seconds, what it is compared with often microseconds."""
+    """--quick keeps of each benchmark the call of the smallest sample."""
     if not config.getoption("--quick"):
         return
+
+    def size(item: pytest.Item) -> int:
+        sample = vars(item)["callspec"].params.get("sample")
+        return sum(t.numel() for t in tensors((sample.args, sample.kwargs))) if sample else 0
+
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
         groups.setdefault(item.originalname, []).append(item)
-    items.clear()
-    for group in groups.values():
-        # An odd stride visits every dtype and direction.
-        kept = group[:: 1 if len(group) <= _QUICK else -(-len(group) // _QUICK) | 1]
-        for item in kept:
-            item.stash[_COMPILES] = item is kept[0]
-        items += kept
+    items[:] = [min(group, key=size) if len(group) > 1 else group[0] for group in groups.values()]
 
 
 @dataclass
@@ -54,7 +49,6 @@ class Measure:
 
     benchmark: Any
     quick: bool
-    compiles: bool
     upstream: dict = field(default_factory=dict)
 
     def __call__(
@@ -68,8 +62,8 @@ class Measure:
         reads_only: bool = False,
         bytes_moved: int | None = None,
     ) -> None:
-        """Times in turns the call as eager PyTorch, torch.compile (see --quick) and ours, and its
-        limit.
+        """Times in turns the call as eager PyTorch, torch.compile and ours, and its limit. With
+        --quick nothing is compiled, which takes seconds for what then takes microseconds.
 
         eager:       the best plain PyTorch for the call; torch.compile compiles it
         backward:    forward and backward, with respect to every input
@@ -79,12 +73,12 @@ class Measure:
         args, kwargs = cast((sample.args, sample.kwargs), dtype, DEVICE)
         run = self._gradients if backward else self._outputs
         plain_op = dataclasses.replace(op, function=eager)
-        exact = [t.double().cpu() for t in run(plain_op, *cast((args, kwargs), torch.float64))]
+        exact = [t.cpu() for t in run(plain_op, *cast((args, kwargs), torch.float64))]
         plain, mine = run(plain_op, args, kwargs), run(op, args, kwargs)
         # No speed-up is printed for a wrong result.
         assert_as_good_as_torch(mine, plain, exact, dtype)
         variants = {"eager": plain_op, "ours": op}
-        if self.compiles:
+        if not self.quick:
             variants["compile"] = dataclasses.replace(op, function=torch.compile(eager))
         calls = {n: lambda v=v: run(v, args, kwargs) for n, v in variants.items()}
         if bytes_moved is None:
@@ -97,7 +91,7 @@ class Measure:
         limit = plain_pass(bytes_moved, kind)
         seconds, rounds = (0.3, 1) if self.quick else (3.0, 5)
         times = interleaved({**calls, kind: limit}, seconds=seconds, rounds=rounds)
-        if self.compiles:
+        if not self.quick:
             self.benchmark.extra_info["compile_over_ours"] = times["compile"] / times["ours"]
         self.benchmark.extra_info.update(
             dtype=str(dtype).removeprefix("torch."),
@@ -152,8 +146,8 @@ def quick(request) -> bool:
 
 
 @pytest.fixture
-def measure(benchmark, request, quick) -> Measure:
-    return Measure(benchmark, quick, request.node.stash.get(_COMPILES, True))
+def measure(benchmark, quick) -> Measure:
+    return Measure(benchmark, quick)
 
 
 @pytest.fixture(autouse=True)

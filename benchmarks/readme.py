@@ -22,7 +22,7 @@ def tables(results: dict) -> str:
     quick = any(row["quick"] for row in results["benchmarks"])
     command = "python -m benchmarks.report" + (" --quick" if quick else "")
     operators, whole = [], []
-    for row in results["benchmarks"]:
+    for row in first_and_last(results["benchmarks"]):
         name = row["name"].replace("torch.", "")
         others = {
             key.rsplit("_over_", 1)[0]: value
@@ -55,6 +55,14 @@ def tables(results: dict) -> str:
             *whole,
         ]
     )
+
+
+def first_and_last(rows: list[dict]) -> list[dict]:
+    """Two rows of each benchmark: enough to read, and the same two in every run."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["suite"], row["name"].split("[")[0]), []).append(row)
+    return [row for group in groups.values() for row in (group[:1] + group[1:][-1:])]
 
 
 def flat(row: dict) -> dict[str, float]:

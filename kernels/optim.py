@@ -4,7 +4,9 @@ The kernels get the tensors' addresses in a table, a row for each tensor, and a 
 each block of its elements, so that a program knows what its block is of.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -123,10 +125,15 @@ def _update(
 @triton.jit
 def _adam(
     table_ptr, owner_ptr, norm_ptr, lr, toward1, log_beta1, beta2, toward2, log_beta2, eps, keep,
-    added, average_toward, max_norm, TYPE: tl.constexpr, STEP_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr, HAS_NORM: tl.constexpr, AVERAGED: tl.constexpr, BLOCK: tl.constexpr,
+    added, average_toward, max_norm, rates_ptr, decay, TYPE: tl.constexpr,
+    STEP_TYPE: tl.constexpr, ALIGNED: tl.constexpr, HAS_NORM: tl.constexpr,
+    AVERAGED: tl.constexpr, HAS_RATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, start, left = _block(table_ptr, owner_ptr, BLOCK)
+    if HAS_RATES:  # in fp64 what the host would compute
+        lr = tl.load(rates_ptr).to(tl.float64)
+        keep = 1 - lr * decay
+        average_toward = 1 - tl.load(rates_ptr + 1).to(tl.float64)
     step = tl.load(_pointer(row, _STEP, STEP_TYPE, False)).to(tl.float32)
     size = fp32(lr) / -expm1(step * fp32(log_beta1))  # 1 - beta^step without cancellation
     correction = tl.rsqrt(-expm1(step * fp32(log_beta2)))
@@ -153,22 +160,48 @@ class _Table:
 
     def __init__(self, columns: dict[tl.constexpr, list[Tensor]]) -> None:
         first = next(iter(columns.values()))
-        counts = [triton.cdiv(t.numel(), _BLOCK) for t in first]
-        rows = torch.zeros(len(first), _COLUMNS.value, dtype=torch.int64)
-        rows[:, _SIZE.value] = torch.tensor([t.numel() for t in first])
-        rows[:, _FIRST.value] = torch.tensor([0, *counts]).cumsum(0)[:-1]
-        for column, tensors in columns.items():
-            rows[:, column.value] = torch.tensor([t.data_ptr() for t in tensors])
-        data = rows[:, [c.value for c in columns if c is not _STEP]]
-        self.aligned = bool((data % 16 == 0).all())
-        self.blocks, device = sum(counts), first[0].device
-        if device.type == "cuda":  # a copy that waits for nothing, and that graphs can hold
-            rows = rows.pin_memory()
-        self.rows = rows.to(device, non_blocking=True)
-        owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        self.owners = owners.to(device, torch.int32, non_blocking=True)
+        addresses = tuple(
+            (column.value, tuple(t.data_ptr() for t in tensors))
+            for column, tensors in columns.items()
+        )
+        made = _table(addresses, tuple(t.numel() for t in first), first[0].device)
+        if made.rows.is_cuda and torch.cuda.is_current_stream_capturing():
+            _CAPTURED.append(made)
+        self.blocks, self.owners, self.rows = made.blocks, made.owners, made.rows.detach()
+        data = [a for column, at in addresses if column != _STEP.value for a in at]
+        self.aligned = all(a % 16 == 0 for a in data)
         # For whoever checks addresses (tests/pointer_check.py).
         self.rows.points_to = [t for tensors in columns.values() for t in tensors]
+
+
+class _Made(NamedTuple):
+    blocks: int
+    owners: Tensor
+    rows: Tensor
+    on_host: Tensor
+
+
+#: CUDA graphs read these again at every replay, so they are never freed
+_CAPTURED: list[_Made] = []
+
+
+# Parameters stay where they are, and so do gradients that are zeroed in place: their table is made
+# once, and not while a CUDA graph is captured, which can hold no allocation on the host.
+@functools.lru_cache(maxsize=16)
+def _table(
+    addresses: tuple[tuple[int, tuple[int, ...]], ...], sizes: tuple[int, ...], device: torch.device
+) -> _Made:
+    counts = [triton.cdiv(size, _BLOCK) for size in sizes]
+    rows = torch.zeros(len(sizes), _COLUMNS.value, dtype=torch.int64)
+    rows[:, _SIZE.value] = torch.tensor(sizes)
+    rows[:, _FIRST.value] = torch.tensor([0, *counts]).cumsum(0)[:-1]
+    for column, at in addresses:
+        rows[:, column] = torch.tensor(at)
+    if device.type == "cuda":  # a copy that waits for nothing
+        rows = rows.pin_memory()
+    owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    owners = owners.to(device, torch.int32, non_blocking=True)
+    return _Made(sum(counts), owners, rows.to(device, non_blocking=True), rows)
 
 
 def gradient_norm(grads: list[Tensor], loss: Tensor | None = None) -> Tensor:
@@ -185,7 +218,7 @@ def gradient_norm(grads: list[Tensor], loss: Tensor | None = None) -> Tensor:
 
 def adam_step(
     params, grads, exp_avgs, exp_avg_sqs, steps, averages, norm, skipped, lr, beta1, beta2, eps,
-    weight_decay, decoupled, ema_decay, max_norm,
+    weight_decay, decoupled, ema_decay, max_norm, rates=None,
 ) -> None:  # fmt: skip
     ours = [dense(p) for p in params]
     lists = {_PARAM: ours, _GRAD: grads, _EXP_AVG: exp_avgs, _EXP_AVG_SQ: exp_avg_sqs}
@@ -206,9 +239,11 @@ def adam_step(
             table.rows, table.owners, norm, lr, 1 - beta1, _log(beta1), beta2, 1 - beta2,
             _log(beta2), eps, 1 - lr * weight_decay if decoupled else 1.0,
             0.0 if decoupled else weight_decay, 1 - ema_decay,
-            math.inf if max_norm is None else max_norm, TYPE=_TYPES[params[0].dtype],
+            math.inf if max_norm is None else max_norm,
+            None if rates is None else rates.contiguous(), weight_decay if decoupled else 0.0,
+            TYPE=_TYPES[params[0].dtype],
             STEP_TYPE=step_type, ALIGNED=table.aligned, HAS_NORM=norm is not None,
-            AVERAGED=bool(averages), BLOCK=_BLOCK,
+            AVERAGED=bool(averages), HAS_RATES=rates is not None, BLOCK=_BLOCK,
         )  # fmt: skip
     for column, tensors in {**lists, _PARAM: params}.items():
         for theirs, copy in zip(tensors, laid_out[column], strict=True):

@@ -179,7 +179,7 @@ class _Tables:
         self.pieces = units([h * w for h, w in shapes], _PIECE)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # one a network; CUDA graphs read it as long as they live
 def _tables(shapes: tuple[tuple[int, int], ...], device: torch.device) -> _Tables:
     return _Tables(shapes, device)
 

@@ -91,6 +91,9 @@ class _SpectralNorm:
         buffers: list[Any] = [layer._buffers for layer in self.layers]
         before = [b["weight_u"] for b in buffers], [b["weight_v"] for b in buffers]
         weights = [_matrix(layer) for layer in self.layers]
+        for layer in self.layers:
+            # The last call's weight makes room for the new one, often in the same memory.
+            object.__setattr__(layer, "weight", layer._parameters["weight_orig"])
         weights, _, u, v = ops.spectral_norm(weights, *before, iterations, self.eps)
         if iterations:
             with torch.no_grad():

@@ -177,12 +177,17 @@ _double_backward = Op(
 
 
 def bias_act_gradients(
-    dy: Tensor, saved: Tensor, bias: Tensor | None, options: tuple
-) -> tuple[Tensor, Tensor | None]:
+    dy: Tensor | None, saved: Tensor, bias: Tensor | None, options: tuple
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and bias, differentiable where gradients are enabled.
 
     options: (act, gain, dim, clamp, alpha, from_output); `saved` is y where from_output, else x.
+    dy:      None for a gradient that is zero, as a gradient penalty has of the activations in a
+             piecewise linear network. Then that of x is None too, and the layers before do nothing;
+             zeros in its place would go through each of their convolutions.
     """
+    if dy is None:
+        return None, None if bias is None else torch.zeros_like(bias)
     if torch.is_grad_enabled():
         dx, dbias = _BiasActBackward.call(dy, saved, bias, options)
     else:
@@ -195,11 +200,12 @@ class _BiasAct(OpFunction):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
         y = _bias_act(x, bias, *options[:5])
         ctx.options = options
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(y if options[-1] else x, bias)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple:
         saved, bias = ctx.saved_tensors
         return *bias_act_gradients(dy, saved, bias, ctx.options), None
 

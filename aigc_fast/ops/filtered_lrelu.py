@@ -197,10 +197,13 @@ _filtered_mask = Op(
 
 
 def _adjoint(
-    dy: Tensor, shape: Sequence[int], mask: Tensor, first: Tensor, second: Tensor,
+    dy: Tensor | None, shape: Sequence[int], mask: Tensor, first: Tensor, second: Tensor,
     geometry: Sequence[int], flip: bool, gain: float, slope: float,
-) -> Tensor:  # fmt: skip
-    """The gradient of x: each filter becomes its adjoint, the bits stay where they are."""
+) -> Tensor | None:  # fmt: skip
+    """The gradient of x: each filter becomes its adjoint, the bits stay where they are. None for
+    None, see bias_act_gradients."""
+    if dy is None:
+        return None
     up_x, up_y, down_x, down_y = geometry[:4]
     left, _, top, _, left2, _, top2, _ = [*geometry, 0, 0, 0, 0][4:12]
     height = mask.shape[2]
@@ -227,13 +230,17 @@ class _FilteredLrelu(OpFunction):
         options = (geometry, flip, gain, slope)
         y, mask = _filtered_lrelu(x, up_filter, down_filter, bias, *options, clamp, True)
         ctx.options, ctx.shape = options, x.shape
-        ctx.save_for_backward(mask, up_filter, down_filter)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mask, up_filter, down_filter, bias)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
-        dx = _adjoint(dy, ctx.shape, *ctx.saved_tensors, *ctx.options)
-        dbias = dx.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
+    def backward(ctx: Any, dy: Tensor | None) -> tuple:
+        *saved, bias = ctx.saved_tensors
+        dx = _adjoint(dy, ctx.shape, *saved, *ctx.options)
+        dbias = None
+        if ctx.needs_input_grad[3]:
+            dbias = torch.zeros_like(bias) if dx is None else dx.sum((0, 2, 3))
         return dx, None, None, dbias, None, None, None, None, None
 
 
@@ -244,10 +251,11 @@ class _FilteredMask(OpFunction):
         flip: bool, gain: float, slope: float,
     ) -> Tensor:  # fmt: skip
         ctx.options, ctx.shape = (geometry, flip, gain, slope), x.shape
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(mask, first, second)
         return _filtered_mask(x, mask, first, second, geometry, flip, gain, slope)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple:
         dx = _adjoint(dy, ctx.shape, *ctx.saved_tensors, *ctx.options)
         return dx, None, None, None, None, None, None, None

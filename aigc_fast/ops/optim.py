@@ -46,6 +46,7 @@ def adam_step(
     norm: Tensor | None = None,
     max_norm: float | None = None,
     skipped: Tensor | None = None,
+    rates: Tensor | None = None,
 ) -> None:
     """One step of Adam or AdamW on every tensor, in place; the numbers are those of torch.optim.
 
@@ -65,6 +66,8 @@ def adam_step(
               grows by one. Nothing of this waits for the device.
     max_norm: the norm to which gradients are scaled down.
     skipped:  floating scalar tensor that counts.
+    rates:    floating tensor (2,), on the device: read in place of lr and ema_decay, for a CUDA
+              graph, in which the numbers stay as they were. float64 gives the results of numbers.
 
     Computes in fp32 (fp64 for fp64) and rounds once. Bytes that must move: 7 times the parameters,
     9 with averages.
@@ -80,7 +83,7 @@ def adam_step(
     if params:
         _adam_step(
             params, list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), list(averages),
-            norm, skipped, lr, *betas, eps, weight_decay, decoupled, ema_decay, max_norm,
+            norm, skipped, lr, *betas, eps, weight_decay, decoupled, ema_decay, max_norm, rates,
         )  # fmt: skip
 
 
@@ -98,9 +101,11 @@ def _reference_norm(grads: list[Tensor], loss: Tensor | None = None) -> Tensor:
 def _reference(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     steps: list[Tensor], averages: list[Tensor], norm: Tensor | None, skipped: Tensor | None,
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool,
-    ema_decay: float, max_norm: float | None,
+    lr: float | Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+    decoupled: bool, ema_decay: float | Tensor, max_norm: float | None, rates: Tensor | None = None,
 ) -> None:  # fmt: skip
+    if rates is not None:
+        lr, ema_decay = rates.double().unbind()
     taken = None if norm is None else norm.isfinite()
     if taken is not None and skipped is not None:
         skipped.add_(~taken)
@@ -137,7 +142,8 @@ def _check_norm(grads: list[Tensor], loss: Tensor | None = None) -> None:
 def _check(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     steps: list[Tensor], averages: list[Tensor], norm: Tensor | None, skipped: Tensor | None,
-    lr: float, *_: object,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool,
+    ema_decay: float, max_norm: float | None, rates: Tensor | None = None,
 ) -> None:  # fmt: skip
     named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
     if averages:
@@ -156,6 +162,12 @@ def _check(
         check_tensor("norm", norm, shape=())
     if skipped is not None:
         check_tensor("skipped", skipped, shape=())
+    if rates is not None:
+        check_tensor("rates", rates, shape=(2,))
+        if rates.device != params[0].device:
+            raise ValueError(
+                f"rates must be on the device of params ({params[0].device}), got {rates.device}"
+            )
 
 
 _gradient_norm = Op(
@@ -168,7 +180,7 @@ _adam_step = Op(
     "adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
     " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] averages, Tensor? norm,"
     " Tensor(f!)? skipped, float lr, float beta1, float beta2, float eps, float weight_decay,"
-    " bool decoupled, float ema_decay, float? max_norm) -> ()",
+    " bool decoupled, float ema_decay, float? max_norm, Tensor? rates=None) -> ()",
     _reference,
     _check,
     stem="optim",

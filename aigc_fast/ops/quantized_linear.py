@@ -35,8 +35,10 @@ def quantized_linear(
 
     Returns (..., out_features) in the dtype of x. Sums in fp32 (fp64 for fp64); products of codes
     are exact. Bytes that must move: the weight, once for all rows of x; with few rows that is all
-    there is to wait for. On GPUs up to 8 rows take the CUDA C++ kernel, whose result for a row does
-    not depend on the others.
+    there is to wait for. The result for a row does not depend on the others, with two exceptions.
+    On GPUs up to 8 rows take the CUDA C++ kernel, more take Triton's. On CPUs 64 rows and more of
+    16 bits, unless they are rounded to int8, are multiplied with dense pieces of the weight, 4 MB
+    at a time in their dtype.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device, RuntimeError if a gradient
     is asked for: there is no derivative.

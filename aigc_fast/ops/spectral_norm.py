@@ -38,11 +38,8 @@ def spectral_norm(
     """
     weights, u, v = list(weights), list(u), list(v)
     if torch.is_grad_enabled() and any(isinstance(w, Tensor) and w.requires_grad for w in weights):
-        n = len(weights)
-        if len(u) != n or len(v) != n:
-            _check(weights, u, v, iterations, eps)
-        found = list(_SpectralNormFunction.call(iterations, eps, n, *weights, *u, *v))
-        return found[:n], found[n], found[n + 1 : 2 * n + 1], found[2 * n + 1 :]
+        *normal, sigma, new_u, new_v = _SpectralNormFunction.call(u, v, iterations, eps, *weights)
+        return normal, sigma, new_u, new_v
     return _spectral_norm(weights, u, v, iterations, eps)
 
 
@@ -134,22 +131,22 @@ _backward = Op(
 
 
 class _SpectralNormFunction(OpFunction):
+    """u and v are constants, and stay in their lists: of a tensor among the arguments autograd
+    keeps account, which takes longer than the kernel where layers are small."""
+
     @staticmethod
-    def forward(ctx: Any, iterations: int, eps: float, n: int, *tensors: Tensor) -> tuple:
-        weights = list(tensors[:n])
-        normal, sigma, u, v = _spectral_norm(
-            weights, list(tensors[n : 2 * n]), list(tensors[2 * n :]), iterations, eps
-        )
-        ctx.n = n
+    def forward(
+        ctx: Any, u: list[Tensor], v: list[Tensor], iterations: int, eps: float, *weights: Tensor
+    ) -> tuple:
+        normal, sigma, u, v = _spectral_norm(list(weights), u, v, iterations, eps)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*weights, *u, *v, sigma)
-        ctx.mark_non_differentiable(*u, *v)
-        return *normal, sigma, *u, *v
+        return *normal, sigma, u, v
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple:
-        n = ctx.n
         *saved, sigma = ctx.saved_tensors
+        n = len(sigma)
         weights, u, v = saved[:n], saved[n : 2 * n], saved[2 * n :]
         with_zeros = zip(given[:n], weights, strict=True)
         grads = [torch.zeros_like(w) if g is None else g for g, w in with_zeros]
@@ -158,5 +155,4 @@ class _SpectralNormFunction(OpFunction):
         if torch.is_grad_enabled():
             # Made of differentiable operations: higher derivatives are torch's own.
             run, sigma = _reference_backward, _sigmas(weights, u, v)
-        found = run(grads, ds, weights, u, v, sigma)
-        return None, None, None, *found, *[None] * (2 * n)
+        return None, None, None, None, *run(grads, ds, weights, u, v, sigma)

@@ -177,10 +177,12 @@ _upfirdn2d = Op(
 
 
 def _adjoint(
-    dy: Tensor, shape: Sequence[int], filter: Tensor, geometry: Sequence[int], flip: bool,
+    dy: Tensor | None, shape: Sequence[int], filter: Tensor, geometry: Sequence[int], flip: bool,
     gain: float,
-) -> Tensor:  # fmt: skip
-    """The gradient of x, as an upfirdn2d of that of y."""
+) -> Tensor | None:  # fmt: skip
+    """The gradient of x, as an upfirdn2d of that of y; None for None, see bias_act_gradients."""
+    if dy is None:
+        return None
     up_x, up_y, down_x, down_y, left, _, top, _ = geometry
     height, width = _taps(filter)
     back = [
@@ -200,11 +202,12 @@ class _Upfirdn2d(OpFunction):
     ) -> Tensor:
         ctx.options = (geometry, flip, gain)
         ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(filter)
         return _upfirdn2d(x, filter, geometry, flip, gain)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple:
         (filter,) = ctx.saved_tensors
         return _adjoint(dy, ctx.shape, filter, *ctx.options), None, None, None, None
 
@@ -218,11 +221,12 @@ class _Upfirdn2dAct(OpFunction):
         y = _upfirdn2d(x, filter, geometry, flip, gain, bias, *epilogue)
         ctx.options, ctx.epilogue = (geometry, flip, gain), epilogue
         ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, filter, bias)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple:
         y, filter, bias = ctx.saved_tensors
         act, act_gain, clamp, alpha = ctx.epilogue
         options = (act, act_gain, 1, clamp, alpha, True)

@@ -1,5 +1,6 @@
 """Linear multistep methods: PNDM (Liu et al. 2022, arXiv:2202.09778), IPNDM and LMS."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -128,14 +129,19 @@ def pndm_step(
     return prev, x0
 
 
+@functools.cache  # copied from the host once: neither a wait in a step nor in a CUDA graph
+def _output_row(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([0.0, 1.0, math.inf, 0.0, 0.0, 1.0, 0.0], device=device)
+
+
 def guided(
     output: Tensor, uncond_output: Tensor, guidance_scale: float, guidance_rescale: float
 ) -> Any:
     """The guided output itself, for a solver that keeps it."""
-    row = torch.tensor([0.0, 1.0, math.inf, 0.0, 0.0, 1.0, 0.0], device=output.device)
     return ops.scheduler_step(
-        output, output, row, uncond_output=uncond_output, guidance_scale=guidance_scale,
-        guidance_rescale=guidance_rescale,
+        output, output, _output_row(output.device), uncond_output=uncond_output,
+        guidance_scale=guidance_scale, guidance_rescale=guidance_rescale,
     )  # fmt: skip
 
 

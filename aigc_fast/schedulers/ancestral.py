@@ -15,6 +15,7 @@ from aigc_fast.schedulers.linear import (
     Form,
     Row,
     Threshold,
+    once,
     predictions,
     steps_of,
 )
@@ -89,7 +90,7 @@ def ddpm_step(
     if step.noisy:
         noise = draw_noise(output, generator)
         if learned:
-            _, _, ratio, small = (v[index] for v in ddpm_variances(s))
+            _, _, ratio, small = (v[index] for v in once(s, ddpm_variances))
             if s.variance_type == "learned":
                 noise = noise * variance**0.5
             else:  # Nichol & Dhariwal 2021, arXiv:2102.09672, equation 15

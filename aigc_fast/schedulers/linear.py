@@ -1,7 +1,7 @@
 """Solvers as linear algebra: what a step computes, and the rows of ops.scheduler_step it makes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,13 +86,16 @@ class Threshold(NamedTuple):
     def rows(self, row: Tensor, sample: Tensor, output: Tensor, guidance: dict) -> Tensor:
         """(batch, columns): `row` for each sample, with its own threshold."""
         plain = torch.zeros(7, dtype=row.dtype, device=row.device)
-        plain[:2], plain[2], plain[3] = row[:2], math.inf, 1.0
+        plain[:2] = row[:2]
+        # An assignment of a number would make a tensor on the host.
+        plain[2].fill_(math.inf)
+        plain[3].fill_(1.0)
         x0: Any = ops.scheduler_step(sample, output, plain, **guidance)
         size = x0.flatten(1).abs().to(row.dtype)
         threshold = torch.quantile(size, self.quantile, dim=1).clamp(min=1, max=self.most)
         rows = row.repeat(len(sample), 1)
         rows[:, :2] /= threshold[:, None]
-        rows[:, 2] = 1.0
+        rows[:, 2].fill_(1.0)
         return rows
 
 
@@ -256,6 +259,14 @@ class Mixed(NamedTuple):
     def steps(self, count: int, device: torch.device | str | None) -> list[Step]:
         steps = {order: row.steps(count, device) for order, row in self.rows.items()}
         return [steps[order][i] for i, order in enumerate(self.orders)]
+
+
+def once(scheduler: Any, build: Callable[[Any], Any]) -> Any:
+    """build(scheduler), made once for each schedule."""
+    made = Tables.of(scheduler).made
+    if build not in made:
+        made[build] = build(scheduler)
+    return made[build]
 
 
 def steps_of(scheduler: Any, device: torch.device, build: Any, *key: Any) -> list[Step]:

@@ -22,7 +22,13 @@ from aigc_fast.schedulers.schedule import (
 )
 
 CONFIG_NAME = "scheduler_config.json"
-Generator = torch.Generator | Sequence[torch.Generator] | None
+#: what draws noise: a generator, one for each sample, or a function as `draw_noise` is without it
+Generator = (
+    torch.Generator
+    | Sequence[torch.Generator]
+    | Callable[[Tensor, torch.dtype | None], Tensor]
+    | None
+)
 logger = logging.getLogger(__name__)
 
 
@@ -113,6 +119,11 @@ class Scheduler:
         self.forget()
 
     @property
+    def timestep_values(self) -> list[float]:
+        """`timesteps` as numbers, known without waiting for their device."""
+        return self._steps
+
+    @property
     def step_index(self) -> int:
         """The step that is next in order."""
         return self._step_index
@@ -135,7 +146,8 @@ class Scheduler:
         timestep: one of self.timesteps. One that lies on another device than the CPU is not read
             (that would wait for the device): the call takes the next step in order. A solver
             without history takes a tensor (batch,) too, with a timestep for each sample.
-        generator: draws the noise of stochastic solvers, on its own device; or one each sample.
+        generator: draws the noise of stochastic solvers, on its own device; or one each sample; or
+            generator(like, dtype) is the noise, as `draw_noise` would draw it.
         options: those of diffusers' step (eta, s_churn, order, ...).
         For the other arguments see ops.scheduler_step.
         """
@@ -382,6 +394,8 @@ def draw_noise(
 ) -> Tensor:
     """Standard normal noise of `like`, drawn in `dtype` on the generator's device; a list of
     generators draws a sample each. The calls are those of diffusers, so that seeds agree."""
+    if callable(generator):
+        return generator(like, dtype)
     dtype, device, shape = dtype or like.dtype, like.device, like.shape
     if isinstance(generator, Sequence):
         if len(generator) != 1:

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -35,11 +35,15 @@ class EMA:
         self.updates += 1
 
     @torch.no_grad()
-    def update_buffers(self, model: nn.Module) -> None:
+    def update_buffers(self, model: nn.Module, decay: Tensor | None = None) -> None:
         """Moves the buffers alone, by the same share: statistics that a batch norm keeps are those
-        of the weights it had. What is no floating number is copied."""
+        of the weights it had. What is no floating number is copied.
+
+        decay: a scalar tensor in place of `next_decay()`.
+        """
+        share = 1 - (self.next_decay() if decay is None else decay)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             if buffer.is_floating_point():
-                average.lerp_(buffer, 1 - self.next_decay())
+                average.lerp_(buffer, share.to(buffer) if isinstance(share, Tensor) else share)
             else:
                 average.copy_(buffer)

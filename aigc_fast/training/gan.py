@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from aigc_fast._graphs import Replay, check_graph
 from aigc_fast.ops import discriminator_loss, generator_loss
 from aigc_fast.ops.gan_loss import LOSSES
 
@@ -120,7 +121,16 @@ class GANTrainer(Trainer):
         `lambda step: step / 1000`; for recipes whose learning rates fall.
     seed:    of latents, noise and the order of samples. The same seed gives the same losses, to the
         bit, also where training was interrupted and went on from `state_dict`.
+    cuda_graph: whether a step is one CUDA graph, from the third step of its kind on (with or
+        without the generator, with or without the penalty) and for each shape of a batch. The
+        networks must then not wait for the
+        device in `forward`, and their parameters must stay the tensors that they are. That the
+        step can be recorded is tested on the CPU, by replaying the operators that it calls; the
+        recording itself has not run on a GPU yet.
     average: the generator with averaged weights, the one to sample from.
+
+    Raises ValueError for cuda_graph on a CPU; RuntimeError from `step` where the device cannot
+    record the networks.
     """
 
     def __init__(
@@ -132,6 +142,7 @@ class GANTrainer(Trainer):
         *,
         done: Callable[[int], float] = lambda step: 0.0,
         seed: int = 0,
+        cuda_graph: bool = False,
     ) -> None:
         recipe = recipe or GANRecipe()
         self.generator, self.discriminator, self.latent_dim = generator, discriminator, latent_dim
@@ -156,6 +167,12 @@ class GANTrainer(Trainer):
         # batch norm would mix them: it tells them apart by their statistics.
         self._jointly = not any(isinstance(m, _BatchNorm) for m in discriminator.modules())
         self.g_loss = torch.zeros((), device=self.device)
+        check_graph(cuda_graph, self.device)
+        self._records = cuda_graph
+        self._record()
+
+    def _record(self) -> None:
+        self._graph = Replay(self._update, self.device, [self.random]) if self._records else None
 
     def latents(self, batch_size: int) -> Tensor:
         """Standard normal (batch_size, latent_dim), the next ones of the trainer's seed."""
@@ -167,24 +184,21 @@ class GANTrainer(Trainer):
 
         labels: of the real samples; the generated ones get the same.
         """
-        recipe, batch = self.recipe, len(real)
-        self._set_learning_rates()
+        recipe = self.recipe
         of_generator = self.steps_done % recipe.n_critic == 0
-        with torch.set_grad_enabled(of_generator):
-            fake = self._run(self.generator, self.latents(batch), labels)
-        d_loss = self._update_discriminator(real, fake.detach(), labels)
-        if of_generator:
-            fake_logits = self._judge(fake, labels)
-            paired = recipe.loss == "relativistic"
-            with torch.no_grad():
-                real_logits = self._judge(real, labels) if paired else None
-            g_loss = generator_loss(fake_logits, real_logits, recipe.loss)
-            self.g_optimizer.zero_grad()
-            # The discriminator's own gradients are not wanted here, so they are not computed.
-            g_loss.backward(inputs=self.g_parameters)
-            self.ema.update_buffers(self.generator)
-            self.g_optimizer.step(loss=g_loss)  # moves the averaged weights too
-            self.g_loss = g_loss.detach()
+        penalised = recipe.penalty is not None and self.steps_done % recipe.penalty_interval == 0
+        self._set_learning_rates()
+        if self._graph is None:
+            d_loss, *g_loss = self._update(real, labels, None, of_generator, penalised)
+        else:
+            (g,), (d,) = self.g_optimizer.param_groups, self.d_optimizer.param_groups
+            rates = [[g["lr"], self.ema.next_decay()], [d["lr"], 0.0]]
+            d_loss, *g_loss = self._graph(
+                real, labels, torch.tensor(rates, dtype=torch.float64), of_generator, penalised
+            )
+            self.ema.updates += of_generator
+        if g_loss:
+            [self.g_loss] = g_loss
         self.steps_done += 1
         return self.g_loss, d_loss
 
@@ -196,26 +210,55 @@ class GANTrainer(Trainer):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
 
-    def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
-        recipe = self.recipe
+    def _update(
+        self,
+        real: Tensor,
+        labels: Tensor | None,
+        rates: Tensor | None,
+        of_generator: bool,
+        penalised: bool,
+    ) -> tuple[Tensor, ...]:
+        """A step of that kind, all that a CUDA graph holds of it: (d_loss, and maybe g_loss).
+
+        rates: (2, 2), of the generator's and the discriminator's optimizer, as for `Adam.step`;
+            None for the numbers that these hold. With them, gradients keep their memory.
+        """
+        with torch.set_grad_enabled(of_generator):
+            fake = self._run(self.generator, self.latents(len(real)), labels)
+        d_loss = self._discriminator_loss(real, fake.detach(), labels)
+        total = d_loss
+        if penalised:
+            weight = self.recipe.penalty_weight * self.recipe.penalty_interval
+            total = d_loss + weight * self._penalty(real, fake.detach(), labels)
+        g_rates, d_rates = (None, None) if rates is None else rates.unbind()
+        self.d_optimizer.zero_grad(set_to_none=rates is None)
+        total.backward(inputs=self.d_parameters)
+        self.d_optimizer.step(loss=total, rates=d_rates)
+        if self.recipe.weight_clip is not None:
+            with torch.no_grad():
+                for parameter in self.d_parameters:
+                    parameter.clamp_(-self.recipe.weight_clip, self.recipe.weight_clip)
+        if not of_generator:
+            return (d_loss.detach(),)
+        fake_logits = self._judge(fake, labels)
+        paired = self.recipe.loss == "relativistic"
+        with torch.no_grad():
+            real_logits = self._judge(real, labels) if paired else None
+        g_loss = generator_loss(fake_logits, real_logits, self.recipe.loss)
+        self.g_optimizer.zero_grad(set_to_none=rates is None)
+        # The discriminator's own gradients are not wanted here, so they are not computed.
+        g_loss.backward(inputs=self.g_parameters)
+        self.ema.update_buffers(self.generator, None if g_rates is None else g_rates[1])
+        self.g_optimizer.step(loss=g_loss, rates=g_rates)  # moves the averaged weights too
+        return d_loss.detach(), g_loss.detach()
+
+    def _discriminator_loss(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         if self._jointly:
             both = None if labels is None else torch.cat([labels, labels])
             real_logits, fake_logits = self._judge(torch.cat([real, fake]), both).split(len(real))
         else:
             real_logits, fake_logits = self._judge(real, labels), self._judge(fake, labels)
-        d_loss = discriminator_loss(real_logits, fake_logits, recipe.loss)
-        total = d_loss
-        if recipe.penalty and self.steps_done % recipe.penalty_interval == 0:
-            weight = recipe.penalty_weight * recipe.penalty_interval
-            total = d_loss + weight * self._penalty(real, fake, labels)
-        self.d_optimizer.zero_grad()
-        total.backward(inputs=self.d_parameters)
-        self.d_optimizer.step(loss=total)
-        if recipe.weight_clip is not None:
-            with torch.no_grad():
-                for parameter in self.d_parameters:
-                    parameter.clamp_(-recipe.weight_clip, recipe.weight_clip)
-        return d_loss.detach()
+        return discriminator_loss(real_logits, fake_logits, self.recipe.loss)
 
     def _penalty(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         if self.recipe.penalty == "gradient":
@@ -236,6 +279,7 @@ class GANTrainer(Trainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.g_loss = state["g_loss"].to(self.device)
+        self._record()  # the optimizers have other tensors now
 
     def _run(self, network: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):

@@ -52,10 +52,19 @@ class Adam(torch.optim.Adam):
         self.skipped = torch.zeros((), device=everything[0].device)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        loss: Tensor | None = None,
+        rates: Tensor | None = None,
+    ) -> Any:
         """One step; returns what `closure` returns.
 
         loss: a scalar tensor; where it is not finite the step is skipped.
+        rates: for a step within a CUDA graph: a tensor (2,) on the device that is read in place of
+            the learning rate of every group and the decay of `average`, whose updates are then for
+            the caller to count.
         """
         result = None
         if closure is not None:
@@ -88,9 +97,10 @@ class Adam(torch.optim.Adam):
                 norm=norm,
                 max_norm=self.max_norm,
                 skipped=counter,
+                rates=rates,
             )
             counter = None  # a step is counted once
-        if self.average is not None:
+        if self.average is not None and rates is None:
             self.average.updates += 1
         return result
 

@@ -11,7 +11,6 @@
 namespace aigc_fast {
 namespace {
 
-constexpr int64_t kRows = 32;  // output rows of a unit of work
 constexpr int64_t kWord = 32;  // pixels of a word of bits
 
 // The bits of a plane: [height][negative, clamped][words].
@@ -23,37 +22,48 @@ struct Bits2 {
   uint32_t* clamped(int64_t row) const { return negative(row) + words; }
 };
 
-// to = clamp(lrelu(row)), and its bits if `bits` is given. Whole vectors are read and written.
+// row = clamp(lrelu(row)). Whole vectors are read and written; so below.
 template <class A>
-void activate_row(const A* row, A* to, int64_t size, A slope, A limit, const Bits2* bits,
-                  int64_t number) {
-  for (int64_t j = 0; j < size; j += kWord) {
-    uint32_t negative = 0, clamped = 0;
-    for (int64_t k = 0; k < kWord && j + k < size; k += kLanes<A>) {
-      Vec<A> v = load(row + j + k);
-      const Vec<Bits<A>> low = v <= 0;
-      v = low ? v * slope : v;
-      negative |= lane_bits<A>(low) << k;
-      clamped |= lane_bits<A>(abs<A>(v) > limit) << k;
-      store(to + j + k, max<A>(min<A>(v, broadcast(limit)), broadcast(-limit)));
-    }
-    if (!bits) continue;
-    const uint32_t valid = size - j < kWord ? (1u << (size - j)) - 1 : ~0u;
-    bits->negative(number)[j / kWord] = negative & valid;
-    bits->clamped(number)[j / kWord] = clamped & valid;
+AIGC_INLINE Vec<A> activated(Vec<A> v, Vec<Bits<A>> low, A slope, A limit) {
+  v = low ? v * slope : v;
+  return max<A>(min<A>(v, broadcast(limit)), broadcast(-limit));
+}
+template <class A>
+void activate_row(A* row, int64_t size, A slope, A limit) {
+  for (int64_t j = 0; j < size; j += kLanes<A>) {
+    const Vec<A> v = load(row + j);
+    store(row + j, activated<A>(v, v <= 0, slope, limit));
   }
 }
 
-// to = row times the derivative of activate_row.
+// The same, and its bits.
 template <class A>
-void apply_bits(const A* row, A* to, int64_t size, A slope, const Bits2& bits, int64_t number) {
+void activate_row(A* row, int64_t size, A slope, A limit, const Bits2& bits, int64_t number) {
+  for (int64_t j = 0; j < size; j += kWord) {
+    uint32_t negative = 0, clamped = 0;
+    for (int64_t k = 0; k < kWord && j + k < size; k += kLanes<A>) {
+      const Vec<A> v = load(row + j + k);
+      const Vec<Bits<A>> low = v <= 0;
+      negative |= lane_bits<A>(low) << k;
+      clamped |= lane_bits<A>(abs<A>(low ? v * slope : v) > limit) << k;
+      store(row + j + k, activated<A>(v, low, slope, limit));
+    }
+    const uint32_t valid = size - j < kWord ? (1u << (size - j)) - 1 : ~0u;
+    bits.negative(number)[j / kWord] = negative & valid;
+    bits.clamped(number)[j / kWord] = clamped & valid;
+  }
+}
+
+// row times the derivative of activate_row.
+template <class A>
+void apply_bits(A* row, int64_t size, A slope, const Bits2& bits, int64_t number) {
   for (int64_t j = 0; j < size; j += kWord) {
     const uint32_t negative = bits.negative(number)[j / kWord];
     const uint32_t clamped = bits.clamped(number)[j / kWord];
     for (int64_t k = 0; k < kWord && j + k < size; k += kLanes<A>) {
       Vec<A> v = load(row + j + k);
       v = mask_of<A>(negative >> k) ? v * slope : v;
-      store(to + j + k, mask_of<A>(clamped >> k) ? Vec<A>{} : v);
+      store(row + j + k, mask_of<A>(clamped >> k) ? Vec<A>{} : v);
     }
   }
 }
@@ -81,8 +91,8 @@ struct Stages {
     second_y = axis_of(1, g[3], g[10], g[11], second.size(0), height());
   }
 
-  // between(row, to, plane, number, own) does it; a row that several units of work meet is one
-  // unit's own.
+  // between(row, plane, number, own) does it; a row that several units of work meet is one unit's
+  // own.
   template <class T, class Between>
   void run(const Tensor& x, const std::optional<Tensor>& bias_in, const Tensor& first,
            const Tensor& second, bool flip, double gain, Tensor& out, Between between) const {
@@ -94,11 +104,11 @@ struct Stages {
     channel_values<A>(bias_in, channels, "bias", A(0), bias.data());
     const T* from = data<T>(x);
     T* to = mutable_data<T>(out);
-    const int64_t pieces = (second_y.out + kRows - 1) / kRows;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (width() * kRows));
+    const int64_t rows = rows_of_unit(planes, second_y.out);
+    const int64_t pieces = (second_y.out + rows - 1) / rows;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (width() * rows));
     torch::stable::parallel_for(0, planes * pieces, grain, [&](int64_t begin, int64_t end) {
       RowFilter<A> upper(up), lower(down);
-      std::vector<A> line((width() / kWord + 2) * kWord);
       for (int64_t u = begin; u < end; ++u) {
         const int64_t plane = u / pieces, piece = u % pieces;
         const T* image = from + plane * first_y.in * first_x.in;
@@ -108,15 +118,16 @@ struct Stages {
             store(row + left + j, load(image + i * first_x.in + left + j, lanes) + b, lanes);
           });
         };
-        const int64_t last = std::min(second_y.out, (piece + 1) * kRows);
-        const int64_t own = piece * kRows * second_y.down;
+        const int64_t last = std::min(second_y.out, (piece + 1) * rows);
+        const int64_t own = piece * rows * second_y.down;
         const int64_t own_end = piece + 1 == pieces ? height() : last * second_y.down;
         const auto activated = [&](int64_t m, int64_t left, int64_t right, A* row) {
-          between(upper.row(m, read), line.data(), plane, m, m >= own && m < own_end);
-          std::copy(line.data() + left, line.data() + right, row + left);
+          A* wide = upper.row(m, read);
+          between(wide, plane, m, m >= own && m < own_end);
+          std::copy(wide + left, wide + right, row + left);
         };
         upper.restart(), lower.restart();
-        for (int64_t o = piece * kRows; o < last; ++o) {
+        for (int64_t o = piece * rows; o < last; ++o) {
           const A* row = lower.row(o, activated);
           T* result = to + (plane * second_y.out + o) * second_x.out;
           for_vectors<A>(second_x.out,
@@ -159,10 +170,13 @@ std::tuple<Tensor, Tensor> filtered_lrelu(const Tensor& x_in, const Tensor& up_f
     using A = Acc<T>;
     const A limit = clamp ? A(*clamp) : std::numeric_limits<A>::infinity();
     s.run<T>(x, bias, up_filter, down_filter, flip, gain, y,
-             [&](const A* row, A* to, int64_t plane, int64_t number, bool own) {
+             [&](A* row, int64_t plane, int64_t number, bool own) {
                const Bits2 of_plane{bits + plane * height * 2 * words, words};
-               activate_row<A>(row, to, s.width(), A(slope), limit,
-                               keep_mask && own ? &of_plane : nullptr, number);
+               if (keep_mask && own) {
+                 activate_row<A>(row, s.width(), A(slope), limit, of_plane, number);
+               } else {
+                 activate_row<A>(row, s.width(), A(slope), limit);
+               }
              });
   });
   return {in_layout_of(x_in, y), mask};
@@ -182,11 +196,10 @@ Tensor filtered_mask(const Tensor& x_in, const Tensor& mask_in, const Tensor& fi
   uint32_t* bits = static_cast<uint32_t*>(const_cast<void*>(mask.const_data_ptr()));
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
-    s.run<T>(x, {}, first, second, flip, gain, y,
-             [&](const A* row, A* to, int64_t plane, int64_t number, bool) {
-               const Bits2 of_plane{bits + plane * s.height() * 2 * s.words(), s.words()};
-               apply_bits<A>(row, to, s.width(), A(slope), of_plane, number);
-             });
+    s.run<T>(x, {}, first, second, flip, gain, y, [&](A* row, int64_t plane, int64_t number, bool) {
+      const Bits2 of_plane{bits + plane * s.height() * 2 * s.words(), s.words()};
+      apply_bits<A>(row, s.width(), A(slope), of_plane, number);
+    });
   });
   return in_layout_of(x_in, y);
 }

@@ -1,85 +1,15 @@
-// FIR filters with zero-insertion before and decimation after, on the rows of a plane.
+// FIR filters (fir.h) on the rows of a plane.
 //
-// Output pixel o reads input pixel i through tap k where i up = o down + k - pad: zeros that `up`
-// inserts are never multiplied. Along a row, outputs of one phase (o mod P, with P = up / gcd(up,
-// down)) share their taps and read inputs `step` = down / gcd apart: rows are kept padded with
-// zeros and split by that step, so that every load is of neighbours.
+// Along a row, outputs of one phase (o mod P, with P = up / gcd(up, down)) share their taps and
+// read inputs `step` = down / gcd apart: rows are kept padded with zeros and split by that step, so
+// that every load is of neighbours.
 #pragma once
 
-#include <algorithm>
 #include <numeric>
 
-#include "tensor.h"
+#include "fir.h"
 
 namespace aigc_fast {
-
-// One direction.
-struct Axis {
-  int64_t up, down, pad, taps, in, out;
-
-  // The input that output o reads through tap k; false where that is an inserted zero.
-  bool source(int64_t o, int64_t k, int64_t* i) const {
-    const int64_t at = o * down + k - pad;
-    *i = (at - (at % up + up) % up) / up;
-    return *i * up == at;
-  }
-};
-
-// An axis with `before` and `after` zeros at its ends; refuses a filter that does not fit.
-inline Axis axis_of(int64_t up, int64_t down, int64_t before, int64_t after, int64_t taps,
-                    int64_t in) {
-  require(up >= 1 && down >= 1, "up and down must be at least 1");
-  const int64_t last = in * up + before + after - taps;
-  require(last >= 0, "filter must not be larger than the padded image");
-  return {up, down, before, taps, in, last / down + 1};
-}
-
-// A filter of both directions, times gain.
-template <class A>
-struct Fir {
-  Axis y, x;
-  bool separable;
-  std::vector<A> taps;      // [height][width] as correlated, or those of both directions
-  std::vector<A> vertical;  // separable: the taps times gain
-
-  Fir(const Axis& y, const Axis& x, const Tensor& filter, bool flip, double gain)
-      : y(y), x(x), separable(filter.dim() == 1), taps(filter.numel()) {
-    const Tensor dense = as_contiguous(filter);
-    dispatch(dense, "filter", [&]<class F>(F) {
-      for (int64_t i = 0; i < filter.numel(); ++i)
-        taps[i] = static_cast<A>(load_n(data<F>(dense) + i, 1)[0]);
-    });
-    if (!flip) std::reverse(taps.begin(), taps.end());
-    if (separable) vertical = taps;
-    for (A& tap : separable ? vertical : taps) tap = static_cast<A>(tap * gain);
-  }
-
-  A weight(int64_t ky, int64_t kx) const { return taps[ky * x.taps + kx]; }
-};
-
-inline void check_filter(const Tensor& filter, const char* name) {
-  require(filter.numel() > 0 && (filter.dim() == 1 || filter.dim() == 2), name,
-          " must have shape (height, width) or (taps,)");
-}
-
-template <class T, class A>
-struct Tap {
-  const T* from;
-  A weight;
-};
-
-// The rows that output row o reads, as (tap, input row).
-struct RowTap {
-  int64_t tap, row;
-};
-inline void row_taps(const Axis& y, int64_t o, std::vector<RowTap>* found) {
-  found->clear();
-  // Every up-th tap meets a pixel, the first such is k; divisions are slow.
-  const int64_t at = o * y.down - y.pad, beyond = (at % y.up + y.up) % y.up;
-  int64_t k = beyond ? y.up - beyond : 0;
-  for (int64_t i = (at + k) / y.up; k < y.taps; k += y.up, ++i)
-    if (i >= 0 && i < y.in) found->push_back({k, i});
-}
 
 template <int N, class A>
 AIGC_INLINE void sum_batch(const std::vector<Tap<A, A>>& taps, int64_t i, A* to) {
@@ -108,8 +38,11 @@ template <class A>
 void sum_taps(const std::vector<Tap<A, A>>& taps, int64_t size, A* to) {
   constexpr int lanes = kLanes<A>, kBatch = 4;  // of vectors whose sums do not wait for another
   int64_t i = 0;
-  for (; i + kBatch * lanes <= size; i += kBatch * lanes) sum_batch<kBatch>(taps, i, to);
-  for (; i < size; i += lanes) sum_batch<1>(taps, i, to);
+  for (; i + (kBatch - 1) * lanes < size; i += kBatch * lanes) sum_batch<kBatch>(taps, i, to);
+  const int64_t left = (size - i + lanes - 1) / lanes;
+  if (left == 3) sum_batch<3>(taps, i, to);
+  if (left == 2) sum_batch<2>(taps, i, to);
+  if (left == 1) sum_batch<1>(taps, i, to);
 }
 
 // Lanes a0 b0 a1 b1 ... (half 0) or those from the middle on (half 1).
@@ -129,7 +62,26 @@ AIGC_INLINE Vec<A> every_second(Vec<A> a, Vec<A> b, int first) {
   return __builtin_shuffle(a, b, order);
 }
 
+// Zeros that begin at a multiple of a vector: one that spans two lines of the cache takes twice as
+// long to load.
+template <class A>
+class Vectors {
+ public:
+  void resize(int64_t elements) { memory_.resize((elements + kLanes<A> - 1) / kLanes<A>); }
+  A* data() { return reinterpret_cast<A*>(memory_.data()); }
+
+ private:
+  struct One {
+    Vec<A> zeros = {};
+  };
+  std::vector<One> memory_;
+};
+
 // The rows of a filtered plane, in increasing order; input rows are asked for as they are needed.
+//
+// A separable filter goes down the columns first, so that a row of the result is filtered along
+// once, but along the rows first where it makes several of each: then every row that is read is
+// filtered along, and kept so.
 template <class A>
 class RowFilter {
  public:
@@ -138,20 +90,23 @@ class RowFilter {
         phases_(fir.x.up / std::gcd(fir.x.up, fir.x.down)),
         step_(fir.x.down / std::gcd(fir.x.up, fir.x.down)),
         columns_((fir.x.out + phases_ - 1) / phases_),
-        stride_((columns_ + kAll) / kAll * kAll + kAll),
-        ring_((fir.y.taps - 1) / fir.y.up + 2) {
+        stride_((columns_ + kAll - 1) / kAll * kAll),
+        ring_((fir.y.taps - 1) / fir.y.up + 2),
+        along_first_(fir.separable && fir.y.up > fir.y.down) {
     const Axis& x = fir.x;
     int64_t highest;
     x.source(0, 0, &lowest_);
     x.source(x.out - 1 + phases_, x.taps - 1, &highest);
-    length_ = ((highest - lowest_) / step_ + 2 * kAll) / kAll * kAll + kAll;
+    length_ = ((highest - lowest_) / step_ + kAll) / kAll * kAll;
     begin_ = std::max<int64_t>(0, lowest_);
     end_ = std::max(begin_, std::min(x.in, highest + 1));
-    lines_.resize(ring_ * step_ * length_);
-    mixed_.resize(fir.separable ? step_ * length_ : 0);
-    row_.resize(step_ > 1 ? step_ * length_ : 0);
-    result_.resize(phases_ * stride_);
-    natural_.resize(phases_ > 1 ? phases_ * stride_ : 0);
+    const int64_t split = step_ * length_ + kAll;  // taps read on beyond the last line's end
+    line_ = along_first_ ? phases_ * stride_ : split;
+    lines_.resize(ring_ * line_);
+    if (fir.separable) mixed_.resize(split);
+    if (step_ > 1) row_.resize(split);
+    if (phases_ > 1) result_.resize(phases_ * stride_);
+    natural_.resize(phases_ * stride_);
     // Which element of a line the outputs of a phase start from; found once, divisions are slow.
     plan_.resize(phases_), across_.resize(phases_);
     for (int64_t p = 0; p < phases_ && p < x.out; ++p)
@@ -169,32 +124,37 @@ class RowFilter {
   // Before the first row of another plane, or an earlier row.
   void restart() { filled_ = 0; }
 
-  // Row o, of at least x.out elements and then some to the end of a vector. read(i, begin, end, to)
-  // puts elements [begin, end) of input row i at to + begin.
+  // Row o, of at least x.out elements and then some to the end of a vector; the caller may change
+  // it. read(i, begin, end, to) puts elements [begin, end) of input row i at to + begin.
   template <class Read>
-  const A* row(int64_t o, Read&& read) {
+  A* row(int64_t o, Read&& read) {
     row_taps(fir_.y, o, &rows_);
     for (const RowTap& r : rows_)
       if (r.row >= filled_) fill(r.row, read), filled_ = r.row + 1;
-    if (fir_.separable) {
-      taps_.resize(rows_.size());
-      for (size_t r = 0; r < rows_.size(); ++r)
-        taps_[r] = {line(rows_[r].row), fir_.vertical[rows_[r].tap]};
+    taps_.resize(rows_.size());
+    // The rows are neighbours; a division for each would take as long as its sum.
+    int64_t place = rows_.empty() ? 0 : rows_[0].row % ring_;
+    for (size_t r = 0; r < rows_.size(); ++r) {
+      taps_[r] = {lines_.data() + place * line_,
+                  fir_.separable ? fir_.vertical[rows_[r].tap] : A(0)};
+      if (++place == ring_) place = 0;
+    }
+    if (along_first_) {
+      sum_taps(taps_, fir_.x.out, natural_.data());
+    } else if (fir_.separable) {
       sum_taps(taps_, step_ * length_, mixed_.data());
+      along(natural_.data());
+    } else {
+      by_phase(natural_.data(), [&](int64_t p, A* to) {
+        all_taps_.resize(plan_[p].size() * rows_.size());
+        auto tap = all_taps_.begin();
+        for (const PhaseTap& t : plan_[p])
+          for (size_t r = 0; r < rows_.size(); ++r)
+            *tap++ = {taps_[r].from + t.at, fir_.weight(rows_[r].tap, t.tap)};
+        sum_taps(all_taps_, columns_, to);
+      });
     }
-    for (int64_t p = 0; p < phases_; ++p) {
-      A* to = result_.data() + p * stride_;
-      if (fir_.separable) {
-        sum_taps(across_[p], columns_, to);
-        continue;
-      }
-      taps_.resize(plan_[p].size() * rows_.size());
-      auto tap = taps_.begin();
-      for (const PhaseTap& t : plan_[p])
-        for (const RowTap& r : rows_) *tap++ = {line(r.row) + t.at, fir_.weight(r.tap, t.tap)};
-      sum_taps(taps_, columns_, to);
-    }
-    return phases_ == 1 ? result_.data() : interleaved();
+    return natural_.data();
   }
 
  private:
@@ -203,29 +163,47 @@ class RowFilter {
     int64_t tap, at;
   };
 
-  A* line(int64_t i) { return lines_.data() + i % ring_ * step_ * length_; }
-
   template <class Read>
   void fill(int64_t i, Read& read) {
-    A* to = line(i);
+    A* to = lines_.data() + i % ring_ * line_;
+    split(i, read, along_first_ ? mixed_.data() : to);
+    if (along_first_) along(to);
+  }
+
+  // Input row i between zeros, every step-th element beside the other.
+  template <class Read>
+  void split(int64_t i, Read& read, A* to) {
     if (step_ == 1) return read(i, begin_, end_, to - lowest_);
-    read(i, begin_, end_, row_.data() - lowest_);
+    A* row = row_.data();
+    read(i, begin_, end_, row - lowest_);
     if (step_ == 2) {
       for (int64_t e = 0; e < length_; e += kAll) {
-        const Vec<A> a = load(row_.data() + 2 * e), b = load(row_.data() + 2 * e + kAll);
+        const Vec<A> a = load(row + 2 * e), b = load(row + 2 * e + kAll);
         store(to + e, every_second<A>(a, b, 0));
         store(to + length_ + e, every_second<A>(a, b, 1));
       }
       return;
     }
     for (int64_t q = 0; q < step_; ++q)
-      for (int64_t e = 0; e < length_; ++e) to[q * length_ + e] = row_[q + step_ * e];
+      for (int64_t e = 0; e < length_; ++e) to[q * length_ + e] = row[q + step_ * e];
+  }
+
+  // A row of the result from the split row in mixed_.
+  void along(A* to) {
+    by_phase(to, [&](int64_t p, A* out) { sum_taps(across_[p], columns_, out); });
+  }
+
+  // sums(p, to) makes the outputs of phase p; they come in the order of the row.
+  template <class Sums>
+  void by_phase(A* to, Sums sums) {
+    if (phases_ == 1) return sums(0, to);
+    for (int64_t p = 0; p < phases_; ++p) sums(p, result_.data() + p * stride_);
+    interleave(to);
   }
 
   // The phases' results in the order of the row.
-  const A* interleaved() {
+  void interleave(A* to) {
     const A* from = result_.data();
-    A* to = natural_.data();
     if (phases_ == 2) {
       for (int64_t m = 0; m < columns_; m += kAll) {
         const Vec<A> a = load(from + m), b = load(from + stride_ + m);
@@ -245,15 +223,16 @@ class RowFilter {
       for (int64_t p = 0; p < phases_; ++p)
         for (int64_t m = 0; m < columns_; ++m) to[m * phases_ + p] = from[p * stride_ + m];
     }
-    return to;
   }
 
   const Fir<A>& fir_;
-  int64_t phases_, step_, columns_, stride_, ring_, lowest_, length_, begin_, end_, filled_ = 0;
-  std::vector<A> lines_, mixed_, row_, result_, natural_;
+  int64_t phases_, step_, columns_, stride_, ring_;
+  bool along_first_;
+  int64_t lowest_, length_, line_, begin_, end_, filled_ = 0;
+  Vectors<A> lines_, mixed_, row_, result_, natural_;
   std::vector<std::vector<PhaseTap>> plan_;
   std::vector<RowTap> rows_;
-  std::vector<Tap<A, A>> taps_;
+  std::vector<Tap<A, A>> taps_, all_taps_;
   std::vector<std::vector<Tap<A, A>>> across_;  // separable: the taps of each phase
 };
 

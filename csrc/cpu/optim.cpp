@@ -34,12 +34,16 @@ void require_dtype(const Tensor& x, const Tensor& like, const char* name) {
   require(x.scalar_type() == like.scalar_type(), name, " must have the dtype of the first tensor");
 }
 
-// Scalars may have any floating dtype.
+// Scalars and rates may have any floating dtype.
+double number_at(const Tensor& x, int64_t offset, const char* name) {
+  double value = 0;
+  dispatch(x, name, [&]<class T>(T) { value = load_n(data<T>(x) + offset, 1)[0]; });
+  return value;
+}
+
 double scalar_of(const Tensor& x, const char* name) {
   require(x.numel() == 1, name, " must be a scalar");
-  double value = 0;
-  dispatch(x, name, [&]<class T>(T) { value = load_n(data<T>(x), 1)[0]; });
-  return value;
+  return number_at(x, 0, name);
 }
 
 // One more; the new number.
@@ -110,7 +114,8 @@ void adam_step(const std::vector<Tensor>& params_in, const std::vector<Tensor>& 
                const std::vector<Tensor>& steps, const std::vector<Tensor>& averages_in,
                const std::optional<Tensor>& norm, std::optional<Tensor> skipped, double lr,
                double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-               double ema_decay, std::optional<double> max_norm) {
+               double ema_decay, std::optional<double> max_norm,
+               const std::optional<Tensor>& rates) {
   const size_t count = params_in.size();
   if (count == 0) return;
   const bool averaged = !averages_in.empty();
@@ -126,6 +131,11 @@ void adam_step(const std::vector<Tensor>& params_in, const std::vector<Tensor>& 
   for (size_t i = 0; i < count; ++i) {
     require_dtype(params_in[i], params_in[0], "params");
     scalar_of(steps[i], "steps");  // refuses what is none, before anything is written
+  }
+  if (rates) {
+    require(rates->dim() == 1 && rates->numel() == 2, "rates must have shape (2,)");
+    lr = number_at(*rates, 0, "rates");
+    ema_decay = number_at(*rates, rates->stride(0), "rates");
   }
   double clip = 1;
   if (norm) {

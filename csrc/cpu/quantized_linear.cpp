@@ -1,7 +1,8 @@
 // y = x @ weight.T + bias for weights of 4- or 8-bit codes (quantized.h has the layout).
 //
 // Each tile of 16 rows of the weight is read once for all the rows of x. With few rows the cost is
-// reading the weight; the products of codes take a third of that time.
+// reading the weight; the products of codes take a third of that time. Many rows of 16 bits meet a
+// dense copy of the weight in the library's product, which has instructions for them.
 #include "quantized.h"
 
 namespace aigc_fast {
@@ -41,6 +42,40 @@ void round_to_codes(std::vector<double>& x, int64_t group_size) {
   }
 }
 
+constexpr int64_t kDenseRows = 64;
+constexpr int64_t kDenseSize = int64_t{1} << 21;  // elements: new memory costs more than decoding
+
+// y = x @ weight.T + bias, all contiguous, for many rows of x.
+template <class T>
+void dense_linear(const Tensor& x, const QuantizedFormat& f, const uint8_t* blocks, const T* bias,
+                  int64_t out_features, T* y) {
+  const int64_t in_features = x.size(-1), rows = x.numel() / in_features;
+  const int64_t tiles = (out_features + kTileRows - 1) / kTileRows;
+  const int64_t some = std::max<int64_t>(1, kDenseSize / (in_features * kTileRows));
+  const int64_t grain = std::max<int64_t>(1, kGrain / (in_features * kTileRows));
+  for (int64_t tile = 0; tile < tiles; tile += some) {
+    const int64_t first = tile * kTileRows, count = std::min(some, tiles - tile);
+    const int64_t width = std::min(count * kTileRows, out_features - first);
+    Tensor dense = empty({in_features, width}, x.scalar_type());
+    T* columns = mutable_data<T>(dense);
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      decode_tiles(f, blocks + tile * f.tile_bytes(), begin, end, in_features, width, columns);
+    });
+    Tensor product = torch::stable::matmul(x, dense);
+    if (product.scalar_type() != x.scalar_type())  // as autocast likes it
+      product = torch::stable::to(product, x.scalar_type());
+    const T* from = data<T>(product);
+    torch::stable::parallel_for(0, rows, kGrain / width + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        for_vectors<float>(width, [&](int64_t i, auto n) {
+          Vec<float> v = load(from + row * width + i, n);
+          if (bias) v += load(bias + first + i, n);
+          store(y + row * out_features + first + i, v, n);
+        });
+    });
+  }
+}
+
 Tensor quantized_linear(const Tensor& x_in, const Tensor& weight_in,
                         const std::optional<Tensor>& bias_in, int64_t bits, int64_t group_size,
                         int64_t out_features, bool quantize_activations) {
@@ -70,6 +105,9 @@ Tensor quantized_linear(const Tensor& x_in, const Tensor& weight_in,
     using A = Acc<T>;
     const T *in = data<T>(x), *b = bias ? data<T>(*bias) : nullptr;
     T* out = mutable_data<T>(y);
+    if constexpr (sizeof(T) == 2)
+      if (rows >= kDenseRows && !quantize_activations)
+        return dense_linear<T>(x, f, blocks, b, out_features, out);
     auto finish = [&](int64_t row, int64_t tile, const A* results) {
       const int64_t column = tile * kTileRows;
       for_vectors<A>(std::min(kTileRows, out_features - column), [&](int64_t i, auto n) {

@@ -202,7 +202,56 @@ void multiply(const QuantizedFormat& f, const uint8_t* blocks, const Activations
     for_row_runs<kRows>(rows, [&](int64_t first, auto m) { run(first, one, m); });
 }
 
+// The first `columns` of a group of a tile: `count` elements of each, `stride` from one to the
+// next.
+template <int bits, class T>
+void decode_group(const QuantizedFormat& f, const uint8_t* block, int64_t columns, int64_t count,
+                  int64_t stride, T* out) {
+  constexpr int mask = (1 << bits) - 1, lanes = kLanes<float>;
+  Vec<float> scale[kParts], zero[kParts];
+  load_halves(block + f.code_bytes(), scale);
+  for (int i = 0; i < kParts; ++i) zero[i] = scale[i] * -float(f.zero());
+  if (f.has_minimum) load_halves(block + f.code_bytes() + 2 * kTileRows, zero);
+  for (int64_t column = 0; column < columns; block += 64) {
+    I32 raw[kParts];
+    load_bytes(block, raw);
+#pragma GCC unroll 8
+    for (int k = 0; k < 32 / bits; ++k, ++column, out += stride) {
+      if (column == columns) return;
+      const int shift = bits == 8 ? 8 * k : 8 * (k % 4) + k / 4 * 4;
+      for (int i = 0; i < kParts; ++i) {
+        const Vec<float> code = __builtin_convertvector(raw[i] >> shift & mask, Vec<float>);
+        const int64_t left = count - i * lanes;
+        if (left >= lanes)
+          store(out + i * lanes, code * scale[i] + zero[i]);
+        else if (left > 0)
+          store_n(out + i * lanes, code * scale[i] + zero[i], left);
+      }
+    }
+  }
+}
+
 }  // namespace
+
+template <class T>
+void decode_tiles(const QuantizedFormat& f, const uint8_t* blocks, int64_t begin, int64_t end,
+                  int64_t in_features, int64_t out_features, T* out) {
+  constexpr int64_t kSome = 8;  // tiles side by side, which fill whole cache lines of a column
+  auto* decode = f.bits == 4 ? &decode_group<4, T> : &decode_group<8, T>;
+  for (int64_t some = begin; some < end; some += kSome)
+    for (int64_t g = 0; g < f.groups; ++g)
+      for (int64_t tile = some; tile < std::min(end, some + kSome); ++tile) {
+        const int64_t row = tile * kTileRows, column = g * f.group_size;
+        decode(f, blocks + tile * f.tile_bytes() + g * f.block_bytes(),
+               std::min(f.group_size, in_features - column),
+               std::min(kTileRows, out_features - row), out_features,
+               out + column * out_features + row);
+      }
+}
+template void decode_tiles(const QuantizedFormat&, const uint8_t*, int64_t, int64_t, int64_t,
+                           int64_t, bf16*);
+template void decode_tiles(const QuantizedFormat&, const uint8_t*, int64_t, int64_t, int64_t,
+                           int64_t, fp16*);
 
 void multiply_tiles(const QuantizedFormat& f, const uint8_t* blocks, const Activations& x,
                     int64_t rows, int64_t begin, int64_t end, const Finish& finish) {

@@ -42,8 +42,6 @@ struct Job {
   Epilogue<A> epilogue;
 };
 
-constexpr int64_t kRows = 32;  // output rows of a unit of work
-
 // Rows [first, last) of one plane of a contiguous image.
 template <class T, class A = Acc<T>>
 void contiguous_rows(const Job<T>& job, RowFilter<A>& filter, int64_t plane, int64_t first,
@@ -146,7 +144,8 @@ Tensor upfirdn2d(const Tensor& x_in, const Tensor& filter, std::vector<int64_t> 
     job.bias.resize(c);
     channel_values<A>(bias, c, "bias", 0, job.bias.data());
     with_act(act, [&]<Act a>(std::integral_constant<Act, a>) { job.write = &write_row<T, a>; });
-    const int64_t grain = std::max<int64_t>(1, kGrain / (x.out * (last ? c : kRows)));
+    const int64_t rows = last ? 1 : rows_of_unit(n * c, y.out);
+    const int64_t grain = std::max<int64_t>(1, kGrain / (x.out * (last ? c : rows)));
     if (last) {
       for (int64_t o = 0; o < x.out; ++o)
         for (int64_t k = 0; k < x.taps; ++k) {
@@ -158,12 +157,12 @@ Tensor upfirdn2d(const Tensor& x_in, const Tensor& filter, std::vector<int64_t> 
         for (int64_t u = begin; u < end; ++u) channels_last_row(job, u / y.out, u % y.out);
       });
     } else {
-      const int64_t pieces = (y.out + kRows - 1) / kRows;
+      const int64_t pieces = (y.out + rows - 1) / rows;
       torch::stable::parallel_for(0, n * c * pieces, grain, [&](int64_t begin, int64_t end) {
-        RowFilter<A> rows(job.fir);
+        RowFilter<A> filter(job.fir);
         for (int64_t u = begin; u < end; ++u) {
-          const int64_t first = u % pieces * kRows;
-          contiguous_rows(job, rows, u / pieces, first, std::min(y.out, first + kRows));
+          const int64_t first = u % pieces * rows;
+          contiguous_rows(job, filter, u / pieces, first, std::min(y.out, first + rows));
         }
       });
     }

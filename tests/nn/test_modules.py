@@ -209,6 +209,23 @@ def test_quantized_linear_of_any_width_has_one_scale_a_row():
     torch.testing.assert_close(ours(x), linear(x), rtol=0, atol=0.02)
 
 
+def test_many_rows_of_rounded_activations_are_multiplied_in_bfloat16(monkeypatch):
+    """Closer to the layer with activations as they are than int8 is."""
+    linear = nn.Linear(96, 40)
+    ours = QuantizedLinear.from_linear(linear, 4, 32, quantize_activations=True)
+    x = torch.randn(2, 32, 96)
+    exact = QuantizedLinear.from_linear(linear, 4, 32)(x)
+    errors = []
+    for fast in (False, True):
+        answer = "aigc_fast.nn.quantized_linear.has_fast_bfloat16"
+        monkeypatch.setattr(answer, lambda device, fast=fast: fast)
+        y = ours(x)
+        assert y.dtype == torch.float32
+        errors.append((y - exact).square().mean().sqrt().item())
+        assert torch.equal(ours(x[:1, :3]), y[:1, :3]) is not fast  # few rows stay int8
+    assert 0 < errors[1] < errors[0]
+
+
 @pytest.mark.parametrize("module", [LinearBiasAct(7, 5, "lrelu", gain=1.0), BiasAct(7), RMSNorm(7)])
 def test_modules_describe_themselves(module):
     assert "7" in repr(module)

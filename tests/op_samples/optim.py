@@ -29,6 +29,13 @@ def _samples() -> list[Sample]:
         _step(name="no_momentum", lr=0.01, betas=(0.0, 0.99)),
         _step(((5000,), (3,), (4097,)), averages=True, name="parts", ema_decay=0.99),
         mixed,
+        _step(
+            ((3, 17),),
+            averages=True,
+            name="rates",
+            rates=torch.tensor([0.1, 0.9]).double(),
+            weight_decay=0.1,
+        ),
     ]
 
 
@@ -45,6 +52,13 @@ def _refusals() -> list[Refusal]:
             ([x, x.float()],) * 4 + ([t, t],),
             TypeError,
             r"params\[1\] must have the dtype",
+        ),
+        Refusal(
+            "rates",
+            ([x], [x], [x], [x], [t]),
+            ValueError,
+            r"rates must have shape \(2,\)",
+            {"rates": rand(3)},
         ),
         Refusal("steps", ([x],) * 4 + ([t.int()],), TypeError, r"steps\[0\] must be float64"),
     ]

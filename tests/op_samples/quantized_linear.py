@@ -37,6 +37,7 @@ def _samples() -> list[Sample]:
         "four_wide": _call((4,), 16, 1024, 4, 32),
         "eight_wide": _call((8,), 33, 200, 8, 40, symmetric=False, bias=True),
         "prompt": _call((70,), 80, 64, 4, 32, symmetric=False, bias=True),
+        "prompt_odd": _call((2, 35), 33, 37, 8, None, bias=True),
     }
     for name in ("q4_0", "q4_1", "q8_0", "per_channel_odd", "many_rows", "threads", "prompt"):
         args, kwargs = named[name]

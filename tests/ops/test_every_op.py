@@ -71,7 +71,7 @@ def call(op: OpSamples, args: tuple, kwargs: dict) -> list[Tensor]:
 
 def worst(got: Tensor, exact: Tensor) -> float:
     """Largest error where the exact result is finite; elsewhere both must be the same."""
-    got = got.detach().cpu().double()
+    got, exact = got.detach().cpu().double(), exact.double()
     finite = exact.isfinite()
     torch.testing.assert_close(got[~finite], exact[~finite], rtol=0, atol=0, equal_nan=True)
     return (got - exact)[finite].abs().max().item() if finite.any() else 0.0

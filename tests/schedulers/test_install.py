@@ -36,7 +36,8 @@ def calls(monkeypatch):
         return lambda *a, **k: count.append(1) or step(*a, **k)
 
     monkeypatch.setattr(ops, "scheduler_step", counted(ops.scheduler_step))
-    monkeypatch.setattr(linear, "_scheduler_step", counted(linear._scheduler_step))
+    for name in ("_scheduler_step", "_scheduler_step_full"):
+        monkeypatch.setattr(linear, name, counted(getattr(linear, name)))
     return count
 
 

@@ -21,12 +21,12 @@ SAMPLES = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(10) % 3
 
 
-def trainer(recipe, seed=0, num_classes=None):
+def trainer(recipe, seed=0, num_classes=None, **options):
     torch.manual_seed(0)
     norm = "batch" if recipe.penalty is None else None
     generator = DCGANGenerator(28, 1, 2, latent_dim=4, num_classes=num_classes)
     discriminator = DCGANDiscriminator(28, 1, 2, norm, num_classes)
-    return GANTrainer(generator, discriminator, 4, recipe, seed=seed)
+    return GANTrainer(generator, discriminator, 4, recipe, seed=seed, **options)
 
 
 def losses(of, epochs=2, labels=None):

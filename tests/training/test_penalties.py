@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradgradcheck
 
+from aigc_fast import ops
 from aigc_fast.models.gan import DCGANDiscriminator
 from aigc_fast.training import gradient_penalty, path_length_penalty, r1_penalty
 
@@ -54,6 +56,40 @@ def test_second_derivatives_of_a_critic(norm):
         return torch.func.functional_call(critic, dict(zip(names, weights, strict=True)), (x,))
 
     assert gradgradcheck(judge, (x, *weights), fast_mode=True)
+
+
+def test_no_zeros_go_through_a_piecewise_linear_network():
+    """Its penalty has no gradient with respect to activations; biases get the zero of torch."""
+    w, b, head = torch.randn(4, 2, 3, 3), torch.randn(4), torch.randn(4, 4, 3, 3)
+    fir, image = torch.tensor([0.25, 0.75]), torch.randn(2, 2, 8, 8)
+    seen: list[torch.Tensor | None] = []
+
+    def grads(function):
+        parameters = [p.clone().requires_grad_() for p in (w, b, head)]
+
+        def judge(x):
+            y = F.conv2d(x, parameters[0])
+            y.register_hook(seen.append)
+            return F.conv2d(function(y, parameters[1]), parameters[2]).flatten(1)
+
+        r1 = r1_penalty(judge, image)
+        seen.clear()  # the gradient by the image
+        return torch.autograd.grad(r1, parameters)
+
+    def plain(y, bias):
+        y = F.leaky_relu(y + bias[:, None, None], 0.2)
+        return ops.upfirdn2d(y, fir)
+
+    def wide(y, bias):
+        return ops.upfirdn2d(ops.bias_act(y, bias, act="lrelu", gain=1.0), fir)
+
+    def filtered(y, bias):
+        return ops.filtered_lrelu(y, None, fir, bias, gain=1.0)
+
+    expected = grads(plain)
+    for function in (wide, filtered):
+        torch.testing.assert_close(grads(function), expected)
+        assert all(g is None for g in seen)
 
 
 def test_path_length_follows_its_mean():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from aigc_fast import ops
+from aigc_fast._graphs import Replay, check_graph
 
 from .cache import KVCache, allocate
 from .decoder_lm import DecoderLM
@@ -48,6 +52,7 @@ class Engine:
         max_batch_size: int = 32,
         prefill_chunk: int = 512,
         cache_dtype: torch.dtype | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         """
         Args:
@@ -57,9 +62,16 @@ class Engine:
             prefill_chunk: tokens of a prompt computed at once. Others wait as long for a token.
             cache_dtype: of keys and values: the model's, or a narrower one, such as float16 beside
                 float32: half the memory, and half the time that attention takes to read it.
+            cuda_graph: whether a decoding step, sampling included, is one CUDA graph for each
+                number of running requests; nothing then waits for the device but the reading of
+                the tokens. A step of a model with dynamic rotary scaling past its original length,
+                whose angles change with the length, is always run without. That the step can be
+                recorded is tested on the CPU, by replaying the operators that it calls; the
+                recording itself has not run on a GPU yet.
 
         Raises:
-            ValueError: a number is not positive.
+            ValueError: a number is not positive, or cuda_graph is True for a model on the CPU.
+            RuntimeError: from `step`, where the device cannot record the model's decoding step.
         """
         for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
             if value < 1:
@@ -73,6 +85,11 @@ class Engine:
             raise TypeError(f"cache_dtype must be a floating-point dtype, got {cache_dtype}")
         dtype = cache_dtype or weight.dtype
         self._memory = allocate(model.config, num_pages, page_size, dtype, weight.device)
+        self._graph: Replay | None = None
+        check_graph(cuda_graph, weight.device)
+        if cuda_graph:
+            step = functools.partial(_decoding_step, model, self._memory)
+            self._graph = Replay(step, weight.device)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._batch: _Batch | None = None
@@ -202,14 +219,15 @@ class Engine:
             request.computed = end
             return []
         sampler = BatchSampler([request.choice], self._device)
-        token, logprob = sampler(self.model.logits(hidden[:, -1]), [0])
+        tokens, logprobs = sampler(self.model.logits(hidden[:, -1]), [0])
+        [token], [logprob] = _checked(tokens.tolist()), logprobs.tolist()
         request.computed = end
         self.pool.publish(request.held, request.prompt)
-        sampler.count(0, int(token))
+        sampler.count(0, token)
         self._waiting.popleft()
         self._running.append(request)
         self._batch = None
-        return [request.accept([int(token)], [float(logprob)])]
+        return [request.accept([token], [logprob])]
 
     def _decode(self) -> list[Update]:
         """One step of all running requests; a guessed token is a row of its own, at its place in
@@ -240,6 +258,8 @@ class Engine:
     def _block_table(self, requests: Sequence[Request]) -> Tensor:
         held = [request.held.ids for request in requests if request.held is not None]
         width = max(map(len, held))
+        if self._graph is not None:  # few widths, since each has a graph of its own
+            width = 1 << (width - 1).bit_length()
         table = [ids + [0] * (width - len(ids)) for ids in held]
         return torch.tensor(table, dtype=torch.int32, device=self._device)
 
@@ -261,6 +281,7 @@ class _Batch:
 
     def __init__(self, engine: Engine) -> None:
         self._model, self._memory, self._device = engine.model, engine._memory, engine._device
+        self._graph = engine._graph
         self._block_table = engine._block_table(engine._running)
         self.sampler = BatchSampler([r.choice for r in engine._running], engine._device)
 
@@ -276,6 +297,13 @@ class _Batch:
         table = self._block_table
         if len(rows) != len(table):
             table = table[torch.tensor(rows, device=self._device)]
+        scaling = self._model.config.rope_scaling
+        if self._graph is not None and not (scaling and scaling.stretches(max(lengths) + 1)):
+            numbers = torch.tensor([token_ids, lengths, self.sampler.steps(rows)])
+            arguments = self.sampler.arguments(rows)
+            (found,) = self._graph(numbers, table, tuple(arguments), *arguments.values())
+            chosen, logprobs = found.tolist()
+            return _checked([int(token) for token in chosen]), logprobs
         cache = KVCache(
             self._memory,
             torch.tensor(lengths, dtype=torch.int32, device=self._device),
@@ -285,7 +313,42 @@ class _Batch:
         ids = torch.tensor(token_ids, device=self._device)[:, None]
         hidden = self._model.hidden_states(ids, cache)[:, 0]
         tokens, logprobs = self.sampler(self._model.logits(hidden), rows)
-        return tokens.tolist(), logprobs.tolist()
+        return _checked(tokens.tolist()), logprobs.tolist()
+
+
+def _decoding_step(
+    model: DecoderLM,
+    memory: list[Tensor],
+    numbers: Tensor,
+    block_table: Tensor,
+    names: tuple[str, ...],
+    *arguments: Any,
+) -> tuple[Tensor]:
+    """`_Batch.next_tokens` of tensors alone, for a CUDA graph.
+
+    Args:
+        numbers: int64 (3, rows): the tokens, how many are before each, and the sampler's steps.
+        names, arguments: of `ops.sample_tokens`.
+
+    Returns:
+        float64 (2, rows), tokens and log-probabilities, which hold both exactly: one reading.
+    """
+    ids, lengths, steps = numbers.unbind()
+    # No number says here how much of the cache is used: the graph would keep it. There is room,
+    # since a request has all its pages from the beginning.
+    cache = KVCache(memory, lengths.int(), block_table=block_table)
+    logits = model.logits(model.hidden_states(ids[:, None], cache)[:, 0])
+    options = dict(zip(names, arguments, strict=True))
+    tokens, logprobs = ops.sample_tokens(logits, steps=steps, **options)
+    return (torch.stack([tokens.double(), logprobs.double()]),)
+
+
+def _checked(tokens: list[int]) -> list[int]:
+    if min(tokens) < 0:  # what a GPU gives, where the CPU's operator raises this itself
+        raise ValueError(
+            "logits must have no NaN or +inf and at least one finite value in each row"
+        )
+    return tokens
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:

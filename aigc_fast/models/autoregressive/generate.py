@@ -28,6 +28,7 @@ def generate(
     tokenizer: TextTokenizer | None = None,
     sampling: Sampling = GREEDY,
     cache_dtype: torch.dtype | None = None,
+    cuda_graph: bool = False,
     **options: Any,
 ) -> list[Request]:
     """The answers to some prompts, in their order; arguments as for `stream`.
@@ -36,7 +37,7 @@ def generate(
     >>> answer.text, answer.tokens, answer.logprobs, answer.finish_reason
     """
     engine, requests = _prepare(
-        model, prompts, max_new_tokens, tokenizer, sampling, cache_dtype, options
+        model, prompts, max_new_tokens, tokenizer, sampling, cache_dtype, cuda_graph, options
     )
     while not engine.idle:
         engine.step()
@@ -51,6 +52,7 @@ def stream(
     tokenizer: TextTokenizer | None = None,
     sampling: Sampling = GREEDY,
     cache_dtype: torch.dtype | None = None,
+    cuda_graph: bool = False,
     **options: Any,
 ) -> Iterator[Update]:
     """Yields what comes for each prompt as it comes. Closing the iterator ends all of it.
@@ -60,13 +62,15 @@ def stream(
             none is padded.
         max_new_tokens: how many tokens to generate at most.
         sampling: how a token is chosen; prompt i draws with seed + i.
-        cache_dtype: of keys and values, as for `Engine`.
+        cache_dtype, cuda_graph: as for `Engine`.
         options: stop_tokens, stop_strings and draft_tokens, as for `Engine.add`.
 
     Raises:
         TypeError, ValueError: at once, naming the argument at fault.
     """
-    engine, _ = _prepare(model, prompts, max_new_tokens, tokenizer, sampling, cache_dtype, options)
+    engine, _ = _prepare(
+        model, prompts, max_new_tokens, tokenizer, sampling, cache_dtype, cuda_graph, options
+    )
     return _updates(engine)
 
 
@@ -82,6 +86,7 @@ def _prepare(
     tokenizer: TextTokenizer | None,
     sampling: Sampling,
     cache_dtype: torch.dtype | None,
+    cuda_graph: bool,
     options: dict[str, Any],
 ) -> tuple[Engine, list[Request]]:
     """An engine with just the memory these prompts need, and the prompts in it."""
@@ -102,6 +107,7 @@ def _prepare(
         page_size=_PAGE_SIZE,
         max_batch_size=min(len(prompts), _BATCH),
         cache_dtype=cache_dtype,
+        cuda_graph=cuda_graph,
     )
     requests = []
     for i, prompt in enumerate(prompts):

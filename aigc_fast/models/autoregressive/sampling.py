@@ -98,27 +98,26 @@ class BatchSampler:
             rows: the sequence of each row, in order. A second row of one sequence is drawn as its
                 next token.
         """
+        steps = torch.tensor(self.steps(rows), device=logits.device)
+        return ops.sample_tokens(logits, steps=steps, **self.arguments(rows))
+
+    def steps(self, rows: Sequence[int]) -> list[int]:
+        """Of `ops.sample_tokens`, for these rows."""
         steps = [self._choices[row].step for row in rows]
         for i in range(1, len(rows)):
             if rows[i] == rows[i - 1]:
                 steps[i] = steps[i - 1] + 1
-        parameters, seeds, counts = self._parameters, self._seeds, self._counts
-        if len(rows) != len(self._choices):
-            at = torch.tensor(rows, device=logits.device)
-            seeds = seeds[at]
-            counts = None if counts is None else counts[at]
-            parameters = {
-                name: value[at] if isinstance(value, Tensor) else value
-                for name, value in parameters.items()
-            }
-        tokens, logprobs = ops.sample_tokens(
-            logits,
-            token_counts=counts,
-            seeds=seeds,
-            steps=torch.tensor(steps, device=logits.device),
-            **parameters,
-        )
-        return tokens, logprobs
+        return steps
+
+    def arguments(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The others of `ops.sample_tokens` for these rows, always in the same order."""
+        found = {"token_counts": self._counts, "seeds": self._seeds, **self._parameters}
+        if len(rows) == len(self._choices):
+            return found
+        at = torch.tensor(rows, device=self._seeds.device)
+        return {
+            name: value[at] if isinstance(value, Tensor) else value for name, value in found.items()
+        }
 
     def count(self, row: int, token: int) -> None:
         """Counts a token that a sequence has taken."""

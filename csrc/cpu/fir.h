@@ -1,0 +1,87 @@
+// FIR filters with zero-insertion before and decimation after: which pixels an output reads.
+//
+// Output pixel o reads input pixel i through tap k where i up = o down + k - pad: zeros that `up`
+// inserts are never multiplied.
+#pragma once
+
+#include <algorithm>
+
+#include "tensor.h"
+
+namespace aigc_fast {
+
+// One direction.
+struct Axis {
+  int64_t up, down, pad, taps, in, out;
+
+  // The input that output o reads through tap k; false where that is an inserted zero.
+  bool source(int64_t o, int64_t k, int64_t* i) const {
+    const int64_t at = o * down + k - pad;
+    *i = (at - (at % up + up) % up) / up;
+    return *i * up == at;
+  }
+};
+
+// An axis with `before` and `after` zeros at its ends; refuses a filter that does not fit.
+inline Axis axis_of(int64_t up, int64_t down, int64_t before, int64_t after, int64_t taps,
+                    int64_t in) {
+  require(up >= 1 && down >= 1, "up and down must be at least 1");
+  const int64_t last = in * up + before + after - taps;
+  require(last >= 0, "filter must not be larger than the padded image");
+  return {up, down, before, taps, in, last / down + 1};
+}
+
+// A filter of both directions, times gain.
+template <class A>
+struct Fir {
+  Axis y, x;
+  bool separable;
+  std::vector<A> taps;      // [height][width] as correlated, or those of both directions
+  std::vector<A> vertical;  // separable: the taps times gain
+
+  Fir(const Axis& y, const Axis& x, const Tensor& filter, bool flip, double gain)
+      : y(y), x(x), separable(filter.dim() == 1), taps(filter.numel()) {
+    const Tensor dense = as_contiguous(filter);
+    dispatch(dense, "filter", [&]<class F>(F) {
+      for (int64_t i = 0; i < filter.numel(); ++i)
+        taps[i] = static_cast<A>(load_n(data<F>(dense) + i, 1)[0]);
+    });
+    if (!flip) std::reverse(taps.begin(), taps.end());
+    if (separable) vertical = taps;
+    for (A& tap : separable ? vertical : taps) tap = static_cast<A>(tap * gain);
+  }
+
+  A weight(int64_t ky, int64_t kx) const { return taps[ky * x.taps + kx]; }
+};
+
+// Output rows of a unit of work. Pieces of a plane repeat work at their edges (an eighth of it for
+// twelve taps and 32 rows), so a plane is cut only where there are few for the threads.
+inline int64_t rows_of_unit(int64_t planes, int64_t rows) {
+  return planes < 64 ? std::min<int64_t>(rows, 32) : rows;
+}
+
+inline void check_filter(const Tensor& filter, const char* name) {
+  require(filter.numel() > 0 && (filter.dim() == 1 || filter.dim() == 2), name,
+          " must have shape (height, width) or (taps,)");
+}
+
+template <class T, class A>
+struct Tap {
+  const T* from;
+  A weight;
+};
+
+// The rows that output row o reads, as (tap, input row).
+struct RowTap {
+  int64_t tap, row;
+};
+inline void row_taps(const Axis& y, int64_t o, std::vector<RowTap>* found) {
+  found->clear();
+  // Every up-th tap meets a pixel, the first such is k; divisions are slow.
+  const int64_t at = o * y.down - y.pad, beyond = (at % y.up + y.up) % y.up;
+  int64_t k = beyond ? y.up - beyond : 0;
+  for (int64_t i = (at + k) / y.up; k < y.taps; k += y.up, ++i)
+    if (i >= 0 && i < y.in) found->push_back({k, i});
+}
+
+}  // namespace aigc_fast
