@@ -135,8 +135,9 @@ def upscale(
 ) -> None:
     """Enlarges a picture with a generator of Real-ESRGAN; alpha, grey and profile are kept.
 
-    Memory: the model's, for one tile; and for the whole picture 8 bytes a pixel of it (12 while it
-    is read) and 4 a pixel of the result, one more of each for alpha, 8 more of the result for WebP.
+    Memory: that of the model for one tile, and for the whole picture
+    8 bytes a pixel of it (12 while it is read) and 4 a pixel of the result,
+    one more of each with alpha, 8 more of the result for WebP.
     """
     from .upscale import run
 
