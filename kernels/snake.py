@@ -89,9 +89,7 @@ def snake(x, alpha, beta) -> Tensor:
     y = torch.empty_like(x)
     if x.numel():
         t = Tiling(x, alpha, 1)
-        _forward[t.grid](
-            x, alpha.contiguous(), beta.contiguous(), y, *t.matrix, **t.tile
-        )  # fmt: skip
+        _forward[t.grid](x, alpha.contiguous(), beta.contiguous(), y, *t.matrix, **t.tile)
     return y
 
 

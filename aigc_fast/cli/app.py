@@ -133,7 +133,12 @@ def upscale(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 where that is fast.")] = Dtype.auto,
 ) -> None:
-    """Enlarges a picture with a generator of Real-ESRGAN; alpha, grey and profile are kept."""
+    """Enlarges a picture with a generator of Real-ESRGAN; alpha, grey and profile are kept.
+
+    Memory: that of the model for one tile, and for the whole picture
+    8 bytes a pixel of it (12 while it is read) and 4 a pixel of the result,
+    one more of each with alpha, 8 more of the result for WebP.
+    """
     from .upscale import run
 
     console = Console(highlight=False)

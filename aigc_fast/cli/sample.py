@@ -8,16 +8,22 @@ from rich.console import Console
 
 sample = typer.Typer(help="Draws samples from a trained model.", no_args_is_help=True)
 
+Count = Annotated[int, typer.Option(min=1, help="Samples to draw.")]
+Label = Annotated[
+    int | None, typer.Option(min=0, help="The class, of a conditional model; all in turn.")
+]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same samples.")]
+
 
 @sample.command()
 def gan(
-    checkpoint: Annotated[Path, typer.Option(exists=True, dir_okay=False)],
+    checkpoint: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="checkpoint.pt of a training.")
+    ],
     output: Annotated[Path, typer.Option(dir_okay=False, help="A PNG file.")] = Path("samples.png"),
-    count: Annotated[int, typer.Option(min=1, help="Samples to draw.")] = 64,
-    label: Annotated[
-        int | None, typer.Option(min=0, help="The class, of a conditional model; all in turn.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
+    count: Count = 64,
+    label: Label = None,
+    seed: Seed = 0,
 ) -> None:
     """A grid of samples of a GAN that `aigc-fast train gan` trained."""
     from .sample_gan import run
@@ -42,11 +48,9 @@ def diffusion(
     ] = "dpmpp_2m",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the scheduler.")] = 20,
     guidance: Annotated[float, typer.Option(help="How far towards the class; 1 is as is.")] = 1.0,
-    label: Annotated[
-        int | None, typer.Option(min=0, help="The class, of a conditional model; all in turn.")
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Samples to draw.")] = 40,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
+    label: Label = None,
+    count: Count = 40,
+    seed: Seed = 0,
 ) -> None:
     """Samples, images or videos, of a model that `aigc-fast train diffusion` trained."""
     from .sample_diffusion import Options, run

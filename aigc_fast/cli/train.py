@@ -8,17 +8,25 @@ from rich.console import Console
 
 train = typer.Typer(help="Trains a model; goes on where it was stopped.", no_args_is_help=True)
 
+Output = Annotated[Path, typer.Option(file_okay=False, help="Folder for what is written.")]
+Steps = Annotated[int, typer.Option(min=1, help="Batches to train on, in all.")]
+BF16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same losses.")]
+Every = Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")]
+Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Log to OUTPUT/tensorboard too.")]
+
 
 @train.command()
 def gan(
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is written.")],
+    output: Output,
     arch: Annotated[str, typer.Option(help="dcgan, r3gan or mlp.")] = "dcgan",
     loss: Annotated[str, typer.Option(help="As `wgan-gp`; any other word lists them.")] = "wgan-gp",
     data: Annotated[str, typer.Option(help="digits, or a folder of images.")] = "digits",
     size: Annotated[int, typer.Option(help="Pixels: 28, 32, 64, 128; of r3gan 256 too.")] = 28,
     channels: Annotated[int, typer.Option(min=1, help="Width of the networks.")] = 32,
     conditional: Annotated[bool, typer.Option("--conditional", help="Learn the classes.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Batches to train on, in all.")] = 5000,
+    steps: Steps = 5000,
     minutes: Annotated[
         float | None, typer.Option(min=0.0, help="Stop after so long instead.")
     ] = None,
@@ -26,13 +34,11 @@ def gan(
     lr: Annotated[
         float | None, typer.Option(min=0.0, help="Learning rate, not the loss's.")
     ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same losses.")] = 0,
-    every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Log to OUTPUT/tensorboard too.")
-    ] = False,
+    bf16: BF16 = False,
+    seed: Seed = 0,
+    every: Every = 500,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
 ) -> None:
     """Trains a GAN: checkpoint.pt, log.csv, a grid of samples and the loss curves in OUTPUT."""
     from .train_gan import Options, Session
@@ -48,7 +54,7 @@ def gan(
 
 @train.command()
 def diffusion(
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is written.")],
+    output: Output,
     data: Annotated[
         str, typer.Option(help="digits, moving-digits, or a folder of images.")
     ] = "digits",
@@ -65,22 +71,20 @@ def diffusion(
         int,
         typer.Option(help="Width of the U-Net, or a fourth of a transformer's; of eights."),
     ] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Batches to train on, in all.")] = 5000,
+    steps: Steps = 5000,
     minutes: Annotated[
         float | None, typer.Option(min=0.001, help="Stop after so long instead.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images or videos of a batch.")] = 32,
     lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 2e-3,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    bf16: BF16 = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same losses.")] = 0,
-    every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Log to OUTPUT/tensorboard too.")
-    ] = False,
+    seed: Seed = 0,
+    every: Every = 500,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
 ) -> None:
     """Trains a diffusion model: checkpoint.pt to go on from, model.safetensors to sample from,
     log.csv, samples (of videos, a GIF too) and the loss curve in OUTPUT."""

@@ -6,11 +6,13 @@ hooks and children, and its class becomes a subclass of its own class with anoth
 state dicts, optimizers, isinstance, adapters and hooks notice nothing.
 """
 
+import functools
 import importlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from aigc_fast.nn._replacing import (
@@ -33,7 +35,10 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class Replacement(nn.Module):
-    """Base of the rows of a table: goes in front of the stock class, whose forward is super()'s."""
+    """Base of the rows of a table: goes in front of the stock class, whose forward is super()'s.
+
+    A forward that a row brings does not run within torch.compile: the compiler gets the stock one.
+    """
 
     #: the operators that it brings, for the report
     uses = ""
@@ -44,11 +49,26 @@ class Replacement(nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "forward" in vars(cls):
+            cls.forward = _unless_compiling(cls.forward)
+
     @classmethod
     def assignments(cls, module: nn.Module) -> Iterable[Assignment]:
         """What makes `module` ours; Unfit where it cannot be. Reads, and changes nothing."""
         fast = fast_class(cls, type(module))  # type: ignore[arg-type]  # classes do hash
         yield Assignment(module, "__class__", fast)
+
+
+def _unless_compiling(forward: Callable) -> Callable:
+    @functools.wraps(forward)
+    def either(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super(Replacement, self).forward(*args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return either
 
 
 def patch(model: Any) -> PatchReport:

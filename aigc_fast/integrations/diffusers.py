@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aigc_fast import ops, schedulers
+from aigc_fast import schedulers
+from aigc_fast.integrations.diffusers_noise import NOISE
 from aigc_fast.schedulers.adams import pndm_step
-from aigc_fast.schedulers.dpm_solver import levels_of
 from aigc_fast.schedulers.flow_match import growing_step, renoise_step
 from aigc_fast.schedulers.linear import Tables
+from aigc_fast.schedulers.scheduler import shift_in
 
 #: class -> {attribute: the stock method}, while installed
 _stock: dict[type, dict[str, Any]] = {}
@@ -40,6 +41,7 @@ class Fused(NamedTuple):
 
 
 X0 = ("prev_sample", "pred_original_sample")
+_EULER = Fused(X0, float_timesteps=True, warns=True, upcasts=True, noise_levels="sigma")
 FUSED = {
     "DDPMScheduler": Fused(X0, by_timestep=True, noise_levels="training"),
     "DDIMScheduler": Fused(X0, by_timestep=True, noise_levels="training"),
@@ -48,15 +50,9 @@ FUSED = {
     "LCMScheduler": Fused(("prev_sample", "denoised"), noise_levels="training"),
     "TCDScheduler": Fused(("prev_sample", "pred_noised_sample"), noise_levels="training"),
     "CMStochasticIterativeScheduler": Fused(float_timesteps=True, warns=True, noise_levels="sigma"),
-    "EulerDiscreteScheduler": Fused(
-        X0, float_timesteps=True, warns=True, upcasts=True, noise_levels="sigma"
-    ),
-    "EulerAncestralDiscreteScheduler": Fused(
-        X0, float_timesteps=True, warns=True, upcasts=True, noise_levels="sigma"
-    ),
-    "EDMEulerScheduler": Fused(
-        X0, float_timesteps=True, warns=True, upcasts=True, noise_levels="sigma"
-    ),
+    "EulerDiscreteScheduler": _EULER,
+    "EulerAncestralDiscreteScheduler": _EULER,
+    "EDMEulerScheduler": _EULER,
     "HeunDiscreteScheduler": Fused(X0, noise_levels="sigma"),
     "KDPM2DiscreteScheduler": Fused(X0, noise_levels="sigma"),
     "KDPM2AncestralDiscreteScheduler": Fused(X0, noise_levels="sigma"),
@@ -85,7 +81,7 @@ def install() -> list[str]:
             continue
         methods = {"step": _step(cls, getattr(schedulers, name), how)}
         if how.noise_levels is not None:
-            for method, make in _NOISE.items():
+            for method, make in NOISE.items():
                 if method in vars(cls):
                     methods[method] = make(vars(cls)[method], how.noise_levels)
         _stock[cls] = {method: vars(cls)[method] for method in methods}
@@ -225,10 +221,6 @@ def _pndm_index(self: Any, timestep: Any) -> int | None:
 # ---- what a class has of its own ----------------------------------------------------------------
 
 
-def _ddpm_refuses(self: Any, sample: Tensor, options: dict) -> bool:
-    return self.variance_type in ("learned", "learned_range") and sample.dim() < 2
-
-
 def _ddim_refuses(self: Any, sample: Tensor, options: dict) -> bool:
     if self.num_inference_steps is None:
         return True
@@ -244,47 +236,29 @@ def _pndm_refuses(self: Any, sample: Tensor, options: dict) -> bool:
     return runge_kutta and self.counter >= len(self.prk_timesteps) and len(self.ets) < 3
 
 
-def _lms_refuses(self: Any, sample: Tensor, options: dict) -> bool:
-    return not 1 <= options.get("order", 4) <= 4
-
-
-def _edm_euler_refuses(self: Any, sample: Tensor, options: dict) -> bool:
-    return options.get("pred_original_sample") is not None
-
-
-def _edm_dpm_refuses(self: Any, sample: Tensor, options: dict) -> bool:
-    return self.config.solver_order == 3 and self.config.algorithm_type == "sde-dpmsolver++"
-
-
-def _flow_euler_refuses(self: Any, sample: Tensor, options: dict) -> bool:
-    return bool(options) and options.get("per_token_timesteps") is not None
-
-
-def _flow_lcm_refuses(self: Any, sample: Tensor, options: dict) -> bool:
-    return bool(self._scale_factors and self._upscale_mode)
-
-
-def _unipc_refuses(self: Any, sample: Tensor, options: dict) -> bool:
-    return self.solver_p is not None
-
-
+#: class -> refuses(self, sample, options): calls that look as if they fit, and do not
 _REFUSES: dict[str, Callable[[Any, Tensor, dict], bool]] = {
-    "DDPMScheduler": _ddpm_refuses,
+    "DDPMScheduler": lambda self, sample, _: (
+        self.variance_type in ("learned", "learned_range") and sample.dim() < 2
+    ),
     "DDIMScheduler": _ddim_refuses,
-    "DDIMInverseScheduler": lambda self, sample, options: self.num_inference_steps is None,
+    "DDIMInverseScheduler": lambda self, *_: self.num_inference_steps is None,
     "PNDMScheduler": _pndm_refuses,
-    "LMSDiscreteScheduler": _lms_refuses,
-    "EDMEulerScheduler": _edm_euler_refuses,
-    "EDMDPMSolverMultistepScheduler": _edm_dpm_refuses,
-    "FlowMatchEulerDiscreteScheduler": _flow_euler_refuses,
-    "FlowMatchLCMScheduler": _flow_lcm_refuses,
-    "UniPCMultistepScheduler": _unipc_refuses,
+    "LMSDiscreteScheduler": lambda self, _, options: not 1 <= options.get("order", 4) <= 4,
+    "EDMEulerScheduler": lambda self, _, options: options.get("pred_original_sample") is not None,
+    "EDMDPMSolverMultistepScheduler": lambda self, *_: (
+        self.config.solver_order == 3 and self.config.algorithm_type == "sde-dpmsolver++"
+    ),
+    "FlowMatchEulerDiscreteScheduler": lambda self, _, options: (
+        options.get("per_token_timesteps") is not None
+    ),
+    "FlowMatchLCMScheduler": lambda self, *_: bool(self._scale_factors and self._upscale_mode),
+    "UniPCMultistepScheduler": lambda self, *_: self.solver_p is not None,
 }
 
 
 def _keep_timestep(self: Any, output: Tensor, timestep: Any, options: dict) -> None:
-    del self.timestep_list[0]
-    self.timestep_list.append(timestep)
+    shift_in(self.timestep_list, timestep)
 
 
 def _keep_size(self: Any, output: Tensor, timestep: Any, options: dict) -> None:
@@ -297,119 +271,3 @@ _BEFORE: dict[str, Callable[[Any, Tensor, Any, dict], None]] = {
     "SASolverScheduler": _keep_timestep,
     "FlowMatchLCMScheduler": _keep_size,
 }
-
-
-# ---- noise --------------------------------------------------------------------------------------
-
-
-def _level_tables(self: Any, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma) by timestep of training, or by step of the schedule."""
-    made: dict = Tables.of(self).made
-    found = made.get((kind, device))
-    if found is None:
-        if kind == "training":
-            alphas = self.alphas_cumprod.cpu()
-            levels = (alphas**0.5, (1 - alphas) ** 0.5)
-        else:
-            sigma = self.sigmas.cpu().float()
-            if kind == "lambda":
-                levels = levels_of(self)[:2]
-            elif kind == "flow":
-                levels = (1.0 - sigma, sigma)
-            else:
-                levels = (torch.ones_like(sigma), sigma)
-        found = made[kind, device] = tuple(v.to(device) for v in levels)
-    return found
-
-
-def _step_indices(self: Any, timesteps: Tensor, device: torch.device) -> Tensor | None:
-    """Where each timestep stands in the schedule: the second place of one that stands in two."""
-    schedule = self.timesteps
-    if device.type == "cpu":
-        try:
-            found = [self.index_for_timestep(t, schedule) for t in timesteps]
-        except IndexError:
-            return None
-        return torch.tensor(found)
-    same = timesteps.to(device)[:, None] == schedule.to(device)[None]
-    count = same.sum(1, keepdim=True)
-    torch._assert_async((count > 0).all())
-    return ((same.cumsum(1) == count.clamp(max=2)) & same).int().argmax(1)
-
-
-def _levels(self: Any, kind: str, sample: Tensor, timesteps: Any) -> tuple[Tensor, Tensor] | None:
-    """(alpha, sigma) of each sample, or None where the stock method has to do it."""
-    device, batch = sample.device, sample.shape[:1]
-    if not isinstance(timesteps, Tensor) or not batch or device.type == "mps":
-        return None
-    alpha, sigma = _level_tables(self, kind, device)
-    if kind == "training":
-        index: Tensor | None = timesteps.to(device).flatten()
-        if timesteps.is_floating_point():
-            return None
-    elif self.begin_index is not None:
-        step = self.begin_index if self.step_index is None else self.step_index
-        index = torch.full(batch, step, device=device)
-    else:
-        index = _step_indices(self, timesteps, device) if timesteps.dim() == 1 else None
-    if index is None:
-        return None
-    if index.numel() != batch[0]:
-        if index.numel() != 1:
-            return None
-        index = index.expand(batch)
-    return alpha[index], sigma[index]
-
-
-def _fits(sample: Any, noise: Any) -> bool:
-    return (
-        isinstance(sample, Tensor)
-        and isinstance(noise, Tensor)
-        and sample.is_floating_point()
-        and noise.dtype is sample.dtype
-        and noise.shape == sample.shape
-        and noise.device == sample.device
-    )
-
-
-def _add_noise(stock: Callable, kind: str) -> Callable:
-    @functools.wraps(stock)
-    def add_noise(self: Any, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Any:
-        levels = None
-        if _fits(original_samples, noise):
-            levels = _levels(self, kind, original_samples, timesteps)
-        if levels is None:
-            return stock(self, original_samples, noise, timesteps)
-        return ops.add_noise(original_samples, noise, *levels)
-
-    return add_noise
-
-
-def _scale_noise(stock: Callable, kind: str) -> Callable:
-    @functools.wraps(stock)
-    def scale_noise(self: Any, sample: Tensor, timestep: Any, noise: Any = None) -> Any:
-        levels = None
-        if _fits(sample, noise):
-            levels = _levels(self, kind, sample, timestep)
-        if levels is None:
-            return stock(self, sample, timestep, noise)
-        return ops.add_noise(sample, noise, *levels)
-
-    return scale_noise
-
-
-def _get_velocity(stock: Callable, kind: str) -> Callable:
-    @functools.wraps(stock)
-    def get_velocity(self: Any, sample: Tensor, noise: Tensor, timesteps: Any) -> Any:
-        levels = None
-        if kind == "training" and _fits(sample, noise):
-            levels = _levels(self, kind, sample, timesteps)
-        if levels is None:
-            return stock(self, sample, noise, timesteps)
-        alpha, sigma = levels
-        return ops.add_noise(noise, sample, alpha, -sigma)
-
-    return get_velocity
-
-
-_NOISE = {"add_noise": _add_noise, "scale_noise": _scale_noise, "get_velocity": _get_velocity}

@@ -17,8 +17,6 @@ class Timesteps(Replacement):
     uses = "timestep_embedding"
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward(timesteps)
         return ops.timestep_embedding(
             timesteps,
             self.num_channels,
@@ -32,7 +30,7 @@ class GEGLU(Replacement):
     uses = "geglu"
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling() or args or kwargs:
+        if args or kwargs:
             return super().forward(hidden_states, *args, **kwargs)
         up, gate = self.proj(hidden_states).chunk(2, dim=-1)
         return ops.geglu(gate, up)
@@ -43,8 +41,6 @@ class SwiGLU(Replacement):
     absorbs = ("activation",)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward(hidden_states)
         up, gate = self.proj(hidden_states).chunk(2, dim=-1)
         return ops.swiglu(gate, up)
 
@@ -60,7 +56,7 @@ class RMSNorm(Replacement):
         yield from super().assignments(module)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or hidden_states.dtype != self.weight.dtype:
+        if hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)
         if hidden_states.dim() == 4 and not hidden_states.is_contiguous():
             # Heads of attention, moved in front of the tokens: normed where they lie.
@@ -76,9 +72,8 @@ class FP32LayerNorm(Replacement):
 
     def forward(self, inputs: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if torch.compiler.is_compiling() or inputs.dtype == torch.float64:
-            return super().forward(inputs)
-        if any(p is not None and p.dtype != inputs.dtype for p in (weight, bias)):
+        mixed = any(p is not None and p.dtype != inputs.dtype for p in (weight, bias))
+        if mixed or inputs.dtype == torch.float64:
             return super().forward(inputs)
         return ops.layer_norm(inputs, weight, bias, self.eps)
 
@@ -138,8 +133,6 @@ class AdaLayerNormZero(AdaNorm):
         hidden_dtype: torch.dtype | None = None,
         emb: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling():
-            return super().forward(x, timestep, class_labels, hidden_dtype, emb)
         if self.emb is not None:
             emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
         shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
@@ -148,16 +141,12 @@ class AdaLayerNormZero(AdaNorm):
 
 class AdaLayerNormZeroSingle(AdaNorm):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            return super().forward(x, emb)
         shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
         return modulated(self.norm, x, scale, shift), gate
 
 
 class SD35AdaLayerNormZeroX(AdaNorm):
     def forward(self, hidden_states: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling():
-            return super().forward(hidden_states, emb)
         shift, scale, *rest, shift2, scale2, gate2 = self.linear(self.silu(emb)).chunk(9, dim=1)
         first = modulated(self.norm, hidden_states, scale, shift)
         return first, *rest, modulated(self.norm, hidden_states, scale2, shift2), gate2
@@ -165,8 +154,6 @@ class SD35AdaLayerNormZeroX(AdaNorm):
 
 class AdaLayerNormContinuous(AdaNorm):
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward(x, conditioning_embedding)
         embedding = self.linear(self.silu(conditioning_embedding).to(x.dtype))
         scale, shift = embedding.chunk(2, dim=1)
         return modulated(self.norm, x, scale, shift)
@@ -195,7 +182,7 @@ class DiTBlock(Replacement):
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        if torch.compiler.is_compiling() or self._chunk_size is not None or cross_attention_kwargs:
+        if self._chunk_size is not None or cross_attention_kwargs:
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask,
                 timestep, cross_attention_kwargs, class_labels, added_cond_kwargs,
@@ -222,7 +209,7 @@ class SD3Block(Replacement):
         temb: Tensor,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        if torch.compiler.is_compiling() or self._chunk_size is not None:
+        if self._chunk_size is not None:
             return super().forward(
                 hidden_states, encoder_hidden_states, temb, joint_attention_kwargs
             )
@@ -261,10 +248,6 @@ class FluxBlock(Replacement):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            return super().forward(
-                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-            )
         normed, *modulation = self.norm1(hidden_states, emb=temb)
         context, *context_modulation = self.norm1_context(encoder_hidden_states, emb=temb)
         attended, context, *adapter = self.attn(
@@ -293,10 +276,6 @@ class FluxSingleBlock(Replacement):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            return super().forward(
-                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-            )
         tokens = encoder_hidden_states.shape[1]
         residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         normed, gate = self.norm(residual, emb=temb)
@@ -334,8 +313,7 @@ class _Attention(Replacement):
     def _leaves(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call is the stock class's: another processor may have been chosen since."""
         return (
-            torch.compiler.is_compiling()
-            or type(self.processor).__name__ != self.processor_name
+            type(self.processor).__name__ != self.processor_name
             or self.fused_projections
             or bool(kwargs)
         )
@@ -467,8 +445,6 @@ class WanBlock(Replacement):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
     ) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
         x, dtype = hidden_states, hidden_states.dtype
         modulation = (self.scale_shift_table + temb.float()).unbind(-2)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation

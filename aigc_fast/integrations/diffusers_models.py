@@ -6,7 +6,6 @@ Transformer blocks are in diffusers_blocks.py.
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
@@ -44,7 +43,7 @@ class GroupNorm(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         # Autocast brings an x of another dtype.
-        if torch.compiler.is_compiling() or x.dtype != self.weight.dtype:
+        if x.dtype != self.weight.dtype:
             return super().forward(x)
         return group_norm(self, x)
 
@@ -75,8 +74,6 @@ class NormThenSiLU(Replacement):
     weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward(x)
         if x.dtype != self.weight.dtype:
             return nn.functional.silu(super().forward(x))
         return group_norm(self, x, "silu")
@@ -88,7 +85,7 @@ class DoneBefore(Replacement):
     uses = "group_norm_act, of the norm before it"
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.compiler.is_compiling() else x
+        return x
 
 
 class HasOutputNorm(Replacement):
@@ -123,7 +120,7 @@ class ResnetBlock(Replacement):
     def forward(
         self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if torch.compiler.is_compiling() or input_tensor.dtype != self.norm1.weight.dtype:
+        if input_tensor.dtype != self.norm1.weight.dtype:
             return super().forward(input_tensor, temb, *args, **kwargs)
         activation = activation_of(self.nonlinearity)
         hidden = self.conv1(group_norm(self.norm1, input_tensor, activation))

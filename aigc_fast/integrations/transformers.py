@@ -33,7 +33,7 @@ class RMSNorm(Replacement):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # Autocast brings hidden states of another dtype.
-        if torch.compiler.is_compiling() or hidden_states.dtype != self.weight.dtype:
+        if hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)
         return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -46,8 +46,6 @@ class OffsetRMSNorm(Replacement):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         return ops.rms_norm(x.to(wide), 1 + self.weight.to(wide), self.eps).to(x.dtype)
 
@@ -63,8 +61,6 @@ class GatedMLP(Replacement):
         yield from super().assignments(module)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         if gate.dtype != up.dtype:
             return self.down_proj(self.act_fn(gate) * up)
@@ -84,8 +80,6 @@ class TanhMLP(Replacement):
         yield from super().assignments(module)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward(hidden_states)
         hidden = F.gelu(self.c_fc(hidden_states), approximate="tanh")
         return self.dropout(self.c_proj(hidden))
 
@@ -125,7 +119,7 @@ class RotaryAttention(Attention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         # Another attention may have been chosen since, with masks of another kind.
-        if torch.compiler.is_compiling() or self.config._attn_implementation != ATTENTION:
+        if self.config._attn_implementation != ATTENTION:
             return super().forward(
                 hidden_states, position_embeddings=position_embeddings,
                 attention_mask=attention_mask, past_key_values=past_key_values, **kwargs,

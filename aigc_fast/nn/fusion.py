@@ -2,16 +2,23 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from aigc_fast import ops
+from aigc_fast.nn._fused_layers import (
+    BATCH_NORMS,
+    CONVS,
+    LAYERS,
+    STOCK_ACTIVATIONS,
+    TRANSPOSED,
+    Absorbed,
+    Fused,
+    InstanceNorm,
+)
 from aigc_fast.nn._replacing import (
     Assignment,
     PatchReport,
@@ -20,11 +27,10 @@ from aigc_fast.nn._replacing import (
     fast_class,
     take_back,
 )
-from aigc_fast.nn.bias_act import of_dtype
-from aigc_fast.nn.norm_act import Activated, BatchNormAct, SyncBatchNormAct
-from aigc_fast.ops._activations import ACTIVATIONS, activate, resolve
+from aigc_fast.nn.norm_act import Activated
 
 _RECORD = "_aigc_fast_fused"
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def fuse(model: nn.Module) -> PatchReport:
@@ -55,13 +61,13 @@ def fuse(model: nn.Module) -> PatchReport:
         seen.add(act)
         try:
             leader = _leader(before, act)
-            if not isinstance(act, _Absorbed):
+            if not isinstance(act, Absorbed):
                 changes += carry_out(_plan(leader, act, places))
             replaced[f"{_stock(leader)}, {_stock(act)}", leader.uses] += 1
         except Unfit as reason:
             kept[_stock(act), str(reason)] += 1
     for module in model.modules():
-        if module not in seen and _row(_ACTIVATIONS, module):
+        if module not in seen and _row(STOCK_ACTIVATIONS, module):
             kept[_stock(module), "it stands in no nn.Sequential"] += 1
     if changes:
         model.__dict__.setdefault(_RECORD, []).extend(changes)
@@ -109,145 +115,6 @@ def _check(model: Any) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-# ---- the fused layers -----------------------------------------------------------------------
-
-
-class _Fused(Activated):
-    """Goes in front of a stock class, whose forward is super()'s, and applies act too."""
-
-    #: the operator that it calls, for the report
-    uses = "bias_act"
-    #: the activations that it has
-    acts: Collection[str] = ACTIVATIONS
-
-    if TYPE_CHECKING:  # the attributes of the stock class
-
-        def __getattr__(self, name: str) -> Any: ...
-
-    def activated(self, y: Tensor) -> Tensor:
-        """As plain PyTorch, which a compiler fuses by itself."""
-        number, alpha = resolve(self.act, self.alpha)
-        return activate(y, number, alpha)
-
-    def with_bias(self, y: Tensor, dim: int) -> Tensor:
-        return ops.bias_act(y, of_dtype(self.bias, y), dim, self.act, self.alpha, gain=1.0)
-
-
-class _Linear(_Fused):
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self.activated(super().forward(x))
-        return self.with_bias(F.linear(x, self.weight), -1)
-
-
-class _Conv(_Fused):
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self.activated(super().forward(x))
-        y = self._conv_forward(x, self.weight, None)
-        return self.with_bias(y, y.dim() - len(self.kernel_size) - 1)
-
-
-_CONV_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-)
-
-
-class _ConvTranspose(_Fused):
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self.activated(super().forward(x))
-        dims = len(self.kernel_size)
-        y = _CONV_TRANSPOSE[dims - 1](
-            x, self.weight, None, self.stride, self.padding, self.output_padding, self.groups,
-            self.dilation,
-        )  # fmt: skip
-        return self.with_bias(y, y.dim() - dims - 1)
-
-
-class _BatchNorm(_Fused, BatchNormAct):
-    uses = "batch_norm_act"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self.activated(super(Activated, self).forward(x))  # torch's
-        return super().forward(x)
-
-
-class _SyncBatchNorm(_BatchNorm, SyncBatchNormAct):
-    pass
-
-
-class _InstanceNorm(_Fused):
-    uses = "instance_norm_act"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if _as_stock(x) or x.dim() == self._get_no_batch_dim():
-            return self.activated(super().forward(x))
-        self._check_input_dim(x)
-        return ops.instance_norm_act(x, self.weight, self.bias, self.eps, self.act, self.alpha)
-
-
-_SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
-
-
-class _GroupNorm(_Fused):
-    uses = "group_norm_act"
-    acts = _SMOOTH
-
-    def forward(self, x: Tensor) -> Tensor:
-        if _as_stock(x):
-            return _SMOOTH[self.act](super().forward(x))
-        act = "silu" if self.act == "swish" else self.act
-        return ops.group_norm_act(x, self.num_groups, self.weight, self.bias, self.eps, act)
-
-
-def _as_stock(x: Tensor) -> bool:
-    """Whether a compiler fuses by itself, or autocast chooses the dtype of torch's norm."""
-    return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-
-
-class _Absorbed(nn.Module):
-    """An activation that the layer before it has applied."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_LAYERS: dict[type, type[_Fused]] = {
-    nn.Linear: _Linear,
-    **dict.fromkeys(_CONVS, _Conv),
-    **dict.fromkeys(_TRANSPOSED, _ConvTranspose),
-    **dict.fromkeys(_BATCH_NORMS, _BatchNorm),
-    nn.SyncBatchNorm: _SyncBatchNorm,
-    **dict.fromkeys(_INSTANCE_NORMS, _InstanceNorm),
-    nn.GroupNorm: _GroupNorm,
-}
-#: stock class -> (act, alpha) of one of its modules; no act where bias_act has none like it
-_ACTIVATIONS: dict[type, Callable[[Any], tuple[str | None, float | None]]] = {
-    nn.ReLU: lambda m: ("relu", None),
-    nn.LeakyReLU: lambda m: ("lrelu", m.negative_slope),
-    nn.Tanh: lambda m: ("tanh", None),
-    nn.Sigmoid: lambda m: ("sigmoid", None),
-    nn.ELU: lambda m: ("elu", m.alpha),
-    nn.SELU: lambda m: ("selu", None),
-    nn.Softplus: lambda m: ("softplus" if (m.beta, m.threshold) == (1, 20) else None, None),
-    nn.SiLU: lambda m: ("swish", None),
-    nn.GELU: lambda m: ("gelu" if m.approximate == "none" else "gelu_tanh", None),
-}
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-
-
 # ---- what is fused with what ----------------------------------------------------------------
 
 
@@ -261,7 +128,7 @@ def _row(table: dict[Any, Any], module: nn.Module) -> Any:
 
 
 def _stock(module: nn.Module) -> str:
-    ours = (Activated, _Absorbed)
+    ours = (Activated, Absorbed)
     return next(c.__name__ for c in type(module).__mro__ if not issubclass(c, ours))
 
 
@@ -276,7 +143,7 @@ def _activations(model: nn.Module) -> Iterator[tuple[list[nn.Module], nn.Module]
     for sequence in _sequences(model):
         children = list(sequence)
         for i, child in enumerate(children):
-            if isinstance(child, _Absorbed) or _row(_ACTIVATIONS, child):
+            if isinstance(child, Absorbed) or _row(STOCK_ACTIVATIONS, child):
                 yield children[:i], child
 
 
@@ -287,15 +154,15 @@ def _leader(before: list[nn.Module], act: nn.Module) -> Any:
             if not isinstance(act, nn.ReLU | nn.LeakyReLU):
                 raise Unfit("a dropout stands before it")
         elif not isinstance(module, nn.Identity):
-            if isinstance(module, _Fused) or _row(_LAYERS, module):
+            if isinstance(module, Fused) or _row(LAYERS, module):
                 return module
             raise Unfit(f"a {_stock(module)} stands before it")
     raise Unfit("nothing stands before it")
 
 
 def _plan(leader: Any, act: Any, places: Counter[nn.Module]) -> list[Assignment]:
-    fused: type[_Fused] = _row(_LAYERS, leader)
-    name, alpha = _row(_ACTIVATIONS, act)(act)
+    fused: type[Fused] = _row(LAYERS, leader)
+    name, alpha = _row(STOCK_ACTIVATIONS, act)(act)
     if fused is None:
         raise Unfit(f"the {_stock(leader)} before it applies another one")
     if name not in fused.acts:
@@ -310,21 +177,19 @@ def _plan(leader: Any, act: Any, places: Counter[nn.Module]) -> list[Assignment]
             raise Unfit(f"{own} is not initialised")
     if act._forward_pre_hooks:
         raise Unfit(f"the {_stock(act)} has hooks")
-    if getattr(leader, "track_running_stats", False) and fused is _InstanceNorm:
+    if getattr(leader, "track_running_stats", False) and fused is InstanceNorm:
         raise Unfit(f"the {_stock(leader)} keeps running statistics")
     return [
         Assignment(leader, "act", name),
         Assignment(leader, "alpha", alpha),
         Assignment(leader, "__class__", fast_class(fused, type(leader))),  # type: ignore[arg-type]
-        Assignment(act, "__class__", fast_class(_Absorbed, type(act))),  # type: ignore[arg-type]
+        Assignment(act, "__class__", fast_class(Absorbed, type(act))),  # type: ignore[arg-type]
     ]
 
 
 def _folds(layer: Any, norm: Any) -> bool:
     """Whether norm is the batch norm of what layer gives, and layer's weight its own."""
-    pairs = zip(
-        (nn.Linear, *_CONVS, *_TRANSPOSED), (nn.BatchNorm1d, *_BATCH_NORMS * 2), strict=True
-    )
+    pairs = zip((nn.Linear, *CONVS, *TRANSPOSED), (nn.BatchNorm1d, *BATCH_NORMS * 2), strict=True)
     return (
         any(_row({a: True}, layer) and _row({b: True}, norm) for a, b in pairs)
         and norm.running_mean is not None
@@ -346,7 +211,7 @@ def _fold(layer: Any, norm: Any) -> None:
     if norm.bias is not None:
         bias += norm.bias.double()
     weight = layer.weight
-    if isinstance(layer, _TRANSPOSED):  # (in, out of a group, ...)
+    if isinstance(layer, TRANSPOSED):  # (in, out of a group, ...)
         by_group = weight.double().unflatten(0, (layer.groups, -1))
         over = scale.reshape(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
         folded = (by_group * over).flatten(0, 1)

@@ -7,10 +7,10 @@ from aigc_fast.schedulers.distilled import (
     LCMScheduler,
     TCDScheduler,
 )
+from aigc_fast.schedulers.dpm_singlestep import DPMSolverSinglestepScheduler
 from aigc_fast.schedulers.dpm_solver import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
 )
 from aigc_fast.schedulers.euler import (
@@ -24,13 +24,14 @@ from aigc_fast.schedulers.flow_match import (
     FlowMatchLCMScheduler,
 )
 from aigc_fast.schedulers.linear import Row
-from aigc_fast.schedulers.predictor_corrector import SASolverScheduler, UniPCMultistepScheduler
+from aigc_fast.schedulers.sa_solver import SASolverScheduler
 from aigc_fast.schedulers.scheduler import Scheduler
 from aigc_fast.schedulers.two_stage import (
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
 )
+from aigc_fast.schedulers.unipc import UniPCMultistepScheduler
 
 __all__ = [
     "CMStochasticIterativeScheduler",

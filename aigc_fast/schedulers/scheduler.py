@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast import ops
-from aigc_fast.schedulers.linear import Row, Tables, steps_of
+from aigc_fast.schedulers.linear import Row, Tables
 from aigc_fast.schedulers.schedule import (
     make_betas,
     noise_to_signal,
@@ -415,4 +415,7 @@ def draw_noise(
     return noise
 
 
-__all__ = ["DiffusionScheduler", "Scheduler", "SigmaScheduler", "draw_noise", "steps_of"]
+def shift_in(history: list, newest: Any) -> None:
+    """Keeps `newest` for the oldest."""
+    del history[0]
+    history.append(newest)
