@@ -19,8 +19,9 @@ def tables(results: dict) -> str:
     machine = results["machine"]
     versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "triton", "python"))
     commits = ", ".join(sorted({row["commit"] for row in results["benchmarks"]}))
-    quick = any(row["quick"] for row in results["benchmarks"])
-    command = "python -m benchmarks.report" + (" --quick" if quick else "")
+    command = "`python -m benchmarks.report`"
+    if any(row["quick"] for row in results["benchmarks"]):
+        command += " (some rows with `--quick`)"
     operators, whole = [], []
     for row in first_and_last(results["benchmarks"]):
         name = row["name"].replace("torch.", "")
@@ -44,7 +45,7 @@ def tables(results: dict) -> str:
             whole.append(f"| `{name}` | {listed(others)} |")
     return "\n".join(
         [
-            f"`{command}` on {machine['processor']}; {versions}; commits {commits}.",
+            f"{command} on {machine['processor']}; {versions}; commits {commits}.",
             "",
             "| call | eager / ours | torch.compile / ours | of limit |",
             "|---|---|---|---|",

@@ -9,32 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import normal
 from .rows import as_rows, tile
+from .smooth_activation import activate
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_forward": (64, 0), "_backward": (80, 0)}
 
 _TILE = 1024
 _SILU, _GELU, _GELU_TANH = 0, 1, 2
-
-
-@triton.jit
-def _activate(x, ACT: tl.constexpr):
-    """act(x) and its derivative."""
-    if ACT == 1:
-        density, cumulative = normal(x)
-        return x * cumulative, cumulative + x * density
-    else:
-        # gelu's (1 + tanh(u)) / 2 is sigmoid(2 u); sqrt(8 / pi) = 1.5957691216057308
-        if ACT == 2:
-            u = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
-            du = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-        else:
-            u = x
-            du = 1.0
-        s = tl.sigmoid(u)
-        return x * s, s * (1.0 + x * du * (1.0 - s))
 
 
 @triton.jit
@@ -55,7 +37,7 @@ def _forward(
     row, col, mask = _tile(rows, width, ROWS, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask, 0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + col, mask, 0.0).to(tl.float32)
-    y, _ = _activate(gate, ACT)
+    y, _ = activate(gate, ACT)
     tl.store(y_ptr + row * width + col, (y * up).to(y_ptr.dtype.element_ty), mask)
 
 
@@ -68,7 +50,7 @@ def _backward(
     dy = tl.load(dy_ptr + row * dy_stride + col, mask, 0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask, 0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + col, mask, 0.0).to(tl.float32)
-    y, slope = _activate(gate, ACT)
+    y, slope = activate(gate, ACT)
     at = row * width + col
     tl.store(dgate_ptr + at, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask)
     tl.store(dup_ptr + at, (dy * y).to(dup_ptr.dtype.element_ty), mask)

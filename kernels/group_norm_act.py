@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .channel_tiles import Layout, ordered, tile
-from .gated_mlp import _activate
 from .math import fp32
+from .smooth_activation import activate
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {
@@ -42,7 +42,7 @@ def _act(x, ACT: tl.constexpr):
     if ACT == 0:
         return x, tl.where(x == x, 1.0, 1.0)
     else:
-        return _activate(x, ACT - 1)
+        return activate(x, ACT - 1)
 
 
 @triton.jit

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bias_act import dense, in_order_of
 from .math import expm1, fp32
+from .memory_order import dense, in_order_of
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_square_sums": (32, 1024), "_count": (32, 0), "_adam": (72, 0)}
