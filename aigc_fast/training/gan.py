@@ -123,10 +123,9 @@ class GANTrainer(Trainer):
         bit, also where training was interrupted and went on from `state_dict`.
     cuda_graph: whether a step is one CUDA graph, from the third step of its kind on (with or
         without the generator, with or without the penalty) and for each shape of a batch. The
-        networks must then not wait for the
-        device in `forward`, and their parameters must stay the tensors that they are. That the
-        step can be recorded is tested on the CPU, by replaying the operators that it calls; the
-        recording itself has not run on a GPU yet.
+        networks must then not wait for the device in `forward`, and their parameters must stay the
+        tensors that they are. That the step can be recorded is tested on the CPU, by replaying the
+        operators that it calls; the recording itself has not run on a GPU yet.
     average: the generator with averaged weights, the one to sample from.
 
     Raises ValueError for cuda_graph on a CPU; RuntimeError from `step` where the device cannot

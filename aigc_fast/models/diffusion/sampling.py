@@ -33,7 +33,7 @@ def sample(
     on_step: called after each step with its number from 1, the sample, and the x0 it leads to: for
              a progress bar, or to keep intermediate images. The tensors stay as they are.
 
-    Where the same is done again and again on a GPU, `Sampler` is faster.
+    Where the same is done again and again on a GPU, `Sampler` can replay it as one CUDA graph.
 
     Raises ValueError for a number of labels or seeds that is not the batch, or what `sample_images`
     raises.
@@ -63,10 +63,10 @@ def _begin(
 
 
 class Sampler:
-    """`sample` for calls that repeat: on a GPU all steps of a call, with guidance, are one CUDA
-    graph, and nothing in it waits for the device.
+    """`sample` for calls that repeat. With `cuda_graph` all steps of a call, guidance included, are
+    one CUDA graph, and nothing in it waits for the device.
 
-    >>> sampler = Sampler(model, DPMSolverMultistepScheduler(), num_steps=20)
+    >>> sampler = Sampler(model, DPMSolverMultistepScheduler(), num_steps=20, cuda_graph=True)
     >>> images = [sampler((16, 3, 32, 32), seed=seed) for seed in range(100)]
 
     The samples are those of `sample`, the noise of stochastic solvers too: it is drawn on the CPU
