@@ -128,9 +128,9 @@ def test_instance_norm_is_that_of_torch_and_a_style_modulates_it() -> None:
 
 
 def test_triton_sums_in_several_parts(monkeypatch) -> None:
-    from aigc_fast.kernels import norm_act as kernels
+    from aigc_fast.kernels import norm_tiles
 
-    monkeypatch.setattr(kernels, "_TILE", 16)
+    monkeypatch.setattr(norm_tiles, "_TILE", 16)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for x in (rand(2, 3, 7, 4) + 100, channels_last(rand(2, 3, 7, 4) + 100)):
         inputs = [t.float().to(device) for t in (x, rand(3), rand(3, seed=1))]
