@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.machine import slug
+from benchmarks.report import first_and_last
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -56,14 +57,6 @@ def tables(results: dict) -> str:
             *whole,
         ]
     )
-
-
-def first_and_last(rows: list[dict]) -> list[dict]:
-    """Two rows of each benchmark: enough to read, and the same two in every run."""
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["suite"], row["name"].split("[")[0]), []).append(row)
-    return [row for group in groups.values() for row in (group[:1] + group[1:][-1:])]
 
 
 def flat(row: dict) -> dict[str, float]:

@@ -88,14 +88,22 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def first_and_last(rows: list[dict]) -> list[dict]:
+    """Two rows of each benchmark: enough to read, and the same two in every run."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["suite"], row["name"].split("[")[0]), []).append(row)
+    return [row for group in groups.values() for row in (group[:1] + group[1:][-1:])]
+
+
 def draw(rows: list[dict], title: str, path: Path) -> None:
-    """Bars of the speed relative to eager PyTorch."""
+    """Bars of the speed relative to eager PyTorch, for the rows of `first_and_last`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [row for row in rows if "eager_over_ours" in row and "eager" in row["seconds"]][::-1]
+    rows = [row for row in first_and_last(rows) if "eager" in row.get("seconds", ())][::-1]
     figure, axes = plt.subplots(figsize=(10, 1.2 + 0.42 * len(rows)), layout="constrained")
     for offset, (name, colour) in enumerate(
         [("ours", "#d1495b"), ("compile", "#8d96a3"), ("eager", "#cfd4da")]
@@ -107,6 +115,7 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
         if name == "ours":
             axes.bar_label(bars, [f"{v:.1f}x" for v in values], padding=3, fontsize=8)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("speed relative to eager PyTorch (higher is better)")
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
