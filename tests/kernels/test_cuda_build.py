@@ -30,13 +30,16 @@ def dump(what: str, arch: str) -> dict[str, str]:
     if spec is None or spec.origin is None:
         pytest.skip("triton, whose wheel holds cuobjdump, is not installed")
     tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    text = subprocess.run(
-        [tool, what, "-arch", arch, LIBRARY], capture_output=True, text=True, check=True
-    ).stdout
-    _, *parts = re.split(r"Function ?:? (?=_Z)", text)
-    kernels = {part.split(None, 1)[0].rstrip(":"): part for part in parts}
-    if not kernels:
+
+    def run(*arguments: str) -> str:
+        command = [tool, *arguments, LIBRARY]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    if f".{arch}.cubin" not in run("-lelf"):
         pytest.skip(f"the CUDA library is not built for {arch}")
+    _, *parts = re.split(r"Function ?:? (?=_Z)", run(what, "-arch", arch))
+    kernels = {part.split(None, 1)[0].rstrip(":"): part for part in parts}
+    assert kernels, "no kernel in what cuobjdump says"
     return kernels
 
 
