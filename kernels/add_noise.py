@@ -35,25 +35,32 @@ def _add_noise(
         store(velocity_ptr, row, inner, at, mask, velocity)
 
 
-def add_noise(
+def _mix(
+    sample: Tensor, noise: Tensor | None, *scales: Tensor | None, has_velocity: bool
+) -> list[Tensor]:
+    rows = Rows(sample)
+    sample, noise = rows.arrange(sample), rows.arrange(noise)
+    results = [rows.result() for _ in range(1 + has_velocity)]
+    strides = rows.strides(sample, noise, per_sample=True)
+    if rows.size:
+        _add_noise[rows.grid](
+            sample, noise, *(s if s is None else s.contiguous() for s in scales), results[0],
+            results[-1], rows.inner, *strides, HAS_NOISE=noise is not None,
+            HAS_VELOCITY=has_velocity, HAS_RATES=scales[-1] is not None, BLOCK=BLOCK,
+        )  # fmt: skip
+    return rows.finish(results)
+
+
+def add_noise(sample: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return _mix(sample, noise, alpha, sigma, None, None, has_velocity=False)[0]
+
+
+def add_noise_velocity(
     sample: Tensor,
     noise: Tensor | None,
     alpha: Tensor,
     sigma: Tensor,
-    return_velocity: bool = False,
     alpha_rate: Tensor | None = None,
     sigma_rate: Tensor | None = None,
-) -> list[Tensor]:
-    rows = Rows(sample)
-    sample, noise = rows.arrange(sample), rows.arrange(noise)
-    noisy = rows.result()
-    velocity = rows.result() if return_velocity else None
-    strides = rows.strides(sample, noise, per_sample=True)
-    if rows.size:
-        scales = (alpha, sigma, alpha_rate, sigma_rate)
-        _add_noise[rows.grid](
-            sample, noise, *(s if s is None else s.contiguous() for s in scales), noisy, velocity,
-            rows.inner, *strides, HAS_NOISE=noise is not None, HAS_VELOCITY=return_velocity,
-            HAS_RATES=alpha_rate is not None, BLOCK=BLOCK,
-        )  # fmt: skip
-    return rows.finish([noisy] if velocity is None else [noisy, velocity])
+) -> tuple[Tensor, Tensor]:
+    return tuple(_mix(sample, noise, alpha, sigma, alpha_rate, sigma_rate, has_velocity=True))

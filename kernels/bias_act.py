@@ -90,7 +90,7 @@ def _limit(clamp: float | None) -> float:
     return float("inf") if clamp is None else float(clamp)
 
 
-def bias_act(x, bias, act, gain=1.0, dim=1, clamp=None, alpha=0.2) -> Tensor:
+def bias_act(x, bias, act, dim=1, gain=1.0, clamp=None, alpha=0.2) -> Tensor:
     x = dense(x)
     y = torch.empty_like(x)
     if x.numel():
@@ -101,7 +101,7 @@ def bias_act(x, bias, act, gain=1.0, dim=1, clamp=None, alpha=0.2) -> Tensor:
 
 
 def bias_act_backward(
-    dy, saved, bias, act, gain, dim, clamp, alpha, from_output
+    dy, saved, bias, act, dim, gain, clamp, alpha, from_output
 ) -> tuple[Tensor, Tensor]:
     saved = dense(saved)
     dy = in_order_of(dy, saved)
@@ -116,7 +116,7 @@ def bias_act_backward(
 
 
 def bias_act_double_backward(
-    gg, dy, x, bias, act, gain, dim, clamp, alpha
+    gg, dy, x, bias, act, dim, gain, clamp, alpha
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = dense(x)
     gg, dy = in_order_of(gg, x), in_order_of(dy, x)

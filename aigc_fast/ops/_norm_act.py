@@ -10,7 +10,7 @@ from aigc_fast.ops._activations import DEFAULT_ALPHA
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._norm_reference import GIVEN, PIXEL, SAMPLE
-from aigc_fast.ops._registry import FLOATS, Op
+from aigc_fast.ops._registry import FLOATS, define
 
 
 def norm_act(
@@ -103,21 +103,21 @@ def _check_double_backward(
 
 
 _OPTIONS = "int statistics, float eps, int act, float gain, float alpha"
-_norm_act = Op(
+_norm_act = define(
     "norm_act(Tensor x, Tensor? running_mean, Tensor? running_var, Tensor? weight,"
     f" Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     reference.forward,
     _check,
     stem="norm_act",
 )
-_backward = Op(
+_backward = define(
     "norm_act_backward(Tensor grad_output, Tensor x, Tensor? mean, Tensor var,"
     f" Tensor? weight, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     reference.backward,
     _check_backward,
     stem="norm_act",
 )
-_double_backward = Op(
+_double_backward = define(
     "norm_act_double_backward(Tensor grad_grad, Tensor? grad_grad_weight,"
     " Tensor? grad_grad_bias, Tensor grad_output, Tensor x, Tensor? mean, Tensor var,"
     f" Tensor? weight, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_dynamo_compiling
 
 from aigc_fast import _libraries
 
@@ -51,7 +52,7 @@ def _translated(error: RuntimeError) -> Exception:
 
 
 class Op:
-    """One operator; calling it takes the best implementation that supports the call.
+    """One operator; `define` makes it.
 
     schema:    torch schema without namespace, e.g. "rms_norm(Tensor x, float eps) -> Tensor"
     reference: the same maths in plain PyTorch
@@ -80,20 +81,10 @@ class Op:
         _library.impl(self.name, self._on_cuda, "CUDA")
         # The functions of ops/ enter autograd themselves; torch's default kernel costs 0.1 us.
         _library.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
-        self._overload = getattr(torch.ops.aigc_fast, self.name).default
+        self.overload = getattr(torch.ops.aigc_fast, self.name).default
         if cuda is not None:
             _cuda_library.define(schema)
         OPS[self.name] = self
-
-    def __call__(self, *args: Any) -> Any:
-        if _intercept is not None:
-            return _intercept(self, args)
-        try:
-            return self._overload(*args)
-        except RuntimeError as error:
-            # The kernels check for safety; the words come from here, off the fast path.
-            self.check(*args)
-            raise _translated(error) from None
 
     def choose(self, *args: Any) -> tuple[str, str]:
         """(implementation, why) of a call with these arguments, nothing being forced."""
@@ -141,7 +132,7 @@ class Op:
         if device != {"cpu": "cpu", "cuda": "cuda"}[backend]:
             raise RuntimeError(f"{self.name}: backend {backend} got tensors on {device}")
         try:
-            return self._call_cuda(*args) if backend == "cuda" else self._overload(*args)
+            return self._call_cuda(*args) if backend == "cuda" else self.overload(*args)
         except RuntimeError as error:
             raise _translated(error) from None
 
@@ -178,6 +169,31 @@ class Op:
                     "(AIGC_FAST_STRICT=1)"
                 )
         return self.reference(*args)
+
+
+def define(
+    schema: str, reference: Callable[..., Any], check: Callable[..., None], **options: Any
+) -> Callable[..., Any]:
+    """Makes an `Op`, whose arguments these are, and returns the function that calls it: it takes
+    the best implementation that supports the call."""
+    op = Op(schema, reference, check, **options)
+    overload = op.overload
+    # What the overload itself calls, 0.25 us sooner; a function is 0.15 us quicker than a __call__.
+    entry = overload._op
+
+    def call(*args: Any) -> Any:
+        if _intercept is not None:
+            return _intercept(op, args)
+        # Dynamo knows the overload alone.
+        run = overload if is_dynamo_compiling() else entry
+        try:
+            return run(*args)
+        except RuntimeError as error:
+            # The kernels check for safety; the words come from here, off the fast path.
+            op.check(*args)
+            raise _translated(error) from None
+
+    return call
 
 
 def _first_tensor(args: tuple) -> torch.Tensor:

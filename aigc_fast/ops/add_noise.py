@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 
 def add_noise(
@@ -40,51 +40,43 @@ def add_noise(
     Source: Ho et al. 2020, arXiv:2006.11239, equation 4; v: Salimans & Ho 2022, arXiv:2202.00512;
     flow matching: Liu et al. 2022, arXiv:2209.03003.
     """
-    if rates is None:
-        if torch.is_grad_enabled() and (
-            sample.requires_grad or noise.requires_grad
-            or alpha.requires_grad or sigma.requires_grad
-        ):  # fmt: skip
-            results = _AddNoise.call(sample, noise, alpha, sigma, return_velocity, None, None)
-        elif return_velocity:
-            results = _add_noise(sample, noise, alpha, sigma, True)
-        else:
-            results = _add_noise(sample, noise, alpha, sigma)
-    else:
-        if not return_velocity:
-            raise ValueError("rates are for return_velocity=True")
-        run: Any = _add_noise
-        if torch.is_grad_enabled() and any(
-            t.requires_grad for t in (sample, noise, alpha, sigma, *rates)
-        ):
-            run = _AddNoise.call
-        results = run(sample, noise, alpha, sigma, True, *rates)
-    return tuple(results) if return_velocity else results[0]
+    if rates is not None and not return_velocity:
+        raise ValueError("rates are for return_velocity=True")
+    if (
+        sample.requires_grad or noise.requires_grad or alpha.requires_grad or sigma.requires_grad
+        or (rates is not None and (rates[0].requires_grad or rates[1].requires_grad))
+    ) and torch.is_grad_enabled():  # fmt: skip
+        results = _AddNoise.call(
+            sample, noise, alpha, sigma, *(rates or (None, None)), return_velocity
+        )
+        return results if return_velocity else results[0]
+    if return_velocity:
+        return _add_noise_velocity(sample, noise, alpha, sigma, *(rates or ()))
+    return _add_noise(sample, noise, alpha, sigma)
 
 
-def _reference(
-    sample: Tensor,
-    noise: Tensor | None,
-    alpha: Tensor,
-    sigma: Tensor,
-    return_velocity: bool = False,
-    alpha_rate: Tensor | None = None,
-    sigma_rate: Tensor | None = None,
-) -> list[Tensor]:
+def _mixed(sample: Tensor, noise: Tensor | None, of_sample: Tensor, of_noise: Tensor) -> Tensor:
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
 
     def wide(scale: Tensor) -> Tensor:
         return scale.to(dtype).reshape(-1, *[1] * (sample.dim() - 1))
 
-    a, s = wide(alpha), wide(sigma)
     x = sample.to(dtype)
     z = torch.zeros_like(x) if noise is None else noise.to(dtype)
-    results = [a * x + s * z]
-    if return_velocity:
-        da = -s if alpha_rate is None else wide(alpha_rate)
-        ds = a if sigma_rate is None else wide(sigma_rate)
-        results.append(da * x + ds * z)
-    return [torch.empty_like(sample).copy_(y) for y in results]
+    return torch.empty_like(sample).copy_(wide(of_sample) * x + wide(of_noise) * z)
+
+
+def _reference_velocity(
+    sample: Tensor,
+    noise: Tensor | None,
+    alpha: Tensor,
+    sigma: Tensor,
+    alpha_rate: Tensor | None = None,
+    sigma_rate: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if alpha_rate is None or sigma_rate is None:
+        alpha_rate, sigma_rate = -sigma, alpha
+    return _mixed(sample, noise, alpha, sigma), _mixed(sample, noise, alpha_rate, sigma_rate)
 
 
 def _check(
@@ -92,7 +84,6 @@ def _check(
     noise: Tensor | None,
     alpha: Tensor,
     sigma: Tensor,
-    return_velocity: bool = False,
     alpha_rate: Tensor | None = None,
     sigma_rate: Tensor | None = None,
 ) -> None:
@@ -112,10 +103,16 @@ def _check(
             )
 
 
-_add_noise = Op(
-    "add_noise(Tensor sample, Tensor? noise, Tensor alpha, Tensor sigma,"
-    " bool return_velocity=False, Tensor? alpha_rate=None, Tensor? sigma_rate=None) -> Tensor[]",
-    _reference,
+_add_noise = define(
+    "add_noise(Tensor sample, Tensor noise, Tensor alpha, Tensor sigma) -> Tensor",
+    _mixed,
+    _check,
+    stem="add_noise",
+)
+_add_noise_velocity = define(
+    "add_noise_velocity(Tensor sample, Tensor? noise, Tensor alpha, Tensor sigma,"
+    " Tensor? alpha_rate=None, Tensor? sigma_rate=None) -> (Tensor, Tensor)",
+    _reference_velocity,
     _check,
     stem="add_noise",
 )
@@ -132,27 +129,28 @@ class _AddNoise(OpFunction):
         noise: Tensor | None,
         alpha: Tensor,
         sigma: Tensor,
-        return_velocity: bool,
         alpha_rate: Tensor | None,
         sigma_rate: Tensor | None,
+        return_velocity: bool,
     ) -> tuple[Tensor, ...]:
         scales = (alpha, sigma, alpha_rate, sigma_rate)
         # Only the gradients of the scales need the tensors themselves.
         learned = any(s is not None and s.requires_grad for s in scales)
         ctx.save_for_backward(*scales, *((sample, noise) if learned else ()))
-        rates = () if alpha_rate is None else (alpha_rate, sigma_rate)
-        return tuple(_add_noise(sample, noise, alpha, sigma, return_velocity, *rates))
+        if return_velocity:
+            return _add_noise_velocity(sample, noise, alpha, sigma, alpha_rate, sigma_rate)
+        return (_add_noise(sample, noise, alpha, sigma),)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_velocity: Tensor | None = None) -> tuple:
         alpha, sigma, alpha_rate, sigma_rate, *inputs = ctx.saved_tensors
-        run = _AddNoise.call if torch.is_grad_enabled() else _add_noise
+        transposed = (alpha, alpha_rate, sigma, sigma_rate)
         if alpha_rate is None:
-            grad_sample, grad_noise = run(grad, grad_velocity, alpha, -sigma, True, None, None)
+            transposed = (alpha, -sigma, None, None)
+        if torch.is_grad_enabled():
+            grad_sample, grad_noise = _AddNoise.call(grad, grad_velocity, *transposed, True)
         else:
-            grad_sample, grad_noise = run(
-                grad, grad_velocity, alpha, alpha_rate, True, sigma, sigma_rate
-            )
+            grad_sample, grad_noise = _add_noise_velocity(grad, grad_velocity, *transposed)
         if not inputs:
             return grad_sample, grad_noise, None, None, None, None, None
         sample, noise = inputs
@@ -168,7 +166,7 @@ class _AddNoise(OpFunction):
         )
         if noise is None:
             grad_noise = None
-        return grad_sample, grad_noise, of_alpha, of_sigma, None, *rest
+        return grad_sample, grad_noise, of_alpha, of_sigma, *rest, None
 
 
 def _dot(a: Tensor | None, b: Tensor | None) -> Any:

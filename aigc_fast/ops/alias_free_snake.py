@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import FLOATS, Op
+from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.layer_norm import wide
 from aigc_fast.ops.snake import _check as check_snake
 from aigc_fast.ops.snake import _reference as reference_snake
@@ -163,14 +163,14 @@ def _check_backward(dy: Tensor, x: Tensor, *parameters: Tensor) -> None:
     check_tensor("grad_output", dy, like=("x", x), shape=x.shape)
 
 
-_alias_free_snake = Op(
+_alias_free_snake = define(
     "alias_free_snake(Tensor x, Tensor alpha, Tensor beta, Tensor up_filter, Tensor down_filter)"
     " -> Tensor",
     _reference,
     _check,
     stem="alias_free_snake",
 )
-_backward = Op(
+_backward = define(
     "alias_free_snake_backward(Tensor grad_output, Tensor x, Tensor alpha, Tensor beta,"
     " Tensor up_filter, Tensor down_filter) -> (Tensor, Tensor, Tensor)",
     _reference_backward,

@@ -16,7 +16,7 @@ from aigc_fast.ops._activations import (
 )
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 
 def bias_act(
@@ -57,14 +57,14 @@ def bias_act(
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         # y has the sign of x only for a positive gain and a slope that is not negative.
         from_output = from_sign and gain > 0 and alpha >= 0
-        return _BiasAct.call(x, bias, (number, gain, dim, clamp, alpha, from_output))
-    if dim == 1 and alpha == DEFAULT_ALPHA and clamp is None:
-        return _bias_act(x, bias, number, gain)
-    return _bias_act(x, bias, number, gain, dim, clamp, alpha)
+        return _BiasAct.call(x, bias, (number, dim, gain, clamp, alpha, from_output))
+    if clamp is None and alpha == DEFAULT_ALPHA:
+        return _bias_act(x, bias, number, dim, gain)
+    return _bias_act(x, bias, number, dim, gain, clamp, alpha)
 
 
 def _reference(
-    x: Tensor, bias: Tensor | None, act: int, gain: float = 1.0, dim: int = 1,
+    x: Tensor, bias: Tensor | None, act: int, dim: int = 1, gain: float = 1.0,
     clamp: float | None = None, alpha: float = DEFAULT_ALPHA,
 ) -> Tensor:  # fmt: skip
     if bias is not None:
@@ -94,8 +94,8 @@ def _reference_backward(
     saved: Tensor,
     bias: Tensor | None,
     act: int,
-    gain: float,
     dim: int,
+    gain: float,
     clamp: float | None,
     alpha: float,
     from_output: bool,
@@ -117,8 +117,8 @@ def _reference_double_backward(
     x: Tensor,
     bias: Tensor | None,
     act: int,
-    gain: float,
     dim: int,
+    gain: float,
     clamp: float | None,
     alpha: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,9 +129,7 @@ def _reference_double_backward(
     return grad_dy, grad_x, _bias_grad(grad_x, bias, dim)
 
 
-def _check(
-    x: Tensor, bias: Tensor | None, act: int, gain: float = 1.0, dim: int = 1, *_: Any
-) -> None:
+def _check(x: Tensor, bias: Tensor | None, act: int, dim: int = 1, *_: Any) -> None:
     check_tensor("x", x)
     if bias is None:
         return
@@ -152,24 +150,24 @@ def _check_double_backward(
     check_tensor("grad_grad", gg, like=("x", x), shape=x.shape)
 
 
-_bias_act = Op(
+_bias_act = define(
     # A scalar costs 0.3 us to hand over, one left at its default nothing.
-    "bias_act(Tensor x, Tensor? bias, int act, float gain=1.0, int dim=1, float? clamp=None,"
+    "bias_act(Tensor x, Tensor? bias, int act, int dim=1, float gain=1.0, float? clamp=None,"
     f" float alpha={DEFAULT_ALPHA}) -> Tensor",
     _reference,
     _check,
     stem="bias_act",
 )
-_backward = Op(
+_backward = define(
     "bias_act_backward(Tensor grad_output, Tensor saved, Tensor? bias, int act,"
-    " float gain, int dim, float? clamp, float alpha, bool from_output) -> (Tensor, Tensor)",
+    " int dim, float gain, float? clamp, float alpha, bool from_output) -> (Tensor, Tensor)",
     _reference_backward,
     _check_backward,
     stem="bias_act",
 )
-_double_backward = Op(
+_double_backward = define(
     "bias_act_double_backward(Tensor grad_grad, Tensor grad_output, Tensor x, Tensor? bias,"
-    " int act, float gain, int dim, float? clamp, float alpha) -> (Tensor, Tensor, Tensor)",
+    " int act, int dim, float gain, float? clamp, float alpha) -> (Tensor, Tensor, Tensor)",
     _reference_double_backward,
     _check_double_backward,
     stem="bias_act",
@@ -181,7 +179,7 @@ def bias_act_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and bias, differentiable where gradients are enabled.
 
-    options: (act, gain, dim, clamp, alpha, from_output); `saved` is y where from_output, else x.
+    options: (act, dim, gain, clamp, alpha, from_output); `saved` is y where from_output, else x.
     dy:      None for a gradient that is zero, as a gradient penalty has of the activations in a
              piecewise linear network. Then that of x is None too, and the layers before do nothing;
              zeros in its place would go through each of their convolutions.
@@ -224,7 +222,7 @@ class _BiasActBackward(OpFunction):
         options = ctx.options
         if bias is not None and gg_bias is not None:
             # dbias is dx summed: what arrives for it arrives for each of its terms.
-            spread = _over_channels(gg_bias, saved, options[2])
+            spread = _over_channels(gg_bias, saved, options[1])
             gg = spread.expand_as(saved) if gg is None else gg + spread
         if gg is None:
             return None, None, None, None

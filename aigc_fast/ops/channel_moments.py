@@ -9,7 +9,7 @@ from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._layout import wide
 from aigc_fast.ops._norm_act import normalize
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def _check(x: Tensor) -> None:
         raise ValueError(f"x must have at least 2 dimensions, got shape {tuple(x.shape)}")
 
 
-_channel_moments = Op(
+_channel_moments = define(
     "channel_moments(Tensor x) -> (Tensor, Tensor)", _reference, _check, stem="norm_act"
 )
 

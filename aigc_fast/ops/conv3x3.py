@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 
 def conv3x3(
@@ -95,7 +95,7 @@ def _check(
         check_tensor("residual", residual, like=("weight", weight), shape=(batch, out, *size))
 
 
-_conv3x3 = Op(
+_conv3x3 = define(
     "conv3x3(Tensor[] xs, Tensor weight, Tensor? bias, Tensor? slope, Tensor? residual, float gain)"
     " -> Tensor",
     _reference,

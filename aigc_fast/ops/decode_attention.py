@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._attention import check, reference
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 
 @overload
@@ -147,7 +147,7 @@ def _cuda_supports(
     )
 
 
-_decode_attention = Op(
+_decode_attention = define(
     "decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths,"
     " float? scale) -> (Tensor, Tensor)",
     reference,
@@ -157,7 +157,7 @@ _decode_attention = Op(
 )
 # The options have an operator of their own: left out, they would still cost 0.13 us each, and a
 # plain call takes 4 us.
-_decode_attention_full = Op(
+_decode_attention_full = define(
     "decode_attention_full(Tensor query, Tensor key_cache, Tensor value_cache,"
     " Tensor cache_lengths, float? scale, int? window, float? softcap, Tensor? block_table,"
     " Tensor? sinks, Tensor? alibi_slopes, Tensor? key_scale, Tensor? value_scale,"

@@ -10,7 +10,7 @@ from aigc_fast.ops._attention import reference as _attend
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._pages import capacity_of, check_block_table
 from aigc_fast.ops._quantized_format import TILE
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 from aigc_fast.ops.kv_cache import _reference as _append
 from aigc_fast.ops.quantized_linear import _reference as _linear
 from aigc_fast.ops.rms_norm import _reference as _norm
@@ -190,7 +190,7 @@ def _check_packed(name: str, weight: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous and on the device of hidden")
 
 
-_decoder_step = Op(
+_decoder_step = define(
     "decoder_step(Tensor hidden, Tensor[] weights, Tensor(a!)[] caches, Tensor lengths, Tensor cos,"
     " Tensor sin, float eps, float scale, bool quantize_activations,"
     " Tensor? block_table=None) -> Tensor",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor, name_of
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
@@ -150,8 +150,8 @@ _ARGUMENTS = (
     "Tensor model_output, Tensor first, Tensor? second, Tensor? alpha, Tensor? sigma,"
     " Tensor? weights"
 )
-_loss = Op(f"diffusion_loss({_ARGUMENTS}) -> Tensor", _reference, _check, stem="diffusion_loss")
-_backward = Op(
+_loss = define(f"diffusion_loss({_ARGUMENTS}) -> Tensor", _reference, _check, stem="diffusion_loss")
+_backward = define(
     f"diffusion_loss_backward(Tensor grad_output, {_ARGUMENTS}) -> Tensor",
     _reference_backward,
     _check_backward,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import FLOATS, Op
+from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.layer_norm import wide
 from aigc_fast.ops.upfirdn2d import _layout, _pair, _sides, _taps
 from aigc_fast.ops.upfirdn2d import _reference as upfirdn2d_reference
@@ -180,14 +180,14 @@ def _check_mask(
     check_tensor("mask", mask, dtypes=(torch.int32,), shape=shape)
 
 
-_filtered_lrelu = Op(
+_filtered_lrelu = define(
     "filtered_lrelu(Tensor x, Tensor up_filter, Tensor down_filter, Tensor? bias, int[] geometry,"
     " bool flip, float gain, float slope, float? clamp, bool keep_mask) -> (Tensor, Tensor)",
     _reference,
     _check,
     stem="filtered_lrelu",
 )
-_filtered_mask = Op(
+_filtered_mask = define(
     "filtered_mask(Tensor x, Tensor mask, Tensor first, Tensor second, int[] geometry, bool flip,"
     " float gain, float slope) -> Tensor",
     _reference_mask,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 #: The numbers are part of the operator's schema: csrc/cpu/gan_loss.cpp holds the same list.
 LOSSES = ("non_saturating", "least_squares", "hinge", "wasserstein", "relativistic")
@@ -153,13 +153,13 @@ def _check_backward(grad: Tensor, *args: Any) -> None:
         raise ValueError(f"grad_output must be a scalar, got shape {tuple(grad.shape)}")
 
 
-_gan_loss = Op(
+_gan_loss = define(
     "gan_loss(Tensor? real, Tensor fake, int loss, bool generator) -> Tensor",
     _reference,
     _check,
     stem="gan_loss",
 )
-_backward = Op(
+_backward = define(
     "gan_loss_backward(Tensor grad_output, Tensor? real, Tensor fake, int loss, bool generator)"
     " -> (Tensor, Tensor)",
     _reference_backward,

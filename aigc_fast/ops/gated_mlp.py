@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Source: Shazeer 2020, arXiv:2002.05202.
     """
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if (gate.requires_grad or up.requires_grad) and torch.is_grad_enabled():
         return _Gated.call(gate, up, None)
     return _swiglu(gate, up)
 
@@ -46,7 +46,7 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
     tanh = _TANH.get(approximate)
     if tanh is None:
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if (gate.requires_grad or up.requires_grad) and torch.is_grad_enabled():
         return _Gated.call(gate, up, tanh)
     return _geglu(gate, up, tanh)
 
@@ -93,17 +93,17 @@ def _check_backward(dy: Tensor, gate: Tensor, up: Tensor, tanh: bool | None = No
     check_tensor("grad_output", dy, like=("gate", gate), shape=gate.shape)
 
 
-_swiglu = Op("swiglu(Tensor gate, Tensor up) -> Tensor", _reference, _check, stem="gated_mlp")
-_swiglu_backward = Op(
+_swiglu = define("swiglu(Tensor gate, Tensor up) -> Tensor", _reference, _check, stem="gated_mlp")
+_swiglu_backward = define(
     "swiglu_backward(Tensor grad_output, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     _reference_backward,
     _check_backward,
     stem="gated_mlp",
 )
-_geglu = Op(
+_geglu = define(
     "geglu(Tensor gate, Tensor up, bool tanh) -> Tensor", _reference, _check, stem="gated_mlp"
 )
-_geglu_backward = Op(
+_geglu_backward = define(
     "geglu_backward(Tensor grad_output, Tensor gate, Tensor up, bool tanh) -> (Tensor, Tensor)",
     _reference_backward,
     _check_backward,

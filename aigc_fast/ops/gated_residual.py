@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 from aigc_fast.ops.layer_norm import (
     _reference as _reference_norm,
 )
@@ -114,19 +114,19 @@ def _check_backward(dy: Tensor, x: Tensor, gate: Tensor) -> None:
     check_tensor("grad_output", dy, like=("x", x), shape=x.shape)
 
 
-_gated_residual = Op(
+_gated_residual = define(
     "gated_residual(Tensor residual, Tensor x, Tensor gate) -> Tensor",
     _reference,
     _check,
     stem="layer_norm",
 )
-_backward = Op(
+_backward = define(
     "gated_residual_backward(Tensor grad_output, Tensor x, Tensor gate) -> (Tensor, Tensor)",
     _reference_backward,
     _check_backward,
     stem="layer_norm",
 )
-_gated_residual_norm = Op(
+_gated_residual_norm = define(
     "gated_residual_norm(Tensor residual, Tensor x, Tensor gate, Tensor scale, Tensor shift,"
     " Tensor? weight, Tensor? bias, float eps, bool rms) -> (Tensor, Tensor)",
     _reference_both,

@@ -8,7 +8,7 @@ from torch import Tensor
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._layout import in_order_of, wide
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 from aigc_fast.ops.gated_mlp import _activate, _slope
 
 
@@ -142,14 +142,14 @@ def _check_backward(
         check_tensor(name, p, shape=(x.shape[0], num_groups))
 
 
-_group_norm_act = Op(
+_group_norm_act = define(
     "group_norm_act(Tensor x, Tensor? weight, Tensor? bias, int num_groups, float eps, int act)"
     " -> (Tensor, Tensor, Tensor)",
     _reference,
     _check,
     stem="group_norm_act",
 )
-_backward = Op(
+_backward = define(
     "group_norm_act_backward(Tensor grad_output, Tensor x, Tensor mean, Tensor rstd,"
     " Tensor? weight, Tensor? bias, int num_groups, int act) -> (Tensor, Tensor, Tensor)",
     _reference_backward,

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._pages import NARROW, capacity_of, check_block_table, check_pages
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 from aigc_fast.ops.rotary import _reference as _rotate
 from aigc_fast.ops.rotary import check_angles
 
@@ -156,7 +156,7 @@ def _check(
             raise ValueError(f"{name} must be on the device of key ({key.device}), got {x.device}")
 
 
-_append_kv = Op(
+_append_kv = define(
     "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
     " Tensor positions) -> ()",
     _reference,
@@ -164,7 +164,7 @@ _append_kv = Op(
     stem="kv_cache",
 )
 # An operator of its own, because options that are left out still cost 0.13 us each.
-_append_kv_full = Op(
+_append_kv_full = define(
     "append_kv_full(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
     " Tensor positions, Tensor? block_table, Tensor? cos, Tensor? sin, bool interleaved,"
     " Tensor? key_scale, Tensor? value_scale) -> ()",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 
 def layer_norm(
@@ -189,7 +189,7 @@ def _check_backward(
             check_tensor(name, p, like=("x", x), shape=x.shape)
 
 
-_modulated_norm = Op(
+_modulated_norm = define(
     "modulated_norm(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias,"
     " float eps, bool rms) -> Tensor",
     _reference,
@@ -198,7 +198,7 @@ _modulated_norm = Op(
 )
 #: Gradients of x (the norm's input), the branch that gate scaled, gate, scale, shift, weight, bias;
 #: empty where there is none. grad_residual is what arrives for x beside the norm.
-norm_backward = Op(
+norm_backward = define(
     "modulated_norm_backward(Tensor grad_output, Tensor? grad_residual, Tensor x, Tensor? branch,"
     " Tensor? gate, Tensor? scale, Tensor? weight, Tensor? bias, float eps, bool rms)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

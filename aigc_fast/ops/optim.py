@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 
 def gradient_norm(grads: Sequence[Tensor], loss: Tensor | None = None) -> Tensor:
@@ -170,13 +170,13 @@ def _check(
             )
 
 
-_gradient_norm = Op(
+_gradient_norm = define(
     "gradient_norm(Tensor[] grads, Tensor? loss=None) -> Tensor",
     _reference_norm,
     _check_norm,
     stem="optim",
 )
-_adam_step = Op(
+_adam_step = define(
     "adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
     " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] averages, Tensor? norm,"
     " Tensor(f!)? skipped, float lr, float beta1, float beta2, float eps, float weight_decay,"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 from aigc_fast.ops.rms_norm import _reference as _norm
 from aigc_fast.ops.rotary import _reference as _rotate
 from aigc_fast.ops.rotary import check_angles
@@ -104,14 +104,14 @@ def _check_backward(dy: Tensor, query_key: Tensor, *rest: Any) -> None:
     check_tensor("grad_output", dy, like=("query_key", query_key), shape=query_key.shape)
 
 
-_qk_norm_rotary = Op(
+_qk_norm_rotary = define(
     "qk_norm_rotary(Tensor query_key, Tensor query_weight, Tensor key_weight, Tensor cos,"
     " Tensor sin, int num_heads, float eps, bool interleaved=False) -> Tensor",
     _reference,
     _check,
     stem="qk_norm_rotary",
 )
-_backward = Op(
+_backward = define(
     "qk_norm_rotary_backward(Tensor grad_output, Tensor query_key, Tensor query_weight,"
     " Tensor key_weight, Tensor cos, Tensor sin, int num_heads, float eps, bool interleaved,"
     " bool weight_grad) -> (Tensor, Tensor, Tensor)",

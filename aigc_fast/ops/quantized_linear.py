@@ -6,7 +6,7 @@ from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._quantized_format import TILE, dequantize_weight
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 
 def quantized_linear(
@@ -123,7 +123,7 @@ def _cuda_supports(
     )
 
 
-_quantized_linear = Op(
+_quantized_linear = define(
     "quantized_linear(Tensor x, Tensor weight, Tensor? bias, int bits, int group_size,"
     " int out_features, bool quantize_activations) -> Tensor",
     _reference,

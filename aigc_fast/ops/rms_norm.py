@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -99,16 +99,16 @@ def _check_backward(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, 
         check_tensor("grad_residual", dsum, like=("x", x), shape=x.shape)
 
 
-_rms_norm = Op(
+_rms_norm = define(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _reference, _check, stem="rms_norm"
 )
-_add_rms_norm = Op(
+_add_rms_norm = define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     _reference_add,
     _check_add,
     stem="rms_norm",
 )
-_backward = Op(
+_backward = define(
     "rms_norm_backward(Tensor grad_output, Tensor? grad_residual, Tensor x, Tensor weight,"
     " float eps, bool weight_grad) -> (Tensor, Tensor)",
     _reference_backward,

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from aigc_fast.ops import _gumbel
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 #: parameter: (least, greatest), in the order of the schema
 _LIMITS = {
@@ -248,7 +248,7 @@ def _check(
             )
 
 
-_sample_tokens = Op(
+_sample_tokens = define(
     "sample_tokens(Tensor logits, float[] settings, Tensor? rows, Tensor? token_counts,"
     " Tensor? allowed, Tensor seeds, Tensor steps) -> (Tensor, Tensor)",
     _reference,

@@ -11,7 +11,7 @@ from aigc_fast.ops._activations import ACTIVATIONS, resolve
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._layout import in_order_of, wide
-from aigc_fast.ops._registry import FLOATS, Op
+from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.bias_act import bias_act
 
 #: the activations that are lrelu with an alpha of their own
@@ -183,14 +183,14 @@ def _check_double_backward(
         check_tensor("grad_grad", gg_x, like=("x", x), shape=x.shape)
 
 
-_scale_bias_act = Op(
+_scale_bias_act = define(
     "scale_bias_act(Tensor x, Tensor? scale=None, Tensor? noise=None, Tensor? strength=None,"
     " Tensor? bias=None, float alpha=1.0, float gain=1.0, float? clamp=None) -> Tensor",
     _reference,
     _check,
     stem="scale_bias_act",
 )
-_backward = Op(
+_backward = define(
     "scale_bias_act_backward(Tensor grad_output, Tensor x, Tensor? scale, Tensor? noise,"
     " Tensor? strength, Tensor? bias, float alpha, float gain, float? clamp)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -198,7 +198,7 @@ _backward = Op(
     _check_backward,
     stem="scale_bias_act",
 )
-_double_backward = Op(
+_double_backward = define(
     "scale_bias_act_double_backward(Tensor? grad_grad, Tensor? grad_scale, Tensor? grad_strength,"
     " Tensor? grad_bias, Tensor grad_output, Tensor x, Tensor? scale, Tensor? noise,"
     " Tensor? strength, Tensor? bias, float alpha, float gain, float? clamp)"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 _MAX_HISTORY = 5
 
@@ -63,14 +63,14 @@ def scheduler_step(
     if not isinstance(coefficients, Tensor):
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         coefficients = torch.tensor(coefficients, dtype=dtype, device=sample.device)
-    if torch.is_grad_enabled() and (
+    if (
         sample.requires_grad
         or model_output.requires_grad
         or coefficients.requires_grad
         or (noise is not None and noise.requires_grad)
         or (uncond_output is not None and uncond_output.requires_grad)
         or (history and any(earlier.requires_grad for earlier in history))
-    ):
+    ) and torch.is_grad_enabled():
         if guidance_rescale != 0:
             raise RuntimeError(
                 "scheduler_step has no derivative: guidance_rescale must be 0 for gradients, "
@@ -267,7 +267,7 @@ def _check_backward(
 
 
 # The plain step has a schema of its own: lists in and out cost a call as much as 64 elements do.
-_scheduler_step = Op(
+_scheduler_step = define(
     "scheduler_step(Tensor sample, Tensor model_output, Tensor coefficients, Tensor? noise=None)"
     " -> Tensor",
     _reference,
@@ -276,7 +276,7 @@ _scheduler_step = Op(
     ),
     stem="scheduler_step",
 )
-_scheduler_step_full = Op(
+_scheduler_step_full = define(
     "scheduler_step_full(Tensor sample, Tensor model_output, Tensor coefficients,"
     " Tensor[] history, Tensor? noise=None, Tensor? uncond_output=None,"
     " float guidance_scale=1.0, float guidance_rescale=0.0, bool return_x0=False) -> Tensor[]",
@@ -284,7 +284,7 @@ _scheduler_step_full = Op(
     _check,
     stem="scheduler_step",
 )
-_backward = Op(
+_backward = define(
     "scheduler_step_backward(Tensor grad_output, Tensor? grad_x0, Tensor? grad_second,"
     " Tensor sample, Tensor model_output, Tensor coefficients, Tensor? uncond_output,"
     " float guidance_scale, bool has_noise, int num_history) -> Tensor[]",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 from aigc_fast.ops.layer_norm import wide
 
 #: what is added to beta before the division, as in BigVGAN and DAC
@@ -121,17 +121,17 @@ def _check_double_backward(
     check_tensor("gg_beta", gg_beta, like=("x", saved[0]), shape=saved[2].shape)
 
 
-_snake = Op(
+_snake = define(
     "snake(Tensor x, Tensor alpha, Tensor beta) -> Tensor", _reference, _check, stem="snake"
 )
-_backward = Op(
+_backward = define(
     "snake_backward(Tensor grad_output, Tensor x, Tensor alpha, Tensor beta)"
     " -> (Tensor, Tensor, Tensor)",
     reference_backward,
     _check_backward,
     stem="snake",
 )
-_double_backward = Op(
+_double_backward = define(
     "snake_double_backward(Tensor gg, Tensor gg_alpha, Tensor gg_beta, Tensor grad_output,"
     " Tensor x, Tensor alpha, Tensor beta) -> (Tensor, Tensor, Tensor, Tensor)",
     _reference_double_backward,

@@ -9,7 +9,7 @@ from torch import Tensor
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._layout import wide
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 
 def spectral_norm(
@@ -114,14 +114,14 @@ def _check_backward(
         check_tensor(name, s, like=("weights[0]", weights[0]), shape=(len(weights),))
 
 
-_spectral_norm = Op(
+_spectral_norm = define(
     "spectral_norm(Tensor[] weights, Tensor[] u, Tensor[] v, int iterations, float eps)"
     " -> (Tensor[], Tensor, Tensor[], Tensor[])",
     _reference,
     _check,
     stem="spectral_norm",
 )
-_backward = Op(
+_backward = define(
     "spectral_norm_backward(Tensor[] grad_output, Tensor grad_sigma, Tensor[] weights, Tensor[] u,"
     " Tensor[] v, Tensor sigma) -> Tensor[]",
     _reference_backward,

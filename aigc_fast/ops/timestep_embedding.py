@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import Op
+from aigc_fast.ops._registry import define
 
 
 def timestep_embedding(
@@ -99,14 +99,14 @@ def _check_backward(dy: Tensor, timesteps: Tensor, *options: Any) -> None:
         )
 
 
-_timestep_embedding = Op(
+_timestep_embedding = define(
     "timestep_embedding(Tensor timesteps, int dim, bool flip_sin_to_cos,"
     " float downscale_freq_shift, float scale, float max_period) -> Tensor",
     _reference,
     _check,
     stem="timestep_embedding",
 )
-_backward = Op(
+_backward = define(
     "timestep_embedding_backward(Tensor grad_output, Tensor timesteps, bool flip_sin_to_cos,"
     " float downscale_freq_shift, float scale, float max_period) -> Tensor",
     _reference_backward,

@@ -10,7 +10,7 @@ from torch import Tensor
 from aigc_fast.ops._activations import ACTIVATIONS, DEFAULT_ALPHA, activate, resolve
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import FLOATS, Op
+from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.bias_act import bias_act, bias_act_gradients
 
 
@@ -167,7 +167,7 @@ def _check(
         )
 
 
-_upfirdn2d = Op(
+_upfirdn2d = define(
     "upfirdn2d(Tensor x, Tensor filter, int[] geometry, bool flip, float gain, Tensor? bias=None,"
     f" int act=0, float act_gain=1.0, float? clamp=None, float alpha={DEFAULT_ALPHA}) -> Tensor",
     _reference,
@@ -229,7 +229,7 @@ class _Upfirdn2dAct(OpFunction):
     def backward(ctx: Any, dy: Tensor | None) -> tuple:
         y, filter, bias = ctx.saved_tensors
         act, act_gain, clamp, alpha = ctx.epilogue
-        options = (act, act_gain, 1, clamp, alpha, True)
+        options = (act, 1, act_gain, clamp, alpha, True)
         dz, dbias = bias_act_gradients(dy, y, bias, options)
         dx = _adjoint(dz, ctx.shape, filter, *ctx.options)
         return dx, None, dbias, None, None, None, None

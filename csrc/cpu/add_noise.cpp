@@ -4,35 +4,39 @@
 namespace aigc_fast {
 namespace {
 
-// No noise stands for zeros, no rates for (-sigma, alpha).
-std::vector<Tensor> add_noise(const Tensor& sample_in, const std::optional<Tensor>& noise_in,
-                              const Tensor& alpha_in, const Tensor& sigma_in, bool return_velocity,
-                              const std::optional<Tensor>& alpha_rate_in,
-                              const std::optional<Tensor>& sigma_rate_in) {
+// The first result and, if has_velocity, the second. No noise stands for zeros, no rates for
+// (-sigma, alpha).
+template <bool has_velocity>
+std::pair<Tensor, Tensor> mix(const Tensor& sample_in, const std::optional<Tensor>& noise_in,
+                              const Tensor& alpha_in, const Tensor& sigma_in,
+                              const std::optional<Tensor>& alpha_rate_in = {},
+                              const std::optional<Tensor>& sigma_rate_in = {}) {
   const int64_t batch = sample_in.dim() ? sample_in.size(0) : -1;
   require(batch >= 0, "sample must have a batch dimension");
   const bool rated = alpha_rate_in.has_value();
   require(rated == sigma_rate_in.has_value(), "rates must be two tensors");
-  const Tensor &first_rate = rated ? *alpha_rate_in : sigma_in,
-               &second_rate = rated ? *sigma_rate_in : alpha_in;
-  for (const Tensor* c : {&alpha_in, &sigma_in, &first_rate, &second_rate})
-    require(c->dim() == 1 && c->size(0) == batch, "alpha, sigma and rates must have shape (", batch,
+  const auto check_scale = [&](const Tensor& c) {
+    require(c.dim() == 1 && c.size(0) == batch, "alpha, sigma and rates must have shape (", batch,
             ",)");
+  };
+  check_scale(alpha_in), check_scale(sigma_in);
+  if (rated) check_scale(*alpha_rate_in), check_scale(*sigma_rate_in);
   if (noise_in)
     require(same_shape(*noise_in, sample_in) && noise_in->scalar_type() == sample_in.scalar_type(),
             "noise must have the shape and dtype of sample");
   SampleRows rows(sample_in, true);
-  Tensor noisy = rows.order(), velocity = return_velocity ? rows.like() : noisy;
+  Tensor noisy = rows.order(), velocity = has_velocity ? rows.like() : noisy;
   const Tensor sample = rows.arrange(sample_in);
   const Tensor noise = noise_in ? rows.arrange(*noise_in) : sample;
   const Scalars alpha(alpha_in, "alpha"), sigma(sigma_in, "sigma");
-  const Scalars alpha_rate(first_rate, "rates"), sigma_rate(second_rate, "rates");
+  const Scalars alpha_rate = rated ? Scalars(*alpha_rate_in, "rates") : sigma;
+  const Scalars sigma_rate = rated ? Scalars(*sigma_rate_in, "rates") : alpha;
   const double sign = rated ? 1 : -1;
   dispatch(sample, "sample", [&]<class T>(T) {
     using A = Acc<T>;
     const auto x = rows.read<T>(sample), n = rows.read<T>(noise);
     const auto y = rows.write<T>(noisy), v = rows.write<T>(velocity);
-    auto run = [&]<bool has_noise, bool has_velocity>() {
+    auto run = [&]<bool has_noise>() {
       rows.for_pieces([=, &alpha, &sigma, &alpha_rate, &sigma_rate](int64_t row, int64_t begin,
                                                                     int64_t length) {
         const A a = A(alpha[row]), s = A(sigma[row]);
@@ -48,18 +52,28 @@ std::vector<Tensor> add_noise(const Tensor& sample_in, const std::optional<Tenso
         });
       });
     };
-    if (noise_in)
-      return_velocity ? run.template operator()<true, true>()
-                      : run.template operator()<true, false>();
-    else
-      return_velocity ? run.template operator()<false, true>()
-                      : run.template operator()<false, false>();
+    noise_in ? run.template operator()<true>() : run.template operator()<false>();
   });
-  if (return_velocity) return {rows.finish(noisy), rows.finish(velocity)};
-  return {rows.finish(noisy)};
+  return {rows.finish(noisy), has_velocity ? rows.finish(velocity) : noisy};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) { m.impl("add_noise", TORCH_BOX(&add_noise)); }
+Tensor add_noise(const Tensor& sample, const Tensor& noise, const Tensor& alpha,
+                 const Tensor& sigma) {
+  return mix<false>(sample, noise, alpha, sigma).first;
+}
+
+std::tuple<Tensor, Tensor> add_noise_velocity(const Tensor& sample,
+                                              const std::optional<Tensor>& noise,
+                                              const Tensor& alpha, const Tensor& sigma,
+                                              const std::optional<Tensor>& alpha_rate,
+                                              const std::optional<Tensor>& sigma_rate) {
+  return mix<true>(sample, noise, alpha, sigma, alpha_rate, sigma_rate);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
+  m.impl("add_noise", TORCH_BOX(&add_noise));
+  m.impl("add_noise_velocity", TORCH_BOX(&add_noise_velocity));
+}
 
 }  // namespace
 }  // namespace aigc_fast

@@ -113,8 +113,8 @@ AIGC_INLINE Vec<A> derivative(Vec<A> saved, bool from_output, Params<A> p) {
   return abs<A>(y) > p.limit ? zero : slope<act, A>(saved, p.alpha) * p.gain;
 }
 
-Tensor bias_act(const Tensor& x_in, const std::optional<Tensor>& bias_in, int64_t act, double gain,
-                int64_t dim, std::optional<double> clamp, double alpha) {
+Tensor bias_act(const Tensor& x_in, const std::optional<Tensor>& bias_in, int64_t act, int64_t dim,
+                double gain, std::optional<double> clamp, double alpha) {
   const Tensor x = as_dense(x_in);
   const Layout l = layout_of(x, bias_in, dim);
   Tensor y = empty_like_dense(x);
@@ -141,7 +141,7 @@ Tensor bias_act(const Tensor& x_in, const std::optional<Tensor>& bias_in, int64_
 // (dx, dbias): dx = dy * dy/dx; dbias = dx summed over all dimensions but `dim`, or empty.
 std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy_in, const Tensor& saved_in,
                                              const std::optional<Tensor>& bias_in, int64_t act,
-                                             double gain, int64_t dim, std::optional<double> clamp,
+                                             int64_t dim, double gain, std::optional<double> clamp,
                                              double alpha, bool from_output) {
   const Tensor saved = as_dense(saved_in);
   require(same_shape(dy_in, saved), "grad_output must have the shape of the saved tensor");
@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy_in, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor> bias_act_double_backward(const Tensor& gg_in,
                                                             const Tensor& dy_in, const Tensor& x_in,
                                                             const std::optional<Tensor>& bias_in,
-                                                            int64_t act, double gain, int64_t dim,
+                                                            int64_t act, int64_t dim, double gain,
                                                             std::optional<double> clamp,
                                                             double alpha) {
   const Tensor x = as_dense(x_in);

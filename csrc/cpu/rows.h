@@ -19,9 +19,10 @@ struct Rows {
 // Rows that lie one stride apart, such as halves of a packed tensor, are taken where they are;
 // any other tensor that is not contiguous is copied once.
 inline Rows as_rows(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  const int64_t last = x.dim() - 1, width = sizes[last], count = width ? x.numel() / width : 0;
+  const auto sizes = x.sizes();
+  const int64_t last = sizes.size() - 1, width = sizes[last], count = width ? x.numel() / width : 0;
   if (x.is_contiguous()) return {x, count, width, width};
+  const auto strides = x.strides();
   bool in_place = width == 1 || strides[last] == 1;
   int64_t stride = width, expected = -1;
   for (int64_t d = last - 1; d >= 0; --d) {

@@ -118,7 +118,7 @@ def recorded() -> Iterator[list[tuple[_registry.Op, tuple]]]:
 
     def take(op: _registry.Op, args: tuple) -> Any:
         calls.append((op, args))
-        return op._overload(*args)
+        return op.overload(*args)
 
     with _registry._intercepting(take):
         yield calls
@@ -350,7 +350,7 @@ def test_opcheck(op, sample) -> None:
         else:
             op.function(*args, **kwargs)
     for inner, inner_args in calls:
-        torch.library.opcheck(inner._overload, cast(inner_args, torch.float32))
+        torch.library.opcheck(inner.overload, cast(inner_args, torch.float32))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
