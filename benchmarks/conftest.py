@@ -2,6 +2,7 @@
 torch.compile and ours timed in turns in one process."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from tests.ops.test_every_op import (
     contiguous_grad,
     gradients,
     tensors,
+    variables,
     worst,
 )
 
@@ -80,7 +82,8 @@ class Measure:
         variants = {"eager": plain_op, "ours": op}
         if not self.quick:
             variants["compile"] = dataclasses.replace(op, function=torch.compile(eager))
-        calls = {n: lambda v=v: run(v, args, kwargs) for n, v in variants.items()}
+        timed = self._forward_backward if backward else self._forward
+        calls = {n: timed(v, args, kwargs) for n, v in variants.items()}
         if bytes_moved is None:
             outputs = self._outputs(op, args, kwargs)
             bytes_moved = sum(t.nbytes for t in [*tensors((args, kwargs)), *outputs])
@@ -90,7 +93,8 @@ class Measure:
         kind = "read" if reads_only else "copy"
         limit = plain_pass(bytes_moved, kind)
         seconds, rounds = (0.3, 1) if self.quick else (3.0, 5)
-        times = interleaved({**calls, kind: limit}, seconds=seconds, rounds=rounds)
+        with torch.set_grad_enabled(backward):
+            times = interleaved({**calls, kind: limit}, seconds=seconds, rounds=rounds)
         if not self.quick:
             self.benchmark.extra_info["compile_over_ours"] = times["compile"] / times["ours"]
         self.benchmark.extra_info.update(
@@ -102,10 +106,34 @@ class Measure:
             gigabytes_per_second=bytes_moved / times["ours"] / 1e9,
             limit=kind,
             fraction_of_limit=times[kind] / times["ours"],
-            extra_memory={n: self._memory(calls[n]) for n in ("eager", "ours")},
+            extra_memory={
+                n: self._memory(lambda v=variants[n]: run(v, args, kwargs))
+                for n in ("eager", "ours")
+            },
             error={"eager": _worst(plain, exact), "ours": _worst(mine, exact)},
         )
-        self.benchmark.pedantic(calls["ours"], rounds=1 if self.quick else 10)
+        with torch.set_grad_enabled(backward):
+            self.benchmark.pedantic(calls["ours"], rounds=1 if self.quick else 10)
+
+    @staticmethod
+    def _forward(op: OpSamples, args: tuple, kwargs: dict) -> Callable[[], Any]:
+        """The call as it is timed: nothing around it."""
+        return functools.partial(op.function, *args, **kwargs)
+
+    def _forward_backward(self, op: OpSamples, args: tuple, kwargs: dict) -> Callable[[], Any]:
+        inputs = variables(op, args, kwargs)
+        for t in inputs:
+            t.requires_grad_()
+        outputs = call(op, args, kwargs)
+        upstream = [self._upstream_of(t, i) for i, t in enumerate(outputs) if t.requires_grad]
+
+        def timed() -> None:
+            outputs = op.function(*args, **kwargs)
+            if len(upstream) > 1 or not isinstance(outputs, Tensor):
+                outputs = [t for t in tensors(outputs) if t.requires_grad]
+            torch.autograd.grad(outputs, inputs, upstream, allow_unused=True)
+
+        return timed
 
     @staticmethod
     def _outputs(op: OpSamples, args: tuple, kwargs: dict) -> list[Tensor]:
