@@ -144,6 +144,39 @@ class ResnetBlock(Replacement):
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
 
 
+class Upsample(Replacement):
+    uses = "upsample_conv2d"
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if module.norm is not None or module.use_conv_transpose or not module.interpolate:
+            raise Unfit("it is no nearest upsampling")
+        if not module.use_conv:
+            raise Unfit("no convolution follows it")
+        yield from super().assignments(module)
+
+    def forward(
+        self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        conv = self.conv if self.name == "conv" else self.Conv2d_0
+        # An adapter's convolution is of a class of its own.
+        if output_size is not None or args or kwargs or not _is_plain(conv):
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        return ops.upsample_conv2d(hidden_states, conv.weight, conv.bias)
+
+
+def _is_plain(conv: Any) -> bool:
+    """Whether it is torch's own convolution with "same" padding, and nobody's hook is on it."""
+    same = tuple(size // 2 for size in conv.kernel_size)
+    return (
+        type(conv) is nn.Conv2d
+        and (conv.padding, conv.stride, conv.dilation, conv.groups) == (same, (1, 1), (1, 1), 1)
+        and all(size % 2 for size in conv.kernel_size)
+        and conv.padding_mode == "zeros"
+        and not (conv._forward_hooks or conv._forward_pre_hooks or "forward" in vars(conv))
+    )
+
+
 def _table(**modules: dict[str, type[Replacement]]) -> dict[str, type[Replacement]]:
     return {
         f"diffusers.models.{name.replace('__', '.')}.{cls}": replacement
@@ -155,6 +188,7 @@ def _table(**modules: dict[str, type[Replacement]]) -> dict[str, type[Replacemen
 #: module: class -> what takes its place
 TABLE = _table(
     resnet=dict(ResnetBlock2D=ResnetBlock),
+    upsampling=dict(Upsample2D=Upsample),
     unets__unet_2d=dict(UNet2DModel=HasOutputNorm),
     unets__unet_2d_condition=dict(UNet2DConditionModel=HasOutputNorm),
     autoencoders__vae=dict(Encoder=HasOutputNorm, Decoder=HasOutputNorm),

@@ -37,6 +37,7 @@ from aigc_fast.ops.snake import snake
 from aigc_fast.ops.spectral_norm import spectral_norm
 from aigc_fast.ops.timestep_embedding import timestep_embedding
 from aigc_fast.ops.upfirdn2d import upfirdn2d
+from aigc_fast.ops.upsample_conv2d import upsample_conv2d
 
 # The schemas stand; now the compiled libraries can register their kernels.
 _libraries.load()
@@ -86,4 +87,5 @@ __all__ = [
     "swiglu",
     "timestep_embedding",
     "upfirdn2d",
+    "upsample_conv2d",
 ]

@@ -166,6 +166,17 @@ def test_gradient_checkpointing_and_hooks() -> None:
     assert len(seen) == 2  # forward, and again for backward
 
 
+def test_the_convolution_of_an_upsampling_keeps_its_hooks() -> None:
+    model, inputs = make("unet"), inputs_of("unet")
+    upsampler = model.up_blocks[0].upsamplers[0]
+    assert aigc_fast.patch(model).replaced["Upsample2D"] == (1, "upsample_conv2d")
+    assert isinstance(upsampler, Replacement)
+    want, seen = outputs(model, inputs), []
+    upsampler.conv.register_forward_hook(lambda *a: seen.append(a[0]))
+    torch.testing.assert_close(outputs(model, inputs), want)
+    assert seen == [upsampler.conv]
+
+
 def test_a_pipeline() -> None:
     from diffusers import DDIMScheduler, DDPMPipeline
 
