@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     const Heads<T> heads(x), grads(dy);
     const T *query = data<T>(query_weight), *key = data<T>(key_weight);
     T* out = mutable_data<T>(dx);
-    std::vector<A> partial(weight_grad ? blocks * 2 * dim : 0);  // [block][query, key][dim]
+    std::vector<double> partial(weight_grad ? blocks * 2 * dim : 0);  // [block][query, key][dim]
     const int64_t grain = std::max<int64_t>(1, s.grain() / block);
     torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
       auto turns = rotation;
@@ -139,10 +139,10 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rotary_backward(
         turns.at(i / s.seq, i % s.seq, [&](const auto& turn) {
           const T *in = heads.at(i / s.seq, i % s.seq), *grad = grads.at(i / s.seq, i % s.seq);
           T* to = out + i * s.token_size();
-          A* sums_of_block = weight_grad ? partial.data() + i / block * 2 * dim : nullptr;
+          double* sums_of_block = weight_grad ? partial.data() + i / block * 2 * dim : nullptr;
           for (int64_t h = 0; h < s.heads; ++h, in += heads.head, grad += grads.head, to += dim) {
             const T* weight = h < s.num_heads ? query : key;
-            A* sum = sums_of_block ? sums_of_block + (h < s.num_heads ? 0 : dim) : nullptr;
+            double* sum = sums_of_block ? sums_of_block + (h < s.num_heads ? 0 : dim) : nullptr;
             turn(grad, g);
             for_vectors<A>(dim - turned, [&](int64_t j, auto n) {
               store(g + turned + j, load(grad + turned + j, n), n);
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rotary_backward(
             const A factor = s.factor(squares), mean = products * factor / dim;
             for_vectors<A>(dim, [&](int64_t j, auto n) {
               const Vec<A> normed = load(in + j, n) * factor, gradient = load(g + j, n);
-              if (sum) store(sum + j, load(sum + j, n) + gradient * normed, n);
+              if (sum) add_to(sum + j, widen<A>(gradient * normed), n);
               store(to + j, (gradient * load(weight + j, n) - normed * mean) * factor, n);
             });
           }
@@ -165,12 +165,11 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     });
     for (int which = 0; which < (weight_grad ? 2 : 0); ++which) {
       T* dw = mutable_data<T>(which ? key_grad : query_grad);
-      for_vectors<A>(dim, [&](int64_t j, auto n) {
-        Vec<A> total = {};
-        for (int64_t b = 0; b < blocks; ++b)
-          total += load(partial.data() + (2 * b + which) * dim + j, n);
-        store(dw + j, total, n);
-      });
+      std::vector<double> total(dim);
+      for (int64_t b = 0; b < blocks; ++b)
+        for (int64_t j = 0; j < dim; ++j) total[j] += partial[(2 * b + which) * dim + j];
+      const std::vector<A> narrow(total.begin(), total.end());
+      for_vectors<A>(dim, [&](int64_t j, auto n) { store(dw + j, load(narrow.data() + j, n), n); });
     }
   });
   return {dx, query_grad, key_grad};
