@@ -206,3 +206,12 @@ def test_the_models_in_the_docs(name, tmp_path):
     # A seven has its bar above and its foot below the middle: more ink in the upper half.
     rows = images.view(2, 96, 10, 96)[:, 6:90, :, 6:90]
     assert ((rows[:, :42] > 0).sum() > 1.2 * (rows[:, 42:] > 0).sum()).item()
+
+
+def test_the_video_model_in_the_docs(tmp_path):
+    checkpoint = Path(__file__).parents[2] / "docs" / "diffusion" / "moving_digits.safetensors"
+    assert checkpoint.stat().st_size < 5e6
+    options = ("--checkpoint", checkpoint, "--label", 7, "--guidance", 2, "--count", 4)
+    result = run("sample", "diffusion", *options, "--steps", 10, "--output", tmp_path / "7.png")
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "7.png").size == (8 * 20 * 3, 4 * 20 * 3)
