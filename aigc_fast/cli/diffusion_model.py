@@ -20,11 +20,10 @@ from aigc_fast.schedulers import (
 from aigc_fast.training.denoising import PREDICTIONS, SCHEDULES
 
 #: What a model is made of and what it predicts: image_channels, size, channels (of the levels),
-#: num_classes (0 for no labels), prediction and schedule; and of a model of video, frames.
+#: num_classes (0 for no labels), prediction and schedule; and of a model of video, frames and
+#: patch, the [frames, rows, columns] of a token.
 Config = dict[str, Any]
 
-#: (frames, rows, columns) of a token of video, which must divide a video's.
-PATCH = (4, 4, 4)
 _HEAD_DIM = 32
 
 _SOLVERS: dict[str, type] = {
@@ -48,7 +47,7 @@ def make_model(config: Config) -> nn.Module:
         dict(
             in_channels=config["image_channels"],
             sample_size=config["size"],
-            patch_size=PATCH,
+            patch_size=config["patch"],
             num_layers=len(channels),
             num_attention_heads=channels[0] // _HEAD_DIM,
             attention_head_dim=_HEAD_DIM,
@@ -64,10 +63,13 @@ def sample_shape(config: Config) -> tuple[int, ...]:
 
 
 def save_model(path: Path, model: nn.Module, config: Config) -> None:
-    """Weights as safetensors, the config in its header. Whole, or what was there before."""
+    """Weights as safetensors, the config in its header. Whole, or what was there before.
+
+    They are rounded to float16, for half the size; a checkpoint to go on from is another file.
+    """
     from safetensors.torch import save_file
 
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     partial = path.with_name(path.name + ".partial")
     save_file(weights, partial, {"aigc_fast": json.dumps({"diffusion": config})})
     os.replace(partial, path)

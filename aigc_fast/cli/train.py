@@ -58,7 +58,10 @@ def diffusion(
     data: Annotated[
         str, typer.Option(help="digits, moving-digits, or a folder of images.")
     ] = "digits",
-    size: Annotated[int, typer.Option(help="Pixels: an even number; of videos, of fours.")] = 28,
+    size: Annotated[int, typer.Option(help="Pixels: an even number; 28 of the digits.")] = 28,
+    patch: Annotated[
+        tuple[int, int, int], typer.Option(help="Frames, rows and columns of a token of video.")
+    ] = (1, 4, 4),
     class_conditional: Annotated[
         bool, typer.Option("--class-conditional", help="Learn the classes.")
     ] = False,
@@ -92,7 +95,7 @@ def diffusion(
     from .training_session import run
 
     options = Options(
-        output=output, data=data, size=size, class_conditional=class_conditional,
+        output=output, data=data, size=size, patch=patch, class_conditional=class_conditional,
         prediction=prediction, schedule=schedule, weighting=weighting, channels=channels,
         steps=steps, minutes=minutes, batch=batch, lr=lr, bf16=bf16,
         gradient_checkpointing=gradient_checkpointing, seed=seed, every=every, resume=resume,

@@ -8,7 +8,7 @@ from torch import Tensor
 from aigc_fast.models.diffusion import sample
 from aigc_fast.training import DiffusionRecipe, DiffusionStep, DiffusionTrainer
 
-from .diffusion_model import PATCH, make_model, make_scheduler, sample_shape, save_model
+from .diffusion_model import make_model, make_scheduler, sample_shape, save_model
 from .pictures import save_grid, save_videos
 from .training_session import RunOptions, TrainingSession, load_data
 
@@ -28,6 +28,7 @@ class Options(RunOptions):
     weighting: str | None = None
     class_conditional: bool = False
     size: int = 28
+    patch: tuple[int, int, int] = (1, 4, 4)
     channels: int = 32
     lr: float = 2e-3
     bf16: bool = False
@@ -50,9 +51,10 @@ class Session(TrainingSession):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         samples, labels = load_data(options.data, options.size)
         videos = samples.dim() == 5
-        patch = PATCH[-1] if videos else 2
-        if options.size < patch or options.size % patch:
-            raise ValueError(f"size must be a positive multiple of {patch}, got {options.size}")
+        if videos:
+            _check_patch(options.patch, samples.shape[2:])
+        elif options.size < 2 or options.size % 2:
+            raise ValueError(f"size must be a positive multiple of 2, got {options.size}")
         classes = int(labels.max()) + 1 if options.class_conditional else 0
         self.samples = samples.to(device)
         self.labels = labels.to(device) if options.class_conditional else None
@@ -66,7 +68,7 @@ class Session(TrainingSession):
             "schedule": options.schedule,
         }
         if videos:
-            self.networks["frames"] = samples.shape[2]
+            self.networks |= {"frames": samples.shape[2], "patch": list(options.patch)}
         torch.manual_seed(options.seed)
         model = make_model(self.networks).to(device)
         self.trainer = DiffusionTrainer(
@@ -97,3 +99,10 @@ class Session(TrainingSession):
             save_videos(output / "samples.gif", samples)
         else:
             save_grid(output / "samples.png", samples, columns=10)
+
+
+def _check_patch(patch: tuple[int, int, int], video: torch.Size) -> None:
+    if any(p < 1 or n % p for p, n in zip(patch, video, strict=True)):
+        raise ValueError(
+            f"patch must divide the videos, {tuple(video)} frames, rows and columns, got {patch}"
+        )

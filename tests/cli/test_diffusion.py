@@ -127,7 +127,7 @@ def test_videos_as_frames_and_as_film(monkeypatch, tmp_path):
     videos, labels = training_session.load_moving_digits(8, size=24)
     monkeypatch.setattr(training_session, "load_moving_digits", lambda size: (videos, labels))
     out = tmp_path / "out"
-    options = ("--data", "moving-digits", "--size", 24, "--batch", 4)
+    options = ("--data", "moving-digits", "--size", 24, "--patch", 2, 4, 8, "--batch", 4)
     result = train(out, *options, "--steps", 2, "--gradient-checkpointing")
     assert result.exit_code == 0, result.output
     frame = (24 + 2 * 2) * 3
@@ -164,8 +164,8 @@ def test_schedulers_are_of_the_models_noise(name, prediction):
         (("--channels", 5), "channels must be a multiple of 8, got 5"),
         (("--size", 27), "size must be 28 for the digits, got 27"),
         (
-            ("--data", "moving-digits", "--size", 30),
-            "size must be a positive multiple of 4",
+            ("--data", "moving-digits", "--size", 20, "--patch", 3, 4, 4),
+            "patch must divide the videos, (8, 20, 20) frames, rows and columns, got (3, 4, 4)",
         ),
         (("--data", "moving-digits", "--size", 12), "size must be at least 16, got 12"),
         (("--resume",), "checkpoint.pt"),
@@ -206,3 +206,12 @@ def test_the_models_in_the_docs(name, tmp_path):
     # A seven has its bar above and its foot below the middle: more ink in the upper half.
     rows = images.view(2, 96, 10, 96)[:, 6:90, :, 6:90]
     assert ((rows[:, :42] > 0).sum() > 1.2 * (rows[:, 42:] > 0).sum()).item()
+
+
+def test_the_video_model_in_the_docs(tmp_path):
+    checkpoint = Path(__file__).parents[2] / "docs" / "diffusion" / "moving_digits.safetensors"
+    assert checkpoint.stat().st_size < 5e6
+    options = ("--checkpoint", checkpoint, "--label", 7, "--guidance", 2, "--count", 4)
+    result = run("sample", "diffusion", *options, "--steps", 10, "--output", tmp_path / "7.png")
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "7.png").size == (8 * 20 * 3, 4 * 20 * 3)

