@@ -17,8 +17,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
         with torch.autocast("cpu", enabled=False):  # which would lower them again
-            raised = (x.float() for x in (query, key, value))
-            return F.scaled_dot_product_attention(*raised).to(query.dtype)
+            y = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+            return y.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value)
 
 
