@@ -6,10 +6,12 @@ from torch import Tensor
 
 import aigc_fast
 from aigc_fast import ops
-from aigc_fast.ops.decoder_step import _decoder_step
+from aigc_fast.ops._registry import OPS
 from tests.op_samples.decode_attention import paged
 from tests.op_samples.sample import rand
 from tests.ops.test_every_op import map_tensors
+
+STEP = OPS["decoder_step"]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -83,9 +85,9 @@ def test_matches_the_layers(name, dtype, quantize) -> None:
     for draw in range(5):
         args = cast(example(**CASES[name], draw=draw), dtype)
         exact, plain = cast(args, torch.float64), cast(args, dtype)
-        results["exact"].append([_decoder_step.reference(*exact, quantize), *exact[2]])
-        results["plain"].append([_decoder_step.reference(*plain, quantize), *plain[2]])
-        results["ours"].append([_decoder_step.call("cpu", *args, quantize), *args[2]])
+        results["exact"].append([STEP.reference(*exact, quantize), *exact[2]])
+        results["plain"].append([STEP.reference(*plain, quantize), *plain[2]])
+        results["ours"].append([STEP.call("cpu", *args, quantize), *args[2]])
     # Layers blow up a single rounding now and then, in plain PyTorch as in ours, so that the worst
     # of a few outputs says little: the error is the mean square's root over all of them.
     pooled = {k: [torch.stack(t) for t in zip(*v, strict=True)] for k, v in results.items()}
@@ -104,11 +106,11 @@ def test_caches_may_have_a_dtype_of_their_own(cache_dtype, hidden_dtype) -> None
         case = example(**CASES["batch"], draw=draw)
         caches = [c.to(cache_dtype) for c in case[2]]
         exact = cast((*case[:2], caches, *case[3:]), torch.float64)
-        true = _decoder_step.reference(*exact, False)
+        true = STEP.reference(*exact, False)
         for name in errors:
             args = cast(case, hidden_dtype)
             args = (*args[:2], [c.clone() for c in caches], *args[3:])
-            out = _decoder_step.call({"plain": "reference", "ours": "cpu"}[name], *args, False)
+            out = STEP.call({"plain": "reference", "ours": "cpu"}[name], *args, False)
             assert out.dtype == hidden_dtype and all(c.dtype == cache_dtype for c in args[2])
             errors[name] += (out - true).square().mean().item()
     assert errors["ours"] <= 2**2 * errors["plain"]
@@ -122,7 +124,7 @@ def test_the_bits_do_not_depend_on_the_threads(quantize) -> None:
         torch.set_num_threads(threads)
         try:
             args = cast(example(**CASES["several_splits"]), torch.float32)
-            results.append([_decoder_step.call("cpu", *args, quantize), *args[2]])
+            results.append([STEP.call("cpu", *args, quantize), *args[2]])
         finally:
             torch.set_num_threads(before)
     for result in results[1:]:
@@ -131,20 +133,20 @@ def test_the_bits_do_not_depend_on_the_threads(quantize) -> None:
 
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
     args = cast(example(**CASES["batch"]), torch.float32)
-    together = _decoder_step.call("cpu", *cast(args, torch.float32), True)
+    together = STEP.call("cpu", *cast(args, torch.float32), True)
     for b in range(3):
         hidden, weights, caches, *rest, eps, scale = cast(args, torch.float32)
         alone = (hidden[b : b + 1], weights, [c[b : b + 1].clone() for c in caches],
                  rest[0][b : b + 1], *rest[1:], eps, scale)  # fmt: skip
-        assert torch.equal(_decoder_step.call("cpu", *alone, True)[0], together[b])
+        assert torch.equal(STEP.call("cpu", *alone, True)[0], together[b])
 
 
 def test_caches_of_any_layout() -> None:
     args = cast(example(**CASES["batch"]), torch.float32)
     by_head = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in args[2]]
     other = (*args[:2], by_head, *args[3:])
-    assert torch.equal(_decoder_step.call("cpu", *other, True),
-                       _decoder_step.call("cpu", *args, True))  # fmt: skip
+    assert torch.equal(STEP.call("cpu", *other, True),
+                       STEP.call("cpu", *args, True))  # fmt: skip
     assert all(map(torch.equal, by_head, args[2]))
 
 
@@ -169,10 +171,8 @@ def test_pages_give_the_same_bits(name, page_size, implementation) -> None:
     more = -(-capacity // page_size) * page_size - capacity  # rows of cos and sin
     wide = [torch.cat([t, t.new_zeros(more, t.shape[1])]) for t in rest]
     args = (hidden, weights, caches, lengths, *wide, eps, scale, True)
-    contiguous = _decoder_step.call(implementation, *args)
-    out = _decoder_step.call(
-        implementation, hidden, weights, pages, lengths, *wide, eps, scale, True, table
-    )
+    contiguous = STEP.call(implementation, *args)
+    out = STEP.call(implementation, hidden, weights, pages, lengths, *wide, eps, scale, True, table)
     close = 0 if implementation == "cpu" else 1e-5  # the reference's sums run over the capacity
     torch.testing.assert_close(out, contiguous, rtol=close, atol=close)
     assert not out.isnan().any()
@@ -194,16 +194,14 @@ def test_refuses_pages_that_are_not_there(page, implementation) -> None:
     with pytest.raises(
         ValueError, match=rf"block_table must be in \[0, 6\) .*, got {page} for page"
     ):
-        _decoder_step.call(implementation, hidden, weights, pages, lengths, *rest, False, table)
+        STEP.call(implementation, hidden, weights, pages, lengths, *rest, False, table)
     assert all(
         torch.equal(a[~a.isnan()], b[~b.isnan()]) for a, b in zip(before, pages, strict=True)
     )
     with pytest.raises(ValueError, match=r"lengths must be in \[0, 20\)|positions must lie"):
-        _decoder_step.call(
-            implementation, hidden, weights, pages, lengths, *rest, False, table[:, :1]
-        )
+        STEP.call(implementation, hidden, weights, pages, lengths, *rest, False, table[:, :1])
     with pytest.raises(ValueError, match="caches.* must have the batch of hidden"):
-        _decoder_step.call(implementation, hidden, weights, pages, lengths, *rest, False)
+        STEP.call(implementation, hidden, weights, pages, lengths, *rest, False)
 
 
 def refusals() -> dict:
@@ -296,6 +294,4 @@ def test_without_a_compiled_kernel_it_is_the_layers() -> None:
     with aigc_fast.backend("reference"):
         hidden, weights, caches, lengths, cos, sin, eps, scale = args
         out = ops.decoder_step(hidden, weights, caches, lengths, cos, sin, eps=eps, scale=scale)
-    assert torch.equal(
-        out, _decoder_step.reference(*cast(example(**CASES["one"]), torch.float32), False)
-    )
+    assert torch.equal(out, STEP.reference(*cast(example(**CASES["one"]), torch.float32), False))
