@@ -69,7 +69,10 @@ def save_model(path: Path, model: nn.Module, config: Config) -> None:
     """
     from safetensors.torch import save_file
 
-    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     partial = path.with_name(path.name + ".partial")
     save_file(weights, partial, {"aigc_fast": json.dumps({"diffusion": config})})
     os.replace(partial, path)

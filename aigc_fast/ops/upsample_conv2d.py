@@ -44,7 +44,8 @@ def _copies(weight: Tensor, size: int) -> Tensor:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor("x", x, ndim=4)
-    mixed = torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     like = None if mixed else ("x", x)
     check_tensor("weight", weight, like=like, ndim=4)
     if weight.shape[1] != x.shape[1]:

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from aigc_fast import schedulers
 from aigc_fast.models.diffusion import SmallUNet, sample_images
+from aigc_fast.models.diffusion.attention import attend
 from aigc_fast.schedulers import DDIMScheduler
+from tests.ops.test_every_op import assert_as_good_as_torch
 
 
 def small_unet(**options):
@@ -100,3 +103,25 @@ def test_schedulers_by_time_and_by_noise_find_what_the_model_knows(scheduler):
     noise = torch.randn(2, 1, 4, 4)
     *_, (sample, _) = sample_images(model, noise, scheduler, num_steps=10)
     torch.testing.assert_close(sample, images.expand(2, -1, -1, -1), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_training_is_in_float32_inside(autocast):
+    low = [torch.randn(2, 3, 16, 8).to(torch.bfloat16) for _ in range(3)]
+
+    def with_gradients(attention, tensors):
+        inputs = [t.clone().requires_grad_() for t in tensors]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = attention(*inputs)
+        return [y, *torch.autograd.grad(y.sum(), inputs)]
+
+    mine = with_gradients(attend, low)
+    exact = [t.double() for t in low]
+    y = F.scaled_dot_product_attention(*[t.requires_grad_() for t in exact])
+    exact = [y.detach(), *torch.autograd.grad(y.sum(), exact)]
+    plain = with_gradients(F.scaled_dot_product_attention, low)
+    assert_as_good_as_torch(mine, plain, exact, torch.bfloat16)
+    # What float32 gives, rounded: closer than any product in bfloat16 would be.
+    wide = F.scaled_dot_product_attention(*(t.float() for t in low))
+    assert torch.equal(mine[0], wide.to(torch.bfloat16))
+    assert torch.equal(attend(*low), F.scaled_dot_product_attention(*low))

@@ -66,6 +66,11 @@ def test_under_autocast() -> None:
     assert_as_good_as_torch([mine], [plain], [exact], torch.bfloat16)
 
 
+def test_without_data() -> None:
+    x, weight = torch.empty(2, 3, 4, 5, device="meta"), torch.empty(6, 3, 3, 3, device="meta")
+    assert ops.upsample_conv2d(x, weight).shape == (2, 6, 8, 10)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
