@@ -13,7 +13,7 @@ from aigc_fast.models.gan import MLPDiscriminator, MLPGenerator
 from aigc_fast.training import GANRecipe, GANTrainer
 
 BATCH = 64
-EPOCHS = 50
+EPOCHS = 42
 
 
 @dataclass

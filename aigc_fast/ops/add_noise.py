@@ -42,10 +42,10 @@ def add_noise(
     """
     if rates is not None and not return_velocity:
         raise ValueError("rates are for return_velocity=True")
-    if (
+    if torch.is_grad_enabled() and (
         sample.requires_grad or noise.requires_grad or alpha.requires_grad or sigma.requires_grad
         or (rates is not None and (rates[0].requires_grad or rates[1].requires_grad))
-    ) and torch.is_grad_enabled():  # fmt: skip
+    ):  # fmt: skip
         results = _AddNoise.call(
             sample, noise, alpha, sigma, *(rates or (None, None)), return_velocity
         )

@@ -27,7 +27,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Source: Shazeer 2020, arXiv:2002.05202.
     """
-    if (gate.requires_grad or up.requires_grad) and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _Gated.call(gate, up, None)
     return _swiglu(gate, up)
 
@@ -46,7 +46,7 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
     tanh = _TANH.get(approximate)
     if tanh is None:
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
-    if (gate.requires_grad or up.requires_grad) and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _Gated.call(gate, up, tanh)
     return _geglu(gate, up, tanh)
 

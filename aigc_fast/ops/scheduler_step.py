@@ -63,14 +63,14 @@ def scheduler_step(
     if not isinstance(coefficients, Tensor):
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         coefficients = torch.tensor(coefficients, dtype=dtype, device=sample.device)
-    if (
+    if torch.is_grad_enabled() and (
         sample.requires_grad
         or model_output.requires_grad
         or coefficients.requires_grad
         or (noise is not None and noise.requires_grad)
         or (uncond_output is not None and uncond_output.requires_grad)
         or (history and any(earlier.requires_grad for earlier in history))
-    ) and torch.is_grad_enabled():
+    ):
         if guidance_rescale != 0:
             raise RuntimeError(
                 "scheduler_step has no derivative: guidance_rescale must be 0 for gradients, "
@@ -82,22 +82,34 @@ def scheduler_step(
             sample, model_output, uncond_output, noise, coefficients, guidance_scale, return_x0,
             *history,
         )  # fmt: skip
-    elif (
-        history
-        or return_x0
-        or uncond_output is not None
-        or guidance_scale != 1
-        or guidance_rescale != 0
-        or coefficients.dim() == 0
-        or coefficients.size(-1) != 7
+    elif guidance_rescale == 0 and _is_plain(
+        coefficients, history, uncond_output, guidance_scale, return_x0
     ):
+        return _scheduler_step(sample, model_output, coefficients, noise)
+    else:
         results = _scheduler_step_full(
             sample, model_output, coefficients, history, noise, uncond_output, guidance_scale,
             guidance_rescale, return_x0,
         )  # fmt: skip
-    else:
-        return _scheduler_step(sample, model_output, coefficients, noise)
     return tuple(results) if len(results) > 1 else results[0]
+
+
+def _is_plain(
+    coefficients: Tensor,
+    history: Sequence[Tensor],
+    uncond_output: Tensor | None,
+    guidance_scale: float,
+    return_x0: bool,
+) -> bool:
+    """Whether it is x0 and prev of sample, model_output and noise alone, and prev is returned."""
+    return (
+        len(history) == 0
+        and not return_x0
+        and uncond_output is None
+        and guidance_scale == 1
+        and coefficients.dim() > 0
+        and coefficients.size(-1) == 7
+    )
 
 
 def _columns(coefficients: Tensor, sample: Tensor) -> tuple[torch.dtype, tuple[Tensor, ...]]:
@@ -309,8 +321,9 @@ class _SchedulerStep(OpFunction):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(sample, model_output, uncond_output, coefficients)
-        ctx.guidance_scale, ctx.has_noise, ctx.k = guidance_scale, noise is not None, len(history)
-        ctx.return_x0 = return_x0
+        ctx.options = guidance_scale, noise is not None, len(history), return_x0
+        if _is_plain(coefficients, history, uncond_output, guidance_scale, return_x0):
+            return (_scheduler_step(sample, model_output, coefficients, noise),)
         return tuple(
             _scheduler_step_full(
                 sample, model_output, coefficients, history, noise, uncond_output, guidance_scale,
@@ -321,16 +334,17 @@ class _SchedulerStep(OpFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple:
         sample, model_output, uncond_output, coefficients = ctx.saved_tensors
-        grad_x0 = others[0] if ctx.return_x0 else None
-        grad_second = others[-1] if len(others) > ctx.return_x0 else None
+        guidance_scale, has_noise, num_history, return_x0 = ctx.options
+        grad_x0 = others[0] if return_x0 else None
+        grad_second = others[-1] if len(others) > return_x0 else None
         if grad is None:
             grad = torch.zeros_like(sample)
         # Linear in the gradients, so that their derivative is torch's own.
         run = _reference_backward if torch.is_grad_enabled() else _backward
         grad_sample, grad_output, *rest = run(
             grad, grad_x0, grad_second, sample, model_output, coefficients, uncond_output,
-            ctx.guidance_scale, ctx.has_noise, ctx.k,
+            guidance_scale, has_noise, num_history,
         )  # fmt: skip
         grad_uncond = None if uncond_output is None else rest.pop(0)
-        grad_noise = rest.pop(0) if ctx.has_noise else None
+        grad_noise = rest.pop(0) if has_noise else None
         return grad_sample, grad_output, grad_uncond, grad_noise, None, None, None, *rest
