@@ -1,5 +1,6 @@
 """Timing that holds where the machine's speed drifts: the variants take turns."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -10,11 +11,13 @@ import torch
 def interleaved(
     variants: dict[str, Callable[[], object]], *, seconds: float = 1.0, rounds: int = 5
 ) -> dict[str, float]:
-    """Median seconds of one call of each variant, measured in turns: A B C A B C ...
+    """Median seconds of one call of each variant, measured in turns: A B C, B A C, ...
 
     seconds: roughly how long the whole measurement takes, beside one warm-up round
     rounds:  at least so many rounds, even where they take longer than `seconds`
 
+    The order of each round is drawn anew: a variant whose memory the allocator has just returned to
+    the system leaves page faults to the next one, which must not be always the same.
     A call much shorter than the clock's noise is repeated within a turn, the same number of times
     for every variant. On a GPU, CUDA events time the device and the L2 cache is flushed before
     each turn.
@@ -29,8 +32,10 @@ def interleaved(
     repeats = 1 if cuda else max(1, int(2e-4 / max(slowest, 1e-9)))
     times: dict[str, list[float]] = {name: [] for name in variants}
     end = time.perf_counter() + seconds
+    order, draw = list(variants.items()), random.Random(0)
     while len(next(iter(times.values()))) < rounds or time.perf_counter() < end:
-        for name, call in variants.items():
+        draw.shuffle(order)
+        for name, call in order:
             times[name].append(_once(call, repeats, flush))
     return {name: statistics.median(values) for name, values in times.items()}
 

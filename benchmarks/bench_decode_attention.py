@@ -39,7 +39,7 @@ def bench_decode_attention(measure, sample, dtype) -> None:
 
     size = torch.finfo(dtype).bits // 8
     moved = size * (2 * key_cache.numel() + 2 * query.numel())
-    measure(OP, sample, dtype, eager=eager, reads_only=True, bytes_moved=moved)
+    measure(OP, sample, dtype, eager=eager, limit="read", bytes_moved=moved)
 
 
 @pytest.mark.parametrize("cached", [8192, 32768])

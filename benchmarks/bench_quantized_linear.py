@@ -55,7 +55,7 @@ def bench_quantized_linear(measure, sample, dtype, quantize_activations) -> None
 
     size = torch.finfo(dtype).bits // 8
     moved = weight.nbytes + size * (x.numel() + x.numel() // x.shape[-1] * out_features)
-    measure(OP, sample, dtype, eager=eager, reads_only=True, bytes_moved=moved)
+    measure(OP, sample, dtype, eager=eager, limit="read", bytes_moved=moved)
 
     if DEVICE == "cpu" and bits == 4:
         x = x.to(dtype)

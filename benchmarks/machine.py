@@ -1,5 +1,6 @@
 """What this machine is and how fast its memory is."""
 
+import functools
 import platform
 import re
 import subprocess
@@ -52,9 +53,9 @@ def describe() -> dict[str, str]:
 
 
 def plain_pass(size: int, kind: str) -> Callable[[], torch.Tensor]:
-    """A pass over `size` bytes that does nothing else: "read" (a sum) or "copy" (read, write).
-
-    The copy allocates its output, as an operator does.
+    """A pass over `size` bytes that does nothing else: "read" (a sum), "copy" (read, write) or "add"
+    (read two, write one). The last two allocate their outputs, as an operator does.
     """
-    x = torch.ones(max(size // (4 if kind == "read" else 8), 1), device=DEVICE)
-    return x.sum if kind == "read" else x.clone
+    tensors = {"read": 1, "copy": 2, "add": 3}[kind]
+    x = torch.ones(max(size // (4 * tensors), 1), device=DEVICE)
+    return {"read": x.sum, "copy": x.clone, "add": functools.partial(torch.add, x, x.clone())}[kind]

@@ -3,6 +3,7 @@
 // combination of the same tensors; and the backward.
 // m is the model's output, or of two outputs uncond + scale * (cond - uncond) times a factor.
 #include "per_sample.h"
+#include "two_vectors.h"
 
 namespace aigc_fast {
 namespace {
@@ -29,7 +30,11 @@ struct Row {
   Combination<A> prev, second;
 
   Row(const Scalars& table, int64_t columns, int64_t num_history, int64_t row, bool has_noise) {
-    const auto at = [&](int64_t i) { return A(table[row * columns + i]); };
+    // NaN without payload, of which store_two might make a number.
+    const auto at = [&](int64_t i) {
+      const A a = A(table[row * columns + i]);
+      return std::isnan(a) ? std::numeric_limits<A>::quiet_NaN() : a;
+    };
     x0_sample = at(0), x0_output = at(1), clip = at(2);
     const int64_t end = 7 + num_history;
     prev.read(at, 3, end, has_noise);
@@ -170,26 +175,21 @@ std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& o
         for (int e = 0; e < extras; ++e) es[e] = from(extra[e]);
         T *ys = from(out), *zs = return_x0 ? from(out_x0) : nullptr;
         T* ss = call.has_second ? from(out_second) : nullptr;
-        for_vectors<A>(length, [=](int64_t i, auto lanes) {
-          const Vec<A> xi = load(xs + i, lanes);
-          Vec<A> m = load(cs + i, lanes);
-          if constexpr (guided) m = guide<A>(m, load(us + i, lanes), s) * factor;
+        map_at<T, 3>(length, {ys, zs, ss}, [=](auto at) {
+          const Vec<A> xi = at(xs);
+          Vec<A> m = at(cs);
+          if constexpr (guided) m = guide<A>(m, at(us), s) * factor;
           Vec<A> zi = xi * k.x0_sample + m * k.x0_output;
           zi = max<A>(min<A>(zi, broadcast(k.clip)), broadcast(-k.clip));
           Vec<A> y = zi * k.prev.x0 + xi * k.prev.sample + m * k.prev.output;
-          if (ss) {
-            Vec<A> w = zi * k.second.x0 + xi * k.second.sample + m * k.second.output;
-            for (int e = 0; e < extras; ++e) {
-              const Vec<A> h = load(es[e] + i, lanes);
-              y += h * k.prev.extra[e];
-              w += h * k.second.extra[e];
-            }
-            store(ss + i, w, lanes);
-          } else {
-            for (int e = 0; e < extras; ++e) y += load(es[e] + i, lanes) * k.prev.extra[e];
+          Vec<A> w = {};
+          if (ss) w = zi * k.second.x0 + xi * k.second.sample + m * k.second.output;
+          for (int e = 0; e < extras; ++e) {
+            const Vec<A> h = at(es[e]);
+            y += h * k.prev.extra[e];
+            if (ss) w += h * k.second.extra[e];
           }
-          store(ys + i, y, lanes);
-          if (zs) store(zs + i, zi, lanes);
+          return Vectors<A, 3>{y, zi, w};
         });
       });
     };

@@ -57,6 +57,37 @@ AIGC_INLINE void map_row(int64_t count, std::array<const T*, X> x, T* out, F&& f
   });
 }
 
+// out[n][i] = f(at)[n] for i < count, where at(p) is p[i]; null pointers in `out` are left alone.
+// The outputs must not overlap what f reads.
+template <class T, int N, class F>
+AIGC_INLINE void map_at(int64_t count, std::array<T*, N> out, F&& f) {
+  using A = Acc<T>;
+  constexpr int lanes = kLanes<A>;
+  int64_t i = 0;
+  for (; i + 2 * lanes <= count; i += 2 * lanes) {
+    // Each load is written twice; the compiler makes one of the two.
+    const Vectors<A, N> a = f([i](const T* p) {
+      Vec<A> v, w;
+      load_pair(p + i, v, w);
+      return v;
+    });
+    const Vectors<A, N> b = f([i](const T* p) {
+      Vec<A> v, w;
+      load_pair(p + i, v, w);
+      return w;
+    });
+#pragma GCC unroll 4  // else the results stay in memory
+    for (int n = 0; n < N; ++n)
+      if (out[n]) store_two(out[n] + i, a.at[n], b.at[n]);
+  }
+  for_vectors<A>(count - i, [&](int64_t j, auto lanes) {
+    const Vectors<A, N> a = f([&](const T* p) { return load(p + i + j, lanes); });
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+      if (out[n]) store(out[n] + i + j, a.at[n], lanes);
+  });
+}
+
 // The N sums along a row that f({x[0][i], ...}, sums) adds to, in four chains of additions; past
 // the end of the row x[0] is `fill` and the others are 0, for which f must add nothing.
 template <class T, int N, int X, class F>
