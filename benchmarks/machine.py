@@ -53,8 +53,8 @@ def describe() -> dict[str, str]:
 
 
 def plain_pass(size: int, kind: str) -> Callable[[], torch.Tensor]:
-    """A pass over `size` bytes that does nothing else: "read" (a sum), "copy" (read, write) or "add"
-    (read two, write one). The last two allocate their outputs, as an operator does.
+    """A pass over `size` bytes that does nothing else: "read" (a sum), "copy" (half read, half
+    written) or "add" (two read, one written). The last two allocate their outputs, as operators do.
     """
     tensors = {"read": 1, "copy": 2, "add": 3}[kind]
     x = torch.ones(max(size // (4 * tensors), 1), device=DEVICE)
