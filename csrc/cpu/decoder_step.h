@@ -55,7 +55,7 @@ class Step {
   }
 
  private:
-  using Heads = Attention<T, float, R>;
+  using Heads = Attention<Products<float, T, R>>;
   Heads attention(const Layer<T>& layer, int64_t b, int64_t head) const {
     const int64_t at = (s_.pages.table ? 0 : b * s_.key_batch) + head * s_.key_head;
     return {{1, 1, s_.group(), 1, s_.head_dim, s_.capacity},
