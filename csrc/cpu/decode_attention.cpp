@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor> decode_attention_full(
                                   s.masked ? data<bool>(mask) : nullptr,
                                   s.masked && mask.dim() == 3 ? s.q_len * s.q_len : 0,
                                   given(sinks)};
-    dispatch_cache<T>(keys, [&]<class C>(C) {
+    dispatch_cache_of<T>(keys, [&]<class C>(C) {
       if (lse.numel() == 0) return;
       auto with = [&]<class P>(std::type_identity<P>) {
         const Attention<P> attention(s, HeadRows<C>(keys), HeadRows<C>(values), factor, pages,
