@@ -8,9 +8,9 @@ from torch import Tensor
 
 from aigc_fast.ops._attention import reference as _attend
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._pages import capacity_of, check_block_table
+from aigc_fast.ops._pages import NARROW, capacity_of, check_block_table
 from aigc_fast.ops._quantized_format import TILE
-from aigc_fast.ops._registry import define
+from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.kv_cache import _reference as _append
 from aigc_fast.ops.quantized_linear import _reference as _linear
 from aigc_fast.ops.rms_norm import _reference as _norm
@@ -32,6 +32,7 @@ def decoder_step(
     scale: float | None = None,
     quantize_activations: bool = False,
     block_table: Tensor | None = None,
+    cache_scales: Tensor | None = None,
 ) -> Tensor:
     """The normalised states after the last layer of a Llama-type decoder, for one new token each.
 
@@ -47,8 +48,9 @@ def decoder_step(
              the dtype of hidden, packed weights come from `pack_weight` with groups of 32 columns
              and 4 or 8 bits.
     caches:  keys and values of each layer in turn, (batch, capacity, num_kv_heads, head_dim), all
-             float32, bfloat16 or float16, of one layout; the new token's are written in place. With
-             a block_table: (num_pages, page_size, num_kv_heads, head_dim).
+             float32, bfloat16, float16, int8, float8_e4m3fn or float8_e5m2, of one layout; the new
+             token's are written in place. With a block_table:
+             (num_pages, page_size, num_kv_heads, head_dim).
     lengths: int32 (batch,), the entries there are, so the position of the new token; not changed.
     cos, sin: float32 (positions, head_dim / 2), of every position below capacity at least.
     eps:     added to the mean square in every norm.
@@ -58,9 +60,12 @@ def decoder_step(
              Sequences may share pages, but no two new tokens a slot. All are written before any
              is attended to: so the next tokens of one sequence, as guessed, can be rows of one
              call, with the same pages and lengths that go on.
+    cache_scales: float32 (2 * layers, num_kv_heads), what the numbers of each head of each of the
+             caches are to be multiplied by, as for `decode_attention`; None is 1.
 
-    Returns (batch, hidden_size) in the dtype of hidden. Computes in fp32 throughout; query, key,
-    value and what attention gives are rounded to the dtype of the caches. Bytes that must move: the
+    Returns (batch, hidden_size) in the dtype of hidden. Computes in fp32 throughout; key and value,
+    divided by their scales, are rounded to the dtype of the caches, as are query and what attention
+    gives where it has 16 bits. Bytes that must move: the
     weights once, the valid entries of the caches.
 
     On a CPU it is one parallel region for all layers. Elsewhere it is the layers' operators. The
@@ -75,14 +80,15 @@ def decoder_step(
     if scale is None:
         scale = caches[0].shape[3] ** -0.5
     return _decoder_step(
-        hidden, weights, caches, lengths, cos, sin, eps, scale, quantize_activations, block_table
-    )
+        hidden, weights, caches, lengths, cos, sin, eps, scale, quantize_activations, block_table,
+        cache_scales,
+    )  # fmt: skip
 
 
 def _reference(
     hidden: Tensor, weights: Sequence[Tensor], caches: Sequence[Tensor], lengths: Tensor,
     cos: Tensor, sin: Tensor, eps: float, scale: float, quantize_activations: bool,
-    block_table: Tensor | None = None,
+    block_table: Tensor | None = None, cache_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     batch, _ = hidden.shape
     kv_heads, head_dim = caches[0].shape[2:]
@@ -100,9 +106,16 @@ def _reference(
         packed = packed[:, : (heads + 2 * kv_heads) * head_dim].view(batch, 1, -1, head_dim)
         query_key, value = packed.split([heads + kv_heads, kv_heads], 2)
         rotated = _rotate(query_key, cos[where], sin[where])
-        query, key = rotated.to(keys.dtype).split([heads, kv_heads], 2)
-        _append(key, value.to(keys.dtype), keys, values, lengths, block_table)
-        out, _ = _attend(query, keys, values, lengths + 1, scale, block_table=block_table)
+        dtype = x.dtype if keys.dtype in NARROW else keys.dtype
+        query, key = rotated.to(dtype).split([heads, kv_heads], 2)
+        of_heads: dict[str, Tensor] = {}
+        if cache_scales is not None:
+            key_scale, value_scale = cache_scales[2 * layer : 2 * layer + 2]
+            of_heads = {"key_scale": key_scale, "value_scale": value_scale}
+        _append(key, value.to(dtype), keys, values, lengths, block_table, **of_heads)
+        out, _ = _attend(
+            query, keys, values, lengths + 1, scale, block_table=block_table, **of_heads
+        )
         x = x + linear(out.view(batch, -1).to(x.dtype), output)[:, : hidden.shape[1]]
         inner = down.shape[1] * _GROUP_SIZE
         gate, up = linear(_norm(x, mlp_norm, eps), gate_up).split(inner, 1)
@@ -117,7 +130,7 @@ def _bits(weight: Tensor) -> int:
 def _check(
     hidden: Tensor, weights: Sequence[Tensor], caches: Sequence[Tensor], lengths: Tensor,
     cos: Tensor, sin: Tensor, eps: float, scale: float, quantize_activations: bool,
-    block_table: Tensor | None = None,
+    block_table: Tensor | None = None, cache_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     check_tensor("hidden", hidden, ndim=2)
     batch, width = hidden.shape
@@ -126,7 +139,7 @@ def _check(
         raise ValueError(f"weights must be 6 tensors a layer and one more, got {len(weights)}")
     if len(caches) != 2 * layers:
         raise ValueError(f"caches must hold {2 * layers} tensors, got {len(caches)}")
-    check_tensor("caches[0]", caches[0], ndim=4)
+    check_tensor("caches[0]", caches[0], dtypes=(*FLOATS, *NARROW), ndim=4)
     if caches[0].device != hidden.device:
         raise ValueError(f"caches[0] must be on the device of hidden, got {caches[0].device}")
     kv_heads, head_dim = caches[0].shape[2:]
@@ -172,6 +185,13 @@ def _check(
                     f"groups of {_GROUP_SIZE}, got shape {tuple(weight.shape)}"
                 )
     check_tensor("lengths", lengths, dtypes=(torch.int32,), shape=(batch,))
+    if cache_scales is not None:
+        shape = (2 * layers, kv_heads)
+        check_tensor("cache_scales", cache_scales, dtypes=(torch.float32,), shape=shape)
+        if cache_scales.device != hidden.device:
+            raise ValueError(
+                f"cache_scales must be on the device of hidden, got {cache_scales.device}"
+            )
     for name, angles in (("cos", cos), ("sin", sin)):
         check_tensor(name, angles, dtypes=(torch.float32,), ndim=2)
         if angles.shape[0] < capacity or angles.shape[1] != head_dim // 2:
@@ -193,7 +213,7 @@ def _check_packed(name: str, weight: Tensor, hidden: Tensor) -> None:
 _decoder_step = define(
     "decoder_step(Tensor hidden, Tensor[] weights, Tensor(a!)[] caches, Tensor lengths, Tensor cos,"
     " Tensor sin, float eps, float scale, bool quantize_activations,"
-    " Tensor? block_table=None) -> Tensor",
+    " Tensor? block_table=None, Tensor? cache_scales=None) -> Tensor",
     _reference,
     _check,
     stem=None,

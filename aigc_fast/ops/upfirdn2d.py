@@ -125,7 +125,9 @@ def _reference(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     z = x.to(wide).reshape(n * c, 1, h, 1, w, 1)
     z = F.pad(z, [0, up_x - 1, 0, 0, 0, up_y - 1]).reshape(n * c, 1, h * up_y, w * up_x)
-    z = F.pad(z, [left, right, top, bottom])  # negative: crops
+    # Negative sides crop, and may crop what the opposite side adds.
+    z = F.pad(z, [max(side, 0) for side in (left, right, top, bottom)])
+    z = F.pad(z, [min(side, 0) for side in (left, right, top, bottom)])
     taps = filter.to(wide)
     if not flip:
         taps = taps.flip(list(range(taps.dim())))

@@ -1,5 +1,9 @@
-// The matrix unit of newer Intel processors: tiles of 16 rows by 64 bytes, bf16 products in fp32.
+// The matrix unit of newer Intel processors: tiles of 16 rows by 64 bytes, bf16 products in
+// fp32, int8 products in int32.
 #pragma once
+
+#include <algorithm>
+#include <initializer_list>
 
 #include <aigc_fast/vec.h>
 
@@ -11,24 +15,30 @@
 #include <aigc_fast/cpu_features.h>
 
 #define AIGC_AMX_TARGET __attribute__((target("amx-tile,amx-bf16,avx512bf16"), noinline))
+#define AIGC_AMX_INT8_TARGET __attribute__((target("amx-tile,amx-int8,avx512vbmi"), noinline))
 #endif
 
 namespace aigc_fast {
 
-// Whether this process may use bf16 tiles. The system gives a process the room to save them only
-// when asked.
-inline bool has_amx_bf16() {
+// Whether this process may use tiles, on a CPU with the named features. The system gives a process
+// the room to save them only when asked.
+inline bool may_use_tiles(std::initializer_list<const char*> needed) {
 #if AIGC_AMX
-  static const bool has = [] {
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    auto features = cpu_features();
-    return features["amx_tile"] && features["amx_bf16"] && features["avx512bf16"] &&
-           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  }();
-  return has;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  auto features = cpu_features();
+  return std::all_of(needed.begin(), needed.end(), [&](auto name) { return features[name]; }) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
+}
+inline bool has_amx_bf16() {
+  static const bool has = may_use_tiles({"amx_tile", "amx_bf16", "avx512bf16"});
+  return has;
+}
+inline bool has_amx_int8() {
+  static const bool has = may_use_tiles({"amx_tile", "amx_int8", "avx512vbmi"});
+  return has;
 }
 
 #if AIGC_AMX

@@ -9,19 +9,21 @@
 
 namespace aigc_fast {
 
-constexpr int64_t kBlock = 32;  // keys between two looks at the running maximum
-constexpr int64_t kRows = 32;   // most rows of a unit
+constexpr int64_t kRows = 32;  // most rows of a unit
 
 // Row r of a key/value head is query r / group of head r % group, so that the rows of a tile see
-// about as many keys. C is the type of the caches, A that of the arithmetic; queries and outputs
-// may have another type T, which is all that their methods are instantiated for.
-template <class C, class A, int R>
+// about as many keys. P are the products: C is the type of the caches, A that of the arithmetic;
+// queries and outputs may have another type T, which is all that their methods are instantiated
+// for.
+template <class P>
 class Attention {
  public:
+  using A = typename P::A;
+  using C = typename P::C;
   using V = Vec<A>;
-  using P = Products<A, C, R>;
-  static constexpr int L = P::L, K = P::K;  // lanes; keys of a score tile
-  static_assert(kBlock % K == 0 && kRows % R == 0);
+  static constexpr int R = P::R, L = P::L, K = P::K;  // rows; lanes; keys of a vector of scores
+  static constexpr int64_t kBlock = P::kBlock;        // keys between two looks at the maximum
+  static_assert(kRows % R == 0);
 
   Attention(const Shape& shape, HeadRows<C> keys, HeadRows<C> values, A scale,
             const Pages& pages = {}, const ScoreOptions<A>& options = {})
@@ -34,10 +36,11 @@ class Attention {
         products_{shape.head_dim},
         pairs_((shape.head_dim + 2 * L - 1) / (2 * L)) {}
 
-  // Numbers in a tile of rows: their queries [pair][2][R][L], or their results, which are the
-  // weighted values in the same order, and the maximum and the sum of each row, L lanes each.
-  int64_t query_size() const { return pairs_ * 2 * R * L; }
-  int64_t result_size() const { return query_size() + 2 * L; }
+  // Numbers in a tile of rows: their queries, or their results, which are the weighted values
+  // [pair][2][R][L], and the maximum and the sum of each row, L lanes each.
+  int64_t query_size() const { return products_.query_size(); }
+  int64_t values_size() const { return pairs_ * 2 * R * L; }
+  int64_t result_size() const { return values_size() + 2 * L; }
 
   const C* key(int64_t b, int64_t head, int64_t index) const {
     if (pages_.table) b = pages_.at(b, index / pages_.size), index %= pages_.size;
@@ -48,7 +51,7 @@ class Attention {
   template <class T>
   void load_queries(HeadRows<T> query, int64_t b, int64_t head, int64_t first, int64_t last,
                     A* tiles) const {
-    for (int64_t row = first; row < last; row += R, tiles += query_size())
+    for (int64_t row = first; row < last; row += R, tiles += query_size()) {
       for (int r = 0; r < R; ++r) {
         const int64_t i = (row + r) / s_.group(), g = (row + r) % s_.group();
         const T* from =
@@ -62,6 +65,8 @@ class Attention {
           store(tiles + (p * 2 * R + R + r) * L, y);
         }
       }
+      products_.prepare(tiles);
+    }
   }
 
   // Results of the rows [first, last) of a head over the keys [begin, end). `after` is where the
@@ -71,7 +76,7 @@ class Attention {
     for (int64_t row = first; row < last; row += R) {
       A* tile = result + (row - first) / R * result_size();
       std::fill_n(tile, result_size(), A(0));
-      store(tile + query_size(), broadcast(-std::numeric_limits<A>::infinity()));
+      store(tile + values_size(), broadcast(-std::numeric_limits<A>::infinity()));
     }
     begin = std::max(begin, s_.oldest(length, first / s_.group()));
     end = std::min(end, s_.visible(length, (last - 1) / s_.group()));
@@ -96,7 +101,7 @@ class Attention {
   template <class T>
   void merge(const A* results, int64_t count, int64_t stride, int64_t b, int64_t head, int64_t row,
              int64_t last, T* out, A* lse) const {
-    const A* maxima = results + query_size();
+    const A* maxima = results + values_size();
     V top = load(maxima);
     for (int64_t i = 1; i < count; ++i) top = max<A>(top, load(maxima + i * stride));
     const V sink = options_.sinks ? of_rows(options_.sinks, head, row) : V{};
@@ -188,10 +193,9 @@ class Attention {
     const V lowest = broadcast(-std::numeric_limits<A>::infinity());
     V top = lowest;
     const A scale = scale_ * kUnit<C> * (options_.key_scale ? options_.key_scale[head] : 1);
+    products_.scores(query, block.keys, count, next ? block.values : nullptr, scores);
     for (int64_t k = 0; k < count; k += K) {
-      if (next)
-        for (int i = 0; i < K; ++i) products_.prefetch(block.values[k + i]);
-      const V score = products_.scores(query, block.keys + k) * scale;
+      const V score = load(scores + k * R) * scale;
       store(scores + k * R, score);
       top = max<A>(top, score);
     }
@@ -212,7 +216,7 @@ class Attention {
       }
     }
     top = over_keys<A, R>(top, max<A>);
-    const V before = load(result + query_size());
+    const V before = load(result + values_size());
     const V now = max<A>(before, top), base = finite_or_zero(now);
     const V decay = exp_of_negative<A>(before - base);
     V sum = {};
@@ -222,8 +226,8 @@ class Attention {
       sum += p;
     }
     sum = over_keys<A, R>(sum, [](V a, V b) { return a + b; });
-    store(result + query_size(), now);
-    store(result + query_size() + L, load(result + query_size() + L) * decay + sum);
+    store(result + values_size(), now);
+    store(result + values_size() + L, load(result + values_size() + L) * decay + sum);
     A decays[L];
     store(decays, decay);
     products_.add_values(scores, block.values, count, decays, result, next);

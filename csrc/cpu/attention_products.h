@@ -9,23 +9,51 @@
 namespace aigc_fast {
 
 // R query rows, tiles of queries and results in pairs of vectors: [pair][2][R][L]. Keys and values
-// are given by the address of each, so that they may lie anywhere; T is their type.
-template <class A, class T, int R>
+// are given by the address of each, so that they may lie anywhere; C is their type, A that of the
+// arithmetic.
+template <class Arithmetic, class Cached, int rows>
 struct Products {
+  using A = Arithmetic;
+  using C = Cached;
   using V = Vec<A>;
-  static constexpr int L = kLanes<A>, K = L / R;  // lanes; keys of a score tile
-  static_assert(L % R == 0);
+  static constexpr int R = rows, L = kLanes<A>, K = L / R;  // lanes; keys of a vector of scores
+  static constexpr int64_t kBlock = 32;                     // most keys of a call
+  static_assert(L % R == 0 && kBlock % K == 0);
   int64_t head_dim;
 
+  // Numbers in the queries of a tile, and what becomes of them before the first product.
+  int64_t query_size() const { return (head_dim + 2 * L - 1) / (2 * L) * 2 * R * L; }
+  void prepare(A*) const {}
+  struct Thread {};  // what a thread has while it multiplies
+
   // Always inlined: GCC 12 drops calls of a function that does nothing else.
-  AIGC_INLINE void prefetch(const T* row) const {
+  AIGC_INLINE void prefetch(const C* row) const {
     const char* p = reinterpret_cast<const char*>(row);
-    for (size_t i = 0; i < head_dim * sizeof(T); i += 64) __builtin_prefetch(p + i, 0, 3);
+    for (size_t i = 0; i < head_dim * sizeof(C); i += 64) __builtin_prefetch(p + i, 0, 3);
   }
 
-  // The products of K keys with the R queries of a tile: lane k * R + r.
-  V scores(const A* query, const T* const* keys) const {
-    const T* key[K];
+  // The products of `count` keys, rounded up to whole vectors, with the R queries of a tile:
+  // scores[k * R + r]. Fetches as many rows of `next` into the cache, unless it is null.
+  void scores(const A* query, const C* const* keys, int64_t count, const C* const* next,
+              A* scores) const {
+    for (int64_t k = 0; k < count; k += K) {
+      if (next)
+        for (int i = 0; i < K; ++i) prefetch(next[k + i]);
+      store(scores + k * R, scores_of(query, keys + k));
+    }
+  }
+
+  // result = result * decays + probabilities * values, for `count` values. Fetches as many rows of
+  // `next` into the cache, unless it is null.
+  void add_values(const A* probabilities, const C* const* values, int64_t count, const A* decays,
+                  A* result, const C* const* next) const {
+    add_all_values<kPairs>(probabilities, values, count, 0, decays, result, next);
+  }
+
+ private:
+  // The products of K keys: lane k * R + r.
+  V scores_of(const A* query, const C* const* keys) const {
+    const C* key[K];
     for (int k = 0; k < K; ++k) key[k] = keys[k];
     V sums[L] = {};
     auto add = [&](const A* q, auto load) {
@@ -44,24 +72,16 @@ struct Products {
     };
     const int64_t whole = head_dim / (2 * L) * (2 * L), rest = head_dim - whole;
     for (int64_t d = 0; d < whole; d += 2 * L)
-      add(query + d * R, [d](const T* p, V& a, V& b) { load_pair(p + d, a, b); });
+      add(query + d * R, [d](const C* p, V& a, V& b) { load_pair(p + d, a, b); });
     if (rest)
-      add(query + whole * R, [=](const T* p, V& a, V& b) { load_pair(p + whole, rest, a, b); });
+      add(query + whole * R, [=](const C* p, V& a, V& b) { load_pair(p + whole, rest, a, b); });
     return sum_each<A>(sums);
   }
 
-  // result = result * decays + probabilities * values, for `count` values. Fetches as many rows of
-  // `next` into the cache, unless it is null.
-  void add_values(const A* probabilities, const T* const* values, int64_t count, const A* decays,
-                  A* result, const T* const* next) const {
-    add_all_values<kPairs>(probabilities, values, count, 0, decays, result, next);
-  }
-
- private:
   // All pairs of head_dim from `pair`, as many at a time as registers allow.
   template <int P>
-  void add_all_values(const A* probabilities, const T* const* values, int64_t count, int64_t pair,
-                      const A* decays, A* result, const T* const* next) const {
+  void add_all_values(const A* probabilities, const C* const* values, int64_t count, int64_t pair,
+                      const A* decays, A* result, const C* const* next) const {
     const int64_t whole = head_dim / (2 * L), rest = head_dim % (2 * L);
     for (; pair + P <= whole; pair += P, next = nullptr)
       add_pairs<P>(probabilities, values, count, pair, 0, decays, result, next);
@@ -73,8 +93,8 @@ struct Products {
 
   // P pairs of head_dim; only `rest` elements of the last one if not 0.
   template <int P>
-  void add_pairs(const A* probabilities, const T* const* values, int64_t count, int64_t pair,
-                 int64_t rest, const A* decays, A* result, const T* const* next) const {
+  void add_pairs(const A* probabilities, const C* const* values, int64_t count, int64_t pair,
+                 int64_t rest, const A* decays, A* result, const C* const* next) const {
     V sums[2 * P][R];
     A* out = result + pair * 2 * R * L;
 #pragma GCC unroll 16
@@ -82,7 +102,7 @@ struct Products {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) sums[j][r] = load(out + (j * R + r) * L) * decays[r];
     for (int64_t k = 0; k < count; ++k) {
-      const T* value = values[k] + pair * 2 * L;
+      const C* value = values[k] + pair * 2 * L;
       if (next) prefetch(next[k]);
 #pragma GCC unroll 16
       for (int j = 0; j < P; ++j) {

@@ -54,8 +54,8 @@ std::vector<A> of_heads(const std::optional<Tensor>& x, const char* name, int64_
   return values;
 }
 
-// Calls f with a value of the C++ type of the caches, which is T or of one byte.
-template <class T, class F>
+// Calls f with a value of the C++ type of the caches.
+template <class F>
 void dispatch_cache(const Tensor& x, F&& f) {
   switch (x.scalar_type()) {
     case ScalarType::Char:
@@ -65,13 +65,18 @@ void dispatch_cache(const Tensor& x, F&& f) {
     case ScalarType::Float8_e5m2:
       return f(e5m2{});
     default:
-      dispatch(x, "key_cache", [&]<class C>(C) {
-        if constexpr (std::is_same_v<T, C>)
-          f(C{});
-        else
-          require(false, "the caches must have the dtype of the tokens, int8 or fp8");
-      });
+      dispatch(x, "the caches", f);
   }
+}
+// The same where that is T or of one byte.
+template <class T, class F>
+void dispatch_cache_of(const Tensor& x, F&& f) {
+  dispatch_cache(x, [&]<class C>(C) {
+    if constexpr (std::is_same_v<T, C> || sizeof(C) == 1)
+      f(C{});
+    else
+      require(false, "the caches must have the dtype of the tokens, int8 or fp8");
+  });
 }
 
 }  // namespace aigc_fast

@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "attention.h"
+#include "attention_tiles.h"
 
 namespace aigc_fast {
 namespace {
@@ -19,9 +20,10 @@ struct Unit {
   int64_t b, head, chunk, begin, end;  // keys [begin, end)
 };
 
-template <class T, class C, class A, int R>
-void run(const Shape& s, HeadRows<T> queries, const Attention<C, A, R>& attention,
+template <class T, class P, class A>
+void run(const Shape& s, HeadRows<T> queries, const Attention<P>& attention,
          const std::vector<int64_t>& lengths, T* out, A* lse) {
+  constexpr int R = P::R;
   const int64_t rows = s.rows(), chunks = (rows + kRows - 1) / kRows;
   // Longer splits for more rows: their results then take less memory than the cache itself.
   const int64_t split = kSplit * std::max<int64_t>(1, rows / kRows);
@@ -49,6 +51,7 @@ void run(const Shape& s, HeadRows<T> queries, const Attention<C, A, R>& attentio
   const auto results = allocate(units.size() * size);
   torch::stable::parallel_for(0, units.size(), 1, [&](int64_t begin, int64_t end) {
     const auto query = allocate(tiles * attention.query_size());
+    [[maybe_unused]] const typename P::Thread thread;
     for (int64_t u = begin; u < end; ++u) {
       const auto [b, h, c, first_key, last_key] = units[u];
       const int64_t start = c * kRows, stop = std::min(rows, start + kRows);
@@ -151,16 +154,20 @@ std::tuple<Tensor, Tensor> decode_attention_full(
                                   s.masked ? data<bool>(mask) : nullptr,
                                   s.masked && mask.dim() == 3 ? s.q_len * s.q_len : 0,
                                   given(sinks)};
-    dispatch_cache<T>(keys, [&]<class C>(C) {
-      auto with_tile = [&]<int R>(std::integral_constant<int, R>) {
-        if (lse.numel() == 0) return;
-        const Attention<C, A, R> attention(s, HeadRows<C>(keys), HeadRows<C>(values), factor, pages,
-                                           options);
+    dispatch_cache_of<T>(keys, [&]<class C>(C) {
+      if (lse.numel() == 0) return;
+      auto with = [&]<class P>(std::type_identity<P>) {
+        const Attention<P> attention(s, HeadRows<C>(keys), HeadRows<C>(values), factor, pages,
+                                     options);
         run(s, HeadRows<T>(query), attention, lengths, mutable_data<T>(out), mutable_data<A>(lse));
       };
-      if (s.rows() == 1) return with_tile(std::integral_constant<int, 1>{});
-      if (s.rows() == 2 || kLanes<A> == 2) return with_tile(std::integral_constant<int, 2>{});
-      with_tile(std::integral_constant<int, std::min(4, kLanes<A>)>{});
+#if AIGC_AMX
+      if constexpr (std::is_same_v<A, float> && std::is_same_v<C, int8_t>)
+        if (TileProducts::fits(s.head_dim)) return with(std::type_identity<TileProducts>{});
+#endif
+      if (s.rows() == 1) return with(std::type_identity<Products<A, C, 1>>{});
+      if (s.rows() == 2 || kLanes<A> == 2) return with(std::type_identity<Products<A, C, 2>>{});
+      with(std::type_identity<Products<A, C, std::min(4, kLanes<A>)>>{});
     });
   });
   return {out, lse};

@@ -30,7 +30,7 @@ struct Weight {
   }
 };
 
-// T is the type of the caches.
+// T is the type of the caches; their numbers of each head are to be multiplied by its scale.
 template <class T>
 struct Layer {
   const float* attention_norm;
@@ -38,6 +38,7 @@ struct Layer {
   const float* mlp_norm;
   Weight gate_up, down;
   T *keys, *values;
+  const float *key_scale, *value_scale;
 };
 
 // A share of the keys of one key/value head of one sequence.

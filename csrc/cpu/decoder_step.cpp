@@ -31,7 +31,7 @@ std::vector<float> floats_of(const Tensor& x) {
 Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
                     const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& cos_in,
                     const Tensor& sin_in, double eps, double scale, bool quantize_activations,
-                    const std::optional<Tensor>& table) {
+                    const std::optional<Tensor>& table, const std::optional<Tensor>& scales_in) {
   require(hidden_in.dim() == 2 && hidden_in.size(1) > 0, "hidden must have 2 dimensions");
   require(weights.size() > kLayerTensors && weights.size() % kLayerTensors == 1,
           "weights must be 6 tensors a layer and the last norm");
@@ -52,7 +52,7 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
   s.capacity = cache.size(1) * (table ? table->size(1) : 1);
   s.kv_heads = cache.size(2), s.head_dim = cache.size(3);
   s.key_batch = cache.stride(0), s.key_seq = cache.stride(1), s.key_head = cache.stride(2);
-  require(cache.scalar_type() != ScalarType::Double, "caches must be of 32 or 16 bits");
+  require(cache.scalar_type() != ScalarType::Double, "caches must be of 32, 16 or 8 bits");
   require(s.head_dim > 0 && s.head_dim % 2 == 0 && s.kv_heads > 0 && cache.stride(3) == 1,
           "caches must have an even, contiguous head_dim");
   const int64_t attended = Weight(weights[2]).format.columns();
@@ -68,6 +68,15 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
     require(t->dim() == 2 && t->size(0) >= s.capacity && t->size(1) == s.head_dim / 2 &&
                 t->scalar_type() == ScalarType::Float,
             "cos and sin must be float32 with a row for each of ", s.capacity, " positions");
+  // Of keys and values of each layer in turn, and of each head.
+  std::vector<float> scales(caches.size() * s.kv_heads, 1.0f);
+  if (scales_in) {
+    const Tensor given = as_contiguous(*scales_in);
+    require(given.scalar_type() == ScalarType::Float && given.dim() == 2 &&
+                given.size(0) == int64_t(caches.size()) && given.size(1) == s.kv_heads,
+            "cache_scales must be float32 of shape (", caches.size(), ", ", s.kv_heads, ")");
+    std::copy_n(data<float>(given), scales.size(), scales.begin());
+  }
   auto is_norm = [&](const Tensor& t) {
     return t.dim() == 1 && t.size(0) == s.hidden && t.is_contiguous() && t.scalar_type() == dtype;
   };
@@ -85,14 +94,16 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
                                       : converted.emplace_back(floats_of(t)).data();
   };
   std::vector<float> result;
-  dispatch(cache, "caches", [&]<class T>(T) {
+  dispatch_cache(cache, [&]<class T>(T) {
     if constexpr (!std::is_same_v<T, double>) {
       std::vector<Layer<T>> layers;
       for (size_t l = 0; l < num_layers; ++l) {
         const Tensor* w = &weights[kLayerTensors * l];
+        const float* scale_of_keys = scales.data() + 2 * l * s.kv_heads;
         const Layer<T>& layer = layers.emplace_back(
             Layer<T>{norm(w[0]), Weight(w[1]), Weight(w[2]), norm(w[3]), Weight(w[4]), Weight(w[5]),
-                     mutable_data<T>(caches[2 * l]), mutable_data<T>(caches[2 * l + 1])});
+                     mutable_data<T>(caches[2 * l]), mutable_data<T>(caches[2 * l + 1]),
+                     scale_of_keys, scale_of_keys + s.kv_heads});
         auto fits = [](const Weight& weight, int64_t rows, int64_t columns) {
           return weight.format.columns() == columns && weight.rows() - rows >= 0 &&
                  weight.rows() - rows < kTileRows;

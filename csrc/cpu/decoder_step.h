@@ -13,8 +13,13 @@
 namespace aigc_fast {
 
 constexpr int64_t kKeys = 64;  // keys of an item of attention
+
+// T is the type of the caches. Query and what attention gives have it too, but not where it has one
+// byte: they need no room.
 template <class T, int R>
 class Step {
+  using Q = std::conditional_t<sizeof(T) == 1, float, T>;
+
  public:
   Step(const Sizes& s, std::vector<Layer<T>> layers, std::vector<int64_t> positions,
        std::vector<float> hidden, const float* cos, const float* sin, float eps, float scale,
@@ -55,14 +60,15 @@ class Step {
   }
 
  private:
-  using Heads = Attention<T, float, R>;
+  using Heads = Attention<Products<float, T, R>>;
   Heads attention(const Layer<T>& layer, int64_t b, int64_t head) const {
     const int64_t at = (s_.pages.table ? 0 : b * s_.key_batch) + head * s_.key_head;
     return {{1, 1, s_.group(), 1, s_.head_dim, s_.capacity},
             {layer.keys + at, s_.key_batch, s_.key_seq, 0},
             {layer.values + at, s_.key_batch, s_.key_seq, 0},
             scale_,
-            s_.pages.of(b)};
+            s_.pages.of(b),
+            {.key_scale = layer.key_scale + head, .value_scale = layer.value_scale + head}};
   }
   int64_t tiles() const { return (s_.group() + R - 1) / R; }
   int64_t result_size() const { return tiles() * attention(layers_[0], 0, 0).result_size(); }
@@ -196,10 +202,12 @@ class Step {
       const int64_t dim = s_.head_dim;
       const float* packed = step_.packed_.data() + b * s_.packed();
       const int64_t at = s_.entry(b, step_.positions_[b]) + head * s_.key_head;
-      rotate(b, packed + (s_.heads + head) * dim, layer.keys + at);
+      rotate(b, packed + (s_.heads + head) * dim, 1 / layer.key_scale[head], layer.keys + at);
       const float* value = packed + (s_.heads + s_.kv_heads + head) * dim;
-      for_vectors<float>(
-          dim, [&](int64_t i, auto n) { store(layer.values + at + i, load(value + i, n), n); });
+      const float factor = 1 / layer.value_scale[head];
+      for_vectors<float>(dim, [&](int64_t i, auto n) {
+        store_cached(layer.values + at + i, load(value + i, n) * factor, n);
+      });
     }
 
     void attend(const Layer<T>& layer, int64_t u) {
@@ -207,10 +215,10 @@ class Step {
       const int64_t position = step_.positions_[b], dim = s_.head_dim;
       const float* packed = step_.packed_.data() + b * s_.packed();
       for (int64_t r = 0; r < s_.group(); ++r)
-        rotate(b, packed + (head * s_.group() + r) * dim, rotated_.data() + r * dim);
+        rotate(b, packed + (head * s_.group() + r) * dim, 1, rotated_.data() + r * dim);
       if (!step_.shared_ && split == splits - 1) append(layer, b, head);
       const Heads attention = step_.attention(layer, b, head);
-      const HeadRows<T> query(rotated_.data(), 0, 0, s_.head_dim);
+      const HeadRows<Q> query(rotated_.data(), 0, 0, s_.head_dim);
       attention.load_queries(query, 0, 0, 0, s_.group(), aligned(query_));
       const int64_t begin = split * kKeys, end = std::min(position + 1, begin + kKeys);
       float* result =
@@ -231,20 +239,21 @@ class Step {
 
     void write(const Heads& attention, int64_t b, int64_t head, const float* results,
                int64_t splits) {
-      T* out = step_.attended_.data() + (b * s_.heads + head * s_.group()) * s_.head_dim;
+      Q* out = step_.attended_.data() + (b * s_.heads + head * s_.group()) * s_.head_dim;
       for (int64_t tile = 0; tile < step_.tiles(); ++tile)
         attention.merge(results + tile * attention.result_size(), splits, step_.result_size(), 0, 0,
                         tile * R, std::min(s_.group(), (tile + 1) * R), out, lse_.data());
     }
 
-    void rotate(int64_t b, const float* x, T* out) const {
+    template <class X>
+    void rotate(int64_t b, const float* x, float factor, X* out) const {
       const int64_t half = s_.head_dim / 2, at = step_.positions_[b] * half;
       for_vectors<float>(half, [&](int64_t i, auto n) {
         const Vec<float> a = load(x + i, n), c = load(x + half + i, n);
         const Vec<float> cos = load(step_.cos_ + at + i, n);
         const Vec<float> sin = load(step_.sin_ + at + i, n);
-        store(out + i, a * cos - c * sin, n);
-        store(out + half + i, c * cos + a * sin, n);
+        store_cached(out + i, (a * cos - c * sin) * factor, n);
+        store_cached(out + half + i, (c * cos + a * sin) * factor, n);
       });
     }
 
@@ -283,7 +292,7 @@ class Step {
     int64_t thread_;
     Activations activations_;
     std::vector<float> normed_, gate_;
-    std::vector<T> rotated_;
+    std::vector<Q> rotated_;
     std::vector<float> query_, result_, lse_;
   };
 
@@ -296,7 +305,7 @@ class Step {
   int64_t items_;
   std::vector<Unit> units_;
   std::vector<float> residual_, packed_;
-  std::vector<T> attended_;
+  std::vector<Q> attended_;
   std::vector<float> inner_, results_;
 };
 

@@ -22,31 +22,33 @@ struct Bits2 {
   uint32_t* clamped(int64_t row) const { return negative(row) + words; }
 };
 
-// row = clamp(lrelu(row)). Whole vectors are read and written; so below.
 template <class A>
 AIGC_INLINE Vec<A> activated(Vec<A> v, Vec<Bits<A>> low, A slope, A limit) {
   v = low ? v * slope : v;
   return max<A>(min<A>(v, broadcast(limit)), broadcast(-limit));
 }
+
+// to = clamp(lrelu(from)). Whole vectors are read and written; so below.
 template <class A>
-void activate_row(A* row, int64_t size, A slope, A limit) {
+void activate_row(const A* from, int64_t size, A slope, A limit, A* to) {
   for (int64_t j = 0; j < size; j += kLanes<A>) {
-    const Vec<A> v = load(row + j);
-    store(row + j, activated<A>(v, v <= 0, slope, limit));
+    const Vec<A> v = load(from + j);
+    store(to + j, activated<A>(v, v <= 0, slope, limit));
   }
 }
 
 // The same, and its bits.
 template <class A>
-void activate_row(A* row, int64_t size, A slope, A limit, const Bits2& bits, int64_t number) {
+void activate_row(const A* from, int64_t size, A slope, A limit, A* to, const Bits2& bits,
+                  int64_t number) {
   for (int64_t j = 0; j < size; j += kWord) {
     uint32_t negative = 0, clamped = 0;
     for (int64_t k = 0; k < kWord && j + k < size; k += kLanes<A>) {
-      const Vec<A> v = load(row + j + k);
+      const Vec<A> v = load(from + j + k);
       const Vec<Bits<A>> low = v <= 0;
       negative |= lane_bits<A>(low) << k;
       clamped |= lane_bits<A>(abs<A>(low ? v * slope : v) > limit) << k;
-      store(row + j + k, activated<A>(v, low, slope, limit));
+      store(to + j + k, activated<A>(v, low, slope, limit));
     }
     const uint32_t valid = size - j < kWord ? (1u << (size - j)) - 1 : ~0u;
     bits.negative(number)[j / kWord] = negative & valid;
@@ -54,16 +56,16 @@ void activate_row(A* row, int64_t size, A slope, A limit, const Bits2& bits, int
   }
 }
 
-// row times the derivative of activate_row.
+// to = from times the derivative of activate_row.
 template <class A>
-void apply_bits(A* row, int64_t size, A slope, const Bits2& bits, int64_t number) {
+void apply_bits(const A* from, int64_t size, A slope, const Bits2& bits, int64_t number, A* to) {
   for (int64_t j = 0; j < size; j += kWord) {
     const uint32_t negative = bits.negative(number)[j / kWord];
     const uint32_t clamped = bits.clamped(number)[j / kWord];
     for (int64_t k = 0; k < kWord && j + k < size; k += kLanes<A>) {
-      Vec<A> v = load(row + j + k);
+      Vec<A> v = load(from + j + k);
       v = mask_of<A>(negative >> k) ? v * slope : v;
-      store(row + j + k, mask_of<A>(clamped >> k) ? Vec<A>{} : v);
+      store(to + j + k, mask_of<A>(clamped >> k) ? Vec<A>{} : v);
     }
   }
 }
@@ -91,8 +93,8 @@ struct Stages {
     second_y = axis_of(1, g[3], g[10], g[11], second.size(0), height());
   }
 
-  // between(row, plane, number, own) does it; a row that several units of work meet is one unit's
-  // own.
+  // between(from, plane, number, own, to) does it; a row that several units of work meet is one
+  // unit's own.
   template <class T, class Between>
   void run(const Tensor& x, const std::optional<Tensor>& bias_in, const Tensor& first,
            const Tensor& second, bool flip, double gain, Tensor& out, Between between) const {
@@ -113,18 +115,16 @@ struct Stages {
         const int64_t plane = u / pieces, piece = u % pieces;
         const T* image = from + plane * first_y.in * first_x.in;
         const A b = bias[plane % channels];
-        const auto read = [&](int64_t i, int64_t left, int64_t right, A* row) {
-          for_vectors<A>(right - left, [&](int64_t j, auto lanes) {
-            store(row + left + j, load(image + i * first_x.in + left + j, lanes) + b, lanes);
+        const auto read = [&](int64_t i, A* row) {
+          for_vectors<A>(first_x.in, [&](int64_t j, auto lanes) {
+            store(row + j, load(image + i * first_x.in + j, lanes) + b);
           });
         };
         const int64_t last = std::min(second_y.out, (piece + 1) * rows);
         const int64_t own = piece * rows * second_y.down;
         const int64_t own_end = piece + 1 == pieces ? height() : last * second_y.down;
-        const auto activated = [&](int64_t m, int64_t left, int64_t right, A* row) {
-          A* wide = upper.row(m, read);
-          between(wide, plane, m, m >= own && m < own_end);
-          std::copy(wide + left, wide + right, row + left);
+        const auto activated = [&](int64_t m, A* row) {
+          between(upper.row(m, read), plane, m, m >= own && m < own_end, row);
         };
         upper.restart(), lower.restart();
         for (int64_t o = piece * rows; o < last; ++o) {
@@ -170,12 +170,12 @@ std::tuple<Tensor, Tensor> filtered_lrelu(const Tensor& x_in, const Tensor& up_f
     using A = Acc<T>;
     const A limit = clamp ? A(*clamp) : std::numeric_limits<A>::infinity();
     s.run<T>(x, bias, up_filter, down_filter, flip, gain, y,
-             [&](A* row, int64_t plane, int64_t number, bool own) {
+             [&](const A* from, int64_t plane, int64_t number, bool own, A* to) {
                const Bits2 of_plane{bits + plane * height * 2 * words, words};
                if (keep_mask && own) {
-                 activate_row<A>(row, s.width(), A(slope), limit, of_plane, number);
+                 activate_row<A>(from, s.width(), A(slope), limit, to, of_plane, number);
                } else {
-                 activate_row<A>(row, s.width(), A(slope), limit);
+                 activate_row<A>(from, s.width(), A(slope), limit, to);
                }
              });
   });
@@ -196,10 +196,11 @@ Tensor filtered_mask(const Tensor& x_in, const Tensor& mask_in, const Tensor& fi
   uint32_t* bits = static_cast<uint32_t*>(const_cast<void*>(mask.const_data_ptr()));
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
-    s.run<T>(x, {}, first, second, flip, gain, y, [&](A* row, int64_t plane, int64_t number, bool) {
-      const Bits2 of_plane{bits + plane * s.height() * 2 * s.words(), s.words()};
-      apply_bits<A>(row, s.width(), A(slope), of_plane, number);
-    });
+    s.run<T>(x, {}, first, second, flip, gain, y,
+             [&](const A* from, int64_t plane, int64_t number, bool, A* to) {
+               const Bits2 of_plane{bits + plane * s.height() * 2 * s.words(), s.words()};
+               apply_bits<A>(from, s.width(), A(slope), of_plane, number, to);
+             });
   });
   return in_layout_of(x_in, y);
 }

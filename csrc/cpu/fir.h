@@ -65,23 +65,16 @@ inline void check_filter(const Tensor& filter, const char* name) {
           " must have shape (height, width) or (taps,)");
 }
 
-template <class T, class A>
-struct Tap {
-  const T* from;
-  A weight;
+// The input rows that output row o reads: `count` of them, the first through `tap`, and each
+// further one through the up-th tap after it.
+struct RowSpan {
+  int64_t first, count, tap;
 };
-
-// The rows that output row o reads, as (tap, input row).
-struct RowTap {
-  int64_t tap, row;
-};
-inline void row_taps(const Axis& y, int64_t o, std::vector<RowTap>* found) {
-  found->clear();
-  // Every up-th tap meets a pixel, the first such is k; divisions are slow.
-  const int64_t at = o * y.down - y.pad, beyond = (at % y.up + y.up) % y.up;
-  int64_t k = beyond ? y.up - beyond : 0;
-  for (int64_t i = (at + k) / y.up; k < y.taps; k += y.up, ++i)
-    if (i >= 0 && i < y.in) found->push_back({k, i});
+inline RowSpan rows_read(const Axis& y, int64_t o) {
+  const int64_t at = o * y.down - y.pad, beyond = at + y.taps;  // of the rows with zeros between
+  const int64_t first = at > 0 ? (at + y.up - 1) / y.up : 0;
+  const int64_t end = std::min(y.in, beyond > 0 ? (beyond - 1) / y.up + 1 : 0);
+  return {first, std::max<int64_t>(0, end - first), first * y.up - at};
 }
 
 }  // namespace aigc_fast

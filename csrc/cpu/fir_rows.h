@@ -1,49 +1,16 @@
 // FIR filters (fir.h) on the rows of a plane.
 //
 // Along a row, outputs of one phase (o mod P, with P = up / gcd(up, down)) share their taps and
-// read inputs `step` = down / gcd apart: rows are kept padded with zeros and split by that step, so
+// read inputs `step` = down / gcd apart: rows lie between zeros, and where step > 1 split by it, so
 // that every load is of neighbours.
 #pragma once
 
 #include <numeric>
 
 #include "fir.h"
+#include "fir_sums.h"
 
 namespace aigc_fast {
-
-template <int N, class A>
-AIGC_INLINE void sum_batch(const std::vector<Tap<A, A>>& taps, int64_t i, A* to) {
-  constexpr int lanes = kLanes<A>;
-  const size_t half = taps.size() / 2;
-  Vec<A> a[N] = {}, b[N] = {};
-  for (size_t t = 0; t < half; ++t) {
-    const Tap<A, A> p = taps[t], q = taps[half + t];
-#pragma GCC unroll 4  // else the sums stay in memory; so below
-    for (int k = 0; k < N; ++k) {
-      a[k] += load(p.from + i + k * lanes) * p.weight;
-      b[k] += load(q.from + i + k * lanes) * q.weight;
-    }
-  }
-  if (taps.size() % 2) {
-#pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) a[k] += load(taps.back().from + i + k * lanes) * taps.back().weight;
-  }
-#pragma GCC unroll 4
-  for (int k = 0; k < N; ++k) store(to + i + k * lanes, a[k] + b[k]);
-}
-
-// to[i] = sum over taps of from[i] * weight, in whole vectors up to `size`; in two chains of
-// additions, which round less than one.
-template <class A>
-void sum_taps(const std::vector<Tap<A, A>>& taps, int64_t size, A* to) {
-  constexpr int lanes = kLanes<A>, kBatch = 4;  // of vectors whose sums do not wait for another
-  int64_t i = 0;
-  for (; i + (kBatch - 1) * lanes < size; i += kBatch * lanes) sum_batch<kBatch>(taps, i, to);
-  const int64_t left = (size - i + lanes - 1) / lanes;
-  if (left == 3) sum_batch<3>(taps, i, to);
-  if (left == 2) sum_batch<2>(taps, i, to);
-  if (left == 1) sum_batch<1>(taps, i, to);
-}
 
 // Lanes a0 b0 a1 b1 ... (half 0) or those from the middle on (half 1).
 template <class A>
@@ -90,95 +57,124 @@ class RowFilter {
         phases_(fir.x.up / std::gcd(fir.x.up, fir.x.down)),
         step_(fir.x.down / std::gcd(fir.x.up, fir.x.down)),
         columns_((fir.x.out + phases_ - 1) / phases_),
-        stride_((columns_ + kAll - 1) / kAll * kAll),
-        ring_((fir.y.taps - 1) / fir.y.up + 2),
+        stride_(whole(columns_)),
+        ring_((fir.y.taps - 1 + (kRows - 1) * fir.y.down) / fir.y.up + 1),
         along_first_(fir.separable && fir.y.up > fir.y.down) {
     const Axis& x = fir.x;
     int64_t highest;
     x.source(0, 0, &lowest_);
-    x.source(x.out - 1 + phases_, x.taps - 1, &highest);
-    length_ = ((highest - lowest_) / step_ + kAll) / kAll * kAll;
-    begin_ = std::max<int64_t>(0, lowest_);
-    end_ = std::max(begin_, std::min(x.in, highest + 1));
-    const int64_t split = step_ * length_ + kAll;  // taps read on beyond the last line's end
-    line_ = along_first_ ? phases_ * stride_ : split;
-    lines_.resize(ring_ * line_);
-    if (fir.separable) mixed_.resize(split);
-    if (step_ > 1) row_.resize(split);
-    if (phases_ > 1) result_.resize(phases_ * stride_);
-    natural_.resize(phases_ * stride_);
-    // Which element of a line the outputs of a phase start from; found once, divisions are slow.
-    plan_.resize(phases_), across_.resize(phases_);
-    for (int64_t p = 0; p < phases_ && p < x.out; ++p)
+    x.source(x.out + phases_ - 2, x.taps - 1, &highest);
+    before_ = whole(std::max<int64_t>(0, -lowest_));
+    length_ = whole((highest - lowest_) / step_ + 1);
+    const int64_t used = whole(before_ + highest + 1), split = step_ * length_ + kLanes<A>;
+    const int64_t plain = std::max(whole(before_ + x.in) + kLanes<A>, used + step_ * kLanes<A>);
+    plain_.resize(plain), split_.resize(split);
+    if (along_first_) {
+      line_ = width_ = phases_ * stride_;
+    } else if (fir.separable) {
+      line_ = plain, width_ = used;
+    } else {
+      line_ = step_ > 1 ? split : plain, width_ = stride_;
+    }
+    lines_.resize((ring_ + 1) * line_);  // the last stays zero, for rows beyond the plane
+    sums_stride_ = std::max(line_, phases_ * stride_);
+    sums_.resize(kRows * sums_stride_);
+    phase_.resize(phases_ * stride_), result_.resize(phases_ * stride_);
+    blocks_.resize(fir.y.up);
+    for (int64_t tap = 0; tap < fir.y.up; ++tap) blocks_[tap] = block_from(tap);
+    plan_.resize(phases_);
+    for (int64_t p = 0; p < phases_; ++p)
       for (int64_t k = 0; k < x.taps; ++k) {
         int64_t i;
         if (!x.source(p, k, &i)) continue;
-        const int64_t at = (i - lowest_) % step_ * length_ + (i - lowest_) / step_;
-        plan_[p].push_back({k, at});
-        if (fir.separable) across_[p].push_back({mixed_.data() + at, fir.taps[k]});
+        plan_[p].push_back({k, step_ == 1
+                                   ? before_ + i
+                                   : (i - lowest_) % step_ * length_ + (i - lowest_) / step_});
       }
   }
 
-  RowFilter(const RowFilter&) = delete;  // taps point into it
+  RowFilter(const RowFilter&) = delete;
 
   // Before the first row of another plane, or an earlier row.
-  void restart() { filled_ = 0; }
+  void restart() { filled_ = made_ = 0; }
 
-  // Row o, of at least x.out elements and then some to the end of a vector; the caller may change
-  // it. read(i, begin, end, to) puts elements [begin, end) of input row i at to + begin.
+  // Row o, readable to the end of a vector. read(i, to) puts input row i at `to`, and may go on to
+  // the end of a vector.
   template <class Read>
-  A* row(int64_t o, Read&& read) {
-    row_taps(fir_.y, o, &rows_);
-    for (const RowTap& r : rows_)
-      if (r.row >= filled_) fill(r.row, read), filled_ = r.row + 1;
-    taps_.resize(rows_.size());
-    // The rows are neighbours; a division for each would take as long as its sum.
-    int64_t place = rows_.empty() ? 0 : rows_[0].row % ring_;
-    for (size_t r = 0; r < rows_.size(); ++r) {
-      taps_[r] = {lines_.data() + place * line_,
-                  fir_.separable ? fir_.vertical[rows_[r].tap] : A(0)};
-      if (++place == ring_) place = 0;
-    }
-    if (along_first_) {
-      sum_taps(taps_, fir_.x.out, natural_.data());
-    } else if (fir_.separable) {
-      sum_taps(taps_, step_ * length_, mixed_.data());
-      along(natural_.data());
-    } else {
-      by_phase(natural_.data(), [&](int64_t p, A* to) {
-        all_taps_.resize(plan_[p].size() * rows_.size());
-        auto tap = all_taps_.begin();
-        for (const PhaseTap& t : plan_[p])
-          for (size_t r = 0; r < rows_.size(); ++r)
-            *tap++ = {taps_[r].from + t.at, fir_.weight(rows_[r].tap, t.tap)};
-        sum_taps(all_taps_, columns_, to);
-      });
-    }
-    return natural_.data();
+  const A* row(int64_t o, Read&& read) {
+    if (o >= made_) make(o, read);
+    const A* sums = sums_.data() + (o - first_) * sums_stride_;
+    if (along_first_) return sums;
+    return fir_.separable ? along(sums, result_.data()) : interleaved(sums, result_.data());
   }
 
  private:
-  static constexpr int64_t kAll = kLanes<A>;
-  struct PhaseTap {
-    int64_t tap, at;
-  };
+  static int64_t whole(int64_t size) { return (size + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
 
-  template <class Read>
-  void fill(int64_t i, Read& read) {
-    A* to = lines_.data() + i % ring_ * line_;
-    split(i, read, along_first_ ? mixed_.data() : to);
-    if (along_first_) along(to);
+  // The block whose first row reads its first input row through `tap`; for `at`, how many rows
+  // further each is.
+  Block block_from(int64_t tap) const {
+    const Axis& y = fir_.y;
+    const int64_t weights = fir_.separable ? 1 : fir_.x.taps;  // of a row of the filter
+    Block block;
+    block.step = y.down * weights;
+    int kind = 0;
+    for (int64_t r = 0; tap < y.taps + (kRows - 1) * y.down; ++r, tap += y.up) {
+      const int64_t first = tap < y.taps ? 0 : (tap - y.taps) / y.down + 1;
+      const int64_t beyond = std::min<int64_t>(kRows, tap / y.down + 1);
+      if (first >= beyond) continue;
+      while (kReaders[kind] != std::pair<int, int>(first, beyond))
+        block.ends[kind++] = block.rows.size();
+      block.rows.push_back({tap * weights, r});
+    }
+    while (kind < kKinds) block.ends[kind++] = block.rows.size();
+    return block;
   }
 
-  // Input row i between zeros, every step-th element beside the other.
+  // The block of rows from o on.
   template <class Read>
-  void split(int64_t i, Read& read, A* to) {
-    if (step_ == 1) return read(i, begin_, end_, to - lowest_);
-    A* row = row_.data();
-    read(i, begin_, end_, row - lowest_);
+  void make(int64_t o, Read& read) {
+    const Axis& y = fir_.y;
+    const int64_t at = o * y.down - y.pad, beyond = ((at % y.up) + y.up) % y.up;
+    const int64_t tap = beyond ? y.up - beyond : 0, start = (at + tap) / y.up;
+    const int64_t place = (start % ring_ + ring_) % ring_;
+    now_ = blocks_[tap];
+    for (Tap& row : now_.rows) {
+      const int64_t i = start + row.at, in_ring = place + row.at;
+      const bool inside = i >= 0 && i < y.in;
+      row.at = (!inside ? ring_ : in_ring < ring_ ? in_ring : in_ring - ring_) * line_;
+      if (inside && i >= filled_) fill(i, lines_.data() + row.at, read), filled_ = i + 1;
+    }
+    first_ = o, made_ = o + kRows;
+    static const std::vector<Taps> kColumn{{{0, 0}}};
+    const A* weights = fir_.separable ? fir_.vertical.data() : fir_.taps.data();
+    A* to = sums_.data();
+    for (const Taps& columns : fir_.separable ? kColumn : plan_) {
+      sum_block<A>(lines_.data(), now_, columns, weights, width_, to, sums_stride_);
+      to += stride_;
+    }
+  }
+
+  // Input row i as a line: plain, split or filtered along.
+  template <class Read>
+  void fill(int64_t i, A* line, Read& read) {
+    const bool direct = !along_first_ && (fir_.separable || step_ == 1);
+    A* row = direct ? line : plain_.data();
+    read(i, row + before_);
+    store(row + before_ + fir_.x.in, Vec<A>{});
+    if (along_first_) {
+      along(row, line);
+    } else if (!direct) {
+      split(row, line);
+    }
+  }
+
+  // Every step-th element of a plain row beside the other.
+  void split(const A* row, A* to) {
+    row += before_ + lowest_;
     if (step_ == 2) {
-      for (int64_t e = 0; e < length_; e += kAll) {
-        const Vec<A> a = load(row + 2 * e), b = load(row + 2 * e + kAll);
+      for (int64_t e = 0; e < length_; e += kLanes<A>) {
+        const Vec<A> a = load(row + 2 * e), b = load(row + 2 * e + kLanes<A>);
         store(to + e, every_second<A>(a, b, 0));
         store(to + length_ + e, every_second<A>(a, b, 1));
       }
@@ -188,52 +184,52 @@ class RowFilter {
       for (int64_t e = 0; e < length_; ++e) to[q * length_ + e] = row[q + step_ * e];
   }
 
-  // A row of the result from the split row in mixed_.
-  void along(A* to) {
-    by_phase(to, [&](int64_t p, A* out) { sum_taps(across_[p], columns_, out); });
-  }
-
-  // sums(p, to) makes the outputs of phase p; they come in the order of the row.
-  template <class Sums>
-  void by_phase(A* to, Sums sums) {
-    if (phases_ == 1) return sums(0, to);
-    for (int64_t p = 0; p < phases_; ++p) sums(p, result_.data() + p * stride_);
-    interleave(to);
+  // A plain row filtered along.
+  const A* along(const A* row, A* to) {
+    if (step_ > 1) split(row, split_.data()), row = split_.data();
+    A* sums = phases_ > 1 ? phase_.data() : to;
+    for (int64_t p = 0; p < phases_; ++p)
+      sum_row(row, plan_[p], fir_.taps.data(), columns_, sums + p * stride_);
+    return interleaved(sums, to);
   }
 
   // The phases' results in the order of the row.
-  void interleave(A* to) {
-    const A* from = result_.data();
+  const A* interleaved(const A* from, A* to) {
+    if (phases_ == 1) return from;
     if (phases_ == 2) {
-      for (int64_t m = 0; m < columns_; m += kAll) {
+      for (int64_t m = 0; m < columns_; m += kLanes<A>) {
         const Vec<A> a = load(from + m), b = load(from + stride_ + m);
-        for (int half = 0; half < 2; ++half) store(to + 2 * m + half * kAll, zip<A>(a, b, half));
+        for (int half = 0; half < 2; ++half)
+          store(to + 2 * m + half * kLanes<A>, zip<A>(a, b, half));
       }
     } else if (phases_ == 4) {
-      for (int64_t m = 0; m < columns_; m += kAll) {
+      for (int64_t m = 0; m < columns_; m += kLanes<A>) {
         Vec<A> v[4];
         for (int p = 0; p < 4; ++p) v[p] = load(from + p * stride_ + m);
         for (int half = 0; half < 2; ++half) {
           const Vec<A> even = zip<A>(v[0], v[2], half), odd = zip<A>(v[1], v[3], half);
-          store(to + 4 * m + 2 * half * kAll, zip<A>(even, odd, 0));
-          store(to + 4 * m + (2 * half + 1) * kAll, zip<A>(even, odd, 1));
+          store(to + 4 * m + 2 * half * kLanes<A>, zip<A>(even, odd, 0));
+          store(to + 4 * m + (2 * half + 1) * kLanes<A>, zip<A>(even, odd, 1));
         }
       }
     } else {
       for (int64_t p = 0; p < phases_; ++p)
         for (int64_t m = 0; m < columns_; ++m) to[m * phases_ + p] = from[p * stride_ + m];
     }
+    return to;
   }
 
   const Fir<A>& fir_;
   int64_t phases_, step_, columns_, stride_, ring_;
   bool along_first_;
-  int64_t lowest_, length_, line_, begin_, end_, filled_ = 0;
-  Vectors<A> lines_, mixed_, row_, result_, natural_;
-  std::vector<std::vector<PhaseTap>> plan_;
-  std::vector<RowTap> rows_;
-  std::vector<Tap<A, A>> taps_, all_taps_;
-  std::vector<std::vector<Tap<A, A>>> across_;  // separable: the taps of each phase
+  // Of a plain row: the first element that is read, the zeros before it, and after splitting the
+  // elements of a part; of a line: its size, and the elements that are summed.
+  int64_t lowest_, before_, length_, line_, width_, sums_stride_;
+  int64_t filled_ = 0, made_ = 0, first_ = 0;  // input rows so far; rows in sums_
+  Vectors<A> lines_, sums_, plain_, split_, phase_, result_;
+  std::vector<Block> blocks_;
+  std::vector<Taps> plan_;  // of each phase
+  Block now_;
 };
 
 }  // namespace aigc_fast

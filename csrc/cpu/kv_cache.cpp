@@ -87,11 +87,7 @@ struct Convert {
       });
       C* out = dense ? y : narrow.data();
       for_vectors<A>(head_dim, [&](int64_t i, auto n) {
-        const Vec<A> number = load(row.data() + i, n) * factors[h];
-        if constexpr (sizeof(C) == 1)
-          store_narrow(out + i, number, n);
-        else
-          store(out + i, number, n);
+        store_cached(out + i, load(row.data() + i, n) * factors[h], n);
       });
       for (int64_t i = 0; !dense && i < head_dim; ++i) y[i * to_strides[3]] = out[i];
     }
@@ -193,7 +189,7 @@ void append_kv_full(const Tensor& key, const Tensor& value, Tensor key_cache, Te
     const Tensor wide_cos = cos ? wide_angles(*cos) : key, wide_sin = cos ? wide_angles(*sin) : key;
     std::optional<Rotation<A, A>> rotation;
     if (cos) rotation.emplace(wide_cos, wide_sin, interleaved, false);
-    dispatch_cache<T>(key_cache, [&]<class C>(C) {
+    dispatch_cache_of<T>(key_cache, [&]<class C>(C) {
       const Convert<T, C> convert_key(key, key_cache, key_scale, "key_scale");
       const Convert<T, C> convert_value(value, value_cache, value_scale, "value_scale");
       torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {

@@ -133,4 +133,13 @@ AIGC_INLINE void store_narrow(T* p, V v, N n) {
   }
 }
 
+// The same for any type that a cache may have.
+template <class T, class V, class N>
+AIGC_INLINE void store_cached(T* p, V v, N n) {
+  if constexpr (sizeof(T) == 1)
+    store_narrow(p, v, n);
+  else
+    store(p, v, n);
+}
+
 }  // namespace aigc_fast

@@ -63,6 +63,7 @@ struct Call {
   std::vector<A> scale, bias, noise;
   bool noise_per_sample;
   A strength, alpha, gain, limit;
+  bool only_scale;  // y = x * scale: before a convolution
 
   Call(const Tensor& x, const MaybeTensor& scale_in, const MaybeTensor& noise_in,
        const MaybeTensor& strength_in, const MaybeTensor& bias_in, double alpha, double gain,
@@ -74,7 +75,8 @@ struct Call {
         strength(1),
         alpha(A(alpha)),
         gain(A(gain)),
-        limit(clamp ? A(*clamp) : std::numeric_limits<A>::infinity()) {
+        limit(clamp ? A(*clamp) : std::numeric_limits<A>::infinity()),
+        only_scale(!noise_in && !bias_in && alpha == 1 && gain == 1 && !clamp) {
     for (int64_t d = 2; d < x.dim(); ++d) pixels *= x.size(d);
     scale = of_channels(scale_in, "scale", batch, 1);
     bias = of_channels(bias_in, "bias", 1, 0);
@@ -135,15 +137,16 @@ struct Call {
     const int64_t grain = std::max<int64_t>(1, kGrain / pixels);
     std::vector<double> parts(N * rows * pieces);
     torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
+      const F own = f;  // in registers, whatever the stores may alias
       for (int64_t u = begin; u < end; ++u) {
-        const int64_t row = u / pieces, start = u % pieces * kUnit;
+        const int64_t row = u / pieces, start = u % pieces * kUnit, first = row * pixels + start;
         const A* of_row = noise_of(row / channels);
         Vec<A> at[V];
         Wide<A> sums[N + 1];
         for (int v = 0; v < V; ++v) at[v] = broadcast(arrays[v][row]);
         for_vectors<A>(std::min(kUnit, pixels - start), [&](int64_t j, auto lanes) {
           const Vec<A> n = of_row ? load(of_row + start + j, lanes) : Vec<A>{};
-          f(row * pixels + start + j, lanes, at, n, sums);
+          own(first + j, lanes, at, n, sums);
         });
         for (int s = 0; s < N; ++s) parts[(s * rows + row) * pieces + u % pieces] = sums[s].sum();
       }
@@ -158,6 +161,7 @@ struct Call {
     const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(height, pixels) * channels));
     std::vector<double> parts(N * batch * pieces * channels);
     torch::stable::parallel_for(0, batch * pieces, grain, [&](int64_t begin, int64_t end) {
+      const F own = f;
       for (int64_t u = begin; u < end; ++u) {
         const int64_t sample = u / pieces, first = u % pieces * height;
         const int64_t past = std::min(pixels, first + height);
@@ -169,7 +173,7 @@ struct Call {
             for (int v = 0; v < V; ++v) at[v] = load(arrays[v] + sample * channels + j, lanes);
             for (int64_t p = start; p < std::min(past, start + kRun); ++p) {
               const Vec<A> n = of_pixel ? broadcast(of_pixel[p]) : Vec<A>{};
-              f((sample * pixels + p) * channels + j, lanes, at, n, sums);
+              own((sample * pixels + p) * channels + j, lanes, at, n, sums);
             }
             for (int s = 0; s < N; ++s)
               add_to(parts.data() + (u * N + s) * channels + j, sums[s], lanes);
@@ -202,6 +206,12 @@ Tensor scale_bias_act(const Tensor& x_in, const MaybeTensor& scale, const MaybeT
     const T* in = data<T>(x);
     T* out = mutable_data<T>(y);
     using V = Vec<Acc<T>>;
+    if (call.only_scale)
+      return call.template for_elements<0, 1>(
+          {call.scale.data()}, nullptr,
+          [in, out](int64_t i, auto lanes, const V* at, V, Wide<Acc<T>>*) {
+            store(out + i, load(in + i, lanes) * at[0], lanes);
+          });
     call.template for_elements<0, 2>(
         {call.scale.data(), call.bias.data()}, nullptr,
         [&, in, out](int64_t i, auto lanes, const V* at, V n, Wide<Acc<T>>*) {
@@ -229,6 +239,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bias_act_backward(
     const T *in = data<T>(x), *grad = data<T>(dy);
     T* out = mutable_data<T>(dx);
     using V = Vec<Acc<T>>;
+    if (call.only_scale) {
+      call.template for_elements<1, 1>(
+          {call.scale.data()}, &totals,
+          [in, grad, out](int64_t i, auto lanes, const V* at, V, Wide<Acc<T>>* sums) {
+            const V g = load(grad + i, lanes);
+            store(out + i, g * at[0], lanes);
+            sums[0] += widen<Acc<T>>(g) * widen<Acc<T>>(load(in + i, lanes));
+          });
+      return totals.resize(3 * totals.size());
+    }
     call.template for_elements<3, 2>(
         {call.scale.data(), call.bias.data()}, &totals,
         [&, in, grad, out](int64_t i, auto lanes, const V* at, V n, Wide<Acc<T>>* sums) {

@@ -50,15 +50,20 @@ void contiguous_rows(const Job<T>& job, RowFilter<A>& filter, int64_t plane, int
   const T* in = job.in + plane * y.in * x.in;
   filter.restart();
   for (int64_t o = first; o < last; ++o) {
-    const A* row = filter.row(o, [&](int64_t i, int64_t begin, int64_t end, A* to) {
-      for_vectors<A>(end - begin, [&](int64_t j, auto lanes) {
-        store(to + begin + j, load(in + i * x.in + begin + j, lanes), lanes);
-      });
+    const A* row = filter.row(o, [&](int64_t i, A* to) {
+      for_vectors<A>(x.in,
+                     [&](int64_t j, auto lanes) { store(to + j, load(in + i * x.in + j, lanes)); });
     });
     job.write(job.out + (plane * y.out + o) * x.out, x.out, row,
               job.bias.data() + plane % job.channels, false, job.epilogue);
   }
 }
+
+template <class T, class A>
+struct Tap {
+  const T* from;
+  A weight;
+};
 
 // Row `o` of image n of a channels_last tensor.
 template <class T>
@@ -67,16 +72,15 @@ void channels_last_row(const Job<T>& job, int64_t n, int64_t o) {
   const Axis &x = job.fir.x, &y = job.fir.y;
   const bool separable = job.fir.separable;
   const int64_t c = job.channels;
-  std::vector<RowTap> rows;
-  row_taps(y, o, &rows);
+  const RowSpan rows = rows_read(y, o);
   std::vector<A> mixed(separable ? x.in * c : 0), result(c + kLanes<A>);
   const T* in = job.in + n * y.in * x.in * c;
   if (separable)
-    for (const RowTap& r : rows)
+    for (int64_t r = 0; r < rows.count; ++r)
       for_vectors<A>(x.in * c, [&](int64_t j, auto lanes) {
         A* to = mixed.data() + j;
-        const Vec<A> v = load(in + r.row * x.in * c + j, lanes);
-        store(to, load(to, lanes) + v * job.fir.vertical[r.tap], lanes);
+        const Vec<A> v = load(in + (rows.first + r) * x.in * c + j, lanes);
+        store(to, load(to, lanes) + v * job.fir.vertical[rows.tap + r * y.up], lanes);
       });
   // `taps` of the pixel, each a pointer to channels and a weight.
   const auto sum_of = [&](const auto& taps) {
@@ -96,8 +100,9 @@ void channels_last_row(const Job<T>& job, int64_t n, int64_t o) {
       if (separable) {
         mixed_taps.push_back({mixed.data() + i * c, job.fir.taps[k]});
       } else {
-        for (const RowTap& r : rows)
-          taps.push_back({in + (r.row * x.in + i) * c, job.fir.weight(r.tap, k)});
+        for (int64_t r = 0; r < rows.count; ++r)
+          taps.push_back(
+              {in + ((rows.first + r) * x.in + i) * c, job.fir.weight(rows.tap + r * y.up, k)});
       }
     }
     if (separable) {

@@ -94,16 +94,42 @@ AIGC_INLINE V add_halves(V a, V b, std::integer_sequence<int, i...>) {
          __builtin_shufflevector(a, b, (i & step ? n + (i ^ step) : i ^ step)...);
 }
 
-// Lane i of the result is the sum of the lanes of v[i].
-template <class A, int step = kLanes<A> / 2>
+// Lane i of the result is the sum of the lanes of v[i]; with R rows, lane i * R + r is that of the
+// lanes r, r + R, r + 2 * R ... of v[i].
+template <class A, int R = 1, int step = kLanes<A> / 2>
 AIGC_INLINE Vec<A> sum_each(Vec<A>* v) {
-  if constexpr (step == 0) {
+  if constexpr (step < R) {
     return v[0];
   } else {
 #pragma GCC unroll 16
-    for (int i = 0; i < step; ++i)
-      v[i] = add_halves<step>(v[i], v[i + step], std::make_integer_sequence<int, kLanes<A>>{});
-    return sum_each<A, step / 2>(v);
+    for (int i = 0; i < step / R; ++i)
+      v[i] = add_halves<step>(v[i], v[i + step / R], std::make_integer_sequence<int, kLanes<A>>{});
+    return sum_each<A, R, step / 2>(v);
+  }
+}
+
+template <int step, class V, int... i>
+AIGC_INLINE void exchange(V& a, V& b, std::integer_sequence<int, i...>) {
+  constexpr int n = sizeof...(i);
+  const V low = __builtin_shufflevector(a, b, (i & step ? n + (i ^ step) : i)...);
+  b = __builtin_shufflevector(a, b, (i & step ? n + i : i ^ step)...);
+  a = low;
+}
+
+// The lanes of a with `step` in their number against those of b without it.
+template <int step, class V>
+AIGC_INLINE void exchange(V& a, V& b) {
+  exchange<step>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
+}
+
+// Lane j of v[i] against lane i of v[j], for as many vectors as lanes.
+template <class V, int step = sizeof(V) / 8>
+AIGC_INLINE void transpose(V* v) {
+  if constexpr (step > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < int(sizeof(V) / 4); ++i)
+      if (!(i & step)) exchange<step>(v[i], v[i + step]);
+    transpose<V, step / 2>(v);
   }
 }
 

@@ -25,6 +25,7 @@ def _samples() -> list[Sample]:
         Sample("up4_down6", (x, odd), {"up": (4, 1), "down": (6, 1), "padding": 3}),
         Sample("crop", (rand(1, 2, 9, 11), odd), {"padding": (-2, 1, -1, -3)}),
         Sample("crop_up", (rand(1, 2, 9, 11), FILTER), {"up": 2, "padding": (-3, -2, 1, -5)}),
+        Sample("cropped_away", (rand(1, 2, 3, 2), taps), {"up": 2, "padding": (-5, 9, 2, 1)}),
         Sample("separable", (x, taps), {"up": 2, "padding": (3, 2), "gain": 4.0}),
         Sample("separable_down", (x, taps), {"down": (2, 1), "padding": 2} | fused),
         Sample("channels_last", (channels_last(rand(2, 19, 4, 5)), FILTER), up2),

@@ -59,6 +59,46 @@ def test_nan_in_use_stays_nan(implementation, device) -> None:
     assert out[1].isfinite().all() and lse[1].isfinite().all()
 
 
+# (q_len, heads, kv_heads, head_dim, length, page_size, window): several blocks of keys and the end
+# of one, which a CPU with int8 tiles takes 64 at a time.
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 3, 1, 128, 322, None, None),
+        (1, 6, 2, 64, 190, None, 77),
+        (1, 10, 2, 64, 150, 16, None),
+        (3, 8, 2, 192, 141, 7, None),
+    ],
+)
+@EVERYWHERE
+def test_blocks_of_int8_caches(implementation, device, shape, dtype) -> None:
+    q_len, heads, kv_heads, head_dim, length, page_size, window = shape
+    query, keys, values = inputs(1, q_len, heads, kv_heads, head_dim, length + 8)
+    query = query.to(dtype)
+    keys, values = (x.mul(40).clamp(-127, 127).to(torch.int8) for x in (keys, values))
+    scales = {name: torch.rand(kv_heads).add(0.5).div(40) for name in ("key_scale", "value_scale")}
+    options: dict = {"window": window, **scales}
+    if page_size is not None:
+        keys, values, options["block_table"] = paged(keys, values, [length], page_size)
+    lengths = torch.tensor([length])
+    exact = run("reference", "cpu", query.double(), keys, values, lengths, **options)
+    plain = run("reference", "cpu", query, keys, values, lengths, **options)
+    ours = run(implementation, device, query, keys, values, lengths, **options)
+    assert_as_good_as_torch(list(ours), list(plain), list(exact), dtype)
+
+
+@EVERYWHERE
+def test_nan_in_a_query_stays_with_its_head_over_int8_caches(implementation, device) -> None:
+    query, keys, values = inputs(1, 1, 4, 1, 64, 70)
+    keys, values = (x.mul(40).clamp(-127, 127).to(torch.int8) for x in (keys, values))
+    query[0, 0, 2, 5] = torch.nan
+    out, lse = run(implementation, device, query, keys, values, torch.tensor([70]))
+    heads = torch.arange(4)
+    assert out[0, 0, 2].isnan().all() and out[0, 0, heads != 2].isfinite().all()
+    assert lse[0, 0].isnan().tolist() == [False, False, True, False]
+
+
 @EVERYWHERE
 def test_a_query_that_sees_nothing(implementation, device) -> None:
     query, keys, values = inputs(2, 4, 4, 2, 16, 8)

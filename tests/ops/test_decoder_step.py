@@ -6,7 +6,9 @@ from torch import Tensor
 
 import aigc_fast
 from aigc_fast import ops
+from aigc_fast.ops._pages import NARROW
 from aigc_fast.ops._registry import OPS
+from aigc_fast.ops.kv_cache import _nearest
 from tests.op_samples.decode_attention import paged
 from tests.op_samples.sample import rand
 from tests.ops.test_every_op import map_tensors
@@ -114,6 +116,43 @@ def test_caches_may_have_a_dtype_of_their_own(cache_dtype, hidden_dtype) -> None
             assert out.dtype == hidden_dtype and all(c.dtype == cache_dtype for c in args[2])
             errors[name] += (out - true).square().mean().item()
     assert errors["ours"] <= 2**2 * errors["plain"]
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cache_dtype", NARROW, ids=str)
+@pytest.mark.parametrize("name", ["one", "batch", "multi_query"])
+def test_caches_of_one_byte(name, cache_dtype, hidden_dtype) -> None:
+    """As good as the layers: the states against float64 with the same numbers in the caches, the
+    new keys and values against float64 without rounding."""
+    errors = {run: torch.zeros(2, dtype=torch.float64) for run in ("ours", "plain")}
+    for draw in range(8):
+        case = example(**CASES[name], draw=draw)
+        kv_heads = case[2][0].shape[2]
+        # Small enough for the largest numbers not to fit.
+        scales = rand(len(case[2]), kv_heads, seed=draw).abs().add(1).div(80).float()
+        if cache_dtype != torch.int8:
+            scales = scales * 20
+        caches = [
+            _nearest(c / scale[:, None], cache_dtype)
+            for c, scale in zip(case[2], scales, strict=True)
+        ]
+
+        def step(implementation, dtype, caches, case=case, scales=scales):
+            """The states, and what the first layer's caches then say."""
+            args = cast(case, dtype)
+            args = (*args[:2], [c.clone() for c in caches], *args[3:])
+            out = STEP.call(implementation, *args, False, None, scales)
+            assert out.dtype == dtype and all(c.dtype == caches[0].dtype for c in args[2])
+            first = [c.double() * s[:, None] for c, s in zip(args[2], scales, strict=True)][:2]
+            return out, torch.stack(first)
+
+        states, _ = step("reference", torch.float64, caches)
+        _, wide = step("reference", torch.float64, [c.double() for c in caches])
+        for run, implementation in (("ours", "cpu"), ("plain", "reference")):
+            out, stored = step(implementation, hidden_dtype, caches)
+            differences = (out - states, stored - wide)
+            errors[run] += torch.stack([d.square().mean() for d in differences])
+    assert (errors["ours"] <= 2**2 * errors["plain"]).all()
 
 
 @pytest.mark.parametrize("quantize", [False, True])
@@ -234,6 +273,10 @@ def refusals() -> dict:
         "table_batch": (ValueError, "block_table must have the batch of hidden",
                         dict(block_table=lengths[:2, None])),
         "cos": (ValueError, "cos must have shape", dict(cos=cos[:, 1:])),
+        "scales": (ValueError, r"cache_scales must have shape \(4, 2\)",
+                   dict(cache_scales=torch.ones(2, 2))),
+        "scales_dtype": (TypeError, "cache_scales must be float32",
+                         dict(cache_scales=torch.ones(4, 2, dtype=torch.float64))),
     }  # fmt: skip
     return {name: (error, match, {**good, **change})
             for name, (error, match, change) in changes.items()}  # fmt: skip

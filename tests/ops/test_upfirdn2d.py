@@ -1,5 +1,7 @@
 """What the table of samples does not say of upfirdn2d."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,3 +56,19 @@ def test_rows_of_several_units_and_phases() -> None:
             want = ops.upfirdn2d(x, taps, up, down, padding=(-4, 5, 6, -7))
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(nhwc, want)
+
+
+@pytest.mark.parametrize("shape", ["row", "image"])
+def test_matches_reference_at_every_bound(shape) -> None:
+    """Rows shorter than a vector and longer, filters longer than the rows, crops into the image."""
+    cases = itertools.product((1, 2, 17, 40), (1, 2, 6, 23), (1, 2, 3, 5), (1, 2, 3, 4))
+    for number, (size, count, up, down) in enumerate(cases):
+        x, taps = rand(1, 2, 3, size, seed=number), rand(count, seed=number)
+        if shape == "image":
+            taps = torch.outer(taps[:2], taps)
+        left = (count - 3, -2, count, -1 - up)[number % 4]  # the other end makes the filter fit
+        right = max(count + 5 - left - size * up, (-3, 0, 4)[number % 3])
+        call = x, taps, (up, 1 + number % 2), (down, 1 + number % 3), (left, right, count, count)
+        got = ops.upfirdn2d(*call)
+        with backend("reference"):
+            torch.testing.assert_close(got, ops.upfirdn2d(*call))

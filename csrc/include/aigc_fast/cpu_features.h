@@ -36,6 +36,7 @@ inline std::map<std::string, bool> cpu_features() {
   found["avx512dq"] = zmm && (b7 >> 17 & 1);
   found["avx512bw"] = zmm && (b7 >> 30 & 1);
   found["avx512vl"] = zmm && (b7 >> 31 & 1);
+  found["avx512vbmi"] = zmm && (c7 >> 1 & 1);
   found["avx512vnni"] = zmm && (c7 >> 11 & 1);
   found["avx512bf16"] = zmm && (a71 >> 5 & 1);
   found["amx_tile"] = tiles && (d7 >> 24 & 1);
