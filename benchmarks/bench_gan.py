@@ -5,6 +5,7 @@ fails the result holds its error in place of a time.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,7 +97,8 @@ class PlainTrainer:
 
 
 def variants(generator, discriminator, latent_shape, recipe, real, quick) -> dict:
-    """A step of each; under "compile" why there is none, where it has none."""
+    """A step of each, of eager PyTorch in fp32 too where ours is in bf16; under "compile" why there
+    is none, where it has none."""
     networks = lambda: [plain(n).to(DEVICE) for n in (generator, discriminator)]  # noqa: E731
     eager = PlainTrainer(*networks(), latent_shape, recipe)
     compiled = PlainTrainer(*networks(), latent_shape, recipe, compile=True)
@@ -110,6 +112,9 @@ def variants(generator, discriminator, latent_shape, recipe, real, quick) -> dic
         "compile": lambda: compiled.step(real),
         "ours": lambda: ours.step(real),
     }
+    if recipe.bf16:
+        plain32 = PlainTrainer(*networks(), latent_shape, replace(recipe, bf16=False))
+        calls["eager_fp32"] = lambda: plain32.step(real)
     if quick:  # compiling takes a minute
         return {**calls, "compile": "not with --quick"}
     try:
@@ -130,6 +135,8 @@ def measure(benchmark, calls: dict, quick: bool) -> None:
         eager_step_over_ours=times["eager"] / times["ours"],
         compile="n/a: " + failed if failed else times["compile"] / times["ours"],
     )
+    if "eager_fp32" in times:
+        benchmark.extra_info["eager_fp32_step_over_ours"] = times["eager_fp32"] / times["ours"]
     benchmark.pedantic(calls["ours"], rounds=2, warmup_rounds=0)
 
 

@@ -174,6 +174,7 @@ class _Tables:
             return torch.tensor(found, device=device)
 
         self.matrices = torch.tensor(rows, device=device)
+        self.lengths = [u, v]  # of all vectors
         self.by_rows = units([h for h, _ in shapes], _ROWS["BLOCK_O"])
         self.by_columns = units([w for _, w in shapes], _COLUMNS["BLOCK_O"])
         self.pieces = units([h * w for h, w in shapes], _PIECE)
@@ -202,9 +203,10 @@ def _unpack(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
 
 def spectral_norm(
     weights: list[Tensor], u: list[Tensor], v: list[Tensor], iterations: int, eps: float
-) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     t, layers = _tables_of(weights), (len(weights),)
-    packed, u_flat, v_flat = _pack(weights), _pack(u).float(), _pack(v).float()
+    packed, vectors = _pack(weights), _pack([*u, *v]).float()
+    u_flat, v_flat = vectors.split(t.lengths)
     sigma = packed.new_empty(layers, dtype=torch.float32)
 
     def times_v(to: Tensor) -> None:
@@ -225,14 +227,14 @@ def spectral_norm(
     normal = torch.empty_like(packed)
     _divide[(len(t.pieces),)](packed, sigma, normal, t.matrices, t.pieces, BLOCK=_PIECE)
     dtype = packed.dtype
-    return _unpack(normal, weights), sigma.to(dtype), _unpack(u_flat, u), _unpack(v_flat, v)
+    return _unpack(normal, weights), sigma.to(dtype), vectors.to(dtype)
 
 
 def spectral_norm_backward(
-    grads: list[Tensor], grad_sigma: Tensor, weights: list[Tensor], u: list[Tensor],
-    v: list[Tensor], sigma: Tensor,
-) -> list[Tensor]:  # fmt: skip
+    grads: list[Tensor], grad_sigma: Tensor, weights: list[Tensor], vectors: Tensor, sigma: Tensor
+) -> list[Tensor]:
     t = _tables_of(weights)
+    u, v = vectors.contiguous().split(t.lengths)
     layers, pieces = (len(weights),), (len(t.pieces),)
     packed, g, sigma = _pack(weights), _pack(grads), sigma.contiguous()
     part = packed.new_empty(pieces, dtype=torch.float32)
@@ -240,6 +242,5 @@ def spectral_norm_backward(
     _inner[pieces](packed, g, part, t.matrices, t.pieces, BLOCK=_PIECE)
     _factor[layers](part, grad_sigma.contiguous(), sigma, factor, t.matrices, BLOCK=1024)
     out = torch.empty_like(packed)
-    _gradient[pieces](g, _pack(u), _pack(v), sigma, factor, out, t.matrices, t.pieces,
-                      BLOCK=_PIECE)  # fmt: skip
+    _gradient[pieces](g, u, v, sigma, factor, out, t.matrices, t.pieces, BLOCK=_PIECE)
     return _unpack(out, weights)

@@ -25,7 +25,7 @@ def spectral_norm(
                 rows. Contiguous; others are copied once.
     u, v:       for each weight the estimates (rows,) and (columns,) of its first singular vectors,
                 of length 1, in its dtype. They are read, not written: what earlier calls returned
-                stays valid for their derivatives.
+                stays valid for their derivatives. The new ones are views of one tensor.
     iterations: of v = W'u / max(|W'u|, eps), u = Wv / max(|Wv|, eps). 0 takes u and v as they are.
 
     sigma (number of weights,) is u . W v. Computes in fp32 (fp64 for fp64). Differentiable in
@@ -38,9 +38,18 @@ def spectral_norm(
     """
     weights, u, v = list(weights), list(u), list(v)
     if torch.is_grad_enabled() and any(isinstance(w, Tensor) and w.requires_grad for w in weights):
-        *normal, sigma, new_u, new_v = _SpectralNormFunction.call(u, v, iterations, eps, *weights)
-        return normal, sigma, new_u, new_v
-    return _spectral_norm(weights, u, v, iterations, eps)
+        *normal, sigma, vectors = _SpectralNormFunction.call(u, v, iterations, eps, *weights)
+    else:
+        normal, sigma, vectors = _spectral_norm(weights, u, v, iterations, eps)
+    return normal, sigma, *_split(vectors, weights)
+
+
+def _split(vectors: Tensor, weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(u, v) of each weight, which lie in one tensor: every u, then every v."""
+    rows = [w.shape[0] for w in weights]
+    columns = [w.numel() // n for w, n in zip(weights, rows, strict=True)]
+    parts = list(vectors.split([*rows, *columns]))
+    return parts[: len(rows)], parts[len(rows) :]
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
@@ -54,7 +63,7 @@ def _sigmas(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor])
 
 def _reference(
     weights: list[Tensor], u: list[Tensor], v: list[Tensor], iterations: int, eps: float
-) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     new_u, new_v = [wide(a).clone() for a in u], [wide(b).clone() for b in v]
     for i, w in enumerate(weights):
         matrix = wide(w).flatten(1)
@@ -64,16 +73,15 @@ def _reference(
     dtype = weights[0].dtype
     sigmas = _sigmas(weights, new_u, new_v)
     normal = [(wide(w) / s).to(dtype).contiguous() for w, s in zip(weights, sigmas, strict=True)]
-    new_u, new_v = ([t.to(dtype).contiguous() for t in each] for each in (new_u, new_v))
-    return normal, torch.stack(sigmas).to(dtype), new_u, new_v
+    return normal, torch.stack(sigmas).to(dtype), torch.cat([*new_u, *new_v]).to(dtype)
 
 
 def _reference_backward(
-    grads: list[Tensor], grad_sigma: Tensor, weights: list[Tensor], u: list[Tensor],
-    v: list[Tensor], sigma: Sequence[Tensor] | Tensor,
+    grads: list[Tensor], grad_sigma: Tensor, weights: list[Tensor], vectors: Tensor,
+    sigma: Sequence[Tensor] | Tensor,
 ) -> list[Tensor]:  # fmt: skip
     found = []
-    rows = zip(grads, wide(grad_sigma), weights, u, v, sigma, strict=True)
+    rows = zip(grads, wide(grad_sigma), weights, *_split(vectors, weights), sigma, strict=True)
     for grad, ds, w, a, b, s in rows:
         g, s = wide(grad), wide(s)
         factor = ds - (g * wide(w)).sum() / s.square()
@@ -104,10 +112,9 @@ def _check(
 
 
 def _check_backward(
-    grads: list[Tensor], grad_sigma: Tensor, weights: list[Tensor], u: list[Tensor],
-    v: list[Tensor], sigma: Tensor,
-) -> None:  # fmt: skip
-    _check(weights, u, v, 0, 0.0)
+    grads: list[Tensor], grad_sigma: Tensor, weights: list[Tensor], vectors: Tensor, sigma: Tensor
+) -> None:
+    _check(weights, *_split(vectors, weights), 0, 0.0)
     for i, (g, w) in enumerate(zip(grads, weights, strict=True)):
         check_tensor(f"grad_output[{i}]", g, like=("its weight", w), shape=w.shape)
     for name, s in (("grad_sigma", grad_sigma), ("sigma", sigma)):
@@ -116,14 +123,14 @@ def _check_backward(
 
 _spectral_norm = define(
     "spectral_norm(Tensor[] weights, Tensor[] u, Tensor[] v, int iterations, float eps)"
-    " -> (Tensor[], Tensor, Tensor[], Tensor[])",
+    " -> (Tensor[], Tensor, Tensor)",
     _reference,
     _check,
     stem="spectral_norm",
 )
 _backward = define(
-    "spectral_norm_backward(Tensor[] grad_output, Tensor grad_sigma, Tensor[] weights, Tensor[] u,"
-    " Tensor[] v, Tensor sigma) -> Tensor[]",
+    "spectral_norm_backward(Tensor[] grad_output, Tensor grad_sigma, Tensor[] weights,"
+    " Tensor vectors, Tensor sigma) -> Tensor[]",
     _reference_backward,
     _check_backward,
     stem="spectral_norm",
@@ -138,21 +145,21 @@ class _SpectralNormFunction(OpFunction):
     def forward(
         ctx: Any, u: list[Tensor], v: list[Tensor], iterations: int, eps: float, *weights: Tensor
     ) -> tuple:
-        normal, sigma, u, v = _spectral_norm(list(weights), u, v, iterations, eps)
+        normal, sigma, vectors = _spectral_norm(list(weights), u, v, iterations, eps)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*weights, *u, *v, sigma)
-        return *normal, sigma, u, v
+        ctx.mark_non_differentiable(vectors)
+        ctx.save_for_backward(*weights, vectors, sigma)
+        return *normal, sigma, vectors
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple:
-        *saved, sigma = ctx.saved_tensors
-        n = len(sigma)
-        weights, u, v = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        *weights, vectors, sigma = ctx.saved_tensors
+        n = len(weights)
         with_zeros = zip(given[:n], weights, strict=True)
         grads = [torch.zeros_like(w) if g is None else g for g, w in with_zeros]
         ds = torch.zeros_like(sigma) if given[n] is None else given[n]
         run: Any = _backward
         if torch.is_grad_enabled():
             # Made of differentiable operations: higher derivatives are torch's own.
-            run, sigma = _reference_backward, _sigmas(weights, u, v)
-        return None, None, None, None, *run(grads, ds, weights, u, v, sigma)
+            run, sigma = _reference_backward, _sigmas(weights, *_split(vectors, weights))
+        return None, None, None, None, *run(grads, ds, weights, vectors, sigma)

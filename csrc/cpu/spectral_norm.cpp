@@ -21,6 +21,9 @@ constexpr int64_t kShared = 1 << 20, kPiece = 16384, kColumns = 1024;
 struct Shapes {
   std::vector<int64_t> rows, columns;
   int64_t size = 0;  // elements of all
+  // Where the vectors of each matrix lie in one tensor of all: every u, then every v.
+  std::vector<int64_t> u_at, v_at;
+  int64_t vectors = 0;
 
   explicit Shapes(const std::vector<Tensor>& weights) {
     require(!weights.empty(), "weights must not be empty");
@@ -31,6 +34,8 @@ struct Shapes {
       columns.push_back(w.numel() / w.size(0));
       size += w.numel();
     }
+    for (int64_t n : rows) u_at.push_back(vectors), vectors += n;
+    for (int64_t n : columns) v_at.push_back(vectors), vectors += n;
   }
   int64_t layers() const { return rows.size(); }
   int64_t elements(int64_t layer) const { return rows[layer] * columns[layer]; }
@@ -86,12 +91,11 @@ std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors, const Shapes&
 }
 
 template <class T>
-std::vector<Acc<T>> values(const Tensor& x) {
+std::vector<Acc<T>> values(const T* from, int64_t size) {
   using A = Acc<T>;
-  std::vector<A> result(x.numel());
-  for_vectors<A>(result.size(), [&](int64_t i, auto lanes) {
-    store(result.data() + i, load(data<T>(x) + i, lanes), lanes);
-  });
+  std::vector<A> result(size);
+  for_vectors<A>(
+      size, [&](int64_t i, auto lanes) { store(result.data() + i, load(from + i, lanes), lanes); });
   return result;
 }
 
@@ -144,32 +148,30 @@ double normalize(std::vector<A>& x, double eps) {
   return length;
 }
 
-// (W / sigma, sigma, u, v), lists but for sigma.
-std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>> spectral_norm(
-    std::vector<Tensor> weights_in, std::vector<Tensor> u_in, std::vector<Tensor> v_in,
-    int64_t iterations, double eps) {
+// (W / sigma of each weight, sigma, the vectors)
+std::tuple<std::vector<Tensor>, Tensor, Tensor> spectral_norm(std::vector<Tensor> weights_in,
+                                                              std::vector<Tensor> u_in,
+                                                              std::vector<Tensor> v_in,
+                                                              int64_t iterations, double eps) {
   require(iterations >= 0, "iterations must not be negative");
   const Shapes s(weights_in);
   const ScalarType dtype = weights_in[0].scalar_type();
   const auto weights = contiguous(weights_in, s, s.all_elements(), dtype, "weights");
   const auto u_given = contiguous(u_in, s, s.rows, dtype, "u");
   const auto v_given = contiguous(v_in, s, s.columns, dtype, "v");
-  std::vector<Tensor> normal, u_out, v_out;
-  Tensor sigma = empty({s.layers()}, dtype);
+  std::vector<Tensor> normal;
+  Tensor sigma = empty({s.layers()}, dtype), vectors = empty({s.vectors}, dtype);
   dispatch(weights[0], "weights", [&]<class T>(T) {
     using A = Acc<T>;
-    for (int64_t l = 0; l < s.layers(); ++l) {
-      normal.push_back(empty_like_dense(weights[l]));
-      u_out.push_back(empty_like_dense(u_given[l]));
-      v_out.push_back(empty_like_dense(v_given[l]));
-    }
-    T* sigma_at = mutable_data<T>(sigma);
+    for (const Tensor& w : weights) normal.push_back(empty_like_dense(w));
+    T *sigma_at = mutable_data<T>(sigma), *vectors_at = mutable_data<T>(vectors);
     s.for_layers([&](int64_t l) {
       const int64_t rows = s.rows[l], columns = s.columns[l];
       const int64_t rows_of_piece = std::max<int64_t>(1, kPiece / columns);
       const int64_t width = s.shared(l) ? kColumns : columns;
       const T* w = data<T>(weights[l]);
-      std::vector<A> u = values<T>(u_given[l]), v = values<T>(v_given[l]);
+      std::vector<A> u = values(data<T>(u_given[l]), rows);
+      std::vector<A> v = values(data<T>(v_given[l]), columns);
       double found = 0;
       const auto times_v = [&] {
         std::vector<A> product(rows);
@@ -201,36 +203,41 @@ std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>
           store(out + first + i, load(w + first + i, lanes) * factor, lanes);
         });
       });
-      copy_values(u, mutable_data<T>(u_out[l]));
-      copy_values(v, mutable_data<T>(v_out[l]));
+      copy_values(u, vectors_at + s.u_at[l]);
+      copy_values(v, vectors_at + s.v_at[l]);
       store_n(sigma_at + l, broadcast(static_cast<A>(found)), 1);
     });
   });
-  return {normal, sigma, u_out, v_out};
+  return {normal, sigma, vectors};
 }
 
 // dW = dN / sigma + (dsigma - sum(dN * W) / sigma^2) u v', where N = W / sigma.
 std::vector<Tensor> spectral_norm_backward(std::vector<Tensor> grads_in, const Tensor& grad_sigma,
-                                           std::vector<Tensor> weights_in, std::vector<Tensor> u_in,
-                                           std::vector<Tensor> v_in, const Tensor& sigma) {
+                                           std::vector<Tensor> weights_in, const Tensor& vectors_in,
+                                           const Tensor& sigma) {
   const Shapes s(weights_in);
   const ScalarType dtype = weights_in[0].scalar_type();
   const auto weights = contiguous(weights_in, s, s.all_elements(), dtype, "weights");
   const auto grads = contiguous(grads_in, s, s.all_elements(), dtype, "grad_output");
-  const auto u_given = contiguous(u_in, s, s.rows, dtype, "u");
-  const auto v_given = contiguous(v_in, s, s.columns, dtype, "v");
+  require(
+      vectors_in.dim() == 1 && vectors_in.size(0) == s.vectors && vectors_in.scalar_type() == dtype,
+      "vectors must have shape (", s.vectors, ",) and the dtype of weights");
+  const Tensor vectors = as_contiguous(vectors_in);
   for (const Tensor& t : {sigma, grad_sigma})
     require(t.dim() == 1 && t.size(0) == s.layers() && t.scalar_type() == dtype,
             "sigma must have shape (", s.layers(), ",) and the dtype of weights");
   std::vector<Tensor> results;
   dispatch(weights[0], "weights", [&]<class T>(T) {
     using A = Acc<T>;
-    const auto sigmas = values<T>(as_contiguous(sigma)), add = values<T>(as_contiguous(grad_sigma));
+    const Tensor dense = as_contiguous(sigma), dense_grad = as_contiguous(grad_sigma);
+    const auto sigmas = values(data<T>(dense), s.layers());
+    const auto add = values(data<T>(dense_grad), s.layers());
     for (const Tensor& w : weights) results.push_back(empty_like_dense(w));
     s.for_layers([&](int64_t l) {
       const int64_t size = s.elements(l), columns = s.columns[l];
       const T *w = data<T>(weights[l]), *g = data<T>(grads[l]);
-      const std::vector<A> u = values<T>(u_given[l]), v = values<T>(v_given[l]);
+      const std::vector<A> u = values(data<T>(vectors) + s.u_at[l], s.rows[l]);
+      const std::vector<A> v = values(data<T>(vectors) + s.v_at[l], columns);
       std::vector<A> parts((size + kPiece - 1) / kPiece);
       in_pieces(size, kPiece, false, [&](int64_t first, int64_t last) {
         parts[first / kPiece] =
