@@ -51,6 +51,22 @@ Draft = Annotated[
     int, typer.Option(min=0, help="Guess so many tokens ahead from the text; the same answer.")
 ]
 Context = Annotated[int, typer.Option(min=1, help="Tokens to make room for.")]
+
+
+class CacheDtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+    float8_e4m3fn = "float8_e4m3fn"
+    float8_e5m2 = "float8_e5m2"
+
+
+Cache = Annotated[
+    CacheDtype,
+    typer.Option("--cache-dtype", help="Of keys and values: int8 and float8 take half of float16."),
+]
 Exact = Annotated[bool, typer.Option(help="Keep activations as they are, not as 8-bit codes.")]
 
 
@@ -68,6 +84,7 @@ def generate(
     draft: Draft = 0,
     exact: Exact = False,
     context: Context = 4096,
+    cache: Cache = CacheDtype.auto,
 ) -> None:
     """Streams the answer of a decoder, then its time to the first token and tokens a second."""
     from .generate import Sampling, Session
@@ -77,6 +94,7 @@ def generate(
         model,
         exact=exact,
         context=context,
+        cache_dtype=cache.value,
         max_tokens=max_tokens,
         sampling=Sampling(temperature, top_k, top_p, seed=seed),
         stop_strings=stop or [],
@@ -96,6 +114,7 @@ def chat(
     draft: Draft = 0,
     exact: Exact = False,
     context: Context = 4096,
+    cache: Cache = CacheDtype.auto,
 ) -> None:
     """A conversation with a decoder; an empty line ends it."""
     from .generate import Sampling, Session
@@ -105,6 +124,7 @@ def chat(
         model,
         exact=exact,
         context=context,
+        cache_dtype=cache.value,
         max_tokens=max_tokens,
         sampling=Sampling(temperature, top_k, top_p, seed=seed),
         draft_tokens=draft,

@@ -35,9 +35,20 @@ class Session:
 
     @classmethod
     def open(
-        cls, console: Console, path: Path, *, exact: bool, context: int, **options: Any
+        cls,
+        console: Console,
+        path: Path,
+        *,
+        exact: bool,
+        context: int,
+        cache_dtype: str = "auto",
+        **options: Any,
     ) -> Session | None:
-        """Reads model and tokenizer; None, with the reason on the console, where it cannot."""
+        """Reads model and tokenizer; None, with the reason on the console, where it cannot.
+
+        cache_dtype: the name of a dtype; auto is the model's, and float16 where activations are
+        rounded too.
+        """
         on_gpu = torch.cuda.is_available()
         try:
             with console.status(f"reading {path.name}"):
@@ -51,13 +62,17 @@ class Session:
             console.print(str(error), style="red", markup=False)
             return None
         pages = -(-min(context, model.config.max_position_embeddings) // PAGE_SIZE)
+        if cache_dtype == "auto":
+            dtype = dtype if exact or on_gpu else torch.float16
+        else:
+            dtype = getattr(torch, cache_dtype)
         engine = Engine(
             model,
             tokenizer,
             num_pages=pages,
             page_size=PAGE_SIZE,
             max_batch_size=1,
-            cache_dtype=None if exact or on_gpu else torch.float16,
+            cache_dtype=dtype,
         )
         return cls(console, engine, tokenizer, stop_tokens=tokenizer.stop_tokens, **options)
 

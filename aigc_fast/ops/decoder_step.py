@@ -1,6 +1,7 @@
 """One token for every sequence through all layers of a decoder with quantised weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ def _reference(
         rotated = _rotate(query_key, cos[where], sin[where])
         dtype = x.dtype if keys.dtype in NARROW else keys.dtype
         query, key = rotated.to(dtype).split([heads, kv_heads], 2)
-        of_heads: dict[str, Tensor] = {}
+        of_heads: dict[str, Any] = {}
         if cache_scales is not None:
             key_scale, value_scale = cache_scales[2 * layer : 2 * layer + 2]
             of_heads = {"key_scale": key_scale, "value_scale": value_scale}

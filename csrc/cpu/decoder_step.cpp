@@ -113,17 +113,21 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
                     fits(layer.down, s.hidden, s.inner),
                 "the weights of layer ", l, " do not fit together");
       }
-      auto run = [&]<int R>(std::integral_constant<int, R>) {
-        result = Step<T, R>(s, std::move(layers), positions, floats_of(hidden), data<float>(cos),
-                            data<float>(sin), eps, scale, quantize_activations)
+      auto run = [&]<class P>(std::type_identity<P>) {
+        result = Step<P>(s, std::move(layers), positions, floats_of(hidden), data<float>(cos),
+                         data<float>(sin), eps, scale, quantize_activations)
                      .run(norm(weights.back()));
       };
+#if AIGC_AMX
+      if constexpr (std::is_same_v<T, int8_t>)
+        if (TileProducts::fits(s.head_dim)) return run(std::type_identity<TileProducts>{});
+#endif
       if (s.group() == 1)
-        run(std::integral_constant<int, 1>{});
+        run(std::type_identity<Products<float, T, 1>>{});
       else if (s.group() == 2)
-        run(std::integral_constant<int, 2>{});
+        run(std::type_identity<Products<float, T, 2>>{});
       else
-        run(std::integral_constant<int, 4>{});
+        run(std::type_identity<Products<float, T, 4>>{});
     }
   });
   dispatch(out, "hidden", [&]<class T>(T) {

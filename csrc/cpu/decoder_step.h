@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_tiles.h"
 #include "decoder_layers.h"
 #include "stages.h"
 #include "sums.h"
@@ -14,10 +15,12 @@ namespace aigc_fast {
 
 constexpr int64_t kKeys = 64;  // keys of an item of attention
 
-// T is the type of the caches. Query and what attention gives have it too, but not where it has one
-// byte: they need no room.
-template <class T, int R>
+// P are the products of attention. Query and what attention gives have the type T of the caches
+// too, but not where it has one byte: they need no room.
+template <class P>
 class Step {
+  using T = typename P::C;
+  static constexpr int R = P::R;
   using Q = std::conditional_t<sizeof(T) == 1, float, T>;
 
  public:
@@ -60,7 +63,7 @@ class Step {
   }
 
  private:
-  using Heads = Attention<Products<float, T, R>>;
+  using Heads = Attention<P>;
   Heads attention(const Layer<T>& layer, int64_t b, int64_t head) const {
     const int64_t at = (s_.pages.table ? 0 : b * s_.key_batch) + head * s_.key_head;
     return {{1, 1, s_.group(), 1, s_.head_dim, s_.capacity},
@@ -290,6 +293,7 @@ class Step {
     const Sizes& s_;
     Stages& stages_;
     int64_t thread_;
+    [[no_unique_address]] typename P::Thread products_;
     Activations activations_;
     std::vector<float> normed_, gate_;
     std::vector<Q> rotated_;

@@ -139,10 +139,11 @@ def real_model() -> str:
 
 def test_generate_streams_an_answer_and_its_speed():
     prompt = ("--prompt", "What is 2+2?", "--max-tokens", "12")
-    result = run("generate", "--model", real_model(), *prompt)
-    assert result.exit_code == 0
-    assert "4" in result.output
-    assert re.search(r"\d+ tokens of prompt, \d+ new, the first after \d+ ms", result.output)
+    for options in ((), ("--cache-dtype", "int8")):
+        result = run("generate", "--model", real_model(), *prompt, *options)
+        assert result.exit_code == 0
+        assert "4" in result.output
+        assert re.search(r"\d+ tokens of prompt, \d+ new, the first after \d+ ms", result.output)
 
 
 def test_chat_remembers_until_an_empty_line():

@@ -227,6 +227,19 @@ def test_real_model_answers_alike_on_every_backend(real_path):
     assert "Paris" in answer.text and answer.text == tokenizer.decode(answer.tokens)
 
 
+def test_real_model_answers_with_caches_of_one_byte(real_path):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("jinja2")
+    tokenizer = load_tokenizer(real_path)
+    model = DecoderLM.from_pretrained(real_path, packed=True)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = [tokenizer.encode(tokenizer.chat_prompt(question))]
+    [wide] = generate(model, prompt, 24)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        [narrow] = generate(model, prompt, 24, cache_dtype=dtype)
+        assert narrow.tokens == wide.tokens
+
+
 def test_model_trains_after_it_has_generated():
     model = random_model()
     generate(model, [[1, 2, 3]], 3)

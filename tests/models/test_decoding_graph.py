@@ -30,11 +30,12 @@ def answers(model, **options):
     return engine, [(request.tokens, request.logprobs) for request in requests]
 
 
-def test_replayed_steps_give_the_same_tokens():
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+def test_replayed_steps_give_the_same_tokens(cache_dtype):
     model = random_model()
-    plain, expected = answers(model)
+    plain, expected = answers(model, cache_dtype=cache_dtype)
     with tapes():
-        engine, found = answers(model, cuda_graph=True)
+        engine, found = answers(model, cuda_graph=True, cache_dtype=cache_dtype)
     assert plain._graph is None
     assert found == expected
     assert engine._graph._recorded, "nothing was recorded"

@@ -5,7 +5,15 @@ import re
 import pytest
 import torch
 
-from aigc_fast.models.autoregressive import DecoderLM, Engine, Sampling, generate, stream
+from aigc_fast.models.autoregressive import (
+    DecoderLM,
+    Engine,
+    Sampling,
+    calibrate_cache,
+    generate,
+    stream,
+)
+from aigc_fast.models.autoregressive.cache_scales import NARROW
 from tests.models.checkpoints import naive_greedy
 from tests.models.test_decoder_lm import TINY, random_model
 
@@ -318,8 +326,100 @@ def test_keys_and_values_in_another_dtype(packed, fused, monkeypatch):
         results.append(torch.tensor(request.logprobs))
     assert not torch.equal(*results)
     torch.testing.assert_close(*results, rtol=0, atol=0.02)
-    with pytest.raises(TypeError, match="cache_dtype must be a floating-point dtype"):
-        Engine(packed, cache_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_pages_of_one_byte(packed, dtype):
+    """Answers are those of a contiguous cache: prompts in chunks, drafts, a shared beginning."""
+    prompt = [i * 7 % 100 for i in range(40)]
+    engine = Engine(packed, prefill_chunk=16, page_size=8, cache_dtype=dtype)
+    assert engine._memory[0].dtype == dtype
+    first = engine.add(prompt, 8, draft_tokens=2)
+    run(engine)
+    second = engine.add([*prompt, 5, 6], 4)
+    engine.step()
+    assert len(second.held.shared) == 5  # all the full ones
+    run(engine)
+    scales = calibrate_cache(packed, dtype) if dtype == torch.int8 else None
+    for request, steps in ((first, [16, 16, 8]), (second, [16, 16, 8, 2])):
+        cache = packed.new_cache(1, 64, dtype, scales)
+        pieces = torch.tensor([request.prompt]).split(steps, 1)
+        expected, logprobs = [], []
+        with torch.inference_mode():
+            for piece in pieces:
+                logits = packed(piece, cache)[0, -1]
+            for _ in request.tokens:
+                expected.append(int(logits.argmax()))
+                logprobs.append(float(logits.log_softmax(-1).max()))
+                logits = packed(torch.tensor([expected[-1:]]), cache)[0, -1]
+        assert request.tokens == expected
+        assert request.logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_caches_of_one_byte_round_the_logits(packed, fused, monkeypatch):
+    """As their formats do: bfloat16 rounds a number by 2^-8 of itself, float8_e4m3fn by 2^-4,
+    float8_e5m2 by 2^-3, int8 by 2^-7 of the largest, which is a few times the others."""
+    if not fused:
+        monkeypatch.setattr(DecoderLM, "_fused_step", lambda *_: None)
+    token_ids = torch.tensor([[i * 7 % 100 for i in range(40)]])
+    logits = {}
+    for dtype in (torch.float32, torch.bfloat16, *NARROW):
+        scales = calibrate_cache(packed, dtype) if dtype == torch.int8 else None
+        cache = packed.new_cache(1, 40, dtype, scales)
+        with torch.no_grad():
+            pieces = token_ids.split([16, 16, *[1] * 8], 1)
+            logits[dtype] = torch.cat([packed(piece, cache) for piece in pieces], 1)
+    wide = logits.pop(torch.float32)
+    errors = {}
+    for dtype, narrow in logits.items():
+        assert torch.equal(narrow[:, :16], wide[:, :16])  # nothing is read from the cache yet
+        errors[dtype] = (narrow - wide)[:, 16:].square().mean().sqrt()
+    for dtype, limit in zip(NARROW, (8, 16, 32), strict=True):
+        assert 0 < errors[dtype] < limit * errors[torch.bfloat16]
+
+
+def test_scales_of_caches(packed):
+    scales = calibrate_cache(packed, torch.int8)
+    config = packed.config
+    assert scales.shape == (2 * config.num_layers, config.num_kv_heads)
+    # Of all tokens there are, these are the largest numbers.
+    every = calibrate_cache(packed, torch.int8, torch.arange(config.vocab_size)[None, :60])
+    assert (every < 3 * scales).all() and (scales < 3 * every).all()
+    [expected] = generate(packed, [[1, 2, 3]], 8, cache_dtype=torch.int8)
+    [found] = generate(packed, [[1, 2, 3]], 8, cache_dtype=torch.int8, cache_scales=scales)
+    assert found.logprobs == expected.logprobs
+    # Far too small, all that is stored is the largest number: it shows.
+    [cut] = generate(packed, [[1, 2, 3]], 8, cache_dtype=torch.int8, cache_scales=scales / 1e3)
+    assert cut.logprobs[1:] != expected.logprobs[1:]
+
+
+SCALES = torch.ones(2 * TINY.num_layers, TINY.num_kv_heads)
+
+
+@pytest.mark.parametrize(
+    "dtype, scales, error, message",
+    [
+        (torch.int64, None, TypeError, "cache_dtype must be one of"),
+        (
+            torch.float16,
+            torch.ones(4, 2),
+            ValueError,
+            "cache_scales must be None for torch.float16",
+        ),
+        (torch.int8, torch.ones(2), ValueError, "cache_scales must have shape"),
+        (torch.int8, [1.0], TypeError, "cache_scales must be a float32 tensor, got list"),
+        (torch.int8, SCALES.double(), TypeError, "cache_scales must be a float32 tensor"),
+        (torch.int8, SCALES * 0, ValueError, "cache_scales must be positive and finite"),
+    ],
+)
+def test_bad_caches(model, dtype, scales, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Engine(model, cache_dtype=dtype, cache_scales=scales)
+    with pytest.raises(ValueError, match="scales must be given for int8: calibrate_cache"):
+        model.new_cache(1, 4, torch.int8)
+    with pytest.raises(TypeError, match="dtype must be one of"):
+        calibrate_cache(model, torch.float16)
 
 
 # ---- what is refused ------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Decoder-only transformers: loading, cached decoding and generation."""
 
 from .cache import KVCache
+from .cache_scales import calibrate_cache
 from .config import DecoderConfig
 from .decoder_lm import DecoderLM
 from .engine import Engine
@@ -18,6 +19,7 @@ __all__ = [
     "RopeScaling",
     "Sampling",
     "Update",
+    "calibrate_cache",
     "generate",
     "stream",
 ]

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from aigc_fast import ops
 
+from .cache_scales import NARROW
+
 
 def attend(
     query: Tensor,
@@ -16,6 +18,8 @@ def attend(
     ends: Tensor | None,
     *,
     block_table: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -25,10 +29,11 @@ def attend(
     Args:
         query: (batch, q_len, num_heads, head_dim).
         keys, values: (batch, length, num_kv_heads, head_dim), a cache, or the new tokens alone. A
-            cache may have another dtype, in which the products are then taken.
+            cache may have another dtype, in which the products are then taken; one of one byte a
+            number is multiplied with the query as it is.
         ends: int32 (batch,), the valid entries of a cache with the new tokens counted in; None
             where keys and values are the new tokens and nothing was before them.
-        block_table: of a cache in pages, as for `ops.decode_attention`.
+        block_table, key_scale, value_scale: of a cache, as for `ops.decode_attention`.
         scale: factor on the scores; None is 1 / sqrt(head_dim).
         window: how many of the newest keys a query sees, its own included; None is all.
         softcap: scores become softcap * tanh(score / softcap).
@@ -55,11 +60,13 @@ def attend(
             return _softcapped(query, keys, values, scale, window or length, softcap)
         ends = torch.full(query.shape[:1], length, dtype=torch.int32, device=query.device)
     return ops.decode_attention(
-        query.to(keys.dtype),
+        query if keys.dtype in NARROW else query.to(keys.dtype),
         keys,
         values,
         ends,
         block_table=block_table,
+        key_scale=key_scale,
+        value_scale=value_scale,
         scale=scale,
         window=window,
         softcap=softcap,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cache_scales import check_scales
 from .config import DecoderConfig
 
 
@@ -25,6 +26,8 @@ class KVCache:
             with a block_table (num_pages, page_size, num_kv_heads, head_dim).
         keys, values: those of each layer.
         block_table: None, or int32 (batch, pages): the pages of each sequence, in order.
+        scales: None, or float32 (2 * num_layers, num_kv_heads): what the numbers of each head of
+            `in_turn` are to be multiplied by.
         lengths: int32 (batch,), the valid entries of each sequence. It may be lowered, to take
             tokens back.
         used: at least the largest of `lengths`, kept so that room is checked without waiting
@@ -38,9 +41,11 @@ class KVCache:
         *,
         used: int = 0,
         block_table: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> None:
         self.in_turn, self.keys, self.values = in_turn, in_turn[::2], in_turn[1::2]
         self.lengths, self.used, self.block_table = lengths, used, block_table
+        self.scales = scales
         self.batch_size, self.capacity = len(lengths), in_turn[0].shape[1]
         if block_table is not None:
             self.capacity *= block_table.shape[1]
@@ -54,6 +59,7 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        scales: Tensor | None = None,
     ) -> KVCache:
         """A cache for `batch_size` sequences of at most `capacity` tokens."""
         if batch_size < 1:
@@ -63,8 +69,16 @@ class KVCache:
                 f"capacity must be 1 to max_position_embeddings = "
                 f"{config.max_position_embeddings}, got {capacity}"
             )
+        check_scales("scales", scales, config, dtype)
         lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        return cls(allocate(config, batch_size, capacity, dtype, device), lengths)
+        return cls(allocate(config, batch_size, capacity, dtype, device), lengths, scales=scales)
+
+    def scales_of(self, layer: int) -> dict[str, Tensor]:
+        """The arguments key_scale and value_scale of the operators, where there are scales."""
+        if self.scales is None:
+            return {}
+        key_scale, value_scale = self.scales[2 * layer : 2 * layer + 2]
+        return {"key_scale": key_scale, "value_scale": value_scale}
 
     def check_room(self, batch_size: int, new_tokens: int) -> None:
         """Raises ValueError where the cache cannot take that many more tokens."""

@@ -111,12 +111,25 @@ class DecoderLM(nn.Module):
         return model.eval()
 
     def new_cache(
-        self, batch_size: int, capacity: int, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        capacity: int,
+        dtype: torch.dtype | None = None,
+        scales: Tensor | None = None,
     ) -> KVCache:
-        """An empty cache on the model's device, of its dtype or a given one."""
+        """An empty cache on the model's device, of its dtype or a given one.
+
+        Args:
+            scales: of a cache of int8, which needs them, or fp8; see `calibrate_cache`.
+        """
         weight = self.norm.weight
         return KVCache.empty(
-            self.config, batch_size, capacity, dtype=dtype or weight.dtype, device=weight.device
+            self.config,
+            batch_size,
+            capacity,
+            dtype=dtype or weight.dtype,
+            device=weight.device,
+            scales=scales,
         )
 
     def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -82,6 +82,7 @@ class FusedStep:
             eps=self._eps,
             scale=self._scale,
             quantize_activations=self._quantize_activations,
+            cache_scales=cache.scales,
         )
 
 

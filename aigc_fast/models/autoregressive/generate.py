@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .decoder_lm import DecoderLM
 from .engine import Engine
@@ -28,6 +29,7 @@ def generate(
     tokenizer: TextTokenizer | None = None,
     sampling: Sampling = GREEDY,
     cache_dtype: torch.dtype | None = None,
+    cache_scales: Tensor | None = None,
     cuda_graph: bool = False,
     **options: Any,
 ) -> list[Request]:
@@ -37,8 +39,9 @@ def generate(
     >>> answer.text, answer.tokens, answer.logprobs, answer.finish_reason
     """
     engine, requests = _prepare(
-        model, prompts, max_new_tokens, tokenizer, sampling, cache_dtype, cuda_graph, options
-    )
+        model, prompts, max_new_tokens, tokenizer, sampling, options,
+        cache_dtype=cache_dtype, cache_scales=cache_scales, cuda_graph=cuda_graph,
+    )  # fmt: skip
     while not engine.idle:
         engine.step()
     return requests
@@ -52,6 +55,7 @@ def stream(
     tokenizer: TextTokenizer | None = None,
     sampling: Sampling = GREEDY,
     cache_dtype: torch.dtype | None = None,
+    cache_scales: Tensor | None = None,
     cuda_graph: bool = False,
     **options: Any,
 ) -> Iterator[Update]:
@@ -62,15 +66,16 @@ def stream(
             none is padded.
         max_new_tokens: how many tokens to generate at most.
         sampling: how a token is chosen; prompt i draws with seed + i.
-        cache_dtype, cuda_graph: as for `Engine`.
+        cache_dtype, cache_scales, cuda_graph: as for `Engine`.
         options: stop_tokens, stop_strings and draft_tokens, as for `Engine.add`.
 
     Raises:
         TypeError, ValueError: at once, naming the argument at fault.
     """
     engine, _ = _prepare(
-        model, prompts, max_new_tokens, tokenizer, sampling, cache_dtype, cuda_graph, options
-    )
+        model, prompts, max_new_tokens, tokenizer, sampling, options,
+        cache_dtype=cache_dtype, cache_scales=cache_scales, cuda_graph=cuda_graph,
+    )  # fmt: skip
     return _updates(engine)
 
 
@@ -85,9 +90,8 @@ def _prepare(
     max_new_tokens: int,
     tokenizer: TextTokenizer | None,
     sampling: Sampling,
-    cache_dtype: torch.dtype | None,
-    cuda_graph: bool,
     options: dict[str, Any],
+    **of_engine: Any,
 ) -> tuple[Engine, list[Request]]:
     """An engine with just the memory these prompts need, and the prompts in it."""
     if isinstance(prompts, str):
@@ -106,8 +110,7 @@ def _prepare(
         num_pages=max(1, pages),
         page_size=_PAGE_SIZE,
         max_batch_size=min(len(prompts), _BATCH),
-        cache_dtype=cache_dtype,
-        cuda_graph=cuda_graph,
+        **of_engine,
     )
     requests = []
     for i, prompt in enumerate(prompts):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from aigc_fast import ops
 
 from .attention import attend
 from .cache import KVCache
+from .cache_scales import NARROW
 from .config import DecoderConfig
 
 
@@ -91,25 +92,25 @@ class Attention(nn.Module):
                     self.query_norm.eps,
                 )
         query, key = query_key.split_with_sizes(self.query_key_sizes, 2)
-        keys, values, block_table = key, value, None
+        keys, values = key, value
+        of_cache: dict[str, Any] = {}
         if step.cache is not None:
             cached = step.cache.keys[self.layer], step.cache.values[self.layer]
-            table = step.cache.block_table
-            dtype = cached[0].dtype
-            ops.append_kv(
-                key.to(dtype), value.to(dtype), *cached, step.cache.lengths, block_table=table
-            )
+            dtype = key.dtype if cached[0].dtype in NARROW else cached[0].dtype
+            table, scales = step.cache.block_table, step.cache.scales_of(self.layer)
+            options: dict[str, Any] = {"block_table": table, **scales}
+            ops.append_kv(key.to(dtype), value.to(dtype), *cached, step.cache.lengths, **options)
             if step.ends is not None:
-                keys, values, block_table = *cached, table
+                keys, values, of_cache = *cached, options
         out = attend(
             query,
             keys,
             values,
             step.ends,
-            block_table=block_table,
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            **of_cache,
         )
         return self.o_proj(out.reshape(batch, seq, -1))
 
