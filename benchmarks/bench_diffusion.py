@@ -63,19 +63,32 @@ def sample(model: torch.nn.Module, batch: int, steps: int) -> torch.Tensor:
     return x.cpu()  # waits for a GPU
 
 
+def _check(found: dict[str, torch.nn.Module], batch: int) -> None:
+    """No speed-up of a wrong result. One prediction is compared, not the samples: steps of a model
+    without training carry roundings so far apart that stock bfloat16 is at half the norm from
+    float32."""
+    x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    @torch.inference_mode()
+    def prediction(model: torch.nn.Module) -> torch.Tensor:
+        return model(x.to(next(model.parameters()).dtype), 500).sample.float()
+
+    exact = prediction(found["stock"])
+    off = {n: ((prediction(m) - exact).norm() / exact.norm()).item() for n, m in found.items()}
+    for name, error in off.items():
+        assert error <= (2 * off["stock_bfloat16"] if "bfloat16" in name else 1e-4), (name, off)
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def bench_diffusion_sampling(benchmark, request, batch) -> None:
     quick = request.config.getoption("--quick")
     steps, rounds = (2, 2) if quick else (20, 5)
     found = models(compiled=not quick)  # which takes a minute
-    reference = sample(found["stock"], batch, steps)
+    _check(found, batch)
     if not quick:
         start = time.perf_counter()
         sample(found["compiled"], batch, 1)
         benchmark.extra_info["compile_seconds"] = time.perf_counter() - start
-    for name, model in found.items():  # no speed-up of a wrong result
-        off = (sample(model, batch, steps) - reference).norm() / reference.norm()
-        assert off < (0.05 if "bfloat16" in name else 1e-3), (name, off)
 
     def seconds(model: torch.nn.Module) -> float:
         start = time.perf_counter()

@@ -1,5 +1,6 @@
 """Real-ESRGAN's generators on a photograph: as a user would write them in PyTorch, the same under
-torch.compile, and ours, in turns. `psnr` is against float32; no figure is given below 50 dB.
+torch.compile, and ours, in turns. `psnr` is against float32; no figure is given below 50 dB, but in
+bfloat16 for a network that plain PyTorch does not bring there either, within 1 dB of it.
 
 Patterns finer than pixels are no measure: a generator adds several times more to them than to a
 photograph, and bfloat16 rounds what it adds (40 to 50 dB)."""
@@ -34,11 +35,11 @@ def photograph(size: int) -> torch.Tensor:
 
 
 class Plain(nn.Module):
-    """The published network, float32, contiguous."""
+    """The published network, contiguous."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.state = {name: value.to(DEVICE) for name, value in model.state_dict().items()}
+        self.state = {name: value.to(DEVICE, dtype) for name, value in model.state_dict().items()}
         self.sizes = getattr(model, "upscale", None), model.scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,11 +53,15 @@ class Plain(nn.Module):
 @torch.inference_mode()
 def bench_upscale(benchmark, quick, name, dtype) -> None:
     model = load_generator(find_realesrgan(name))
-    plain, x = Plain(model), photograph(MODELS[name])
+    plain, plain_in_dtype, x = Plain(model), Plain(model, dtype), photograph(MODELS[name])
     model = model.to(DEVICE, dtype)
     mine = lambda: model(x.to(dtype)).float()  # noqa: E731
-    psnr = -10 * (mine() - plain(x)).square().mean().log10().item()
-    assert psnr > 50
+    exact = plain(x)
+    psnr, theirs = (
+        -10 * (y - exact).square().mean().log10().item()
+        for y in (mine(), plain_in_dtype(x.to(dtype)).float())
+    )
+    assert psnr > min(50, theirs - 1)
     variants = {"eager": lambda: plain(x), "ours": mine}
     if not quick:
         compiled = torch.compile(plain)
@@ -64,6 +69,7 @@ def bench_upscale(benchmark, quick, name, dtype) -> None:
     times = interleaved(variants, seconds=1.0 if quick else 10.0, rounds=1 if quick else 3)
     benchmark.extra_info.update(
         psnr=psnr,
+        plain_psnr=min(theirs, 200.0),  # in float32 it is the measure itself
         threads=torch.get_num_threads(),
         seconds=times,
         peers_over_ours={n: t / times["ours"] for n, t in times.items() if n != "ours"},
