@@ -25,7 +25,10 @@ struct TileProducts {
   using V = Vec<float>;
   int64_t head_dim;
 
-  static bool fits(int64_t head_dim) { return head_dim % kChunk == 0 && has_amx_int8(); }
+  // With one or two rows the unit is mostly idle, and vectors take 0.8 of its time.
+  static bool fits(int64_t rows, int64_t head_dim) {
+    return rows > 2 && head_dim % kChunk == 0 && has_amx_int8();
+  }
 
   // For each chunk a tile, [number / 4][byte][R][number % 4]; then what the products of each row
   // are to be multiplied by.

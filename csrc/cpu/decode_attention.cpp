@@ -163,7 +163,8 @@ std::tuple<Tensor, Tensor> decode_attention_full(
       };
 #if AIGC_AMX
       if constexpr (std::is_same_v<A, float> && std::is_same_v<C, int8_t>)
-        if (TileProducts::fits(s.head_dim)) return with(std::type_identity<TileProducts>{});
+        if (TileProducts::fits(s.rows(), s.head_dim))
+          return with(std::type_identity<TileProducts>{});
 #endif
       if (s.rows() == 1) return with(std::type_identity<Products<A, C, 1>>{});
       if (s.rows() == 2 || kLanes<A> == 2) return with(std::type_identity<Products<A, C, 2>>{});
