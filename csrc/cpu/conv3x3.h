@@ -132,6 +132,9 @@ class VectorProducts {
   using S = A;
   static constexpr int kOuts = 2, kPixels = kVectorBytes == 64 ? 12 : 6;
   static constexpr int64_t kGroup = kOuts * kLanes<A>;
+  // Pixels * blocks that meet the same kChain inputs' weights, which then come from the first
+  // cache.
+  static constexpr int64_t kBlocks = 4;
 
   static int64_t depth(const ConvShape& s) { return s.in; }
   static int64_t pixels(const ConvShape& s) { return (s.width + kPixels - 1) / kPixels * kPixels; }
@@ -151,19 +154,23 @@ class VectorProducts {
   void row(const std::array<const S*, 3>& rows, T* y, const T* residual,
            const Finish<T>& finish) const {
     for (int64_t o = 0; o < s_.out; o += kGroup)
-      for (int64_t x = 0; x < s_.width; x += kPixels) {
-        Vec<A> totals[kPixels][kOuts] = {};
+      for (int64_t x = 0; x < s_.width; x += kBlocks * kPixels) {
+        const int64_t left = std::min(kBlocks * kPixels, s_.width - x);
+        Vec<A> totals[kBlocks][kPixels][kOuts] = {};
         const A* w = packed_.data() + o * 9 * s_.in;
-        for (int tap = 0; tap < 9; ++tap) {
-          const S* from = rows[tap / 3] + (x + tap % 3) * s_.in;
-          for (int64_t c = 0; c < s_.in; c += kChain)
-            w = add(from + c, w, std::min(kChain, s_.in - c), totals);
-        }
-        for (int64_t p = 0; p < std::min<int64_t>(kPixels, s_.width - x); ++p)
+        // The nine taps of some inputs follow one another: these then come from the first cache.
+        for (int64_t c = 0; c < s_.in; c += kChain)
+          for (int tap = 0; tap < 9; ++tap) {
+            const S* from = rows[tap / 3] + (x + tap % 3) * s_.in + c;
+            for (int64_t b = 0; b * kPixels < left; ++b)
+              add_block(left - b * kPixels, from + b * kPixels * s_.in,
+                        w + (tap * s_.in + c) * kGroup, std::min(kChain, s_.in - c), totals[b]);
+          }
+        for (int64_t p = 0; p < left; ++p)
           for (int v = 0; v < kOuts; ++v) {
             const int64_t at = (x + p) * s_.out;
             finish.write(y + at, residual ? residual + at : nullptr, o + v * kLanes<A>,
-                         totals[p][v]);
+                         totals[p / kPixels][p % kPixels][v]);
           }
       }
   }
@@ -172,20 +179,27 @@ class VectorProducts {
   // Terms of a sum that meet before they join the others: short chains of additions round less.
   static constexpr int64_t kChain = 64;
 
-  // Adds the products of `count` inputs; gives where the weights of the next ones lie.
-  const A* add(const S* from, const A* w, int64_t count, Vec<A> (&totals)[kPixels][kOuts]) const {
-    Vec<A> sums[kPixels][kOuts] = {};
+  // Adds the products of `count` inputs with up to kPixels pixels, of which the first `left`
+  // matter.
+  AIGC_INLINE void add_block(int64_t left, const S* from, const A* w, int64_t count,
+                             Vec<A> (&totals)[kPixels][kOuts]) const {
+    if (left > kPixels * 2 / 3) return add<kPixels>(from, w, count, totals);
+    if (left > kPixels / 3) return add<kPixels * 2 / 3>(from, w, count, totals);
+    add<kPixels / 3>(from, w, count, totals);
+  }
+  template <int P>
+  void add(const S* from, const A* w, int64_t count, Vec<A> (&totals)[kPixels][kOuts]) const {
+    Vec<A> sums[P][kOuts] = {};
     for (int64_t c = 0; c < count; ++c, w += kGroup) {
       Vec<A> weights[kOuts];
       for (int v = 0; v < kOuts; ++v) weights[v] = load(w + v * kLanes<A>);
 #pragma GCC unroll 12  // else the sums stay in memory
-      for (int p = 0; p < kPixels; ++p)
+      for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
         for (int v = 0; v < kOuts; ++v) sums[p][v] += from[p * s_.in + c] * weights[v];
     }
-    for (int p = 0; p < kPixels; ++p)
+    for (int p = 0; p < P; ++p)
       for (int v = 0; v < kOuts; ++v) totals[p][v] += sums[p][v];
-    return w;
   }
 
   const ConvShape s_;
