@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 
+from ._strided_conv import is_better, strided_conv2d
 from .bias_act import describe, of_dtype
 
 
@@ -44,7 +45,11 @@ class Conv2dBiasAct(_ConvBiasAct, nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._activate(self._conv_forward(input, self.weight, None))
+        if is_better(self, input):
+            y = strided_conv2d(input, self.weight, self.stride[0], self.padding)  # type: ignore[arg-type]
+        else:
+            y = self._conv_forward(input, self.weight, None)
+        return self._activate(y)
 
 
 class ConvTranspose2dBiasAct(_ConvBiasAct, nn.ConvTranspose2d):
