@@ -101,5 +101,10 @@ def bench_diffusion_sampling(benchmark, request, batch) -> None:
         threads=torch.get_num_threads(),
         seconds=times,
         stock_over={name: times["stock"] / value for name, value in times.items()},
+        peers_over_ours={
+            name.replace("_", " "): value / times["patched_bfloat16"]
+            for name, value in times.items()
+            if name != "patched_bfloat16"
+        },
     )
     benchmark.pedantic(lambda: sample(found["patched"], batch, 1), rounds=1)

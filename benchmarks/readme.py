@@ -26,24 +26,15 @@ def tables(results: dict) -> str:
     operators, whole = [], []
     for row in first_and_last(results["benchmarks"]):
         name = row["name"].replace("torch.", "")
-        others = {
-            key.rsplit("_over_", 1)[0]: value
-            for key, value in flat(row).items()
-            if key not in ("eager_over_ours", "compile_over_ours")
-        }
+        ratios = {key.rsplit("_over_", 1)[0]: value for key, value in flat(row).items()}
+        both = {"eager": ratios.pop("eager", None), "torch.compile": ratios.pop("compile", None)}
         if "fraction_of_limit" in row and "eager_over_ours" in row:
-            ratios = (row["eager_over_ours"], row.get("compile_over_ours"))
-            cells = [*map(shown, ratios), f"{row['fraction_of_limit']:.0%}"]
+            cells = [*map(shown, both.values()), f"{row['fraction_of_limit']:.0%}"]
             operators.append(f"| `{name}` | {' | '.join(cells)} |")
-        elif "eager_over_ours" in row:
-            others = {
-                "eager": row["eager_over_ours"],
-                "torch.compile": row.get("compile_over_ours"),
-                **others,
-            }
-            whole.append(f"| `{name}` | {listed(others)} |")
-        elif others:
-            whole.append(f"| `{name}` | {listed(others)} |")
+        elif both["eager"] is not None:
+            whole.append(f"| `{name}` | {listed({**both, **ratios})} |")
+        elif ratios:
+            whole.append(f"| `{name}` | {listed(ratios)} |")
     return "\n".join(
         [
             f"{command} on {machine['processor']}; {versions}; commits {commits}.",
