@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast import ops
-
-from .cache_scales import NARROW
+from aigc_fast.ops._pages import NARROW
 
 
 def attend(

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from aigc_fast.ops._pages import NARROW
+
 from .config import DecoderConfig
 
 if TYPE_CHECKING:
     from .decoder_lm import DecoderLM
-
-NARROW = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 _TOKENS = 256
 _ROOM = 1.5

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from aigc_fast import ops
 from aigc_fast._graphs import Replay, check_graph
+from aigc_fast.ops._pages import NARROW
 
 from .cache import KVCache, allocate
-from .cache_scales import NARROW, calibrate_cache, check_scales
+from .cache_scales import calibrate_cache, check_scales
 from .decoder_lm import DecoderLM
 from .pages import PagePool
 from .request import FinishReason, Request, StoppedText, Update

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.ops._pages import NARROW
 
 from .attention import attend
 from .cache import KVCache
-from .cache_scales import NARROW
 from .config import DecoderConfig
 
 
