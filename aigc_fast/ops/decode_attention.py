@@ -83,7 +83,8 @@ def decode_attention(
     natural logarithm as float32 (float64 for float64) of (batch, q_len, num_heads). A query that
     sees nothing gets zeros, and -inf (or its sink) as its logarithm. What lies beyond cache_lengths
     or before the window of every query is never used: it may be NaN. Computes in fp32 (fp64 for
-    fp64) and rounds once.
+    fp64) and rounds once; the matrix unit of newer Intel processors (AMX), where all is bfloat16,
+    takes probabilities right to 16 bits and subnormal numbers as zero.
 
     Views whose last dimension is contiguous are read in place; others are copied once. Bytes that
     must move: the entries in sight of both caches, once for all the heads of a group and all q_len.

@@ -54,7 +54,9 @@ alignas(64) inline const TileConfig kFullTiles;
 // Configures the thread's tiles as long as it lives.
 class Tiles {
  public:
-  AIGC_AMX_TARGET Tiles() { _tile_loadconfig(&kFullTiles); }
+  AIGC_AMX_TARGET explicit Tiles(const TileConfig* config = &kFullTiles) {
+    _tile_loadconfig(config);
+  }
   AIGC_AMX_TARGET ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;

@@ -9,7 +9,8 @@
 #include <memory>
 
 #include "attention.h"
-#include "attention_tiles.h"
+#include "attention_bf16.h"
+#include "attention_int8.h"
 
 namespace aigc_fast {
 namespace {
@@ -163,8 +164,10 @@ std::tuple<Tensor, Tensor> decode_attention_full(
       };
 #if AIGC_AMX
       if constexpr (std::is_same_v<A, float> && std::is_same_v<C, int8_t>)
-        if (TileProducts::fits(s.rows(), s.head_dim))
-          return with(std::type_identity<TileProducts>{});
+        if (Int8Products::fits(s.rows(), s.head_dim))
+          return with(std::type_identity<Int8Products>{});
+      if constexpr (std::is_same_v<T, bf16> && std::is_same_v<C, bf16>)
+        if (Bf16Products::fits(s.head_dim)) return with(std::type_identity<Bf16Products>{});
 #endif
       if (s.rows() == 1) return with(std::type_identity<Products<A, C, 1>>{});
       if (s.rows() == 2 || kLanes<A> == 2) return with(std::type_identity<Products<A, C, 2>>{});

@@ -120,8 +120,8 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
       };
 #if AIGC_AMX
       if constexpr (std::is_same_v<T, int8_t>)
-        if (TileProducts::fits(s.group(), s.head_dim))
-          return run(std::type_identity<TileProducts>{});
+        if (Int8Products::fits(s.group(), s.head_dim))
+          return run(std::type_identity<Int8Products>{});
 #endif
       if (s.group() == 1)
         run(std::type_identity<Products<float, T, 1>>{});

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "attention.h"
-#include "attention_tiles.h"
+#include "attention_int8.h"
 #include "decoder_layers.h"
 #include "stages.h"
 #include "sums.h"

@@ -8,20 +8,21 @@
 
 #include <bit>
 
-#include "amx.h"
 #include "attention_products.h"
+#include "tile_rows.h"
 
 #if AIGC_AMX
 namespace aigc_fast {
 
 // As Products<float, int8_t, 4>, for a head_dim that is a multiple of 64.
-struct TileProducts {
+struct Int8Products {
   using A = float;
   using C = int8_t;
   using Thread = Tiles;
   static constexpr int R = 4, L = 16, K = L / R;
   static constexpr int64_t kBlock = 64;  // keys of a tile of probabilities
-  static constexpr int64_t kChunk = 64;  // numbers of a key in a tile
+  using Rows = TileRows<int8_t>;
+  static constexpr int64_t kChunk = Rows::kChunk;
   using V = Vec<float>;
   int64_t head_dim;
 
@@ -73,7 +74,7 @@ struct TileProducts {
   AIGC_AMX_INT8_TARGET void scores(const float* query, const int8_t* const* keys, int64_t count,
                                    const int8_t* const* next, float* scores) const {
     alignas(64) int32_t sums[kBlock * L];  // [key][byte][row]
-    const Some some[4] = {keys, keys + 16, keys + 32, keys + 48};
+    const Rows some[4] = {Rows(keys), Rows(keys + 16), Rows(keys + 32), Rows(keys + 48)};
     alignas(64) int8_t copies[4][16 * kChunk];
     _tile_zero(0);
     _tile_zero(1);
@@ -155,24 +156,6 @@ struct TileProducts {
 
  private:
   typedef Vec<int32_t> I;
-
-  // The addresses of 16 keys.
-  struct Some {
-    const int8_t* const* keys;
-    int64_t stride;  // from one to the next, or of a copy
-    bool scattered = false;
-
-    Some(const int8_t* const* k) : keys(k), stride(k[1] - k[0]) {
-      for (int i = 1; i < 15; ++i) scattered |= k[i + 1] - k[i] != stride;
-      if (scattered) stride = kChunk;
-    }
-    // A chunk of each, in the cache or copied.
-    AIGC_INLINE const int8_t* chunk(int64_t at, int8_t* copy) const {
-      if (!scattered) return keys[0] + at;
-      for (int i = 0; i < 16; ++i) std::memcpy(copy + i * kChunk, keys[i] + at, kChunk);
-      return copy;
-    }
-  };
 
   // Into the L2 cache: keys and values of a block, 1 KB apart from one token to the next, are more
   // than the ways of L1 take.
