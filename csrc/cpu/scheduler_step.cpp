@@ -69,6 +69,15 @@ struct Call {
     require(rescale == 0 || sample.dim() > 1, "sample must have more than a batch dimension");
     per_sample = dim == 2;
   }
+  // The rows of coefficients: one, or one for each sample.
+  template <class A>
+  std::vector<Row<A>> table(int64_t num_history, bool has_noise) const {
+    const Scalars numbers(coefficients, "coefficients");
+    std::vector<Row<A>> rows;
+    for (int64_t i = 0; i < (per_sample ? coefficients.size(0) : 1); ++i)
+      rows.emplace_back(numbers, columns, num_history, i, has_noise);
+    return rows;
+  }
   void check_like(const Tensor& x, const char* name) const {
     require(same_shape(x, sample) && x.scalar_type() == sample.scalar_type(), name,
             " must have the shape and dtype of sample");
@@ -153,7 +162,6 @@ std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& o
     h = rows.arrange(h);
   }
   const int extras = history.size();
-  const Scalars table(coefficients, "coefficients");
   Tensor prev = rows.order(), x0 = return_x0 ? rows.like() : prev;
   Tensor second = call.has_second ? rows.like() : prev;
   dispatch(sample, "sample", [&]<class T>(T) {
@@ -165,16 +173,19 @@ std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& o
     for (int e = 0; e < extras; ++e) extra[e] = rows.read<T>(history[e]);
     std::vector<A> factors;
     if (rescale != 0) factors = rescale_factors<T>(rows, c, u, scale, rescale);
-    auto run = [&]<bool guided>() {
+    const auto table = call.table<A>(num_history, noise.has_value());
+    // Without history, noise and further results the loop has no branch.
+    const bool is_plain = !extras && !return_x0 && !call.has_second;
+    auto run = [&]<bool guided, bool plain>() {
       rows.for_pieces([&](int64_t row, int64_t begin, int64_t length) {
-        const Row<A> k(table, call.columns, num_history, call.per_sample ? row : 0,
-                       noise.has_value());
+        const Row<A> k = table[call.per_sample ? row : 0];
+        const int count = plain ? 0 : extras;
         const A s = A(scale), factor = factors.empty() ? A(1) : factors[row];
         const auto from = [=](auto p) { return p.at + row * p.stride + begin; };
         const T *xs = from(x), *cs = from(c), *us = from(u), *es[kMaxExtras] = {};
-        for (int e = 0; e < extras; ++e) es[e] = from(extra[e]);
-        T *ys = from(out), *zs = return_x0 ? from(out_x0) : nullptr;
-        T* ss = call.has_second ? from(out_second) : nullptr;
+        for (int e = 0; e < count; ++e) es[e] = from(extra[e]);
+        T *ys = from(out), *zs = !plain && return_x0 ? from(out_x0) : nullptr;
+        T* ss = !plain && call.has_second ? from(out_second) : nullptr;
         map_at<T, 3>(length, {ys, zs, ss}, [=](auto at) {
           const Vec<A> xi = at(xs);
           Vec<A> m = at(cs);
@@ -184,7 +195,7 @@ std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& o
           Vec<A> y = zi * k.prev.x0 + xi * k.prev.sample + m * k.prev.output;
           Vec<A> w = {};
           if (ss) w = zi * k.second.x0 + xi * k.second.sample + m * k.second.output;
-          for (int e = 0; e < extras; ++e) {
+          for (int e = 0; e < count; ++e) {
             const Vec<A> h = at(es[e]);
             y += h * k.prev.extra[e];
             if (ss) w += h * k.second.extra[e];
@@ -193,7 +204,12 @@ std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& o
         });
       });
     };
-    uncond_in ? run.template operator()<true>() : run.template operator()<false>();
+    if (uncond_in)
+      run.template operator()<true, false>();
+    else if (is_plain)
+      run.template operator()<false, true>();
+    else
+      run.template operator()<false, false>();
   });
   std::vector<Tensor> results{rows.finish(prev)};
   if (return_x0) results.push_back(rows.finish(x0));
@@ -229,16 +245,16 @@ std::vector<Tensor> scheduler_step_backward(const Tensor& grad_in,
   const int first = uncond_in ? 3 : 2, extras = has_noise + num_history;
   std::vector<Tensor> grads{rows.order()};
   while (static_cast<int>(grads.size()) < first + extras) grads.push_back(rows.like());
-  const Scalars table(coefficients, "coefficients");
   dispatch(sample, "sample", [&]<class T>(T) {
     using A = Acc<T>;
     const auto x = rows.read<T>(sample), c = rows.read<T>(output), u = rows.read<T>(uncond);
+    const auto table = call.table<A>(num_history, has_noise);
     const auto g = rows.read<T>(grad), g_x0 = rows.read<T>(grad_x0);
     const auto g_second = rows.read<T>(grad_second);
     RowPointer<T> out[3 + kMaxExtras];
     for (size_t i = 0; i < grads.size(); ++i) out[i] = rows.write<T>(grads[i]);
     rows.for_pieces([&](int64_t row, int64_t begin, int64_t length) {
-      const Row<A> k(table, call.columns, num_history, call.per_sample ? row : 0, has_noise);
+      const Row<A> k = table[call.per_sample ? row : 0];
       const A s = A(scale);
       const bool guided = uncond_in.has_value(), has_x0 = grad_x0_in.has_value();
       const bool has_second = grad_second_in.has_value();
