@@ -71,7 +71,9 @@ def bench_double_backward(benchmark, request, name, sample, dtype) -> None:
         assert_as_good_as_torch(results["ours"], results["eager"], exact, dtype)
     # Read gg, dy and x, write two gradients; on a GPU the three are read twice.
     moved = (8 if DEVICE == "cuda" else 5) * sample.args[0].numel() * dtype.itemsize
-    times = interleaved({**calls, "copy": plain_pass(moved, "copy")}, seconds=0.5 if quick else 3.0)
+    seconds, rounds = (0.2, 1) if quick else (3.0, 5)
+    calls = {**calls, "copy": plain_pass(moved, "copy")}
+    times = interleaved(calls, seconds=seconds, rounds=rounds)
     benchmark.extra_info.update(
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
