@@ -128,7 +128,7 @@ def variants(generator, discriminator, latent_shape, recipe, real, quick) -> dic
 
 def measure(benchmark, calls: dict, quick: bool) -> None:
     failed = calls.pop("compile") if isinstance(calls["compile"], str) else None
-    times = interleaved(calls, seconds=0.5 if quick else 10.0, rounds=2 if quick else 5)
+    times = interleaved(calls, seconds=0.5 if quick else 10.0, rounds=1 if quick else 5)
     benchmark.extra_info.update(
         threads=torch.get_num_threads(),
         milliseconds={name: seconds * 1e3 for name, seconds in times.items()},

@@ -81,7 +81,7 @@ def bench_patch_decode(benchmark, request, model, batch, cached) -> None:
 
 
 def bench_patch_prefill(benchmark, request, model) -> None:
-    ids = prompt(1, 512).to(DEVICE)
+    ids = prompt(1, 128 if request.config.getoption("--quick") else 512).to(DEVICE)
 
     @torch.no_grad()
     def seconds() -> float:
@@ -93,7 +93,7 @@ def bench_patch_prefill(benchmark, request, model) -> None:
 
 
 def bench_patch_training_step(benchmark, request, model) -> None:
-    ids = prompt(1, 256).to(DEVICE)
+    ids = prompt(1, 64 if request.config.getoption("--quick") else 256).to(DEVICE)
 
     def seconds() -> float:
         start = clock()

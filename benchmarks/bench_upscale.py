@@ -53,7 +53,8 @@ class Plain(nn.Module):
 @torch.inference_mode()
 def bench_upscale(benchmark, quick, name, dtype) -> None:
     model = load_generator(find_realesrgan(name))
-    plain, plain_in_dtype, x = Plain(model), Plain(model, dtype), photograph(MODELS[name])
+    plain, plain_in_dtype = Plain(model), Plain(model, dtype)
+    x = photograph(MODELS[name] // 2 if quick else MODELS[name])
     model = model.to(DEVICE, dtype)
     mine = lambda: model(x.to(dtype)).float()  # noqa: E731
     exact = plain(x)

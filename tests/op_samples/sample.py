@@ -1,9 +1,11 @@
 """One row of the table of samples."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,10 +50,14 @@ class OpSamples:
 
 
 def rand(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Standard normal float64, the same for the same shape and seed."""
-    return scale * torch.randn(
-        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape))
-    )
+    """Standard normal float64, the same for the same shape and seed; after a million they repeat,
+    for the benchmarks' samples would take half a minute to draw."""
+    size, most = math.prod(shape), 1_000_003
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    numbers = torch.randn(min(size, most), dtype=torch.float64, generator=generator).mul_(scale)
+    if size > most:
+        numbers = torch.from_numpy(np.resize(numbers.numpy(), size))
+    return numbers.view(shape)
 
 
 def channels_last(x: Tensor) -> Tensor:

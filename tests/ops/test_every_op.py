@@ -73,15 +73,20 @@ def worst(got: Tensor, exact: Tensor) -> float:
     """Largest error where the exact result is finite; elsewhere both must be the same."""
     got, exact = got.detach().cpu().double(), exact.double()
     finite = exact.isfinite()
-    torch.testing.assert_close(got[~finite], exact[~finite], rtol=0, atol=0, equal_nan=True)
-    return (got - exact)[finite].abs().max().item() if finite.any() else 0.0
+    if not finite.all():
+        torch.testing.assert_close(got[~finite], exact[~finite], rtol=0, atol=0, equal_nan=True)
+    return _largest(got - exact, finite)
+
+
+def _largest(x: Tensor, where: Tensor) -> float:
+    """Of the magnitudes, or 0. Picking them out of x would take ten times as long."""
+    return torch.where(where, x.abs(), 0.0).max().item() if x.numel() else 0.0
 
 
 def ulp(exact: Tensor, dtype: torch.dtype) -> float:
     """Spacing of `dtype` at the largest finite value of `exact`."""
-    finite = exact[exact.isfinite()].abs()
     info = torch.finfo(dtype)
-    largest = min(finite.max().item(), info.max) if finite.numel() else 0.0
+    largest = min(_largest(exact, exact.isfinite()), info.max)
     return max(info.eps * 2.0 ** torch.tensor(largest).log2().floor().item(), info.smallest_normal)
 
 
@@ -107,7 +112,7 @@ def assert_as_good_as_torch(ours: list, plain: list, exact: list, dtype: torch.d
         units = 16 if dtype == torch.float64 else 1
         place = ulp(e, o.dtype if o.element_size() == 1 else dtype)
         known = p.isfinite() & e.isfinite()
-        error, limit = worst(o, e), 2 * worst(p[known], e[known]) + units * place
+        error, limit = worst(o, e), 2 * _largest(p - e, known) + units * place
         assert error <= limit, f"output {i}: error {error:.3g}, allowed {limit:.3g}"
 
 
