@@ -5,6 +5,7 @@
 // times, all but the first in the L1 cache. Backward finds the statistics anew, so that forward
 // has nothing to save beside its input.
 #include "rows.h"
+#include "sums.h"
 #include "two_vectors.h"
 
 namespace aigc_fast {
@@ -355,12 +356,8 @@ std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& dy_in, const Te
     torch::stable::parallel_for(
         0, count, grain_of(blocks.per_run * width), [&](int64_t begin, int64_t end) {
           for (int64_t m = begin; m < end; ++m)
-            for_vectors<A>(width, [&](int64_t j, auto n) {
-              Vec<A> total = {};
-              for (int64_t i = m * blocks.per_run; i < (m + 1) * blocks.per_run; ++i)
-                total += load(partial.data() + i * width + j, n);
-              store(to_gate + m * width + j, total, n);
-            });
+            add_partial_sums(partial.data() + m * blocks.per_run * width, blocks.per_run, width,
+                             width, to_gate + m * width);
         });
   });
   return {dx, dgate};

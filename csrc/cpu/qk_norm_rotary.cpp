@@ -163,14 +163,9 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rotary_backward(
         });
       }
     });
-    for (int which = 0; which < (weight_grad ? 2 : 0); ++which) {
-      T* dw = mutable_data<T>(which ? key_grad : query_grad);
-      std::vector<double> total(dim);
-      for (int64_t b = 0; b < blocks; ++b)
-        for (int64_t j = 0; j < dim; ++j) total[j] += partial[(2 * b + which) * dim + j];
-      const std::vector<A> narrow(total.begin(), total.end());
-      for_vectors<A>(dim, [&](int64_t j, auto n) { store(dw + j, load(narrow.data() + j, n), n); });
-    }
+    if (!weight_grad) return;
+    add_partial_sums(partial.data(), blocks, 2 * dim, dim, mutable_data<T>(query_grad));
+    add_partial_sums(partial.data() + dim, blocks, 2 * dim, dim, mutable_data<T>(key_grad));
   });
   return {dx, query_grad, key_grad};
 }

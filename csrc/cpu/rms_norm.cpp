@@ -135,13 +135,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in,
         });
       }
     });
-    if (!weight_grad) return;
-    T* dw = mutable_data<T>(dweight);
-    for_vectors<A>(width, [&](int64_t i, auto lanes) {
-      Vec<A> total = {};
-      for (int64_t b = 0; b < blocks; ++b) total += load(partial.data() + b * width + i, lanes);
-      store(dw + i, total, lanes);
-    });
+    if (weight_grad)
+      add_partial_sums(partial.data(), blocks, width, width, mutable_data<T>(dweight));
   });
   return {dx, dweight};
 }

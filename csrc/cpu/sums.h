@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <vector>
 
 #include <aigc_fast/vec.h>
 
@@ -78,6 +79,18 @@ AIGC_INLINE void add_to(double* to, const Wide<A>& v, N lanes) {
       store(to, load(to) + v.half[h]);
     }
   }
+}
+
+// out[j] = partial[j] + partial[j + stride] + ..., `count` terms. The last sums are the largest:
+// in fp32 their rounding would be most of the error.
+template <class T, class P>
+void add_partial_sums(const P* partial, int64_t count, int64_t stride, int64_t width, T* out) {
+  using A = Acc<T>;
+  std::vector<double> total(width);
+  for (int64_t i = 0; i < count; ++i, partial += stride)
+    for (int64_t j = 0; j < width; ++j) total[j] += partial[j];
+  const std::vector<A> rounded(total.begin(), total.end());
+  for_vectors<A>(width, [&](int64_t j, auto n) { store(out + j, load(rounded.data() + j, n), n); });
 }
 
 }  // namespace aigc_fast
