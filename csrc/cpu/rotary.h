@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "tensor.h"
+#include "two_vectors.h"
 
 namespace aigc_fast {
 
@@ -16,9 +17,24 @@ namespace aigc_fast {
 template <class T, class Y, class C>
 AIGC_INLINE void rotate_halves(const T* x, Y* y, const C* cos, const C* sin, Acc<T> sign,
                                int64_t half) {
-  for_vectors<Acc<T>>(half, [&](int64_t i, auto lanes) {
-    const Vec<Acc<T>> c = load(cos + i, lanes), s = load(sin + i, lanes) * sign;
-    const Vec<Acc<T>> first = load(x + i, lanes), second = load(x + half + i, lanes);
+  using V = Vec<Acc<T>>;
+  int64_t done = 0;
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Y, T> && std::is_same_v<C, T>) {
+    constexpr int step = 2 * kLanes<Acc<T>>;
+    for (; done + step <= half; done += step) {
+      V c[2], s[2], first[2], second[2];
+      load_pair(cos + done, c[0], c[1]), load_pair(sin + done, s[0], s[1]);
+      load_pair(x + done, first[0], first[1]), load_pair(x + half + done, second[0], second[1]);
+      s[0] *= sign, s[1] *= sign;
+      store_two(y + done, first[0] * c[0] - second[0] * s[0], first[1] * c[1] - second[1] * s[1]);
+      store_two(y + half + done, second[0] * c[0] + first[0] * s[0],
+                second[1] * c[1] + first[1] * s[1]);
+    }
+  }
+  for_vectors<Acc<T>>(half - done, [&](int64_t j, auto lanes) {
+    const int64_t i = done + j;
+    const V c = load(cos + i, lanes), s = load(sin + i, lanes) * sign;
+    const V first = load(x + i, lanes), second = load(x + half + i, lanes);
     store(y + i, first * c - second * s, lanes);
     store(y + half + i, second * c + first * s, lanes);
   });
