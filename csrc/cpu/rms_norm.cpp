@@ -11,7 +11,7 @@ namespace {
 
 // Rows whose weight gradients are added before they meet those of other rows; the blocks depend
 // on the shape alone, so that the sum comes out the same for any number of threads.
-constexpr int64_t kMaxBlocks = 64, kMinBlockRows = 4;
+constexpr int64_t kMaxBlocks = 64, kMinBlockRows = 16;
 
 int64_t grain_of(int64_t width) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));

@@ -87,8 +87,12 @@ template <class T, class P>
 void add_partial_sums(const P* partial, int64_t count, int64_t stride, int64_t width, T* out) {
   using A = Acc<T>;
   std::vector<double> total(width);
-  for (int64_t i = 0; i < count; ++i, partial += stride)
-    for (int64_t j = 0; j < width; ++j) total[j] += partial[j];
+  for (int64_t i = 0; i < count; ++i, partial += stride) {
+    int64_t j = 0;
+    for (; j + kLanes<double> <= width; j += kLanes<double>)
+      store(total.data() + j, load(total.data() + j) + load_wide(partial + j));
+    for (; j < width; ++j) total[j] += partial[j];
+  }
   const std::vector<A> rounded(total.begin(), total.end());
   for_vectors<A>(width, [&](int64_t j, auto n) { store(out + j, load(rounded.data() + j, n), n); });
 }
