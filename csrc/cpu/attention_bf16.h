@@ -103,6 +103,10 @@ struct Bf16Products {
       _tile_stored(1, sums[1], 64);
       _tile_stored(2, sums[2], 64);
       _tile_stored(3, sums[3], 64);
+      // Zeros times inf or NaN: the even numbers may not know of the odd ones.
+      if (!all_finite(sums[0], chunks * 16 * L))
+        return Products<A, C, R>{head_dim}.add_values(probabilities, values, count, decays, result,
+                                                      nullptr, at / kChunk);
       for (int64_t chunk = 0; chunk < chunks; ++chunk)
         for (int odd = 0; odd < 2; ++odd)
 #pragma GCC unroll 4
@@ -124,6 +128,11 @@ struct Bf16Products {
   AIGC_INLINE void prefetch(const bf16* const* rows) const {
     for (int i = 0; i < kKeys; ++i)
       for (int64_t at = 0; at < head_dim; at += kChunk) __builtin_prefetch(rows[i] + at, 0, 2);
+  }
+  static bool all_finite(const float* p, int64_t count) {
+    V products = {};
+    for (int64_t i = 0; i < count; i += L) products += load(p + i) * 0.0f;
+    return _mm512_cmpeq_ps_mask(__m512(products), __m512(V{})) == 0xffff;
   }
   static I loaded(const void* p) {
     I v;

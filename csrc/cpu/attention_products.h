@@ -43,11 +43,11 @@ struct Products {
     }
   }
 
-  // result = result * decays + probabilities * values, for `count` values. Fetches as many rows of
-  // `next` into the cache, unless it is null.
+  // result = result * decays + probabilities * values, for `count` values and the pairs of head_dim
+  // from `pair` on. Fetches as many rows of `next` into the cache, unless it is null.
   void add_values(const A* probabilities, const C* const* values, int64_t count, const A* decays,
-                  A* result, const C* const* next) const {
-    add_all_values<kPairs>(probabilities, values, count, 0, decays, result, next);
+                  A* result, const C* const* next, int64_t pair = 0) const {
+    add_all_values<kPairs>(probabilities, values, count, pair, decays, result, next);
   }
 
  private:

@@ -39,9 +39,12 @@ def run(implementation: str, device: str, *args: Tensor, **kwargs) -> tuple[Tens
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+@pytest.mark.parametrize("head_dim", [48, 64])
 @EVERYWHERE
-def test_what_lies_beyond_a_length_is_never_used(implementation, device, garbage, dtype) -> None:
-    query, keys, values = inputs(3, 2, 4, 2, 48, 37, dtype)
+def test_what_lies_beyond_a_length_is_never_used(
+    implementation, device, head_dim, garbage, dtype
+) -> None:
+    query, keys, values = inputs(3, 2, 4, 2, head_dim, 37, dtype)
     lengths = torch.tensor([37, 18, 0])
     clean = run(implementation, device, query, keys, values, lengths)
     beyond = (torch.arange(37) >= lengths[:, None])[..., None, None]
@@ -57,6 +60,21 @@ def test_nan_in_use_stays_nan(implementation, device) -> None:
     out, lse = run(implementation, device, query, keys, values, torch.tensor([70, 70]))
     assert out[0].isnan().all() and lse[0].isnan().all()
     assert out[1].isfinite().all() and lse[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@EVERYWHERE
+def test_a_value_that_is_not_finite_stays_in_its_place(
+    implementation, device, value, dtype
+) -> None:
+    query, keys, values = inputs(2, 1, 4, 2, 160, 70, dtype)
+    values[0, 3, 1, 7] = values[0, 69, 1, 150] = value
+    out, lse = run(implementation, device, query, keys, values, torch.tensor([70, 70]))
+    spoiled = torch.zeros(out.shape, dtype=torch.bool)
+    spoiled[0, 0, 2:, [7, 150]] = True
+    assert torch.equal(~out.isfinite(), spoiled)
+    assert lse.isfinite().all()
 
 
 # (q_len, heads, kv_heads, head_dim, length, page_size, window): several blocks of keys and the end
