@@ -13,7 +13,7 @@ struct TileRows {
   static constexpr int64_t kChunk = 64 / sizeof(C);  // numbers of a row in a tile
   const C* const* rows;
   int64_t count, stride;  // bytes from one row to the next
-  bool copied = false;    // they are not evenly apart, or too few
+  bool copied;            // they are not evenly apart, or too few
 
   AIGC_INLINE explicit TileRows(const C* const* p, int64_t n = kMost)
       : rows(p),
