@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast._timing import interleaved
-from benchmarks.machine import DEVICE, plain_pass
+from benchmarks.machine import DEVICE, keep_freed_memory, plain_pass
 from tests.op_samples import OpSamples, Sample
 from tests.ops.test_every_op import (
     assert_as_good_as_torch,
@@ -28,6 +28,10 @@ from tests.ops.test_every_op import (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="the smallest call of each, briefly")
+
+
+def pytest_configure() -> None:
+    keep_freed_memory()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -90,7 +94,7 @@ class Measure:
             bytes_moved = sum(t.nbytes for t in [*tensors((args, kwargs)), *outputs])
             if backward:  # then the upstream gradients, the inputs again, and their gradients
                 bytes_moved *= 2
-        seconds, rounds = (0.2, 1) if self.quick else (2.5, 5)
+        seconds, rounds = (0.2, 1) if self.quick else (2.5, 15)
         with torch.set_grad_enabled(backward):
             times = interleaved(calls, seconds=seconds, rounds=rounds)
             # With ours alone: after others' code a call waits for its own, which is no matter of

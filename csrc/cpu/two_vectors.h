@@ -39,6 +39,14 @@ AIGC_INLINE void store_two(T* p, V a, V b) {
   }
 }
 
+// Asks for the lines that follow those of p[0], ..., p[count - 1] a kilobyte on: a store whose line
+// is not in the cache holds up the stores behind it.
+template <class T>
+AIGC_INLINE void expect_stores(const T* p, int64_t count) {
+  const char* ahead = reinterpret_cast<const char*>(p) + 1024;
+  for (size_t i = 0; i < count * sizeof(T); i += 64) __builtin_prefetch(ahead + i, 1);
+}
+
 // out[i] = f(x[0][i], x[1][i], ...) for a row of `count` elements.
 template <class T, int X, class F>
 AIGC_INLINE void map_row(int64_t count, std::array<const T*, X> x, T* out, F&& f) {
@@ -48,6 +56,7 @@ AIGC_INLINE void map_row(int64_t count, std::array<const T*, X> x, T* out, F&& f
   for (; i + 2 * lanes <= count; i += 2 * lanes) {
     Vectors<A, X> a, b;
     for (int k = 0; k < X; ++k) load_pair(x[k] + i, a[k], b[k]);
+    expect_stores(out + i, 2 * lanes);
     store_two(out + i, f(a), f(b));
   }
   for_vectors<A>(count - i, [&](int64_t j, auto n) {
@@ -78,7 +87,10 @@ AIGC_INLINE void map_at(int64_t count, std::array<T*, N> out, F&& f) {
     });
 #pragma GCC unroll 4  // else the results stay in memory
     for (int n = 0; n < N; ++n)
-      if (out[n]) store_two(out[n] + i, a.at[n], b.at[n]);
+      if (out[n]) {
+        expect_stores(out[n] + i, 2 * lanes);
+        store_two(out[n] + i, a.at[n], b.at[n]);
+      }
   }
   for_vectors<A>(count - i, [&](int64_t j, auto lanes) {
     const Vectors<A, N> a = f([&](const T* p) { return load(p + i + j, lanes); });
