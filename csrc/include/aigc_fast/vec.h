@@ -333,45 +333,4 @@ AIGC_INLINE Vec<A> tanh(Vec<A> x) {
   }
 }
 
-// The standard normal distribution's density and cumulative distribution at x.
-template <class A>
-struct Normal {
-  Vec<A> density, cumulative;
-};
-template <class A>
-AIGC_INLINE Normal<A> normal(Vec<A> x) {
-  constexpr A kInverseSqrt2Pi = A(0.398942280401432677939946);
-  if constexpr (std::is_same_v<A, double>) {
-    return {
-        each_lane<A>(x, [](A v) { return kInverseSqrt2Pi * std::exp(A(-0.5) * v * v); }),
-        each_lane<A>(x, [](A v) { return A(0.5) * std::erfc(v * A(-0.70710678118654752440)); })};
-  } else {
-    // The tail beyond |x| is exp(-x^2 / 2) * t * p(t), t = 1 / (1 + 0.3 |x|): relative error of
-    // the minimax polynomial 3.5e-9 up to |x| = 14.5, below which fp32 has nothing left. So small
-    // values keep their relative precision, which 1 + erf(x) loses.
-    const Vec<float> z = x * x, e = exp<float>(-0.5f * z);
-    const Vec<float> t = 1.0f / (1.0f + 0.3f * abs<float>(x));
-    Vec<float> p = broadcast(-2.0623469305e-2f);
-    p = p * t + 1.1243561439e-1f;
-    p = p * t - 2.2821360255e-1f;
-    p = p * t + 1.9178453797e-1f;
-    p = p * t - 7.9423493785e-2f;
-    p = p * t + 9.6156833974e-2f;
-    p = p * t + 7.8389648925e-2f;
-    p = p * t + 1.1023542488e-1f;
-    p = p * t + 1.1957181386e-1f;
-    p = p * t + 1.1968668982e-1f;
-    const Vec<float> tail = e * (t * p);
-    // Below 1 the odd polynomial of Phi - 1/2 (relative error 7e-10) rounds less.
-    Vec<float> q = broadcast(-7.6542086683e-6f);
-    q = q * z + 1.1348637271e-4f;
-    q = q * z - 1.1863299425e-3f;
-    q = q * z + 9.9733234101e-3f;
-    q = q * z - 6.6490359924e-2f;
-    q = q * z + 3.9894228012e-1f;
-    const Vec<float> far = x < 0 ? tail : 1.0f - tail;
-    return {e * kInverseSqrt2Pi, z < 1 ? 0.5f + q * x : far};
-  }
-}
-
 }  // namespace aigc_fast
