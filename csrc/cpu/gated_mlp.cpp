@@ -70,11 +70,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& gate_in,
       const T *g = gate.at<T>(row) + column, *u = up.at<T>(row) + column;
       const T* d = dy.at<T>(row) + column;
       const int64_t to = row * width + column;
-      for_vectors<A>(count, [&](int64_t i, auto lanes) {
-        const Activated<A> a = activate<act, A, kCoarse<T>>(load(g + i, lanes));
-        const Vec<A> grad = load(d + i, lanes);
-        store(up_out + to + i, grad * a.value, lanes);
-        store(gate_out + to + i, grad * load(u + i, lanes) * a.slope, lanes);
+      map_at<T, 2>(count, {gate_out + to, up_out + to}, [=](auto at) {
+        const Activated<A> a = activate<act, A, kCoarse<T>>(at(g));
+        const Vec<A> grad = at(d);
+        return Vectors<A, 2>{grad * at(u) * a.slope, grad * a.value};
       });
     });
   });
