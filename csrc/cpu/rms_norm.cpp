@@ -5,6 +5,7 @@
 // the pass that it needs in any case, so that forward has nothing to save beside its input.
 #include "rows.h"
 #include "sums.h"
+#include "two_vectors.h"
 
 namespace aigc_fast {
 namespace {
@@ -30,10 +31,15 @@ Acc<T> inverse_rms(Acc<T> sum_of_squares, int64_t width, double eps) {
 }
 
 template <class T>
+Acc<T> sum_of_squares(const T* x, int64_t width) {
+  const auto [sum] =
+      sum_row<T, 1, 1>(width, {x}, 0, [](const auto& v, auto* sums) { sums[0] += v[0] * v[0]; });
+  return sum;
+}
+
+template <class T>
 void scale_row(const T* x, const T* weight, T* y, int64_t width, Acc<T> factor) {
-  for_vectors<Acc<T>>(width, [&](int64_t i, auto lanes) {
-    store(y + i, load(x + i, lanes) * factor * load(weight + i, lanes), lanes);
-  });
+  map_row<T, 2>(width, {x, weight}, y, [=](const auto& v) { return v[0] * factor * v[1]; });
 }
 
 Tensor rms_norm(const Tensor& x_in, const Tensor& weight_in, double eps) {
@@ -48,11 +54,8 @@ Tensor rms_norm(const Tensor& x_in, const Tensor& weight_in, double eps) {
     torch::stable::parallel_for(0, x.count, grain_of(x.width), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const T* in = x.at<T>(r);
-        const auto [squares] = sums_over<A, 1>(x.width, [&](int64_t i, auto lanes, Vec<A>* sums) {
-          const Vec<A> v = load(in + i, lanes);
-          sums[0] += v * v;
-        });
-        scale_row(in, w, out + r * x.width, x.width, inverse_rms<T>(squares, x.width, eps));
+        const A factor = inverse_rms<T>(sum_of_squares(in, x.width), x.width, eps);
+        scale_row(in, w, out + r * x.width, x.width, factor);
       }
     });
   });
@@ -76,12 +79,9 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x_in, const Tensor& residu
       for (int64_t r = begin; r < end; ++r) {
         const T *a = x.at<T>(r), *b = residual.at<T>(r);
         T* h = sum_out + r * x.width;
-        const auto [squares] = sums_over<A, 1>(x.width, [&](int64_t i, auto lanes, Vec<A>* sums) {
-          store(h + i, load(a + i, lanes) + load(b + i, lanes), lanes);
-          const Vec<A> v = load(h + i, lanes);  // as T rounds it
-          sums[0] += v * v;
-        });
-        scale_row(h, w, out + r * x.width, x.width, inverse_rms<T>(squares, x.width, eps));
+        map_row<T, 2>(x.width, {a, b}, h, [](const auto& v) { return v[0] + v[1]; });
+        const A factor = inverse_rms<T>(sum_of_squares(h, x.width), x.width, eps);  // as T rounds h
+        scale_row(h, w, out + r * x.width, x.width, factor);
       }
     });
   });
