@@ -129,7 +129,12 @@ std::tuple<Tensor, Tensor> forward(const MaybeTensor& residual_in, const Tensor&
           }
           const auto of = statistics<T, is_rms, 0, 1>({in}, width, eps, [](auto...) {});
           T* out = mutable_data<T>(y) + r * width;
-          if constexpr (affine)
+          if (affine && !scale_in)
+            map_row<T, 3>(width, {in, w.at<T>(0), b.at<T>(0)}, out,
+                          [mean = of.mean, factor = of.factor](auto& v) {
+                            return (v[0] - mean) * factor * v[1] + v[2];
+                          });
+          else if constexpr (affine)
             map_row<T, 5>(width, {in, scale.at<T>(m), shift.at<T>(m), w.at<T>(0), b.at<T>(0)}, out,
                           [mean = of.mean, factor = of.factor](auto& v) {
                             const auto n = (v[0] - mean) * factor * v[3] + v[4];
