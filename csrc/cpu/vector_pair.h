@@ -133,18 +133,13 @@ AIGC_INLINE void transpose(V* v) {
   }
 }
 
-template <int step, class V, int... i>
-AIGC_INLINE V swap_lanes(V v, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(v, v, (i ^ step)...);
-}
-
 // Combines the lanes that hold the same row: lane % R.
 template <class A, int R, int step = kLanes<A> / 2, class F>
 AIGC_INLINE Vec<A> over_keys(Vec<A> v, F f) {
   if constexpr (step < R) {
     return v;
   } else {
-    v = f(v, swap_lanes<step>(v, std::make_integer_sequence<int, kLanes<A>>{}));
+    v = f(v, swap_lanes<A, step>(v));
     return over_keys<A, R, step / 2>(v, f);
   }
 }
