@@ -1,0 +1,5 @@
+"""Variational autoencoders."""
+
+from .autoencoder_kl import AutoencoderKL
+
+__all__ = ["AutoencoderKL"]
