@@ -38,6 +38,7 @@ from aigc_fast.ops.spectral_norm import spectral_norm
 from aigc_fast.ops.timestep_embedding import timestep_embedding
 from aigc_fast.ops.upfirdn2d import upfirdn2d
 from aigc_fast.ops.upsample_conv2d import upsample_conv2d
+from aigc_fast.ops.vector_quantize import vector_quantize
 
 # The schemas stand; now the compiled libraries can register their kernels.
 _libraries.load()
@@ -88,4 +89,5 @@ __all__ = [
     "timestep_embedding",
     "upfirdn2d",
     "upsample_conv2d",
+    "vector_quantize",
 ]
