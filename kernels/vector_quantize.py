@@ -16,11 +16,10 @@ from torch import Tensor
 from .math import fp32
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
-BUDGET = {"_forward": (255, 65536), "_backward": (64, 0), "_codes": (64, 4096)}
+BUDGET = {"_forward": (184, 32768), "_backward": (40, 0), "_codes": (48, 1024)}
 
 #: Triton's interpreter multiplies bfloat16 wrongly.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_FEATURES = 64  # of a step of the product
 _ELEMENTS = 4096  # of a tile in backward
 
 
@@ -38,11 +37,12 @@ def _forward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = row < rows
     at = _at(row, inner, dim)
-    features = tl.arange(0, FEATURES)
+    features, within = tl.arange(0, FEATURES), tl.arange(0, CODES)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     index = tl.zeros([ROWS], tl.int32)
+    tile_ptr = codebook_ptr
     for first in range(0, codes, CODES):
-        code = first + tl.arange(0, CODES)
+        code = first + within
         start = tl.load(start_ptr + code, code < codes, float("-inf"))
         scores = tl.zeros([ROWS, CODES], tl.float32) + start[None, :]
         for d in range(0, dim, FEATURES):
@@ -52,7 +52,7 @@ def _forward(
                 is_row[:, None] & (feature < dim)[None, :], 0.0,
             )  # fmt: skip
             e = tl.load(
-                codebook_ptr + code[None, :].to(tl.int64) * dim + feature[:, None],
+                tile_ptr + within[None, :] * dim + feature[:, None],
                 (code < codes)[None, :] & (feature < dim)[:, None], 0.0,
             )  # fmt: skip
             if IN_FP32:
@@ -65,6 +65,7 @@ def _forward(
         where = tl.min(tl.where(scores == top[:, None], code[None, :], 2147483647), 1)
         index = tl.where(top > best, where, index)
         best = tl.maximum(top, best)
+        tile_ptr += CODES * dim
     tl.store(index_ptr + row, index.to(tl.int64), is_row)
     distance = tl.zeros([ROWS], tl.float32)
     for d in range(0, dim, FEATURES):
@@ -133,12 +134,14 @@ def vector_quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor
     rows, codes = outer * inner, len(codebook)
     if rows:
         starts = codebook.float().square().sum(-1) * -0.5
-        tile_rows = 64 if rows > 32 else 16
-        tile_codes = min(64, max(16, triton.next_power_of_2(codes)))
-        features = min(_FEATURES, max(16, triton.next_power_of_2(dim)))
+        # In full precision fp32 has no tensor cores: larger tiles would spill.
+        side, step = (32, 16) if x.dtype == torch.float32 else (64, 64)
+        tile_rows = side if rows > 32 else 16
+        tile_codes = min(side, max(16, triton.next_power_of_2(codes)))
+        features = min(step, max(16, triton.next_power_of_2(dim)))
         _forward[(triton.cdiv(rows, tile_rows),)](
             x, codebook, starts, quantized, distances, indices, rows, codes, dim, inner,
-            IN_FP32=_INTERPRETED, ROWS=tile_rows, CODES=tile_codes, FEATURES=features, num_warps=4,
+            IN_FP32=_INTERPRETED, ROWS=tile_rows, CODES=tile_codes, FEATURES=features, num_warps=8,
         )  # fmt: skip
     return quantized, distances, indices
 
