@@ -20,7 +20,7 @@ BUDGET = {"_forward": (184, 32768), "_backward": (40, 0), "_codes": (48, 1024)}
 
 #: Triton's interpreter multiplies bfloat16 wrongly.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_ELEMENTS = 4096  # of a tile in backward
+_ELEMENTS = 1024  # of a tile of vectors that have one code
 
 
 @triton.jit
@@ -103,22 +103,25 @@ def _codes(
     grad_ptr, x_ptr, codebook_ptr, order_ptr, start_ptr, out_ptr, dim, inner,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """-sum of 2 grad_distances (x - code) over the vectors of one code."""
+    """Of one code the sum of 2 grad_distances (code - x) over its vectors or, without
+    grad_distances, of x."""
     code = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_feature = feature < dim
-    e = tl.load(codebook_ptr + code * dim + feature, is_feature, 0.0).to(tl.float32)
+    if grad_ptr is not None:
+        e = tl.load(codebook_ptr + code * dim + feature, is_feature, 0.0).to(tl.float32)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     end = tl.load(start_ptr + code + 1)
     for first in range(tl.load(start_ptr + code), end, ROWS):
         n = first + tl.arange(0, ROWS)
         row = tl.load(order_ptr + n, n < end, 0)
-        grad = tl.load(grad_ptr + row, n < end, 0.0)
         place = _at(row, inner, dim)[:, None] + feature[None, :].to(tl.int64) * inner
         mask = (n < end)[:, None] & is_feature[None, :]
         x = tl.load(x_ptr + place, mask, 0.0).to(tl.float32)
-        total += tl.where(mask, grad[:, None] * (e[None, :] - x), 0.0)
-    result = 2.0 * tl.sum(total, 0)
+        if grad_ptr is not None:
+            x = 2.0 * tl.load(grad_ptr + row, n < end, 0.0)[:, None] * (e[None, :] - x)
+        total += tl.where(mask, x, 0.0)
+    result = tl.sum(total, 0)
     tl.store(out_ptr + code * dim + feature, result.to(out_ptr.dtype.element_ty), is_feature)
 
 
@@ -167,11 +170,26 @@ def vector_quantize_backward(
         )
     dcodebook = torch.empty_like(codebook if codebook_grad else codebook[:0])
     if codebook_grad:
-        chosen, order = indices.flatten().sort(stable=True)
-        starts = torch.searchsorted(chosen, torch.arange(len(codebook) + 1, device=x.device))
-        block = min(256, triton.next_power_of_2(dim))
-        _codes[(len(codebook), triton.cdiv(dim, block))](
-            grad, x, codebook, order, starts, dcodebook, dim, inner,
-            ROWS=max(1, min(16, _ELEMENTS // 4 // block)), BLOCK=block,
-        )  # fmt: skip
+        _sum_codes(grad, x, codebook, indices, dcodebook)
     return dx, dcodebook
+
+
+def codebook_moments(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    sums = x.new_empty((num_codes, x.shape[1]), dtype=torch.float32)
+    starts = _sum_codes(None, x.contiguous(), None, indices, sums)
+    return starts.diff(), sums
+
+
+def _sum_codes(
+    grad: Tensor | None, x: Tensor, codebook: Tensor | None, indices: Tensor, out: Tensor
+) -> Tensor:
+    """Where the vectors of each code start, and the end, in the order of the codes."""
+    _, dim, inner = x.shape
+    chosen, order = indices.flatten().sort(stable=True)
+    starts = torch.searchsorted(chosen, torch.arange(len(out) + 1, device=x.device))
+    block = min(256, triton.next_power_of_2(dim))
+    _codes[(len(out), triton.cdiv(dim, block))](
+        grad, x, codebook, order, starts, out, dim, inner,
+        ROWS=max(1, min(16, _ELEMENTS // block)), BLOCK=block,
+    )  # fmt: skip
+    return starts

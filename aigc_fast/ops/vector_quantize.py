@@ -51,22 +51,27 @@ def vector_quantize(
 
     Source: van den Oord, Vinyals and Kavukcuoglu 2017, arXiv:1711.00937.
     """
-    check_tensor("x", x)
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim must be from {-x.dim()} to {x.dim() - 1}, got {dim}")
-    dim %= x.dim()
-    vectors = x.movedim(dim, -1)
-    last = dim == x.dim() - 1 or vectors.is_contiguous()
-    inner = 1 if last else math.prod(x.shape[dim + 1 :])
-    outer = math.prod(x.shape[:dim]) * (math.prod(x.shape[dim + 1 :]) if last else 1)
-    rows = (vectors if last else x).reshape(outer, x.shape[dim], inner)
+    rows, last = as_vectors(x, dim)
     if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
         quantized, distances, indices = _VectorQuantize.call(rows, codebook, beta)
     else:
         quantized, distances, indices = _vector_quantize(rows, codebook)
-    shape = vectors.shape[:-1]
-    quantized = quantized.view(vectors.shape).movedim(-1, dim) if last else quantized.view(x.shape)
-    return quantized, indices.view(shape), distances.view(shape)
+    moved = x.movedim(dim, -1).shape
+    quantized = quantized.view(moved).movedim(-1, dim) if last else quantized.view(x.shape)
+    return quantized, indices.view(moved[:-1]), distances.view(moved[:-1])
+
+
+def as_vectors(x: Tensor, dim: int) -> tuple[Tensor, bool]:
+    """x as (outer, features, inner), and whether the features lie last in memory: inner is 1."""
+    check_tensor("x", x)
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim must be from {-x.dim()} to {x.dim() - 1}, got {dim}")
+    dim %= x.dim()
+    moved = x.movedim(dim, -1)
+    before, after = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
+    if moved.is_contiguous() or after == 1:
+        return moved.reshape(before * after, x.shape[dim], 1), True
+    return x.reshape(before, x.shape[dim], after), False
 
 
 def _reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,6 +34,31 @@ def _samples() -> list[Sample]:
     ]
 
 
+def _moments() -> list[Sample]:
+    def drawn(*shape: int, codes: int) -> Tensor:
+        return torch.randint(codes, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+    return [
+        Sample("rows", (rand(9, 17), drawn(9, codes=5), 7)),
+        Sample("image", (rand(2, 8, 3, 5), drawn(2, 3, 5, codes=4), 4), {"dim": 1}),
+        Sample("no_vectors", (rand(0, 4), drawn(0, codes=4), 3)),
+        Sample("one_code", (rand(70, 33), torch.zeros(70).long(), 2)),
+        Sample("threads", (rand(2500, 40), drawn(2500, codes=130), 130)),
+    ]
+
+
+def _moments_refusals() -> list[Refusal]:
+    x, indices = rand(3, 4), torch.tensor([0, 1, 0])
+    return [
+        Refusal("dtype", (x.int(), indices, 2), TypeError, "x must be float64"),
+        Refusal("indices", (x, indices.int(), 2), TypeError, "indices must be int64"),
+        Refusal("shape", (x, indices[:2], 2), ValueError, r"indices must have shape \(3,\)"),
+        Refusal("no_codes", (x, indices, 0), ValueError, "num_codes must be at least 1, got 0"),
+        Refusal("no_features", (rand(3, 0), indices, 2), ValueError, "at least one feature"),
+        Refusal("dim", (x, indices, 2), ValueError, "dim must be from", {"dim": 3}),
+    ]
+
+
 def _refusals() -> list[Refusal]:
     x, codes = rand(2, 4), rand(3, 4)
     return [
@@ -56,5 +81,6 @@ OPS = {
             Sample(f"{n}x{dim}_{codes}_codes", (rand(n, dim), rand(codes, dim, seed=1)))
             for n, dim, codes in ((8192, 256, 1024), (4096, 64, 8192), (65536, 8, 2048))
         ],
-    )
+    ),
+    "codebook_moments": OpSamples(ops.codebook_moments, _moments, _moments_refusals, derivatives=0),
 }

@@ -109,3 +109,5 @@ def test_refuses_indices_out_of_range() -> None:
     x, codebook = rand(1, 4, 1), rand(3, 4)
     with pytest.raises(ValueError, match="indices must be from 0 to 2, got 3"):
         _backward(rand(1, 1), None, x, codebook, torch.tensor([[3]]), 1.0, True)
+    with pytest.raises(ValueError, match="indices must be from 0 to 2, got -1"):
+        ops.codebook_moments(x[:, :, 0], torch.tensor([-1]), 3)
