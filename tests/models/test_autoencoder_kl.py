@@ -153,6 +153,7 @@ def test_a_checkpoint_of_another_shape() -> None:
         (dict(latents_mean=[0.1] * 4), "latents_mean must be None"),
         (dict(block_out_channels=[8, 8]), "down_block_types must be 'DownEncoderBlock2D' for each"),
         (dict(up_block_types=["AttnUpDecoderBlock2D"]), "up_block_types must be"),
+        (dict(block_out_channels=[]), "block_out_channels must not be empty"),
         (dict(scaling_factor=None), "scaling_factor must be like"),
         (dict(tiles=3), "no option 'tiles' is known"),
     ],
