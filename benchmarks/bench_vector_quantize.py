@@ -37,3 +37,18 @@ VECTOR_QUANTIZE = dataclasses.replace(OPS["vector_quantize"], function=distances
 @pytest.mark.parametrize("sample", VECTOR_QUANTIZE.large(), ids=lambda s: s.name)
 def bench_vector_quantize(measure, sample, dtype, direction) -> None:
     measure(VECTOR_QUANTIZE, sample, dtype, eager=eager, backward=direction != "forward")
+
+
+def eager_moments(x, indices, num_codes):
+    rows = wide(x)
+    counts = torch.bincount(indices, minlength=num_codes)
+    return counts, rows.new_zeros(num_codes, x.shape[1]).index_add_(0, indices, rows)
+
+
+MOMENTS = OPS["codebook_moments"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sample", MOMENTS.large(), ids=lambda s: s.name)
+def bench_codebook_moments(measure, sample, dtype) -> None:
+    measure(MOMENTS, sample, dtype, eager=eager_moments)

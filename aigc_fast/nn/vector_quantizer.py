@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn.bias_act import of_dtype
 
 
 class VectorQuantizer(nn.Module):
@@ -64,19 +63,18 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("ema_sum", self.embedding.weight.detach().clone())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codebook = self.embedding.weight
-        features = codebook.shape[1]
-        if self.decay is None:
-            quantized, indices, distances = ops.vector_quantize(
-                x, of_dtype(codebook, x), dim=self.dim, beta=self.beta
-            )
-            return quantized, indices, distances.mean() / features
-        if self.training:
+        codebook, follows = self.embedding.weight, self.decay is not None
+        if follows and self.training:
             codebook = codebook.clone()  # which backward needs as it was
-        quantized, indices, distances = ops.vector_quantize(x, of_dtype(codebook, x), dim=self.dim)
+        quantized, indices, distances = ops.vector_quantize(
+            x, codebook.to(x.dtype), dim=self.dim, beta=1.0 if follows else self.beta
+        )
+        loss = distances.mean() / codebook.shape[1]
+        if not follows:
+            return quantized, indices, loss
         if self.training and x.numel():
             self._follow(x.detach(), indices)
-        return quantized, indices, self.beta * distances.mean() / features
+        return quantized, indices, self.beta * loss
 
     def lookup(self, indices: Tensor) -> Tensor:
         """The codes of int64 indices, their features along `dim`: quantized, from the indices."""

@@ -38,10 +38,11 @@ def vector_quantize(
     so that `distances.mean()` has the gradient of VQ-VAE's |sg(x) - e|^2 + beta |x - sg(e)|^2,
     where sg makes a constant. A codebook that moving averages learn should be detached.
 
-    No matrix of distances is written. Scores are |e|^2 / 2 - x.e in fp32 (fp64 for fp64), so a code
-    may be chosen that is farther than the nearest one by the rounding of these: by some
-    2^-24 features |e| (|x| + |e|) at most, relative to the largest code. A distance that is NaN
-    counts as infinite; where all are, the index is 0. Bytes that must move: forward x, the
+    No matrix of distances is written. Scores are |e|^2 / 2 - x.e in fp32 (fp64 for fp64), so the
+    code that is chosen may be farther than the nearest one by the rounding of these: its squared
+    distance by at most 2^-22 features |e| (|x| + |e|), where |e| is the length of the longest code.
+    A score that is NaN counts as infinite; where all are, the index is 0. Distances are sums of
+    (x - e)^2, as exact as their terms. Bytes that must move: forward x, the
     codebook, quantized; backward x and two gradients of its size.
 
     Contiguous x and x in channels_last are read where they lie, for any `dim`; other strides are

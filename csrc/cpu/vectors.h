@@ -67,8 +67,9 @@ struct Vectors {
 
 inline void check_codebook(const Tensor& x, const Tensor& codebook) {
   require(x.dim() == 3, "x must have 3 dimensions");
-  require(codebook.dim() == 2 && codebook.size(0) > 0 && x.size(1) > 0 && codebook.size(1) == x.size(1),
-          "codebook must have shape (codes, ", x.size(1), ")");
+  require(
+      codebook.dim() == 2 && codebook.size(0) > 0 && x.size(1) > 0 && codebook.size(1) == x.size(1),
+      "codebook must have shape (codes, ", x.size(1), ")");
   require(codebook.size(0) < (int64_t{1} << 31), "codebook must have less than 2^31 codes");
   require(codebook.scalar_type() == x.scalar_type(), "codebook must have the dtype of x");
 }

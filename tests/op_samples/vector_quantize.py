@@ -34,16 +34,17 @@ def _samples() -> list[Sample]:
     ]
 
 
-def _moments() -> list[Sample]:
-    def drawn(*shape: int, codes: int) -> Tensor:
-        return torch.randint(codes, shape, generator=torch.Generator().manual_seed(sum(shape)))
+def _drawn(*shape: int, codes: int) -> Tensor:
+    return torch.randint(codes, shape, generator=torch.Generator().manual_seed(sum(shape)))
 
+
+def _moments() -> list[Sample]:
     return [
-        Sample("rows", (rand(9, 17), drawn(9, codes=5), 7)),
-        Sample("image", (rand(2, 8, 3, 5), drawn(2, 3, 5, codes=4), 4), {"dim": 1}),
-        Sample("no_vectors", (rand(0, 4), drawn(0, codes=4), 3)),
+        Sample("rows", (rand(9, 17), _drawn(9, codes=5), 7)),
+        Sample("image", (rand(2, 8, 3, 5), _drawn(2, 3, 5, codes=4), 4), {"dim": 1}),
+        Sample("no_vectors", (rand(0, 4), _drawn(0, codes=4), 3)),
         Sample("one_code", (rand(70, 33), torch.zeros(70).long(), 2)),
-        Sample("threads", (rand(2500, 40), drawn(2500, codes=130), 130)),
+        Sample("threads", (rand(2500, 40), _drawn(2500, codes=130), 130)),
     ]
 
 
@@ -82,5 +83,14 @@ OPS = {
             for n, dim, codes in ((8192, 256, 1024), (4096, 64, 8192), (65536, 8, 2048))
         ],
     ),
-    "codebook_moments": OpSamples(ops.codebook_moments, _moments, _moments_refusals, derivatives=0),
+    "codebook_moments": OpSamples(
+        ops.codebook_moments,
+        _moments,
+        _moments_refusals,
+        large=lambda: [
+            Sample(f"{n}x{dim}_{codes}_codes", (rand(n, dim), _drawn(n, codes=codes), codes))
+            for n, dim, codes in ((8192, 256, 1024), (65536, 8, 2048))
+        ],
+        derivatives=0,
+    ),
 }

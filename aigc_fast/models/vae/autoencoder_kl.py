@@ -97,7 +97,7 @@ class AutoencoderKL(nn.Module):
         The result is the mean, then the logarithm of the variance, along dim 1, not scaled. Sizes
         that `factor` does not divide are rounded down.
 
-        tile, overlap: see `decode`.
+        tile, overlap: in latents, see `decode`; the bound of memory has block_out_channels[0].
         """
         return self._in_tiles(self._encode, images, tile, overlap, (self.factor, 1))
 
