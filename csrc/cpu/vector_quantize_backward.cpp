@@ -76,7 +76,8 @@ std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_in,
         if (passed_in) rows.gather(data<T>(passed), first, count, added.data());
         for (int64_t row = 0; row < count; ++row) {
           const A factor = 2 * A(beta) * g[first + row];
-          A *to = block.data() + row * dim, *more = added.data() + row * dim;
+          A* to = block.data() + row * dim;
+          const A* more = passed_in ? added.data() + row * dim : nullptr;
           const T* e = book + code_of[first + row] * dim;
           for_vectors<A>(dim, [&](int64_t i, auto n) {
             const Vec<A> v = (load(to + i, n) - load(e + i, n)) * factor;
