@@ -35,7 +35,7 @@ def blend_tiles(
     its distances to the tile's border along height and width, each counted from half a pixel
     outside up to the overlap, and the shares of an output add up to one. Sums are in float32.
     """
-    rows, columns = (_parts(size, tile, overlap, unit, x.device) for size in x.shape[2:])
+    rows, columns = (_parts(x, dim, tile, overlap, unit) for dim in (2, 3))
     if len(rows) == len(columns) == 1:
         return run(x)
     height, width = rows[-1].write.stop, columns[-1].write.stop
@@ -44,18 +44,14 @@ def blend_tiles(
         for column in columns:
             y = run(x[:, :, row.read, column.read])
             if result is None:
-                wide = torch.promote_types(y.dtype, torch.float32)
-                result = y.new_zeros(*y.shape[:2], height, width, dtype=wide)
-            share = (row.share[:, None] * column.share).to(result.dtype)
-            result[:, :, row.write, column.write] += share * y
+                result = row.share.new_zeros(*y.shape[:2], height, width)
+            result[:, :, row.write, column.write] += row.share[:, None] * column.share * y
     assert result is not None
     return result.to(y.dtype)
 
 
-def _parts(
-    size: int, tile: int, overlap: int, unit: tuple[int, int], device: torch.device
-) -> list[_Part]:
-    per_input, per_output = unit
+def _parts(x: Tensor, dim: int, tile: int, overlap: int, unit: tuple[int, int]) -> list[_Part]:
+    size, (per_input, per_output) = x.shape[dim], unit
     count = size // per_input
     last = max(count - tile, 0)
     starts = [*range(0, last, tile - overlap), last]
@@ -67,7 +63,7 @@ def _parts(
         weight[start * per_output : stop * per_output] = distance.clamp(
             max=max(overlap * per_output, 0.5)
         )
-    shares = (weights / weights.sum(0)).to(device)
+    shares = (weights / weights.sum(0)).to(x.device, torch.promote_types(x.dtype, torch.float32))
     parts = []
     for start, stop, share in zip(starts, stops, shares, strict=True):
         write = slice(start * per_output, stop * per_output)
