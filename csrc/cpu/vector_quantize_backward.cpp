@@ -13,21 +13,27 @@ namespace {
 template <class T, class To, class F>
 void sum_codes(const Vectors& vectors, const Tensor& x, const Buckets& buckets, To* out, F&& term) {
   using A = Acc<T>;
-  const int64_t dim = vectors.dim;
+  const int64_t dim = vectors.dim, codes = buckets.starts.size() - 1;
+  const int64_t work = dim * (1 + vectors.count() / codes);  // of a code
   const Tensor rows = as_contiguous(torch::stable::transpose(x, 1, 2));
   const T* from = data<T>(rows);
-  buckets.for_codes(dim, [&](int64_t code) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / work);
+  torch::stable::parallel_for(0, codes, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> sum(dim);
-    for (int64_t at = buckets.starts[code]; at < buckets.starts[code + 1]; ++at) {
-      const int64_t n = buckets.order[at];
+    std::vector<A> rounded(dim);
+    for (int64_t code = begin; code < end; ++code) {
+      std::fill(sum.begin(), sum.end(), 0.0);
+      for (int64_t at = buckets.starts[code]; at < buckets.starts[code + 1]; ++at) {
+        const int64_t n = buckets.order[at];
+        for_vectors<A>(dim, [&](int64_t i, auto lanes) {
+          add_to<A>(sum.data() + i, term(n, code, from + n * dim + i, i, lanes), lanes);
+        });
+      }
+      std::copy(sum.begin(), sum.end(), rounded.begin());
       for_vectors<A>(dim, [&](int64_t i, auto lanes) {
-        add_to<A>(sum.data() + i, term(n, code, from + n * dim + i, i, lanes), lanes);
+        store(out + code * dim + i, load(rounded.data() + i, lanes), lanes);
       });
     }
-    const std::vector<A> rounded(sum.begin(), sum.end());
-    for_vectors<A>(dim, [&](int64_t i, auto lanes) {
-      store(out + code * dim + i, load(rounded.data() + i, lanes), lanes);
-    });
   });
 }
 

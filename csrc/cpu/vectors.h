@@ -89,17 +89,6 @@ struct Buckets {
     std::vector<int64_t> next(starts.begin(), starts.end() - 1);
     for (int64_t n = 0; n < count; ++n) order[next[indices[n]]++] = n;
   }
-
-  // f(code) for all codes, threaded.
-  template <class F>
-  void for_codes(int64_t dim, F&& f) const {
-    const int64_t codes = starts.size() - 1;
-    const int64_t work = dim * (1 + static_cast<int64_t>(order.size()) / codes);
-    torch::stable::parallel_for(0, codes, std::max<int64_t>(1, kGrain / work),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t code = begin; code < end; ++code) f(code);
-                                });
-  }
 };
 
 }  // namespace aigc_fast
