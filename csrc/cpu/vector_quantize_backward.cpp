@@ -9,6 +9,15 @@
 namespace aigc_fast {
 namespace {
 
+template <class A>
+AIGC_INLINE Vec<A> rounded(const Wide<A>& v) {
+  double lanes[kLanes<A>];
+  std::memcpy(lanes, v.half, sizeof lanes);
+  A narrow[kLanes<A>];
+  for (int i = 0; i < kLanes<A>; ++i) narrow[i] = static_cast<A>(lanes[i]);
+  return load(narrow);
+}
+
 // out[code] = sum of term(n, code, its features from i on, i, lanes) over the vectors n of a code.
 template <class T, class To, class F>
 void sum_codes(const Vectors& vectors, const Tensor& x, const Buckets& buckets, To* out, F&& term) {
@@ -19,21 +28,15 @@ void sum_codes(const Vectors& vectors, const Tensor& x, const Buckets& buckets, 
   const T* from = data<T>(rows);
   const int64_t grain = std::max<int64_t>(1, kGrain / work);
   torch::stable::parallel_for(0, codes, grain, [&](int64_t begin, int64_t end) {
-    std::vector<double> sum(dim);
-    std::vector<A> rounded(dim);
-    for (int64_t code = begin; code < end; ++code) {
-      std::fill(sum.begin(), sum.end(), 0.0);
-      for (int64_t at = buckets.starts[code]; at < buckets.starts[code + 1]; ++at) {
-        const int64_t n = buckets.order[at];
-        for_vectors<A>(dim, [&](int64_t i, auto lanes) {
-          add_to<A>(sum.data() + i, term(n, code, from + n * dim + i, i, lanes), lanes);
-        });
-      }
-      std::copy(sum.begin(), sum.end(), rounded.begin());
+    for (int64_t code = begin; code < end; ++code)
       for_vectors<A>(dim, [&](int64_t i, auto lanes) {
-        store(out + code * dim + i, load(rounded.data() + i, lanes), lanes);
+        Wide<A> sum;
+        for (int64_t at = buckets.starts[code]; at < buckets.starts[code + 1]; ++at) {
+          const int64_t n = buckets.order[at];
+          sum += term(n, code, from + n * dim + i, i, lanes);
+        }
+        store(out + code * dim + i, rounded(sum), lanes);
       });
-    }
   });
 }
 
