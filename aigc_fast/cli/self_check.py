@@ -130,6 +130,9 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     ),
     "bias_act": lambda x: ops.bias_act(x(3, 17, 31), x(17), 1, "lrelu", clamp=1.0),
     "channel_moments": lambda x: ops.channel_moments(x(2, 6, 5, 7)),
+    "codebook_moments": lambda x: ops.codebook_moments(
+        x.constant(6, 33), x.int32(3, 0, 1, 3, 3, 1).long(), 5
+    )[1],
     "conv3x3": lambda x: ops.conv3x3(
         x.constant(2, 35, 5, 19), x.constant(24, 35, 3, 3), x.constant(24), x.constant(24)
     ),
@@ -173,6 +176,7 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "swiglu": lambda x: ops.swiglu(x(5, 127), x(5, 127)),
     "timestep_embedding": lambda x: ops.timestep_embedding(x(5), 31, max_period=100.0),
     "upfirdn2d": lambda x: ops.upfirdn2d(x(2, 3, 7, 9), x.constant(4, 4), up=2, padding=2),
+    "vector_quantize": lambda x: ops.vector_quantize(x(3, 17, 5), x(9, 17), dim=1)[2],
 }
 
 

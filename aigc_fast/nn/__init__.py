@@ -23,6 +23,7 @@ from .rms_norm import RMSNorm
 from .snake import AliasFreeSnake, Snake, SnakeBeta
 from .spectral_norm import remove_spectral_norm, spectral_norm
 from .upfirdn2d import Blur, Downsample2d, Upsample2d
+from .vector_quantizer import VectorQuantizer
 
 __all__ = [
     "GEGLU",
@@ -55,6 +56,7 @@ __all__ = [
     "SwiGLU",
     "SyncBatchNormAct",
     "Upsample2d",
+    "VectorQuantizer",
     "fold_batch_norm",
     "fuse",
     "remove_spectral_norm",

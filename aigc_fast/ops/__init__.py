@@ -6,6 +6,7 @@ from aigc_fast.ops.add_noise import add_noise
 from aigc_fast.ops.alias_free_snake import alias_free_snake
 from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.channel_moments import channel_moments
+from aigc_fast.ops.codebook_moments import codebook_moments
 from aigc_fast.ops.conv3x3 import conv3x3
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
@@ -38,6 +39,7 @@ from aigc_fast.ops.spectral_norm import spectral_norm
 from aigc_fast.ops.timestep_embedding import timestep_embedding
 from aigc_fast.ops.upfirdn2d import upfirdn2d
 from aigc_fast.ops.upsample_conv2d import upsample_conv2d
+from aigc_fast.ops.vector_quantize import vector_quantize
 
 # The schemas stand; now the compiled libraries can register their kernels.
 _libraries.load()
@@ -53,6 +55,7 @@ __all__ = [
     "batch_norm_act",
     "bias_act",
     "channel_moments",
+    "codebook_moments",
     "conv2d_resample",
     "conv3x3",
     "decode_attention",
@@ -88,4 +91,5 @@ __all__ = [
     "timestep_embedding",
     "upfirdn2d",
     "upsample_conv2d",
+    "vector_quantize",
 ]

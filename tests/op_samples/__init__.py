@@ -29,6 +29,7 @@ from tests.op_samples import (
     spectral_norm,
     timestep_embedding,
     upfirdn2d,
+    vector_quantize,
 )
 from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, rand
 
@@ -58,6 +59,7 @@ OPS: dict[str, OpSamples] = {
     **optim.OPS,
     **timestep_embedding.OPS,
     **alias_free_snake.OPS,
+    **vector_quantize.OPS,
 }
 
 __all__ = ["OPS", "OpSamples", "Refusal", "Sample", "channels_last", "rand"]

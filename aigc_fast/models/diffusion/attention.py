@@ -1,11 +1,15 @@
 """Attention in U-Nets and diffusion transformers; modules are named as diffusers names them."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn import GroupNormAct, LayerNorm
+
+from .load import early_name
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -23,7 +27,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Of tokens (batch, tokens, width) to themselves or to a context of another width."""
+    """Of tokens (batch, tokens, width) to themselves or to a context of another width.
+
+    `load_state_dict` knows the names of early checkpoints too: query, key, value and proj_attn.
+    """
 
     def __init__(
         self, width: int, heads: int, context_width: int | None = None, *, bias: bool = False
@@ -34,6 +41,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_width or width, width, bias=bias)
         self.to_v = nn.Linear(context_width or width, width, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.register_load_state_dict_pre_hook(_rename_early)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
@@ -43,6 +51,12 @@ class Attention(nn.Module):
         )
         out = attend(query, key, value)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def _rename_early(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in module.state_dict(prefix=prefix):
+        if key not in state and early_name(key) in state:
+            state[key] = state.pop(early_name(key))
 
 
 class SpatialAttention(Attention):

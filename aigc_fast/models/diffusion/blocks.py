@@ -1,4 +1,4 @@
-"""The parts of a U-Net; modules are named as diffusers names them."""
+"""The parts of U-Nets and autoencoders; modules are named as diffusers names them."""
 
 from collections.abc import Iterable
 
@@ -26,16 +26,17 @@ class ResnetBlock(nn.Module):
     """(skip(x) + h) / output_scale, h = conv(silu(norm(conv(silu(norm(x)))))).
 
     The embedding is added before the second norm or, if `modulated`, gives its scale and shift.
+    An `embedding_dim` of None makes a block without one.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        embedding_dim: int,
+        embedding_dim: int | None,
         groups: int,
         eps: float,
-        modulated: bool,
+        modulated: bool = False,
         dropout: float = 0.0,
         output_scale: float = 1.0,
     ) -> None:
@@ -44,7 +45,8 @@ class ResnetBlock(nn.Module):
         norm = ModulatedGroupNormAct if modulated else GroupNormAct
         self.norm1 = GroupNormAct(groups, in_channels, eps, activation="silu")
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(embedding_dim, (1 + modulated) * out_channels)
+        if embedding_dim is not None:
+            self.time_emb_proj = nn.Linear(embedding_dim, (1 + modulated) * out_channels)
         self.norm2 = norm(groups, out_channels, eps, activation="silu")
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -52,14 +54,15 @@ class ResnetBlock(nn.Module):
             None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         )
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """embedding: (batch, embedding_dim), its activation taken."""
         h = self.conv1(self.norm1(x))
-        time = self.time_emb_proj(embedding)
-        if self.modulated:
-            h = self.norm2(h, *time.chunk(2, dim=1))
+        if embedding is None:
+            h = self.norm2(h)
+        elif self.modulated:
+            h = self.norm2(h, *self.time_emb_proj(embedding).chunk(2, dim=1))
         else:
-            h = self.norm2(h + time[:, :, None, None])
+            h = self.norm2(h + self.time_emb_proj(embedding)[:, :, None, None])
         h = self.conv2(self.dropout(h))
         out = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
         return out if self.output_scale == 1 else out / self.output_scale
@@ -83,8 +86,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        if size == (2 * x.shape[2], 2 * x.shape[3]):
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
             return ops.upsample_conv2d(x, self.conv.weight, self.conv.bias)
         return self.conv(F.interpolate(x, size=size))
 
@@ -98,7 +101,7 @@ class Level(nn.Module):
         if found := list(attentions):
             self.attentions = nn.ModuleList(found)
 
-    def step(self, i: int, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
+    def step(self, i: int, x: Tensor, embedding: Tensor | None, context: Tensor | None) -> Tensor:
         x = self.resnets[i](x, embedding)
         return self.attentions[i](x, context) if hasattr(self, "attentions") else x
 
@@ -108,15 +111,21 @@ class DownLevel(Level):
         self.downsamplers = nn.ModuleList([downsample])
 
     def forward(
-        self, x: Tensor, embedding: Tensor, context: Tensor | None, skips: list[Tensor]
+        self,
+        x: Tensor,
+        embedding: Tensor | None = None,
+        context: Tensor | None = None,
+        skips: list[Tensor] | None = None,
     ) -> Tensor:
-        """Appends what the way up will read to `skips`."""
+        """Appends what the way up will read to `skips`; None where there are no skips."""
         for i in range(len(self.resnets)):
             x = self.step(i, x, embedding, context)
-            skips.append(x)
+            if skips is not None:
+                skips.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
-            skips.append(x)
+            if skips is not None:
+                skips.append(x)
         return x
 
 
@@ -125,19 +134,28 @@ class UpLevel(Level):
         self.upsamplers = nn.ModuleList([upsample])
 
     def forward(
-        self, x: Tensor, embedding: Tensor, context: Tensor | None, skips: list[Tensor]
+        self,
+        x: Tensor,
+        embedding: Tensor | None = None,
+        context: Tensor | None = None,
+        skips: list[Tensor] | None = None,
     ) -> Tensor:
+        """Takes what the way down left from the end of `skips`; None where there are no skips."""
         for i in range(len(self.resnets)):
-            x = self.step(i, torch.cat([x, skips.pop()], dim=1), embedding, context)
+            if skips is not None:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = self.step(i, x, embedding, context)
         if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x, skips[-1].shape[2:])
+            x = self.upsamplers[0](x, None if skips is None else skips[-1].shape[2:])
         return x
 
 
 class MiddleLevel(Level):
     """Between two residual blocks there is attention, if there is any."""
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         x = self.resnets[0](x, embedding)
         if hasattr(self, "attentions"):
             x = self.attentions[0](x, context)

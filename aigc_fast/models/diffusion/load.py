@@ -91,8 +91,16 @@ def from_folder(
     return _load(build, folder.config, set(folder.tensors), fetch, folder.path)
 
 
-#: what attention of early checkpoints is called
 _EARLY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def early_name(key: str) -> str:
+    """What early checkpoints call a parameter of attention; other keys are their own."""
+    module, _, kind = key.rpartition(".")
+    for new, early in _EARLY.items():
+        if module.endswith(new):
+            return f"{module.removesuffix(new)}{early}.{kind}"
+    return key
 
 
 def _load(
@@ -109,12 +117,8 @@ def _load(
         raise ValueError(f"{source}: config: {error}") from None
     state, unread = {}, set(names)
     for key, like in model.state_dict().items():
-        name = key
-        module, _, kind = key.rpartition(".")
-        for new, early in _EARLY.items():
-            older = f"{module.removesuffix(new)}{early}.{kind}"
-            if key not in names and module.endswith(new) and older in names:
-                name = older
+        early = early_name(key)
+        name = early if key not in names and early in names else key
         unread.discard(name)
         state[key] = fetch(name, tuple(like.shape))
     if unread:

@@ -1,0 +1,6 @@
+"""Variational autoencoders."""
+
+from .autoencoder_kl import AutoencoderKL
+from .vq_vae import VQVAE
+
+__all__ = ["VQVAE", "AutoencoderKL"]

@@ -1,0 +1,101 @@
+"""VQ-VAE with a convolutional encoder and decoder: diffusers' VQModel."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aigc_fast.models.diffusion.load import from_folder, from_state_dict, resolve
+from aigc_fast.nn import VectorQuantizer
+
+from .networks import OPTIONS, Decoder, Encoder, check
+
+_OPTIONS: dict[str, Any] = OPTIONS | dict(
+    latent_channels=3,
+    num_vq_embeddings=256,
+    vq_embed_dim=None,
+    scaling_factor=0.18215,  # of who trains on the latents: nothing here scales
+)
+_FIXED: dict[str, Any] = dict(norm_type="group", lookup_from_codebook=False)
+
+
+class VQVAE(nn.Module):
+    """Images to indices of a codebook, and back.
+
+    config: what config.json of diffusers' VQModel says; what is left out is diffusers' default.
+            Names of parameters are diffusers' own.
+    beta, decay, restart_below: of the codebook, see `nn.VectorQuantizer`. A decay adds two buffers
+            to the state dict.
+
+    Attributes: `factor`, pixels of an image along a side of a latent; `quantize`, the
+    `nn.VectorQuantizer`; `config`, the options as attributes.
+
+        quantized, indices, loss = model.quantize(model.encode(images))
+        images = model.decode(model.quantize.lookup(indices))
+
+    ValueError names an option that is not supported or known.
+
+    Source: van den Oord et al. 2017, arXiv:1711.00937; Esser et al. 2021, arXiv:2012.09841.
+
+    >>> VQVAE(dict(block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2,
+    ...            up_block_types=("UpDecoderBlock2D",) * 2), decay=0.99)
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        beta: float = 0.25,
+        decay: float | None = None,
+        restart_below: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.config = o = resolve(config, _OPTIONS, _FIXED)
+        check(o)
+        self.factor = 2 ** (len(o.block_out_channels) - 1)
+        features = o.vq_embed_dim or o.latent_channels
+        self.encoder = Encoder(o, o.latent_channels)
+        self.quant_conv = nn.Conv2d(o.latent_channels, features, 1)
+        self.quantize = VectorQuantizer(
+            o.num_vq_embeddings, features, beta=beta, decay=decay, restart_below=restart_below
+        )
+        self.post_quant_conv = nn.Conv2d(features, o.latent_channels, 1)
+        self.decoder = Decoder(o)
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> "VQVAE":
+        """A model that shares the tensors of a diffusers model: its `config`, its `state_dict()`.
+
+        ValueError names the first tensor that is missing, has another shape, or has no use.
+        """
+        return from_state_dict(cls, config, state_dict).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None
+    ) -> "VQVAE":
+        """Reads the folder that diffusers' save_pretrained wrote (config.json and safetensors).
+
+        dtype: of the weights; None leaves that of the file, and maps the file into memory.
+
+        OSError where a file cannot be opened, ValueError where one is unsound or does not fit.
+        """
+        return from_folder(cls, path, dtype).eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(reconstructed images, indices (batch, h, w), loss of the codebook): add the
+        reconstruction's own loss to train."""
+        quantized, indices, loss = self.quantize(self.encode(images))
+        return self.decode(quantized), indices, loss
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(batch, in_channels, height, width) to vectors that are not quantized yet, (batch,
+        vq_embed_dim, height / factor, width / factor), rounded down."""
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, quantized: Tensor) -> Tensor:
+        """(batch, vq_embed_dim, h, w) to (batch, out_channels, factor h, factor w); quantizes
+        nothing."""
+        return self.decoder(self.post_quant_conv(quantized))
