@@ -29,6 +29,7 @@ template <class T>
 struct RowPointer {
   T* at = nullptr;
   int64_t stride = 0;
+  T* row(int64_t i) const { return at + i * stride; }
 };
 
 // The rows of one call, whose results have the strides of torch.empty_like(sample): dense, in its
@@ -52,13 +53,15 @@ class SampleRows {
     inner = size / rows;
   }
 
-  // x, or a copy of it, such that its rows lie as those of order().
-  Tensor arrange(const Tensor& x) const {
+  // Whether the rows of x lie as those of order().
+  bool fits(const Tensor& x) const {
     bool same = outermost_ || same_strides(x, order_);
     for (int64_t d = 1; same && d < x.dim(); ++d)
       same = x.size(d) == 1 || x.stride(d) == order_.stride(d);
-    return same ? x : in_order_of(x, order_);
+    return same;
   }
+  // x, or a copy of it that fits.
+  Tensor arrange(const Tensor& x) const { return fits(x) ? x : in_order_of(x, order_); }
   template <class T>
   RowPointer<const T> read(const Tensor& x) {
     return {data<T>(x), stride_of(x)};

@@ -1,0 +1,5 @@
+"""Variational autoencoders."""
+
+from .conv_vae import ConvVAE
+
+__all__ = ["ConvVAE"]
