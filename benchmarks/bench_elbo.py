@@ -1,4 +1,4 @@
-"""The two terms of a VAE's bound, forward and backward: a draw with its divergence, a likelihood."""
+"""The terms of a VAE's bound, forward and backward: a draw with its divergence, a likelihood."""
 
 import pytest
 import torch

@@ -4,7 +4,6 @@ Convolution, norm and activation stand where they stand in the sequence `main` o
 DCGAN example, so that weights travel in either direction; what is fused leaves an nn.Identity.
 """
 
-import torch
 from torch import Tensor, nn
 
 from aigc_fast.nn import Conv2dBiasAct, ConvTranspose2dBiasAct

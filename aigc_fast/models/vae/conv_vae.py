@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from aigc_fast.nn import GroupNormAct
+from aigc_fast.nn import Conv2dBiasAct, GroupNormAct
 
 from ..labels import join_labels
 
-_GROUPS = 8
+_GROUP = 8  # channels that are normalised together
 
 
 class ConvVAE(nn.Module):
@@ -37,8 +37,8 @@ class ConvVAE(nn.Module):
         super().__init__()
         if size < 5:
             raise ValueError(f"size must be at least 5, got {size}")
-        if channels < _GROUPS or channels % _GROUPS:
-            raise ValueError(f"channels must be a multiple of {_GROUPS}, got {channels}")
+        if channels < _GROUP or channels % _GROUP:
+            raise ValueError(f"channels must be a multiple of {_GROUP}, got {channels}")
         self.size, self.latent_dim, self.num_classes = size, latent_dim, num_classes
         sides = [size]
         while sides[-1] > 4:
@@ -49,9 +49,13 @@ class ConvVAE(nn.Module):
         down: list[nn.Module] = []
         up: list[nn.Module] = []
         for kernel, before, after in zip(kernels, widths[:-1], widths[1:], strict=True):
-            down += [nn.Conv2d(before, after, kernel, 2, 1, bias=False), _norm(after)]
-            first = not up  # and so the last of the decoder, with no norm behind it
-            up = [_norm(after), nn.ConvTranspose2d(after, before, kernel, 2, 1, bias=first), *up]
+            if not down:  # a norm would hide how bright the image is
+                down = [Conv2dBiasAct(before, after, kernel, 2, 1, act="swish", gain=1.0)]
+                up = [nn.ConvTranspose2d(after, before, kernel, 2, 1)]
+            else:
+                down += [nn.Conv2d(before, after, kernel, 2, 1, bias=False), _norm(after)]
+                up.insert(0, nn.ConvTranspose2d(after, before, kernel, 2, 1, bias=False))
+            up.insert(0, _norm(after))
         self.down, self.up = nn.Sequential(*down), nn.Sequential(*up)
         self.inner_shape = (widths[-1], sides[-1], sides[-1])
         features, classes = widths[-1] * sides[-1] ** 2, num_classes or 0
@@ -95,4 +99,4 @@ class ConvVAE(nn.Module):
 
 
 def _norm(channels: int) -> nn.Module:
-    return GroupNormAct(_GROUPS, channels, activation="silu")
+    return GroupNormAct(channels // _GROUP, channels, activation="silu")
