@@ -39,11 +39,11 @@ def run(console: Console, options: Options) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model, config = load_model(options.checkpoint, device)
         with torch.no_grad():
-            images = _PICTURES[options.show](model, config, options)
+            images, columns = _PICTURES[options.show](model, config, options)
     except (ValueError, OSError, ImportError) as error:
         console.print(f"[bold red]{error}[/]", soft_wrap=True)
         return 2
-    save_grid(options.output, images.float().cpu(), columns=min(len(images), _COLUMNS))
+    save_grid(options.output, images.float().cpu(), columns)
     console.print(f"{options.count} {options.show} in {options.output}")
     return 0
 
@@ -71,21 +71,26 @@ def _draw(
     return latents, labels.to(device)
 
 
-def _samples(model: nn.Module, config: Config, options: Options) -> Tensor:
-    return samples_of(model, config, options.count, options.label, options.seed)[0]
+# Each gives images and how many stand in a row.
 
 
-def _interpolations(model: nn.Module, config: Config, options: Options) -> Tensor:
+def _samples(model: nn.Module, config: Config, options: Options) -> tuple[Tensor, int]:
+    images, _ = samples_of(model, config, options.count, options.label, options.seed)
+    return images, min(len(images), _COLUMNS)
+
+
+def _interpolations(model: nn.Module, config: Config, options: Options) -> tuple[Tensor, int]:
     """A row each, from one draw to another: cos(t) a + sin(t) b is standard normal all the way."""
     begin, labels = _draw(model, config, options.count, options.label, options.seed)
     end, _ = _draw(model, config, options.count, options.label, options.seed + 1)
     angle = torch.linspace(0, torch.pi / 2, _COLUMNS, device=begin.device)[:, None]
     latents = (angle.cos() * begin[:, None] + angle.sin() * end[:, None]).flatten(0, 1)
     classes = None if labels is None else labels.repeat_interleave(_COLUMNS)
-    return images_of(model.decode(latents, classes), config["likelihood"])  # type: ignore[operator]
+    images = images_of(model.decode(latents, classes), config["likelihood"])  # type: ignore[operator]
+    return images, _COLUMNS
 
 
-def _reconstructions(model: nn.Module, config: Config, options: Options) -> Tensor:
+def _reconstructions(model: nn.Module, config: Config, options: Options) -> tuple[Tensor, int]:
     """Rows of images that no training saw, below each row what the model makes of it."""
     device = next(model.parameters()).device
     images, labels = load_data(options.data, config["size"])
@@ -98,7 +103,7 @@ def _reconstructions(model: nn.Module, config: Config, options: Options) -> Tens
     classes = () if config["num_classes"] is None else (labels,)
     again = images_of(model(images, *classes), config["likelihood"])
     rows = zip(images.split(_COLUMNS), again.split(_COLUMNS), strict=True)
-    return torch.cat([piece for row in rows for piece in row])
+    return torch.cat([piece for row in rows for piece in row]), min(count, _COLUMNS)
 
 
 _PICTURES = {

@@ -72,16 +72,16 @@ class Session(TrainingSession):
 
     @torch.no_grad()
     def keep_samples(self) -> None:
-        options, model, device = self.options, self.trainer.average, self.samples.device
-        save_model(options.output / "model.safetensors", model, self.networks)
+        output, model, device = self.options.output, self.trainer.average, self.samples.device
+        save_model(output / "model.safetensors", model, self.networks)
         labels, classes = None, self.networks["num_classes"]
         if classes is not None:
             labels = torch.arange(_GRID, device=device) % classes
         # The same latents in every picture: one sees them grow.
-        random = torch.Generator(device).manual_seed(options.seed)
-        output = model.sample(None if classes else _GRID, labels, generator=random)
-        images = images_of(output, options.likelihood).cpu()
-        save_grid(options.output / "samples.png", images, columns=12)
+        random = torch.Generator(device).manual_seed(self.options.seed)
+        drawn = model.sample(_GRID, labels, generator=random)
+        images = images_of(drawn, self.networks["likelihood"]).cpu()
+        save_grid(output / "samples.png", images, columns=12)
 
 
 def held_out(count: int) -> Tensor:

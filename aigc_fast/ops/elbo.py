@@ -263,4 +263,5 @@ class _ReconstructionLoss(OpFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         run = _reference_loss_backward if torch.is_grad_enabled() else _loss_backward
-        return run(grad, *ctx.saved_tensors, ctx.kind), None, None
+        output, target = ctx.saved_tensors
+        return run(grad, output, target, ctx.kind), None, None

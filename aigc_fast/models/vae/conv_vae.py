@@ -80,16 +80,14 @@ class ConvVAE(nn.Module):
 
     def sample(
         self,
-        count: int | None = None,
+        count: int,
         labels: Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """`decode` of so many draws from the standard normal, or of one for each label."""
-        if (count is None) == (labels is None):
-            raise ValueError("either count or labels must be given")
-        weight = self.from_latent.weight
-        latents = weight.new_empty(count if labels is None else len(labels), self.latent_dim)
+        """`decode` of so many draws from the standard normal; labels: (count,) where there are
+        classes; generator: on the model's device."""
+        latents = self.from_latent.weight.new_empty(count, self.latent_dim)
         return self.decode(latents.normal_(generator=generator), labels)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
