@@ -11,39 +11,10 @@ using Maybe = std::optional<Tensor>;
 // Bounds of the log-variance, as in aigc_fast/ops/elbo.py.
 constexpr double kLowest = -30, kHighest = 20;
 
-// A sum for each sample, of pieces that threads add up by themselves.
-class SampleSums {
- public:
-  SampleSums(const SampleRows& rows, int64_t batch)
-      : batch_(batch),
-        pieces_((rows.inner + kPiece - 1) / kPiece),
-        sums_(static_cast<size_t>(rows.rows * pieces_)) {}
-
-  void set(int64_t row, int64_t begin, double sum) { sums_[row * pieces_ + begin / kPiece] = sum; }
-  // (batch,): float32, or float64 for tensors of it.
-  Tensor result(double factor, ScalarType dtype) const {
-    const bool wide = dtype == ScalarType::Double;
-    Tensor out = empty({batch_}, wide ? ScalarType::Double : ScalarType::Float);
-    for (int64_t b = 0; b < batch_; ++b) {
-      double sum = 0;
-      for (int64_t p = 0; p < pieces_; ++p) sum += sums_[b * pieces_ + p];
-      if (wide)
-        mutable_data<double>(out)[b] = factor * sum;
-      else
-        mutable_data<float>(out)[b] = static_cast<float>(factor * sum);
-    }
-    return out;
-  }
-
- private:
-  static constexpr int64_t kPiece = SampleRows::kPiece;
-  int64_t batch_, pieces_;
-  std::vector<double> sums_;
-};
-
-// A gradient of each sample's sum; zeros where there is none.
-Scalars per_sample(const Tensor& grad, const char* name, int64_t batch) {
-  require(grad.dim() == 1 && grad.size(0) == batch, name, " must have shape (", batch, ",)");
+// The gradient that comes back to the sum of each sample.
+Scalars upstream_of(const Tensor& grad, const char* name, const Tensor& batch) {
+  require(grad.dim() == 1 && grad.size(0) == batch.size(0), name, " must have shape (",
+          batch.size(0), ",)");
   return Scalars(grad, name);
 }
 
@@ -95,7 +66,7 @@ struct Gaussian {
 
 std::tuple<Tensor, Tensor> sample_gaussian(const Tensor& parameters, const Maybe& noise) {
   Gaussian g(parameters, noise);
-  SampleSums sums(g.rows, parameters.size(0));
+  SampleSums sums(g.rows);
   Tensor out = g.rows.order();
   dispatch(parameters, "parameters", [&]<class T>(T) {
     using A = Acc<T>;
@@ -116,7 +87,7 @@ std::tuple<Tensor, Tensor> sample_gaussian(const Tensor& parameters, const Maybe
       sums.set(row, begin, sum);
     });
   });
-  return {g.rows.finish(out), sums.result(0.5, parameters.scalar_type())};
+  return {g.rows.finish(out), sums.of_each(parameters, 0.5)};
 }
 
 // (gradient of parameters, gradient of noise or empty)
@@ -135,7 +106,7 @@ std::tuple<Tensor, Tensor> sample_gaussian_backward(const Maybe& grad_sample, co
     grad = rows.arrange(*grad_sample);
   }
   std::optional<Scalars> kl_scale;
-  if (grad_kl) kl_scale = per_sample(*grad_kl, "grad_kl", parameters.size(0));
+  if (grad_kl) kl_scale = upstream_of(*grad_kl, "grad_kl", parameters);
   Tensor out =
       is_dense(parameters) ? empty_like_dense(parameters) : torch::stable::empty_like(parameters);
   Tensor halves[2] = {half(out, 0), half(out, 1)};
@@ -253,7 +224,7 @@ class Pairs {
 
 Tensor reconstruction_loss(const Tensor& output, const Tensor& target, int64_t kind) {
   Pairs pairs(output, target, kind);
-  SampleSums sums(pairs.rows, output.size(0));
+  SampleSums sums(pairs.rows);
   pairs.for_pieces([&]<Likelihood p, class T>(std::integral_constant<Likelihood, p>, T, int64_t row,
                                               int64_t begin, int64_t length, auto x, auto t) {
     using A = Acc<T>;
@@ -262,13 +233,13 @@ Tensor reconstruction_loss(const Tensor& output, const Tensor& target, int64_t k
     });
     sums.set(row, begin, sum);
   });
-  return sums.result(1, output.scalar_type());
+  return sums.of_each(output, 1);
 }
 
 Tensor reconstruction_loss_backward(const Tensor& grad, const Tensor& output, const Tensor& target,
                                     int64_t kind) {
   Pairs pairs(output, target, kind);
-  const Scalars scales = per_sample(grad, "grad_output", output.size(0));
+  const Scalars scales = upstream_of(grad, "grad_output", output);
   Tensor out = pairs.rows.order();
   pairs.for_pieces([&]<Likelihood p, class T>(std::integral_constant<Likelihood, p>, T, int64_t row,
                                               int64_t begin, int64_t length, auto x, auto t) {

@@ -1,6 +1,7 @@
 """`aigc-fast train vae` and `aigc-fast sample vae`, as a user runs them."""
 
 import csv
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from typer.testing import CliRunner
 
 from aigc_fast.cli import training_session
 from aigc_fast.cli.app import app
+from aigc_fast.cli.train_vae import held_out
+from aigc_fast.cli.vae_model import load_model
+from aigc_fast.training import log_likelihood
 
 
 def run(*arguments):
@@ -112,3 +116,14 @@ def test_sample_refuses_what_is_no_model(tmp_path):
     result = draw(path, tmp_path / "out.png")
     assert result.exit_code == 2
     assert "not the model.safetensors of a vae model" in result.output.replace("\n", " ")
+
+
+def test_the_model_in_the_docs(tmp_path):
+    checkpoint = Path(__file__).parents[2] / "docs" / "vae" / "digits.safetensors"
+    assert checkpoint.stat().st_size < 5e6
+    assert draw(checkpoint, tmp_path / "samples.png", "--count", 4).exit_code == 0
+    model, config = load_model(checkpoint, torch.device("cpu"))
+    images, _ = training_session.load_data("digits", 28)
+    aside = images[held_out(len(images))]
+    bound = log_likelihood(model, aside, samples=5, likelihood=config["likelihood"])
+    assert len(aside) == 5 and bound.mean() > -120  # nats; the docs have -99 of 500 digits
