@@ -95,6 +95,26 @@ def test_training_learns(likelihood):
     assert (again.sign() == flat).float().mean() > 0.95
 
 
+def test_latents_may_be_maps():
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(1, 4, 2, 2), nn.ConvTranspose2d(2, 1, 2, 2)
+
+        def encode(self, images):
+            return self.down(images)
+
+        def decode(self, latents):
+            return self.up(latents)
+
+    torch.manual_seed(0)
+    recipe = VAERecipe("gaussian", warm_up=0.0, lr=1e-2, bf16=True)
+    ours = VAETrainer(Maps(), recipe, done=lambda step: step / 20)
+    first, *_, last = (ours.step(SAMPLES)[0] for _ in range(20))
+    assert last < first
+    assert log_likelihood(ours.average, SAMPLES, samples=2, likelihood="gaussian").shape == (10,)
+
+
 @pytest.mark.parametrize("conditional", [False, True])
 def test_goes_on_to_the_bit_after_an_interruption(conditional, tmp_path):
     recipe = VAERecipe("laplace", beta=2.0, warm_up=0.2, free_bits=0.5, max_norm=1.0)
