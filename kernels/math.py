@@ -29,13 +29,19 @@ def tanh(x):
 
 
 @triton.jit
-def expm1(x):
+def exp_tail(x):
+    """e^x - 1 - x for |x| < 0.34, where the difference cancels."""
     p = 1.9875691500e-4 * x + 1.3981999507e-3
     p = p * x + 8.3334519073e-3
     p = p * x + 4.1665795894e-2
     p = p * x + 1.6666665459e-1
     p = p * x + 5.0000001201e-1
-    return tl.where(tl.abs(x) < 0.34, p * x * x + x, tl.exp(x) - 1.0)
+    return p * x * x
+
+
+@triton.jit
+def expm1(x):
+    return tl.where(tl.abs(x) < 0.34, exp_tail(x) + x, tl.exp(x) - 1.0)
 
 
 @triton.jit

@@ -1,7 +1,5 @@
 """The diffusion models of the command line, as files, and the schedulers that sample from them."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,8 @@ from aigc_fast.schedulers import (
     UniPCMultistepScheduler,
 )
 from aigc_fast.training.denoising import PREDICTIONS, SCHEDULES
+
+from .weights import load_weights, save_weights
 
 #: What a model is made of and what it predicts: image_channels, size, channels (of the levels),
 #: num_classes (0 for no labels), prediction and schedule; and of a model of video, frames and
@@ -63,36 +63,12 @@ def sample_shape(config: Config) -> tuple[int, ...]:
 
 
 def save_model(path: Path, model: nn.Module, config: Config) -> None:
-    """Weights as safetensors, the config in its header. Whole, or what was there before.
-
-    They are rounded to float16, for half the size; a checkpoint to go on from is another file.
-    """
-    from safetensors.torch import save_file
-
-    weights = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial, {"aigc_fast": json.dumps({"diffusion": config})})
-    os.replace(partial, path)
+    save_weights(path, model, "diffusion", config)
 
 
 def load_model(path: Path, device: torch.device) -> tuple[nn.Module, Config]:
     """What `save_model` wrote; ValueError for another file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {})["aigc_fast"])["diffusion"]
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        model = make_model(config)
-        model.load_state_dict(weights)
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: not the model.safetensors of a diffusion model: {error}"
-        ) from error
-    return model.to(device).eval(), config
+    return load_weights(path, "diffusion", make_model, device)
 
 
 def make_scheduler(name: str, prediction: str, schedule: str) -> Scheduler:

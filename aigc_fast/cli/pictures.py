@@ -73,7 +73,9 @@ def save_losses(
         figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        for (name, losses), color in zip(curves.items(), ("#d1495b", "#00798c"), strict=False):
+        for (name, losses), color in zip(
+            curves.items(), ("#d1495b", "#00798c", "#edae49"), strict=False
+        ):
             at = np.arange(1, len(losses) + 1) / window if steps is None else np.asarray(steps)
             axes.plot(at, losses, color=color, alpha=0.2, linewidth=0.8)
             axes.plot(at, _running_mean(losses, window), color=color, label=name)

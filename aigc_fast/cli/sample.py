@@ -57,3 +57,29 @@ def diffusion(
 
     options = Options(checkpoint, output, scheduler, steps, guidance, label, count, seed)
     raise typer.Exit(run(Console(highlight=False), options))
+
+
+@sample.command()
+def vae(
+    checkpoint: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="model.safetensors of a training.")
+    ],
+    output: Annotated[Path, typer.Option(dir_okay=False, help="A PNG file.")] = Path("samples.png"),
+    show: Annotated[
+        str,
+        typer.Option(
+            help="samples; interpolations, a row each; or reconstructions of images held out."
+        ),
+    ] = "samples",
+    data: Annotated[
+        str, typer.Option(help="Of reconstructions: digits, or the folder of images.")
+    ] = "digits",
+    label: Label = None,
+    count: Count = 40,
+    seed: Seed = 0,
+) -> None:
+    """Pictures of a VAE that `aigc-fast train vae` trained."""
+    from .sample_vae import Options, run
+
+    options = Options(checkpoint, output, show, data, label, count, seed)
+    raise typer.Exit(run(Console(highlight=False), options))

@@ -163,7 +163,11 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "pixel_norm_act": lambda x: ops.pixel_norm_act(x(2, 6, 5, 7), act="lrelu"),
     "qk_norm_rotary": _qk_norm_rotary,
     "quantized_linear": _quantized_linear,
+    "reconstruction_loss": lambda x: ops.reconstruction_loss(
+        x(5, 3, 7, 9), x.constant(5, 3, 7, 9).sigmoid()
+    ),
     "rms_norm": lambda x: ops.rms_norm(x(5, 127), x(127), 1e-6),
+    "sample_gaussian": lambda x: ops.sample_gaussian(x(3, 8, 7, 5), x(3, 4, 7, 5)),
     "sample_tokens": lambda x: ops.sample_tokens(
         x.constant(5, 127), top_k=50, top_p=0.9, temperature=0.8, seeds=1
     ),

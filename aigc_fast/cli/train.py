@@ -102,3 +102,47 @@ def diffusion(
         tensorboard=tensorboard,
     )  # fmt: skip
     raise typer.Exit(run(Console(highlight=False), lambda: Session(options)))
+
+
+@train.command()
+def vae(
+    output: Output,
+    data: Annotated[str, typer.Option(help="digits, or a folder of images.")] = "digits",
+    size: Annotated[int, typer.Option(min=5, help="Pixels of a side; 28 of the digits.")] = 28,
+    channels: Annotated[int, typer.Option(help="Width of the first layer; of eights.")] = 32,
+    latent_dim: Annotated[int, typer.Option(min=1, help="Numbers of a latent vector.")] = 16,
+    conditional: Annotated[bool, typer.Option("--conditional", help="Learn the classes.")] = False,
+    likelihood: Annotated[
+        str, typer.Option(help="Of a pixel: bernoulli, gaussian or laplace.")
+    ] = "bernoulli",
+    beta: Annotated[float, typer.Option(min=0.0, help="Weight of the divergence.")] = 1.0,
+    warm_up: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the training in which it rises.")
+    ] = 0.1,
+    free_bits: Annotated[
+        float, typer.Option(min=0.0, help="Nats of an image's divergence that cost nothing.")
+    ] = 0.0,
+    steps: Steps = 5000,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.001, help="Stop after so long instead.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
+    lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 2e-3,
+    bf16: BF16 = False,
+    seed: Seed = 0,
+    every: Every = 500,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
+) -> None:
+    """Trains a VAE on all but every tenth image: checkpoint.pt to go on from, model.safetensors to
+    sample from, log.csv, a grid of samples and the loss curves in OUTPUT."""
+    from .train_vae import Options, Session
+    from .training_session import run
+
+    options = Options(
+        output=output, data=data, size=size, channels=channels, latent_dim=latent_dim,
+        conditional=conditional, likelihood=likelihood, beta=beta, warm_up=warm_up,
+        free_bits=free_bits, steps=steps, minutes=minutes, batch=batch, lr=lr, bf16=bf16,
+        seed=seed, every=every, resume=resume, tensorboard=tensorboard,
+    )  # fmt: skip
+    raise typer.Exit(run(Console(highlight=False), lambda: Session(options)))

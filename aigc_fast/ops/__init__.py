@@ -11,6 +11,7 @@ from aigc_fast.ops.conv3x3 import conv3x3
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
 from aigc_fast.ops.diffusion_loss import diffusion_loss
+from aigc_fast.ops.elbo import reconstruction_loss, sample_gaussian
 from aigc_fast.ops.filtered_lrelu import filtered_lrelu
 from aigc_fast.ops.gan_loss import discriminator_loss, generator_loss
 from aigc_fast.ops.gated_mlp import geglu, swiglu
@@ -81,7 +82,9 @@ __all__ = [
     "qk_norm_rotary",
     "quantize_weight",
     "quantized_linear",
+    "reconstruction_loss",
     "rms_norm",
+    "sample_gaussian",
     "sample_tokens",
     "scale_bias_act",
     "scheduler_step",

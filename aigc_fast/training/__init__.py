@@ -9,6 +9,7 @@ from .gan import RECIPES, GANRecipe, GANStep, GANTrainer
 from .log import CSVLog, TensorBoardLog
 from .optim import Adam, AdamW
 from .penalties import gradient_penalty, path_length_penalty, r1_penalty, r2_penalty
+from .vae import VAERecipe, VAEStep, VAETrainer, log_likelihood
 
 __all__ = [
     "EMA",
@@ -24,10 +25,14 @@ __all__ = [
     "GANStep",
     "GANTrainer",
     "TensorBoardLog",
+    "VAERecipe",
+    "VAEStep",
+    "VAETrainer",
     "batches",
     "epochs_of_batches",
     "gradient_penalty",
     "load_checkpoint",
+    "log_likelihood",
     "path_length_penalty",
     "r1_penalty",
     "r2_penalty",

@@ -1,6 +1,5 @@
 """Training of a diffusion model: epsilon, v or flow prediction, one trainer for all of them."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from .denoising import PREDICTIONS, Denoising
 from .ema import EMA
 from .gradient_checkpointing import checkpoint_blocks
 from .optim import AdamW
-from .trainer import Trainer
+from .trainer import Trainer, warm_up_and_cosine
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class DiffusionTrainer(Trainer):
     def step(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
         """One update on a batch; returns the loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * _warm_up_and_cosine(self.share_done)
+            group["lr"] = self.recipe.lr * warm_up_and_cosine(self.share_done)
         loss = self.loss(samples, labels)
         self.optimizer.zero_grad()
         loss.backward()
@@ -129,7 +128,3 @@ class DiffusionTrainer(Trainer):
         self, place: tuple[int, int, int, int], batch: tuple[Tensor, ...]
     ) -> DiffusionStep:
         return DiffusionStep(*place, self.step(*batch))
-
-
-def _warm_up_and_cosine(done: float) -> float:
-    return min(1.0, 20 * done + 0.01) * (1 + math.cos(math.pi * done)) / 2

@@ -1,5 +1,6 @@
 """What all trainers share: the loop over batches, averaged weights, and a state to go on from."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -95,3 +96,9 @@ class Trainer(ABC):
             optimizer.skipped.copy_(count)
         self.random.set_state(state["random"].cpu())
         self.seed, self.steps_done = state["seed"], state["steps_done"]
+
+
+def warm_up_and_cosine(done: float) -> float:
+    """The share of the highest learning rate at that share of the training: it rises over the first
+    twentieth and falls along a cosine to zero."""
+    return min(1.0, 20 * done + 0.01) * (1 + math.cos(math.pi * done)) / 2

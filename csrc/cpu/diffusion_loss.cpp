@@ -95,9 +95,7 @@ class Errors {
 Tensor diffusion_loss(const Tensor& output, const Tensor& first, const Maybe& second,
                       const Maybe& alpha, const Maybe& sigma, const Maybe& weights) {
   Errors errors(output, first, second, alpha, sigma, weights);
-  constexpr int64_t size = SampleRows::kPiece;
-  const int64_t pieces = (errors.rows.inner + size - 1) / size;
-  std::vector<double> sums(errors.rows.rows * pieces);
+  SampleSums sums(errors.rows);
   errors.for_pieces(
       [&]<class T>(T, int64_t row, int64_t begin, int64_t length, double weight, auto error) {
         using A = Acc<T>;
@@ -105,18 +103,9 @@ Tensor diffusion_loss(const Tensor& output, const Tensor& first, const Maybe& se
           const Vec<A> e = error(i, lanes);
           total[0] += only<A>(e * e, lanes);
         });
-        sums[row * pieces + begin / size] = weight * sum;
+        sums.set(row, begin, weight * sum);
       });
-  double total = 0;
-  for (double sum : sums) total += sum;
-  total /= static_cast<double>(output.numel());
-  const bool wide = output.scalar_type() == ScalarType::Double;
-  Tensor out = empty({}, wide ? ScalarType::Double : ScalarType::Float);
-  if (wide)
-    *mutable_data<double>(out) = total;
-  else
-    *mutable_data<float>(out) = static_cast<float>(total);
-  return out;
+  return sums.of_all(output, 1 / static_cast<double>(output.numel()));
 }
 
 Tensor diffusion_loss_backward(const Tensor& grad_in, const Tensor& output, const Tensor& first,

@@ -29,6 +29,7 @@ template <class T>
 struct RowPointer {
   T* at = nullptr;
   int64_t stride = 0;
+  T* row(int64_t i) const { return at + i * stride; }
 };
 
 // The rows of one call, whose results have the strides of torch.empty_like(sample): dense, in its
@@ -52,13 +53,15 @@ class SampleRows {
     inner = size / rows;
   }
 
-  // x, or a copy of it, such that its rows lie as those of order().
-  Tensor arrange(const Tensor& x) const {
+  // Whether the rows of x lie as those of order().
+  bool fits(const Tensor& x) const {
     bool same = outermost_ || same_strides(x, order_);
     for (int64_t d = 1; same && d < x.dim(); ++d)
       same = x.size(d) == 1 || x.stride(d) == order_.stride(d);
-    return same ? x : in_order_of(x, order_);
+    return same;
   }
+  // x, or a copy of it that fits.
+  Tensor arrange(const Tensor& x) const { return fits(x) ? x : in_order_of(x, order_); }
   template <class T>
   RowPointer<const T> read(const Tensor& x) {
     return {data<T>(x), stride_of(x)};
@@ -106,6 +109,46 @@ class SampleRows {
 
   Tensor out_, order_;
   bool per_sample_, outermost_, gaps_ = false;
+};
+
+// Sums of the pieces of rows that differ from sample to sample, which threads add up in any order,
+// and what they come to: float32, or float64 for tensors of it.
+class SampleSums {
+ public:
+  explicit SampleSums(const SampleRows& rows)
+      : pieces_((rows.inner + kPiece - 1) / kPiece),
+        sums_(static_cast<size_t>(rows.rows * pieces_)) {}
+
+  void set(int64_t row, int64_t begin, double sum) { sums_[row * pieces_ + begin / kPiece] = sum; }
+  // factor times the sum of each sample of the batch x, (batch,)
+  Tensor of_each(const Tensor& x, double factor) const {
+    return added(x, {x.size(0)}, pieces_, factor);
+  }
+  // factor times the sum of all of x, a scalar
+  Tensor of_all(const Tensor& x, double factor) const {
+    return added(x, {}, static_cast<int64_t>(sums_.size()), factor);
+  }
+
+ private:
+  Tensor added(const Tensor& x, const std::vector<int64_t>& shape, int64_t count,
+               double factor) const {
+    const bool wide = x.scalar_type() == ScalarType::Double;
+    Tensor out = empty(shape, wide ? ScalarType::Double : ScalarType::Float);
+    const double* sums = sums_.data();
+    for (int64_t i = 0; i < out.numel(); ++i, sums += count) {
+      double total = 0;
+      for (int64_t p = 0; p < count; ++p) total += sums[p];
+      if (wide)
+        mutable_data<double>(out)[i] = factor * total;
+      else
+        mutable_data<float>(out)[i] = static_cast<float>(factor * total);
+    }
+    return out;
+  }
+
+  static constexpr int64_t kPiece = SampleRows::kPiece;
+  int64_t pieces_;
+  std::vector<double> sums_;
 };
 
 }  // namespace aigc_fast

@@ -4,13 +4,12 @@ Convolution, norm and activation stand where they stand in the sequence `main` o
 DCGAN example, so that weights travel in either direction; what is fused leaves an nn.Identity.
 """
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast.nn import Conv2dBiasAct, ConvTranspose2dBiasAct
 
-from .layers import LEAKY, NORMS, RELU, check_labels, norm_act
+from ..labels import check_labels, join_labels
+from .layers import LEAKY, NORMS, RELU, norm_act
 
 #: kernels of the layers that double 4 x 4 up to that size; the one of 3 takes 4 to 7
 _KERNELS = {28: (3, 4, 4), 32: (4, 4, 4), 64: (4, 4, 4, 4), 128: (4, 4, 4, 4, 4)}
@@ -56,11 +55,7 @@ class DCGANGenerator(nn.Module):
         _initialise(self)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        check_labels(labels, self.num_classes is not None)
-        if labels is not None:
-            classes = F.one_hot(labels, self.num_classes or 0).to(latents.dtype)
-            latents = torch.cat([latents, classes], 1)
-        return self.main(latents[:, :, None, None])
+        return self.main(join_labels(latents, labels, self.num_classes)[:, :, None, None])
 
 
 class DCGANDiscriminator(nn.Module):

@@ -1,5 +1,5 @@
 """What the networks share: norms with the leaky ReLU or ReLU that follows them, under the keys of
-the norm, and a check."""
+the norm."""
 
 from typing import Any
 
@@ -14,11 +14,6 @@ NORMS = ("batch", "instance", "layer", None)
 #: options of bias_act that make it torch's function of the name
 RELU: dict[str, Any] = {"act": "relu", "gain": 1.0}
 LEAKY: dict[str, Any] = {"act": "lrelu", "alpha": 0.2, "gain": 1.0}
-
-
-def check_labels(labels: Tensor | None, conditional: bool) -> None:
-    if (labels is not None) != conditional:
-        raise ValueError("labels must be given if, and only if, the network has num_classes")
 
 
 class LayerNormAct(GroupNormAct):

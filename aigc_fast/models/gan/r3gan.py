@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from aigc_fast.nn import Conv2dBiasAct, Downsample2d, Upsample2d
 
-from .layers import LEAKY, check_labels
+from ..labels import check_labels
+from .layers import LEAKY
 
 #: inner channels of a block, as a multiple of its own, and how many of them convolve together
 _EXPANSION, _GROUP = 2, 16

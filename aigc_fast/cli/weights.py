@@ -1,0 +1,45 @@
+"""Weights of trained models as files: safetensors, with what they are made of in the header."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def save_weights(path: Path, model: nn.Module, family: str, config: dict[str, Any]) -> None:
+    """Whole, or what was there before.
+
+    They are rounded to float16, for half the size; a checkpoint to go on from is another file.
+    """
+    from safetensors.torch import save_file
+
+    weights = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    partial = path.with_name(path.name + ".partial")
+    save_file(weights, partial, {"aigc_fast": json.dumps({family: config})})
+    os.replace(partial, path)
+
+
+def load_weights(
+    path: Path, family: str, make: Any, device: torch.device
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that make(config) gives with the weights that `save_weights` wrote, and its config;
+    ValueError for another file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {})["aigc_fast"])[family]
+            weights: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model = make(config)
+        model.load_state_dict(weights)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: not the model.safetensors of a {family} model: {error}"
+        ) from error
+    return model.to(device).eval(), config
