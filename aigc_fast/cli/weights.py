@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def save_weights(path: Path, model: nn.Module, family: str, config: dict[str, An
 
 
 def load_weights(
-    path: Path, family: str, make: Any, device: torch.device
+    path: Path, family: str, make: Callable[[dict[str, Any]], nn.Module], device: torch.device
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model that make(config) gives with the weights that `save_weights` wrote, and its config;
     ValueError for another file."""
