@@ -39,8 +39,8 @@ AIGC_INLINE void store_two(T* p, V a, V b) {
   }
 }
 
-// Asks for the lines that follow those of p[0], ..., p[count - 1] two kilobytes on: a store whose line
-// is not in the cache holds up the stores behind it.
+// Asks for the lines that follow those of p[0], ..., p[count - 1] two kilobytes on: a store whose
+// line is not in the cache holds up the stores behind it.
 template <class T>
 AIGC_INLINE void expect_stores(const T* p, int64_t count) {
   const char* ahead = reinterpret_cast<const char*>(p) + 2048;
