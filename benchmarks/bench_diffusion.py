@@ -7,6 +7,7 @@ own `.to` has moved to that layout or to both, which is the policy that pays on 
 
 import copy
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -79,6 +80,30 @@ def _check(found: dict[str, torch.nn.Module], batch: int) -> None:
         assert error <= (2 * off["stock_bfloat16"] if "bfloat16" in name else 1e-4), (name, off)
 
 
+def record(
+    benchmark, found: dict, run: Callable[[torch.nn.Module], object], ours: str, rounds: int
+) -> None:
+    """Times run(model) of all models in turns, and notes the ratios to "stock" and to `ours`."""
+
+    def seconds(model: torch.nn.Module) -> float:
+        start = time.perf_counter()
+        run(model)
+        return time.perf_counter() - start
+
+    times = medians({name: lambda m=model: seconds(m) for name, model in found.items()}, rounds)
+    benchmark.extra_info.update(
+        dtype="float32",
+        threads=torch.get_num_threads(),
+        seconds=times,
+        stock_over={name: times["stock"] / value for name, value in times.items()},
+        peers_over_ours={
+            name.replace("_", " "): value / times[ours]
+            for name, value in times.items()
+            if name != ours
+        },
+    )
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def bench_diffusion_sampling(benchmark, request, batch) -> None:
     quick = request.config.getoption("--quick")
@@ -89,22 +114,5 @@ def bench_diffusion_sampling(benchmark, request, batch) -> None:
         start = time.perf_counter()
         sample(found["compiled"], batch, 1)
         benchmark.extra_info["compile_seconds"] = time.perf_counter() - start
-
-    def seconds(model: torch.nn.Module) -> float:
-        start = time.perf_counter()
-        sample(model, batch, steps)
-        return (time.perf_counter() - start) / steps
-
-    times = medians({name: lambda m=model: seconds(m) for name, model in found.items()}, rounds)
-    benchmark.extra_info.update(
-        dtype="float32",
-        threads=torch.get_num_threads(),
-        seconds=times,
-        stock_over={name: times["stock"] / value for name, value in times.items()},
-        peers_over_ours={
-            name.replace("_", " "): value / times["patched_bfloat16"]
-            for name, value in times.items()
-            if name != "patched_bfloat16"
-        },
-    )
+    record(benchmark, found, lambda model: sample(model, batch, steps), "patched_bfloat16", rounds)
     benchmark.pedantic(lambda: sample(found["patched"], batch, 1), rounds=1)

@@ -6,14 +6,13 @@ CPUs.
 """
 
 import copy
-import time
 
 import pytest
 import torch
 
 import aigc_fast
 from aigc_fast.models.vae import AutoencoderKL
-from benchmarks.bench_autoregressive import medians
+from benchmarks.bench_diffusion import record
 from benchmarks.machine import DEVICE
 
 diffusers = pytest.importorskip("diffusers")
@@ -82,21 +81,5 @@ def bench_vae_decode(benchmark, request, side) -> None:
     latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     _check(found, latents)  # compiles, too
 
-    def seconds(model: torch.nn.Module) -> float:
-        start = time.perf_counter()
-        decode(model, latents)
-        return time.perf_counter() - start
-
-    times = medians({name: lambda m=model: seconds(m) for name, model in found.items()}, rounds)
-    benchmark.extra_info.update(
-        dtype="float32",
-        threads=torch.get_num_threads(),
-        seconds=times,
-        stock_over={name: times["stock"] / value for name, value in times.items()},
-        peers_over_ours={
-            name.replace("_", " "): value / times["ours_bfloat16"]
-            for name, value in times.items()
-            if name != "ours_bfloat16"
-        },
-    )
+    record(benchmark, found, lambda model: decode(model, latents), "ours_bfloat16", rounds)
     benchmark.pedantic(lambda: decode(found["ours"], latents), rounds=1)

@@ -4,20 +4,17 @@ An implicit matrix product: a program takes a block of pixels by a block of outp
 tap, the products of the pixels' neighbours. Channels are innermost, so that a tap is an offset.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import fp32
+from .math import INTERPRETED, fp32
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_conv": (224, 32768)}
 
 _PIXELS = 64
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
@@ -80,6 +77,6 @@ def conv3x3(xs, weight, bias, slope, residual, gain) -> Tensor:
         grid = (triton.cdiv(pixels, _PIXELS), triton.cdiv(outputs, block_o))
         _conv[grid](x, weight.permute(2, 3, 1, 0).contiguous(), *optional,
                     None if residual is None else _innermost(residual), y, pixels, height, width,
-                    channels, outputs, float(gain), IN_FP32=_INTERPRETED, BLOCK_P=_PIXELS,
+                    channels, outputs, float(gain), IN_FP32=INTERPRETED, BLOCK_P=_PIXELS,
                     BLOCK_O=block_o, BLOCK_C=block_c)  # fmt: skip
     return y.permute(0, 3, 1, 2)

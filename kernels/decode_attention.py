@@ -7,21 +7,17 @@ them; they fill up a tile of at least 16, what tensor cores take. The host never
 lengths: every sequence is cut into the same number of splits, each as long as its own length asks.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import fp32, tanh
+from .math import INTERPRETED, fp32, tanh
 from .narrow import NARROW, widen
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_attend": (255, 81952), "_merge": (64, 1024)}
 
-# The interpreter's bf16 products are wrong, so that there all operands become fp32.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -240,7 +236,7 @@ def decode_attention_full(
         key_cache.shape[0], mask_batch, q_len, heads, kv_heads, heads // kv_heads, head_dim,
         capacity, row_blocks, splits, head_dim**-0.5 if scale is None else float(scale), window,
         softcap, fixed_split, PAGE=page_size, CACHE=kind, ROWS=ROWS, KEYS=KEYS, DIM=DIM,
-        IN_FP32=_INTERPRETED, num_warps=4 if narrow else 8, num_stages=2,
+        IN_FP32=INTERPRETED, num_warps=4 if narrow else 8, num_stages=2,
     )  # fmt: skip
     if not direct:
         _merge[(lse.numel(),)](

@@ -3,8 +3,14 @@
 All take and return fp32. Coefficients: Cephes (S. Moshier), the same as in csrc's vec.h.
 """
 
+import os
+
 import triton
 import triton.language as tl
+
+#: The interpreter's bf16 products are wrong, and it cuts off where bf16 should round: there the
+#: operands of tl.dot become fp32.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit

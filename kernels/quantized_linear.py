@@ -11,21 +11,17 @@ minimums) between them. So every 32-byte sector of the weight is fetched from me
 in full; what is read again (the scales by each run of a group, x by each tile) is in the caches.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .math import INTERPRETED
 from .rows import as_rows
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_gemv": (176, 512), "_gemm": (160, 57856), "_arrange": (32, 2048)}
 
-# The interpreter's bf16 products are wrong and it cuts off where bf16 should round, so that there
-# all operands become fp32.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TILE = tl.constexpr(16)
 
 
@@ -184,7 +180,7 @@ def _arrange(
 def _arranged(x: Tensor, parts: int, group_size: int, rounded: bool) -> Tensor:
     """(parts, rows, runs): column j of every run, runs padded with zeros to a multiple of 32."""
     rows, columns = x.shape
-    dtype = torch.float32 if _INTERPRETED else x.dtype
+    dtype = torch.float32 if INTERPRETED else x.dtype
     out = x.new_zeros((parts, rows, triton.cdiv(columns, 32 * parts) * 32), dtype=dtype)
     width = group_size if rounded else 1024
     block = min(triton.next_power_of_2(width), 1024)
@@ -240,7 +236,7 @@ def quantized_linear(
     # Left to itself, ptxas spills some 16 bytes of sm_100's to get down to 96 registers.
     _gemm[grid](
         *matrices, rows, in_features, out_features, groups, tiles, *strides, **constants,
-        ROWS=ROWS, COLUMNS=COLUMNS, RUNS=16, PADDED=arranged, IN_FP32=_INTERPRETED,
+        ROWS=ROWS, COLUMNS=COLUMNS, RUNS=16, PADDED=arranged, IN_FP32=INTERPRETED,
         num_warps=4, num_stages=2, maxnreg=255,
     )  # fmt: skip
     return y

@@ -6,20 +6,16 @@ the codebook's gradient a program takes one code and the vectors that chose it, 
 has put side by side: no atomics, the same bits in every run.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import fp32
+from .math import INTERPRETED, fp32
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_forward": (184, 32768), "_backward": (40, 0), "_codes": (48, 1024)}
 
-#: Triton's interpreter multiplies bfloat16 wrongly.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ELEMENTS = 1024  # of a tile of vectors that have one code
 
 
@@ -144,7 +140,7 @@ def vector_quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor
         features = min(step, max(16, triton.next_power_of_2(dim)))
         _forward[(triton.cdiv(rows, tile_rows),)](
             x, codebook, starts, quantized, distances, indices, rows, codes, dim, inner,
-            IN_FP32=_INTERPRETED, ROWS=tile_rows, CODES=tile_codes, FEATURES=features, num_warps=8,
+            IN_FP32=INTERPRETED, ROWS=tile_rows, CODES=tile_codes, FEATURES=features, num_warps=8,
         )  # fmt: skip
     return quantized, distances, indices
 

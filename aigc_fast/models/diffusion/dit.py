@@ -1,7 +1,6 @@
 """Diffusion transformer with adaLN-Zero, for images and, with patches in time, for video."""
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from aigc_fast import ops
 
 from .attention import GELU, Attention, FeedForward
 from .blocks import TimestepMLP
-from .load import from_folder, from_state_dict, resolve
+from .load import DiffusersModel, resolve
 
 _OPTIONS = dict(
     num_attention_heads=16,
@@ -108,7 +107,7 @@ def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
     return linear
 
 
-class DiT(nn.Module):
+class DiT(DiffusersModel):
     """From noisy latents, timesteps and classes to a prediction.
 
     config: what config.json of diffusers' DiTTransformer2DModel says; what is left out is its
@@ -146,20 +145,6 @@ class DiT(nn.Module):
         )
         self.proj_out_1 = _zero_linear(width, 2 * width)
         self.proj_out_2 = _zero_linear(width, math.prod(patch) * self.out_channels)
-
-    @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> "DiT":
-        """A model that shares the tensors of a DiTTransformer2DModel: its `config`, its
-        `state_dict()`. ValueError names the first tensor that is missing, has another shape, or
-        has no use."""
-        return from_state_dict(cls, config, state_dict).eval()
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None
-    ) -> "DiT":
-        """Reads the folder that diffusers' save_pretrained wrote, as `UNet.from_pretrained`."""
-        return from_folder(cls, path, dtype).eval()
 
     def forward(self, sample: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """sample (batch, channels, [frames,] height, width), each a multiple of its patch, and

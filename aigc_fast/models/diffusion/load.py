@@ -55,40 +55,45 @@ def _fits(value: Any, default: Any) -> bool:
     return True
 
 
-def from_state_dict(
-    build: Callable[[Mapping[str, Any]], Model],
-    config: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-) -> Model:
-    """A model with these very tensors; ValueError names the first that does not fit."""
+class DiffusersModel(nn.Module):
+    """A model that is built from a configuration of diffusers and has diffusers' names."""
 
-    def fetch(name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in state:
-            raise ValueError(f"state: tensor {name!r} is missing")
-        if tuple(state[name].shape) != shape:
-            found = tuple(state[name].shape)
-            raise ValueError(f"state: tensor {name!r} must have shape {shape}, got {found}")
-        return state[name].detach()
+    @classmethod
+    def from_diffusers(
+        cls: type[Model], config: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+    ) -> Model:
+        """A model that shares the tensors of a diffusers model: its `config`, its `state_dict()`.
 
-    return _load(build, config, set(state), fetch, "state")
+        ValueError names the first tensor that is missing, has another shape, or has no use.
+        """
 
+        def fetch(name: str, shape: tuple[int, ...]) -> Tensor:
+            if name not in state_dict:
+                raise ValueError(f"state: tensor {name!r} is missing")
+            if tuple(state_dict[name].shape) != shape:
+                found = tuple(state_dict[name].shape)
+                raise ValueError(f"state: tensor {name!r} must have shape {shape}, got {found}")
+            return state_dict[name].detach()
 
-def from_folder(
-    build: Callable[[Mapping[str, Any]], Model],
-    path: str | os.PathLike[str],
-    dtype: torch.dtype | None,
-) -> Model:
-    """A model from config.json and safetensors, memory-mapped where `dtype` is that of the file.
+        return _load(cls, config, set(state_dict), fetch, "state")
 
-    OSError where a file cannot be opened, ValueError where one is unsound or does not fit.
-    """
-    folder = read_hf_folder(path, "diffusion_pytorch_model")
+    @classmethod
+    def from_pretrained(
+        cls: type[Model], path: str | os.PathLike[str], dtype: torch.dtype | None = None
+    ) -> Model:
+        """Reads the folder that diffusers' save_pretrained wrote (config.json and safetensors).
 
-    def fetch(name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = folder.get_tensor(name, shape)
-        return tensor if dtype is None else tensor.to(dtype)
+        dtype: of the weights; None leaves that of the file, and maps the file into memory.
 
-    return _load(build, folder.config, set(folder.tensors), fetch, folder.path)
+        OSError where a file cannot be opened, ValueError where one is unsound or does not fit.
+        """
+        folder = read_hf_folder(path, "diffusion_pytorch_model")
+
+        def fetch(name: str, shape: tuple[int, ...]) -> Tensor:
+            tensor = folder.get_tensor(name, shape)
+            return tensor if dtype is None else tensor.to(dtype)
+
+        return _load(cls, folder.config, set(folder.tensors), fetch, folder.path)
 
 
 _EARLY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -124,4 +129,4 @@ def _load(
     if unread:
         raise ValueError(f"{source}: no use is known for tensor {min(unread)!r}")
     model.load_state_dict(state, assign=True)
-    return model
+    return model.eval()

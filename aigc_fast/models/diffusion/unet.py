@@ -1,10 +1,8 @@
 """The U-Net of diffusers' UNet2DModel and UNet2DConditionModel."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +19,7 @@ from .blocks import (
     UpLevel,
     Upsample,
 )
-from .load import from_folder, from_state_dict, resolve
+from .load import DiffusersModel, resolve
 
 _BOTH: dict[str, Any] = dict(
     sample_size=None,
@@ -105,7 +103,7 @@ _CONDITIONED = (
 _CLASSES = {"UNet2DModel": _PIXELS, "UNet2DConditionModel": _CONDITIONED}
 
 
-class UNet(nn.Module):
+class UNet(DiffusersModel):
     """From noisy images, timesteps and a class or text, if any, to a prediction of their size.
 
     config: what config.json of diffusers' UNet2DModel or UNet2DConditionModel says, the class
@@ -165,26 +163,6 @@ class UNet(nn.Module):
             self.up_blocks.append(up)
         self.conv_norm_out = GroupNormAct(o.norm_num_groups, width, o.norm_eps, activation="silu")
         self.conv_out = nn.Conv2d(width, o.out_channels, 3, padding=1)
-
-    @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> "UNet":
-        """A model that shares the tensors of a diffusers model: its `config`, its `state_dict()`.
-
-        ValueError names the first tensor that is missing, has another shape, or has no use.
-        """
-        return from_state_dict(cls, config, state_dict).eval()
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None
-    ) -> "UNet":
-        """Reads the folder that diffusers' save_pretrained wrote (config.json and safetensors).
-
-        dtype: of the weights; None leaves that of the file, and maps the file into memory.
-
-        OSError where a file cannot be opened, ValueError where one is unsound or does not fit.
-        """
-        return from_folder(cls, path, dtype).eval()
 
     def forward(
         self,

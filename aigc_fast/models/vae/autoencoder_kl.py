@@ -1,13 +1,11 @@
 """The autoencoder of latent diffusion: diffusers' AutoencoderKL."""
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from aigc_fast.models.diffusion.load import from_folder, from_state_dict, resolve
+from aigc_fast.models.diffusion.load import DiffusersModel, resolve
 
 from .networks import OPTIONS, Decoder, Encoder, check
 from .tiles import blend_tiles
@@ -22,7 +20,7 @@ _OPTIONS: dict[str, Any] = OPTIONS | dict(
 _FIXED: dict[str, Any] = dict(latents_mean=None, latents_std=None)
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(DiffusersModel):
     """From images to the distribution of their latents, and from latents to images.
 
     config: what config.json of diffusers' AutoencoderKL says: Stable Diffusion 1, 2, XL and 3,
@@ -62,28 +60,6 @@ class AutoencoderKL(nn.Module):
         self.encoder, self.decoder = Encoder(o, moments), Decoder(o)
         self.quant_conv = nn.Conv2d(moments, moments, 1) if o.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latents, latents, 1) if o.use_post_quant_conv else None
-
-    @classmethod
-    def from_diffusers(
-        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]
-    ) -> "AutoencoderKL":
-        """A model that shares the tensors of a diffusers model: its `config`, its `state_dict()`.
-
-        ValueError names the first tensor that is missing, has another shape, or has no use.
-        """
-        return from_state_dict(cls, config, state_dict).eval()
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None
-    ) -> "AutoencoderKL":
-        """Reads the folder that diffusers' save_pretrained wrote (config.json and safetensors).
-
-        dtype: of the weights; None leaves that of the file, and maps the file into memory.
-
-        OSError where a file cannot be opened, ValueError where one is unsound or does not fit.
-        """
-        return from_folder(cls, path, dtype).eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images of the means of their latents."""

@@ -1,13 +1,11 @@
 """VQ-VAE with a convolutional encoder and decoder: diffusers' VQModel."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from aigc_fast.models.diffusion.load import from_folder, from_state_dict, resolve
+from aigc_fast.models.diffusion.load import DiffusersModel, resolve
 from aigc_fast.nn import VectorQuantizer
 
 from .networks import OPTIONS, Decoder, Encoder, check
@@ -21,7 +19,7 @@ _OPTIONS: dict[str, Any] = OPTIONS | dict(
 _FIXED: dict[str, Any] = dict(norm_type="group", lookup_from_codebook=False)
 
 
-class VQVAE(nn.Module):
+class VQVAE(DiffusersModel):
     """Images to indices of a codebook, and back.
 
     config: what config.json of diffusers' VQModel says; what is left out is diffusers' default.
@@ -63,26 +61,6 @@ class VQVAE(nn.Module):
         )
         self.post_quant_conv = nn.Conv2d(features, o.latent_channels, 1)
         self.decoder = Decoder(o)
-
-    @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> "VQVAE":
-        """A model that shares the tensors of a diffusers model: its `config`, its `state_dict()`.
-
-        ValueError names the first tensor that is missing, has another shape, or has no use.
-        """
-        return from_state_dict(cls, config, state_dict).eval()
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None
-    ) -> "VQVAE":
-        """Reads the folder that diffusers' save_pretrained wrote (config.json and safetensors).
-
-        dtype: of the weights; None leaves that of the file, and maps the file into memory.
-
-        OSError where a file cannot be opened, ValueError where one is unsound or does not fit.
-        """
-        return from_folder(cls, path, dtype).eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(reconstructed images, indices (batch, h, w), loss of the codebook): add the
