@@ -95,12 +95,8 @@ struct Products {
   template <int P>
   void add_pairs(const A* probabilities, const C* const* values, int64_t count, int64_t pair,
                  int64_t rest, const A* decays, A* result, const C* const* next) const {
-    V sums[2 * P][R];
+    V sums[2 * P][R] = {};  // of this block alone: one chain over all keys would round more
     A* out = result + pair * 2 * R * L;
-#pragma GCC unroll 16
-    for (int j = 0; j < 2 * P; ++j)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sums[j][r] = load(out + (j * R + r) * L) * decays[r];
     for (int64_t k = 0; k < count; ++k) {
       const C* value = values[k] + pair * 2 * L;
       if (next) prefetch(next[k]);
@@ -121,7 +117,10 @@ struct Products {
 #pragma GCC unroll 16
     for (int j = 0; j < 2 * P; ++j)
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) store(out + (j * R + r) * L, sums[j][r]);
+      for (int r = 0; r < R; ++r) {
+        A* to = out + (j * R + r) * L;
+        store(to, load(to) * decays[r] + sums[j][r]);
+      }
   }
 
   // Pairs whose sums stay in registers: up to 16 of 32 in AVX-512, 8 of 16 elsewhere.
