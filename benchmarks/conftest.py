@@ -151,10 +151,10 @@ class Measure:
         return gradients(op, args, kwargs, self._upstream_of)
 
     def _upstream_of(self, output: Tensor, i: int) -> Tensor:
-        """The same upstream gradient in every call, made once."""
-        key = (i, output.dtype)
+        """The same upstream gradient in every call, made once, in the output's memory order."""
+        key = (i, output.dtype, output.stride())
         if key not in self.upstream:
-            self.upstream[key] = contiguous_grad(output, i)
+            self.upstream[key] = torch.empty_like(output).copy_(contiguous_grad(output, i))
         return self.upstream[key]
 
     def _memory(self, call: Callable[[], Any]) -> int:

@@ -5,31 +5,43 @@
 namespace aigc_fast {
 namespace {
 
-// How the mean and the variance of each norm are summed: about its first element, so that a large
-// mean costs no digits.
-template <class A>
+// The mean and the variance of each norm, from sums about its first element in fp64: a large mean
+// costs no digits. Without a mean, as of pixels, the squares themselves are summed.
+template <class T>
 struct Deviations {
-  Stream<A> in;
-  std::vector<double> shift;
+  using A = Acc<T>;
+  Places<T, 1, 0> places;
+  Values<A, 1> shift;
+  bool squares;
 
-  Deviations(const Tensor& x, const Norms& norms, bool about_zero)
-      : in(stream_of<A>(x)), shift(norms.total() + kLanes<A>) {
-    if (about_zero || !x.numel()) return;
+  Deviations(const T* x, const Norms& norms, bool squares = false)
+      : places{{x}, {}}, shift(norms.total()), squares(squares) {
     const auto& [samples, rows, channels, inner] = norms;
+    if (squares || norms.count() == 0) return;
     for (int64_t i = 0; i < norms.total(); ++i)
-      shift[i] = in.value((i / channels * rows * channels + i % channels) * inner);
+      shift.row(0)[i] = load_n(x + (i / channels * rows * channels + i % channels) * inner, 1)[0];
   }
   void operator()(const Tile& tile, double* sums, int64_t columns) const {
-    Buffer<A> values;
-    in.load(tile, values);
-    add_deviations(tile, values, shift.data() + tile.norm(), sums, columns);
+    const auto add_square = [](auto& x, auto&, auto&, Vec<A>* to)
+                                __attribute__((always_inline)) { to[0] += x[0] * x[0]; };
+    const auto add = [](auto& x, auto& shift, auto&, Wide<A>* to) __attribute__((always_inline)) {
+      const Wide<A> from = widen<A>(x[0]), base = widen<A>(shift[0]);
+      for (int h = 0; h < Wide<A>::kHalves; ++h) {
+        const Vec<double> d = from.half[h] - base.half[h];
+        to[0].half[h] += d;
+        to[1].half[h] += d * d;
+      }
+    };
+    if (squares)
+      map_tile<1>(tile, shift, places, sums + columns, columns, add_square);
+    else
+      map_tile<2, Wide<A>>(tile, shift, places, sums, columns, add);
   }
   // (mean, variance) of the sums of a norm that has 1 / share elements.
-  std::pair<A, A> finish(int64_t norm, const double* sums, double mean_share, double share) const {
-    // Where there is no mean inf is no part of it.
-    const double offset = mean_share ? sums[0] * mean_share : 0;
+  std::pair<A, A> finish(int64_t norm, const double* sums, double share) const {
+    const double offset = sums[0] * share;
     const double square = sums[1] * share - offset * offset;
-    return {static_cast<A>(shift[norm] + offset), static_cast<A>(square < 0 ? 0 : square)};
+    return {static_cast<A>(shift.row(0)[norm] + offset), static_cast<A>(square < 0 ? 0 : square)};
   }
 };
 
@@ -38,14 +50,15 @@ std::tuple<Tensor, Tensor> channel_moments(const Tensor& x_in) {
   const Tensor x = in_layout(x_in, kOfBatch);
   const Norms norms = norms_of(x, kOfBatch);
   Tensor mean = empty({norms.total()}, sums_type(x)), var = empty({norms.total()}, sums_type(x));
-  with_arithmetic(x, [&]<class A>(A) {
-    const Deviations<A> sum(x, norms, false);
+  dispatch(x, "x", [&]<class T>(T) {
+    using A = Acc<T>;
+    const Deviations<T> sum(data<T>(x), norms);
     const double share = 1.0 / std::max<int64_t>(1, norms.count());
     A *means = mutable_data<A>(mean), *vars = mutable_data<A>(var);
     const auto finish = [&](int64_t norm, const double* sums) {
-      std::tie(means[norm], vars[norm]) = sum.finish(norm, sums, share, share);
+      std::tie(means[norm], vars[norm]) = sum.finish(norm, sums, share);
     };
-    sum_norms<A, 2>(norms, sum, finish);
+    sum_then_write(norms, 2, std::cref(sum), for_norms<2>(finish));
   });
   return {mean, var};
 }
@@ -68,30 +81,32 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_in, const Optional& 
   Tensor y = empty_like_dense(x);
   Tensor mean = empty({given || statistics == kOfPixel ? 0 : norms.total()}, sums_type(x));
   Tensor var = empty({given ? 0 : norms.total()}, sums_type(x));
-  with_arithmetic(x, [&]<class A>(A) {
+  dispatch(x, "x", [&]<class T>(T) {
+    using A = Acc<T>;
     const Optional none;
     NormCall<A, kValues> call(x, given ? running_mean : none, given ? running_var : none, weight,
-                              bias, statistics, eps, {act, A(gain), A(alpha)});
-    const Stream<A> in = stream_of<A>(x), out = stream_of<A>(y);
-    const auto write = [&](const Tile& tile) {
-      Buffer<A> values, z;
-      in.load(tile, values);
-      call.centre(tile, values, z);
-      apply(call.act, z, tile.size<A>());
-      out.store(tile, z);
-    };
-    if (given) return for_all_tiles<A>(norms, write);
-    const Deviations<A> sum(x, norms, statistics == kOfPixel);
+                              bias, statistics, eps);
+    const Places<T, 1, 1> places{{data<T>(x)}, {mutable_data<T>(y)}};
+    WriteTile write;
+    with_act(act, [&]<Act kind>(std::integral_constant<Act, kind>) {
+      const auto element = [gain = A(gain), alpha = A(alpha)](auto& x, auto& at, auto& y, Vec<A>*)
+                               __attribute__((always_inline)) {
+                                 y[0] = activate<kind, A>(Centred<A>(x[0], at).z, alpha) * gain;
+                               };
+      write = [=, &call](const Tile& tile) { map_tile(tile, call.values, places, element); };
+    });
+    if (given) return for_all_tiles(norms, write);
+    const Deviations<T> sum(data<T>(x), norms, statistics == kOfPixel);
     A *means = mutable_data<A>(mean), *vars = mutable_data<A>(var);
     const auto finish = [&](int64_t norm, const double* sums) {
-      const auto [m, v] = sum.finish(norm, sums, call.mean_share, call.share);
+      const auto [m, v] = sum.finish(norm, sums, call.share);
       vars[norm] = v;
       call.set_rstd(norm, 1 / std::sqrt(v + eps));
       if (statistics == kOfPixel) return;
       means[norm] = m;
       call.set(kMean, norm, m);
     };
-    sum_then_write<A, 2>(norms, sum, finish, write);
+    sum_then_write(norms, 2, std::cref(sum), for_norms<2>(finish), write);
   });
   return {y, mean, var};
 }
@@ -109,47 +124,43 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_backward(const Tensor& dy_in, const 
   const Tensor dy = in_order_of(dy_in, x);
   Tensor dx = empty_like_dense(x);
   std::vector<double> dweight, dbias;
-  with_arithmetic(x, [&]<class A>(A) {
+  dispatch(x, "x", [&]<class T>(T) {
+    using A = Acc<T>;
     enum { kMeanG = kValues, kSlopeX, kAll };
-    NormCall<A, kAll> call(x, mean, var, weight, bias, statistics, eps, {act, A(gain), A(alpha)});
+    NormCall<A, kAll> call(x, mean, var, weight, bias, statistics, eps);
     dweight.resize(call.norms.total());
     dbias.resize(call.norms.total());
-    const Stream<A> grad = stream_of<A>(dy), in = stream_of<A>(x), out = stream_of<A>(dx);
-    const auto load_tile = [&](const Tile& tile, Buffer<A>& centred, Buffer<A>& g) {
-      Buffer<A> s;
-      in.load(tile, centred);
-      grad.load(tile, g);
-      call.centre(tile, centred, s);
-      slopes(call.act, s, tile.size<A>());
-      for (int64_t i = 0; i < tile.size<A>(); i += kLanes<A>)
-        store(g.at + i, load(g.at + i) * load(s.at + i));
-    };
-    const auto sum = [&](const Tile& tile, double* sums, int64_t columns) {
-      Buffer<A> centred, g;
-      load_tile(tile, centred, g);
-      add_tile<A, 2>(tile, call.values, sums, columns,
-                     [&](int64_t i, const Vec<A>*, Vec<A>* to) __attribute__((always_inline)) {
-                       to[0] += load(g.at + i);
-                       to[1] += load(g.at + i) * load(centred.at + i);
-                     });
-    };
+    const Places<T, 2, 0> in{{data<T>(x), data<T>(dy)}, {}};
+    const Places<T, 2, 1> places{in.in, {mutable_data<T>(dx)}};
+    SumTile sum;
+    WriteTile write;
+    with_act(act, [&]<Act kind>(std::integral_constant<Act, kind>) {
+      const auto g_of =
+          [gain = A(gain), alpha = A(alpha)](const Centred<A>& c, Vec<A> dy)
+              __attribute__((always_inline)) { return dy * (slope<kind, A>(c.z, alpha) * gain); };
+      const auto add = [=](auto& in, auto& at, auto&, Vec<A>* sums) __attribute__((always_inline)) {
+        const Centred<A> c(in[0], at);
+        const Vec<A> g = g_of(c, in[1]);
+        sums[0] += g;
+        sums[1] += g * c.x;
+      };
+      const auto element = [=](auto& in, auto& at, auto& dx,
+                               Vec<A>*) __attribute__((always_inline)) {
+        const Centred<A> c(in[0], at);
+        dx[0] = (g_of(c, in[1]) - at[kMeanG] - c.x * at[kSlopeX]) * at[kScale];
+      };
+      sum = [=, &call](const Tile& tile, double* sums, int64_t columns) {
+        map_tile<2>(tile, call.values, in, sums, columns, add);
+      };
+      write = [=, &call](const Tile& tile) { map_tile(tile, call.values, places, element); };
+    });
     const auto finish = [&](int64_t norm, const double* sums) {
       dbias[norm] = sums[0];
       dweight[norm] = sums[1] * call.rstd[norm];
       call.set(kMeanG, norm, sums[0] * call.mean_share);
       call.set(kSlopeX, norm, dweight[norm] * call.share * call.rstd[norm]);
     };
-    const auto write = [&](const Tile& tile) {
-      Buffer<A> centred, g;
-      load_tile(tile, centred, g);
-      for_tile<A>(tile, call.values,
-                  [&](int64_t i, const Vec<A>* at) __attribute__((always_inline)) {
-                    const Vec<A> rest = load(g.at + i) - at[kMeanG];
-                    store(g.at + i, (rest - load(centred.at + i) * at[kSlopeX]) * at[kScale]);
-                  });
-      out.store(tile, g);
-    };
-    sum_then_write<A, 2>(call.norms, sum, finish, write);
+    sum_then_write(call.norms, 2, sum, for_norms<2>(finish), write);
   });
   return {dx, like_parameter(dweight, weight, x.scalar_type()),
           like_parameter(dbias, bias, x.scalar_type())};

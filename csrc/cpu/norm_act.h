@@ -6,7 +6,7 @@
 
 #include "act_dispatch.h"
 #include "channels.h"
-#include "norm_tiles.h"
+#include "map_tile.h"
 
 namespace aigc_fast {
 
@@ -39,46 +39,6 @@ inline ScalarType sums_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// ---- the activation, buffer by buffer ----------------------------------------------------------
-
-template <class A>
-struct NormActivation {
-  int64_t number;
-  A gain, alpha;
-};
-
-// z := gain * act(z)
-template <class A>
-void apply(const NormActivation<A>& act, Buffer<A>& z, int64_t size) {
-  with_act(act.number, [&]<Act a>(std::integral_constant<Act, a>) {
-    for (int64_t i = 0; i < size; i += kLanes<A>)
-      store(z.at + i, activate<a, A>(load(z.at + i), act.alpha) * act.gain);
-  });
-}
-
-// z := gain * act'(z)
-template <class A>
-void slopes(const NormActivation<A>& act, Buffer<A>& z, int64_t size) {
-  with_act(act.number, [&]<Act a>(std::integral_constant<Act, a>) {
-    for (int64_t i = 0; i < size; i += kLanes<A>)
-      store(z.at + i, slope<a, A>(load(z.at + i), act.alpha) * act.gain);
-  });
-}
-
-// z := gain * act'(z), and curved := gain * act''(z)
-template <class A>
-void slopes(const NormActivation<A>& act, Buffer<A>& z, Buffer<A>& curved, int64_t size) {
-  with_act(act.number, [&]<Act a>(std::integral_constant<Act, a>) {
-    for (int64_t i = 0; i < size; i += kLanes<A>) {
-      const Vec<A> v = load(z.at + i);
-      store(z.at + i, slope<a, A>(v, act.alpha) * act.gain);
-      store(curved.at + i, curvature<a, A>(v, act.alpha) * act.gain);
-    }
-  });
-}
-
-// ---- what the three directions share -----------------------------------------------------------
-
 // What every element needs of its norm. Further values of a direction follow.
 enum Value { kMean, kRstd, kScale, kBias, kValues };
 
@@ -87,18 +47,16 @@ struct NormCall {
   Norms norms;
   Values<A, V> values;
   std::vector<double> weight, rstd;
-  NormActivation<A> act;
   // Of the elements that a norm's statistics were made of, 1 / their number; 0 where they are
   // given, and for the mean of pixels, which have none.
   double share, mean_share;
 
   NormCall(const Tensor& x, const Optional& mean, const Optional& var, const Optional& weight_in,
-           const Optional& bias, int64_t statistics, double eps, NormActivation<A> activation)
+           const Optional& bias, int64_t statistics, double eps)
       : norms(norms_of(x, statistics)),
         values(norms.total()),
         weight(norms.total()),
         rstd(norms.total()),
-        act(activation),
         share(statistics == kGiven || norms.count() == 0 ? 0.0 : 1.0 / norms.count()),
         mean_share(statistics == kOfPixel ? 0.0 : share) {
     const int64_t n = norms.total();
@@ -106,23 +64,33 @@ struct NormCall {
     channel_values<double>(weight_in, n, "weight", 1, weight.data());
     channel_values<double>(var, n, "var", 1, rstd.data());
     channel_values<A>(bias, n, "bias", 0, values.row(kBias));
-    for (int64_t i = 0; i < n; ++i) set_rstd(i, 1 / std::sqrt(rstd[i] + eps));
+    torch::stable::parallel_for(0, n, kGrain / 8, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        set(kMean, i, values.row(kMean)[i]);
+        set(kBias, i, values.row(kBias)[i]);
+        set_rstd(i, 1 / std::sqrt(rstd[i] + eps));
+      }
+    });
   }
   void set_rstd(int64_t norm, double value) {
     rstd[norm] = value;
-    values.row(kRstd)[norm] = static_cast<A>(value);
-    values.row(kScale)[norm] = static_cast<A>(value * weight[norm]);
+    set(kRstd, norm, value);
+    set(kScale, norm, value * weight[norm]);
   }
-  void set(int value, int64_t norm, double to) { values.row(value)[norm] = static_cast<A>(to); }
+  // A NaN becomes the plain one: what others hold in their low bits could round to infinity.
+  void set(int value, int64_t norm, double to) {
+    values.row(value)[norm] = std::isnan(to) ? std::numeric_limits<A>::quiet_NaN() : A(to);
+  }
+};
 
-  // x := x - mean, and z := normalised x * weight + bias
-  void centre(const Tile& tile, Buffer<A>& x, Buffer<A>& z) const {
-    for_tile<A>(tile, values, [&](int64_t i, const Vec<A>* at) __attribute__((always_inline)) {
-      const Vec<A> centred = load(x.at + i) - at[kMean];
-      store(x.at + i, centred);
-      store(z.at + i, centred * at[kScale] + at[kBias]);
-    });
-  }
+// x - mean, and normalised x * weight + bias.
+template <class A>
+struct Centred {
+  Vec<A> x, z;
+
+  template <class P>
+  AIGC_INLINE Centred(Vec<A> value, const P& at)
+      : x(value - at[kMean]), z(x * at[kScale] + at[kBias]) {}
 };
 
 inline void check_gradient(const Tensor& grad, const Tensor& x) {

@@ -21,7 +21,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_double_backward(
   const Tensor gg = in_order_of(gg_in, x), dy = in_order_of(dy_in, x);
   Tensor grad_dy = empty_like_dense(x), grad_x = empty_like_dense(x);
   std::vector<double> grad_weight, grad_bias;
-  with_arithmetic(x, [&]<class A>(A) {
+  dispatch(x, "x", [&]<class T>(T) {
+    using A = Acc<T>;
     enum {
       kMeanGG = kValues,
       kSlopeGG,
@@ -34,55 +35,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_double_backward(
       kSlopeX,
       kAll
     };
-    NormCall<A, kAll> call(x, mean, var, weight, bias, statistics, eps, {act, A(gain), A(alpha)});
+    NormCall<A, kAll> call(x, mean, var, weight, bias, statistics, eps);
     const int64_t total = call.norms.total();
     std::vector<double> to_weight(total), to_bias(total);
     channel_values<double>(gg_weight, total, "grad_grad_weight", 0, to_weight.data());
     channel_values<double>(gg_bias, total, "grad_grad_bias", 0, to_bias.data());
     grad_weight.resize(total);
     grad_bias.resize(total);
-    const Stream<A> outer = stream_of<A>(gg), grad = stream_of<A>(dy), in = stream_of<A>(x);
-    const Stream<A> out_dy = stream_of<A>(grad_dy), out_x = stream_of<A>(grad_x);
-    // k = dy act''(z) gain
-    struct Buffers {
-      Buffer<A> centred, gg, g, s, k;
-    };
-    const auto load_tile = [&]<bool curved>(const Tile& tile, Buffers& b,
-                                            std::bool_constant<curved>) {
-      in.load(tile, b.centred);
-      grad.load(tile, b.g);
-      outer.load(tile, b.gg);
-      call.centre(tile, b.centred, b.s);
-      const int64_t size = tile.size<A>();
-      curved ? slopes(call.act, b.s, b.k, size) : slopes(call.act, b.s, size);
-      for (int64_t i = 0; i < size; i += kLanes<A>) {
-        const Vec<A> dy = load(b.g.at + i);
-        store(b.g.at + i, dy * load(b.s.at + i));
-        if (curved) store(b.k.at + i, dy * load(b.k.at + i));
-      }
-    };
+    const Places<T, 3, 0> in{{data<T>(x), data<T>(dy), data<T>(gg)}, {}};
+    const Places<T, 3, 2> places{in.in, {mutable_data<T>(grad_dy), mutable_data<T>(grad_x)}};
     enum { kG, kGx, kGG, kGGx, kGGg, kK, kKx, kKxx, kKgg, kKggx, kSums };
-    const auto run = [&]<bool curved>(std::bool_constant<curved> is_curved) {
+    with_act(act, [&]<Act kind>(std::integral_constant<Act, kind>) {
+      constexpr bool curved = kind > Act::lrelu;
+      constexpr int count = curved ? kSums : kK;
+      // k = dy act''(z) gain
+      const auto slopes = [gain = A(gain),
+                           alpha = A(alpha)](Vec<A> z) __attribute__((always_inline)) {
+        return std::pair(slope<kind, A>(z, alpha) * gain, curvature<kind, A>(z, alpha) * gain);
+      };
+      const auto add = [=](auto& in, auto& at, auto&, Vec<A>* to) __attribute__((always_inline)) {
+        const auto [x, z] = Centred<A>(in[0], at);
+        const auto [first, second] = slopes(z);
+        const Vec<A> g = in[1] * first, gg = in[2];
+        to[kG] += g;
+        to[kGx] += g * x;
+        to[kGG] += gg;
+        to[kGGx] += gg * x;
+        to[kGGg] += gg * g;
+        if constexpr (curved) {
+          const Vec<A> k = in[1] * second, kx = k * x;
+          to[kK] += k;
+          to[kKx] += kx;
+          to[kKxx] += kx * x;
+          to[kKgg] += k * gg;
+          to[kKggx] += kx * gg;
+        }
+      };
       const auto sum = [&](const Tile& tile, double* sums, int64_t columns) {
-        Buffers b;
-        load_tile(tile, b, is_curved);
-        const auto add = [&](int64_t i, const Vec<A>*, Vec<A>* to) __attribute__((always_inline)) {
-          const Vec<A> x = load(b.centred.at + i), gg = load(b.gg.at + i), g = load(b.g.at + i);
-          to[kG] += g;
-          to[kGx] += g * x;
-          to[kGG] += gg;
-          to[kGGx] += gg * x;
-          to[kGGg] += gg * g;
-          if constexpr (curved) {
-            const Vec<A> k = load(b.k.at + i), kx = k * x;
-            to[kK] += k;
-            to[kKx] += kx;
-            to[kKxx] += kx * x;
-            to[kKgg] += k * gg;
-            to[kKggx] += kx * gg;
-          }
-        };
-        add_tile<A, curved ? kSums : kK>(tile, call.values, sums, columns, add);
+        map_tile<count>(tile, call.values, in, sums, columns, add);
       };
       const auto finish = [&](int64_t norm, const double* s) {
         const double w = call.weight[norm], rstd = call.rstd[norm], scale = w * rstd;
@@ -110,25 +100,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_double_backward(
         grad_weight[norm] = rstd * to_scale + hn;
         grad_bias[norm] = h;
       };
-      const auto write = [&](const Tile& tile) {
-        Buffers b;
-        load_tile(tile, b, is_curved);
-        const auto element = [&](int64_t i, const Vec<A>* at) __attribute__((always_inline)) {
-          const Vec<A> x = load(b.centred.at + i), gg = load(b.gg.at + i);
-          Vec<A> u = (gg - at[kMeanGG] - x * at[kSlopeGG]) * at[kScale];
-          u += x * at[kToWeight] + at[kToBias];
-          Vec<A> v = gg * at[kByGG] + load(b.g.at + i) * at[kByG];
-          if constexpr (curved) v += u * load(b.k.at + i) * at[kOwn];
-          store(b.g.at + i, u * load(b.s.at + i));
-          store(b.gg.at + i, (v - at[kMeanV] - x * at[kSlopeX]) * at[kRstd]);
-        };
-        for_tile<A>(tile, call.values, element);
-        out_dy.store(tile, b.g);
-        out_x.store(tile, b.gg);
-      };
-      sum_then_write<A, curved ? kSums : kK>(call.norms, sum, finish, write);
-    };
-    act > static_cast<int64_t>(Act::lrelu) ? run(std::true_type{}) : run(std::false_type{});
+      const auto element = [=](auto& in, auto& at, auto& out, Vec<A>*)
+                               __attribute__((always_inline)) {
+                                 const auto [x, z] = Centred<A>(in[0], at);
+                                 const auto [first, second] = slopes(z);
+                                 const Vec<A> dy = in[1], gg = in[2];
+                                 Vec<A> u = (gg - at[kMeanGG] - x * at[kSlopeGG]) * at[kScale];
+                                 u += x * at[kToWeight] + at[kToBias];
+                                 Vec<A> v = gg * at[kByGG] + dy * first * at[kByG];
+                                 if constexpr (curved) v += u * (dy * second) * at[kOwn];
+                                 out[0] = u * first;
+                                 out[1] = (v - at[kMeanV] - x * at[kSlopeX]) * at[kRstd];
+                               };
+      const auto write = [&](const Tile& tile) { map_tile(tile, call.values, places, element); };
+      sum_then_write(call.norms, count, sum, for_norms<count>(finish), write);
+    });
   });
   return {grad_dy, grad_x, like_parameter(grad_weight, weight, x.scalar_type()),
           like_parameter(grad_bias, bias, x.scalar_type())};

@@ -2,7 +2,7 @@
 // backward. The gradients of alpha and beta are summed in the pass that writes those of x: a norm
 // of norm_tiles.h is a channel here.
 #include "snake.h"
-#include "norm_tiles.h"
+#include "map_tile.h"
 
 namespace aigc_fast {
 namespace {
@@ -34,18 +34,14 @@ Tensor snake(const Tensor& x_in, const Tensor& alpha, const Tensor& beta) {
   const Tensor x = as_dense(x_in);
   const Norms channels = norms_of_channels(x);
   Tensor y = empty_like_dense(x);
-  with_arithmetic(x, [&]<class A>(A) {
+  dispatch(x, "x", [&]<class T>(T) {
+    using A = Acc<T>;
     const auto values = values_of<A, kValues>(channels, alpha, inverse_of(beta, channels.total()));
-    const Stream<A> in = stream_of<A>(x), out = stream_of<A>(y);
-    for_all_tiles<A>(channels, [&](const Tile& tile) {
-      Buffer<A> at;
-      in.load(tile, at);
-      for_tile<A>(tile, values, [&](int64_t i, const Vec<A>* v) __attribute__((always_inline)) {
-        const Vec<A> x = load(at.at + i);
-        store(at.at + i, x + sines<A, A>(v[kAlpha] * x).squared * v[kB]);
-      });
-      out.store(tile, at);
-    });
+    const Places<T, 1, 1> places{{data<T>(x)}, {mutable_data<T>(y)}};
+    const auto element = [](auto& x, auto& at, auto& y, Vec<A>*) __attribute__((always_inline)) {
+      y[0] = x[0] + sines<A, A>(at[kAlpha] * x[0]).squared * at[kB];
+    };
+    for_all_tiles(channels, [&](const Tile& tile) { map_tile(tile, values, places, element); });
   });
   return y;
 }
@@ -61,28 +57,26 @@ std::tuple<Tensor, Tensor, Tensor> snake_backward(const Tensor& dy_in, const Ten
   Tensor dx = empty_like_dense(x);
   const std::vector<double> inverse = inverse_of(beta, channels.total());
   std::vector<double> dalpha(channels.total()), dbeta(channels.total());
-  with_arithmetic(x, [&]<class A>(A) {
+  dispatch(x, "x", [&]<class T>(T) {
+    using A = Acc<T>;
     const auto values = values_of<A, kValues>(channels, alpha, inverse);
-    const Stream<A> in = stream_of<A>(x), grad = stream_of<A>(dy), out = stream_of<A>(dx);
+    const Places<T, 2, 1> places{{data<T>(x), data<T>(dy)}, {mutable_data<T>(dx)}};
+    const auto element = [](auto& in, auto& at, auto& dx, Vec<A>* to)
+                             __attribute__((always_inline)) {
+                               const Vec<A> x = in[0], dy = in[1];
+                               const Sines<A> s = sines<A, A>(at[kAlpha] * x);
+                               dx[0] = dy * (A(1) + at[kAlpha] * at[kB] * s.sin_twice);
+                               to[0] += dy * x * s.sin_twice;
+                               to[1] += dy * s.squared;
+                             };
     const auto sum = [&](const Tile& tile, double* sums, int64_t columns) {
-      Buffer<A> at, g;
-      in.load(tile, at);
-      grad.load(tile, g);
-      add_tile<A, 2>(tile, values, sums, columns,
-                     [&](int64_t i, const Vec<A>* v, Vec<A>* to) __attribute__((always_inline)) {
-                       const Vec<A> x = load(at.at + i), dy = load(g.at + i);
-                       const Sines<A> s = sines<A, A>(v[kAlpha] * x);
-                       store(g.at + i, dy * (A(1) + v[kAlpha] * v[kB] * s.sin_twice));
-                       to[0] += dy * x * s.sin_twice;
-                       to[1] += dy * s.squared;
-                     });
-      out.store(tile, g);
+      map_tile<2>(tile, values, places, sums, columns, element);
     };
     const auto finish = [&](int64_t c, const double* sums) {
       dalpha[c] = sums[0] * inverse[c];
       dbeta[c] = -sums[1] * inverse[c] * inverse[c];
     };
-    sum_norms<A, 2>(channels, sum, finish);
+    sum_then_write(channels, 2, sum, for_norms<2>(finish));
   });
   return {dx, like_parameter(dalpha, alpha, x.scalar_type()),
           like_parameter(dbeta, beta, x.scalar_type())};
@@ -100,7 +94,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> snake_double_backward(
   Tensor grad_dy = empty_like_dense(x), grad_x = empty_like_dense(x);
   const std::vector<double> inverse = inverse_of(beta, channels.total());
   std::vector<double> dalpha(channels.total()), dbeta(channels.total());
-  with_arithmetic(x, [&]<class A>(A) {
+  dispatch(x, "x", [&]<class T>(T) {
+    using A = Acc<T>;
     enum { kOfAlpha = kValues, kOfBeta, kAll };
     auto values = values_of<A, kAll>(channels, alpha, inverse);
     A *of_alpha = values.row(kOfAlpha), *of_beta = values.row(kOfBeta);
@@ -110,34 +105,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> snake_double_backward(
       of_alpha[c] *= A(inverse[c]);
       of_beta[c] *= A(inverse[c]) * A(inverse[c]);
     }
-    const Stream<A> in = stream_of<A>(x), grad = stream_of<A>(dy), second = stream_of<A>(gg);
-    const Stream<A> out_dy = stream_of<A>(grad_dy), out_x = stream_of<A>(grad_x);
-    const auto sum = [&](const Tile& tile, double* sums, int64_t columns) {
-      Buffer<A> at, g, w;
-      in.load(tile, at);
-      grad.load(tile, g);
-      second.load(tile, w);
-      add_tile<A, 2>(
-          tile, values, sums, columns,
-          [&](int64_t i, const Vec<A>* v, Vec<A>* to) __attribute__((always_inline)) {
-            const Vec<A> x = load(at.at + i), dy = load(g.at + i), gg = load(w.at + i);
-            const auto [alpha, b, p, q] = std::tuple(v[kAlpha], v[kB], v[kOfAlpha], v[kOfBeta]);
-            const Sines<A> s = sines<A, A>(alpha * x);
-            // d (x sin(2 alpha x)) / dx, and of sin(2 alpha x) in alpha
-            const Vec<A> slope = s.sin_twice + A(2) * alpha * x * s.cos_twice;
-            store(w.at + i,
-                  gg * (A(1) + alpha * b * s.sin_twice) + p * x * s.sin_twice - q * s.squared);
-            store(g.at + i, dy * (A(2) * alpha * alpha * b * gg * s.cos_twice + p * slope -
-                                  q * alpha * s.sin_twice));
-            to[0] += dy * (gg * b * slope + A(2) * p * x * x * s.cos_twice - q * x * s.sin_twice);
-            to[1] += dy * b * (A(2) * q * s.squared - (gg * alpha * b + p * x) * s.sin_twice);
-          });
-      out_dy.store(tile, w);
-      out_x.store(tile, g);
+    const Places<T, 3, 2> places{{data<T>(x), data<T>(dy), data<T>(gg)},
+                                 {mutable_data<T>(grad_dy), mutable_data<T>(grad_x)}};
+    const auto element = [](auto& in, auto& at, auto& out,
+                            Vec<A>* to) __attribute__((always_inline)) {
+      const Vec<A> x = in[0], dy = in[1], gg = in[2];
+      const Vec<A> alpha = at[kAlpha], b = at[kB], p = at[kOfAlpha], q = at[kOfBeta];
+      const Sines<A> s = sines<A, A>(alpha * x);
+      // d (x sin(2 alpha x)) / dx, and of sin(2 alpha x) in alpha
+      const Vec<A> slope = s.sin_twice + A(2) * alpha * x * s.cos_twice;
+      out[0] = gg * (A(1) + alpha * b * s.sin_twice) + p * x * s.sin_twice - q * s.squared;
+      out[1] =
+          dy * (A(2) * alpha * alpha * b * gg * s.cos_twice + p * slope - q * alpha * s.sin_twice);
+      to[0] += dy * (gg * b * slope + A(2) * p * x * x * s.cos_twice - q * x * s.sin_twice);
+      to[1] += dy * b * (A(2) * q * s.squared - (gg * alpha * b + p * x) * s.sin_twice);
     };
-    sum_norms<A, 2>(channels, sum, [&](int64_t c, const double* sums) {
+    const auto sum = [&](const Tile& tile, double* sums, int64_t columns) {
+      map_tile<2>(tile, values, places, sums, columns, element);
+    };
+    const auto finish = [&](int64_t c, const double* sums) {
       dalpha[c] = sums[0], dbeta[c] = sums[1];
-    });
+    };
+    sum_then_write(channels, 2, sum, for_norms<2>(finish));
   });
   return {grad_dy, grad_x, like_parameter(dalpha, alpha, x.scalar_type()),
           like_parameter(dbeta, beta, x.scalar_type())};

@@ -26,16 +26,27 @@ AIGC_INLINE std::array<A, N> sums_over(int64_t width, F&& f) {
   return total;
 }
 
+typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+AIGC_INLINE Vec<double> in_fp64(HalfVector v) {
+  // GCC 12 makes four instructions of __builtin_convertvector here.
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_cvtps_pd((__m256)v);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_cvtps_pd((__m128)v);
+#else
+  return __builtin_convertvector(v, Vec<double>);
+#endif
+}
+
 // kLanes<double> elements in fp64.
 template <class A>
 AIGC_INLINE Vec<double> load_wide(const A* p) {
   if constexpr (std::is_same_v<A, double>) {
     return load(p);
   } else {
-    typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-    Half half;
+    HalfVector half;
     std::memcpy(&half, p, sizeof half);
-    return __builtin_convertvector(half, Vec<double>);
+    return in_fp64(half);
   }
 }
 
@@ -60,13 +71,19 @@ struct Wide {
     return sum_lanes<double>(total);
   }
 };
+template <int... i>
+AIGC_INLINE HalfVector lanes_of(Vec<float> v, int first, std::integer_sequence<int, i...>) {
+  return first ? __builtin_shufflevector(v, v, (int(sizeof...(i)) + i)...)
+               : __builtin_shufflevector(v, v, i...);
+}
 template <class A>
 AIGC_INLINE Wide<A> widen(Vec<A> v) {
-  A lanes[kLanes<A>];
-  std::memcpy(lanes, &v, sizeof v);
-  Wide<A> result;
-  for (int h = 0; h < Wide<A>::kHalves; ++h) result.half[h] = load_wide(lanes + h * kLanes<double>);
-  return result;
+  if constexpr (std::is_same_v<A, double>) {
+    return {{v}};
+  } else {
+    constexpr std::make_integer_sequence<int, kLanes<double>> half;
+    return {{in_fp64(lanes_of(v, 0, half)), in_fp64(lanes_of(v, kLanes<double>, half))}};
+  }
 }
 // to[i] += v[i] in the first `lanes` lanes.
 template <class A, class N>

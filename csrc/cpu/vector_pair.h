@@ -25,18 +25,50 @@ AIGC_INLINE void load_pair(const T* p, V& a, V& b) {
   }
 }
 
+template <class V, int... i>
+AIGC_INLINE void pair_to_halves(V& a, V& b, std::integer_sequence<int, i...>) {
+  constexpr int n = sizeof...(i);
+  const V first = __builtin_shufflevector(a, b, (i / 2 + i % 2 * n)...);
+  b = __builtin_shufflevector(a, b, (n / 2 + i / 2 + i % 2 * n)...);
+  a = first;
+}
+template <class V, int... i>
+AIGC_INLINE void halves_to_pair(V& a, V& b, std::integer_sequence<int, i...>) {
+  const V even = __builtin_shufflevector(a, b, (2 * i)...);
+  b = __builtin_shufflevector(a, b, (2 * i + 1)...);
+  a = even;
+}
+
+// From the order of load_pair<T> to the first half, then the second, and back.
+template <class T, class V>
+AIGC_INLINE void pair_to_halves(V& a, V& b) {
+  if constexpr (std::is_same_v<T, bf16>)
+    pair_to_halves(a, b, std::make_integer_sequence<int, kLanes<Acc<T>>>{});
+}
+template <class T, class V>
+AIGC_INLINE void halves_to_pair(V& a, V& b) {
+  if constexpr (std::is_same_v<T, bf16>)
+    halves_to_pair(a, b, std::make_integer_sequence<int, kLanes<Acc<T>>>{});
+}
+
+#if defined(__AVX512BW__)
+// Of the 64 bytes from byte i of `size`, those before its end: 4 times as fast as a memcpy of
+// unknown length.
+AIGC_INLINE __mmask64 bytes_left(int64_t size, int64_t i) {
+  return size - i >= 64 ? ~__mmask64(0) : (__mmask64(1) << (size - i)) - 1;
+}
+#endif
+
 // Only the first n elements; the others are zero. Never touches memory past p + n.
 template <class T, class V = Vec<Acc<T>>>
 AIGC_INLINE void load_pair(const T* p, int64_t n, V& a, V& b) {
   constexpr int lanes = sizeof(V) / sizeof(a[0]);
   if (n == 2 * lanes) return load_pair(p, a, b);
   T buffer[std::max<int>(2 * lanes, kVectorBytes / sizeof(T))] = {};
-#if defined(__AVX512BW__)  // 4 times as fast as a memcpy of unknown length
+#if defined(__AVX512BW__)
   const char* bytes = reinterpret_cast<const char*>(p);
-  int64_t left = n * sizeof(T);
-  for (size_t i = 0; i < sizeof buffer && left > 0; i += 64, left -= 64) {
-    const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
-    const __m512i part = _mm512_maskz_loadu_epi8(mask, bytes + i);
+  for (int64_t i = 0, size = n * sizeof(T); i < size; i += 64) {
+    const __m512i part = _mm512_maskz_loadu_epi8(bytes_left(size, i), bytes + i);
     std::memcpy(reinterpret_cast<char*>(buffer) + i, &part, sizeof part);
   }
 #else
@@ -48,41 +80,20 @@ AIGC_INLINE void load_pair(const T* p, int64_t n, V& a, V& b) {
 template <class T, class V = Vec<Acc<T>>>
 AIGC_INLINE void store_pair(T* p, V a, V b, int64_t n) {
   constexpr int lanes = kLanes<Acc<T>>;
-  T buffer[2 * lanes];
+  T buffer[std::max<int>(2 * lanes, kVectorBytes / sizeof(T))];
+  pair_to_halves<T>(a, b);
   store(buffer, a);
   store(buffer + lanes, b);
-  if constexpr (std::is_same_v<T, bf16>) {
-    T mixed[2 * lanes];
-    for (int i = 0; i < lanes; ++i) {
-      mixed[2 * i] = buffer[i];
-      mixed[2 * i + 1] = buffer[lanes + i];
-    }
-    std::memcpy(buffer, mixed, sizeof buffer);
+#if defined(__AVX512BW__)
+  char* bytes = reinterpret_cast<char*>(p);
+  for (int64_t i = 0, size = n * sizeof(T); i < size; i += 64) {
+    __m512i part;
+    std::memcpy(&part, reinterpret_cast<const char*>(buffer) + i, sizeof part);
+    _mm512_mask_storeu_epi8(bytes + i, bytes_left(size, i), part);
   }
+#else
   std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
-}
-
-// From the order of load_pair<T> to the first half, then the second, and back. By way of memory:
-// GCC 12 loses what is stored in an element of (condition ? a : b).
-template <class T, class V>
-AIGC_INLINE void pair_to_halves(V& a, V& b) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    constexpr int lanes = kLanes<Acc<T>>;
-    Acc<T> mixed[2 * lanes];
-    for (int i = 0; i < lanes; ++i) mixed[2 * i] = a[i], mixed[2 * i + 1] = b[i];
-    a = load(mixed);
-    b = load(mixed + lanes);
-  }
-}
-template <class T, class V>
-AIGC_INLINE void halves_to_pair(V& a, V& b) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    constexpr int lanes = kLanes<Acc<T>>;
-    Acc<T> halves[2 * lanes];
-    store(halves, a);
-    store(halves + lanes, b);
-    for (int i = 0; i < lanes; ++i) a[i] = halves[2 * i], b[i] = halves[2 * i + 1];
-  }
+#endif
 }
 
 // ---- lanes ------------------------------------------------------------------------------------

@@ -158,12 +158,18 @@ AIGC_INLINE void store(T* p, Vec<Acc<T>> v, N n) {
   }
 }
 
+template <class I, I... i>
+AIGC_INLINE Vec<I> lane_numbers(std::integer_sequence<I, i...>) {
+  return Vec<I>{i...};
+}
+
 // The lanes of v that hold elements, zero in the others.
 template <class A, class N>
 AIGC_INLINE Vec<A> only(Vec<A> v, N lanes) {
-  if constexpr (std::is_same_v<N, int>)
-    for (int k = lanes; k < kLanes<A>; ++k) v[k] = 0;
-  return v;
+  if constexpr (!std::is_same_v<N, int>) return v;
+  // By comparison: an element with a variable number would keep v in memory.
+  using I = Bits<A>;
+  return lane_numbers(std::make_integer_sequence<I, kLanes<A>>{}) < I(lanes) ? v : Vec<A>{};
 }
 
 // ---- reductions over lanes, in a fixed order ---------------------------------------------
