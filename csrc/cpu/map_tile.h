@@ -11,8 +11,6 @@ namespace aigc_fast {
 // Vectors that meet in fp32 before fp64 takes over. The sums decide every gradient of a channel:
 // chains of 8, joined in fp32, were up to 1.4 times over the error rule.
 constexpr int kChain = 4;
-// Bytes from what is read or written to what is asked for: prefetchers stop at a page's end.
-constexpr int64_t kAhead = 2048;
 
 // V numbers of each norm.
 template <class A, int V>
@@ -95,21 +93,17 @@ struct Step {
     Vectors<Acc<T>, Y> c, d;
 #pragma GCC unroll 4
     for (int k = 0; k < X; ++k) {
-      prefetch<0>(places.in[k] + i + ahead);
+      ask_for<0>(places.in[k] + i + ahead, kPair);
       whole ? load_pair(places.in[k] + i, a[k], b[k]) : load_pair(places.in[k] + i, n, a[k], b[k]);
     }
     f(a, p, c, first);
     f(b, q, d, second);
 #pragma GCC unroll 4
     for (int k = 0; k < Y; ++k) {
-      prefetch<1>(places.out[k] + i + ahead);
+      ask_for<1>(places.out[k] + i + ahead, kPair);
       whole ? store_two(places.out[k] + i, c[k], d[k])
             : store_pair(places.out[k] + i, c[k], d[k], n);
     }
-  }
-  template <int write>
-  AIGC_INLINE static void prefetch(const T* p) {
-    for (size_t i = 0; i < kPair; i += 64 / sizeof(T)) __builtin_prefetch(p + i, write);
   }
 };
 
@@ -121,7 +115,7 @@ template <class T, int N, class Sum, int X, int Y, int V, class F>
   using S = Step<T, N, Sum>;
   // In fp64 there is no need of short chains.
   constexpr int64_t pair = S::kPair, chain = std::is_same_v<Sum, Vec<A>> ? kChain / 2 : 64;
-  constexpr int64_t ahead = kAhead / sizeof(T);
+  constexpr int64_t ahead = kAhead<T>;
   const Vectors<A, V> p = values;
   const auto add = [&](const S& step) __attribute__((always_inline)) {
 #pragma GCC unroll 16

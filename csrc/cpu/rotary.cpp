@@ -20,7 +20,7 @@ void rotate(const Tensor& x, Tensor& y, Rotation<Acc<T>, C> rotation) {
       T* to = out + token * token_size;
       turns.at(b, t, [&, from, to](const auto& turn) mutable {
         for (int64_t h = 0; h < heads; ++h, from += x_head, to += head_dim) {
-          expect_stores(to, head_dim);
+          ask_for<1>(to + kAhead<T>, head_dim);
           turn(from, to);
           if (rotated < head_dim)
             std::memcpy(static_cast<void*>(to + rotated), from + rotated,

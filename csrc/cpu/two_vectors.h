@@ -39,13 +39,15 @@ AIGC_INLINE void store_two(T* p, V a, V b) {
   }
 }
 
-// Asks for the lines that follow those of p[0], ..., p[count - 1] two kilobytes on: a store whose
-// line is not in the cache holds up the stores behind it.
-template <class T>
-AIGC_INLINE void expect_stores(const T* p, int64_t count) {
-  const char* ahead = reinterpret_cast<const char*>(p) + 2048;
-  for (size_t i = 0; i < count * sizeof(T); i += 64) __builtin_prefetch(ahead + i, 1);
+// Asks for the lines of p[0], ..., p[count - 1].
+template <int write, class T>
+AIGC_INLINE void ask_for(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i, write);
 }
+// How far ahead of what is read or written that is done along a row: prefetchers stop at a page's
+// end, and a store whose line is not in the cache holds up the stores behind it.
+template <class T>
+constexpr int64_t kAhead = 2048 / sizeof(T);
 
 // out[i] = f(x[0][i], x[1][i], ...) for a row of `count` elements.
 template <class T, int X, class F>
@@ -55,8 +57,11 @@ AIGC_INLINE void map_row(int64_t count, std::array<const T*, X> x, T* out, F&& f
   int64_t i = 0;
   for (; i + 2 * lanes <= count; i += 2 * lanes) {
     Vectors<A, X> a, b;
-    for (int k = 0; k < X; ++k) load_pair(x[k] + i, a[k], b[k]);
-    expect_stores(out + i, 2 * lanes);
+    for (int k = 0; k < X; ++k) {
+      ask_for<0>(x[k] + i + kAhead<T>, 2 * lanes);
+      load_pair(x[k] + i, a[k], b[k]);
+    }
+    ask_for<1>(out + i + kAhead<T>, 2 * lanes);
     store_two(out + i, f(a), f(b));
   }
   for_vectors<A>(count - i, [&](int64_t j, auto n) {
@@ -88,7 +93,7 @@ AIGC_INLINE void map_at(int64_t count, std::array<T*, N> out, F&& f) {
 #pragma GCC unroll 4  // else the results stay in memory
     for (int n = 0; n < N; ++n)
       if (out[n]) {
-        expect_stores(out[n] + i, 2 * lanes);
+        ask_for<1>(out[n] + i + kAhead<T>, 2 * lanes);
         store_two(out[n] + i, a.at[n], b.at[n]);
       }
   }
@@ -113,7 +118,10 @@ AIGC_INLINE std::array<Acc<T>, N> sum_row(int64_t count, std::array<const T*, X>
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       Vectors<A, X> a, b;
-      for (int k = 0; k < X; ++k) load_pair(x[k] + i + half * 2 * lanes, a[k], b[k]);
+      for (int k = 0; k < X; ++k) {
+        ask_for<0>(x[k] + i + half * 2 * lanes + kAhead<T>, 2 * lanes);
+        load_pair(x[k] + i + half * 2 * lanes, a[k], b[k]);
+      }
       f(a, sums[2 * half]);
       f(b, sums[2 * half + 1]);
     }
@@ -150,7 +158,7 @@ AIGC_INLINE void for_columns(int64_t width, std::array<const Acc<T>*, P> params,
   });
 }
 
-// out[r][j] = f({x[0][r][j], ...}, {params[0][j], ...})
+// out[r][j] = f({x[0][r][j], ...}, {params[0][j], ...}). As many rows are asked for as follow.
 template <class T, int X, int P, class F>
 AIGC_INLINE void map_columns(int64_t rows, int64_t width, std::array<const T*, X> x,
                              std::array<const Acc<T>*, P> params, T* out, F&& f) {
@@ -159,7 +167,11 @@ AIGC_INLINE void map_columns(int64_t rows, int64_t width, std::array<const T*, X
     for (int64_t at = j; at < j + rows * width; at += width) {
       Vectors<A, X> a, b;
       if constexpr (std::is_same_v<decltype(n), TwoVectors<A>>) {
-        for (int k = 0; k < X; ++k) load_pair(x[k] + at, a[k], b[k]);
+        for (int k = 0; k < X; ++k) {
+          ask_for<0>(x[k] + at + rows * width, n);
+          load_pair(x[k] + at, a[k], b[k]);
+        }
+        ask_for<1>(out + at + rows * width, n);
         store_two(out + at, f(a, p), f(b, q));
       } else {
         for (int k = 0; k < X; ++k) a[k] = load(x[k] + at, n);
@@ -185,7 +197,10 @@ AIGC_INLINE void sum_columns(int64_t rows, int64_t width, std::array<const T*, X
       for (int64_t at = j + r * width; at < end; at += width) {
         Vectors<A, X> a, b;
         if constexpr (std::is_same_v<decltype(n), TwoVectors<A>>) {
-          for (int k = 0; k < X; ++k) load_pair(x[k] + at, a[k], b[k]);
+          for (int k = 0; k < X; ++k) {
+            ask_for<0>(x[k] + at + rows * width, n);
+            load_pair(x[k] + at, a[k], b[k]);
+          }
           f(b, q, run[1]);
         } else {
           for (int k = 0; k < X; ++k) a[k] = load(x[k] + at, n);
