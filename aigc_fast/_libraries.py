@@ -22,6 +22,15 @@ loaded: dict[str, Path] = {}
 missing: dict[str, str] = {}
 
 
+def features() -> dict[str, bool]:
+    """What this processor has; nothing where aigc_fast._host was not built."""
+    try:
+        from aigc_fast._host import cpu_features
+    except ImportError:
+        return {}
+    return cpu_features()
+
+
 def cpu_level() -> str:
     """Level of csrc/cpu for this machine; AIGC_FAST_CPU=avx512|avx2|baseline forces one."""
     from aigc_fast._host import cpu_features

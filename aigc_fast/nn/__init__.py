@@ -7,6 +7,7 @@ from .fusion import fold_batch_norm, fuse, unfuse
 from .gated_mlp import GEGLU, SwiGLU
 from .group_norm_act import GroupNormAct, ModulatedGroupNormAct
 from .layer_norm import LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm
+from .linear import Linear
 from .modulated_conv2d import ModulatedConv2d
 from .norm_act import (
     AdaptiveInstanceNorm,
@@ -42,6 +43,7 @@ __all__ = [
     "GroupNormAct",
     "InstanceNormAct",
     "LayerNorm",
+    "Linear",
     "LinearBiasAct",
     "MinibatchStddev",
     "ModulatedConv2d",

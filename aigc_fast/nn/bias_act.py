@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
@@ -65,7 +64,7 @@ class LinearBiasAct(nn.Linear):
         self.act, self.alpha, self.gain, self.clamp = act, alpha, gain, clamp
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = ops.linear(x, self.weight)
         bias = of_dtype(self.bias, y)
         return ops.bias_act(y, bias, -1, self.act, self.alpha, self.gain, self.clamp)
 

@@ -1,7 +1,6 @@
 """Layers with an equalised learning rate: weights are kept at unit variance and scaled in use."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
@@ -36,8 +35,8 @@ class EqualizedLinear(nn.Module):
         bias = self.bias if self.lr_mul == 1 else self.bias * self.lr_mul
         x = x * self.scale  # has fewer elements than the weight
         if self.act == "linear":
-            return F.linear(x, self.weight, bias)
-        y = F.linear(x, self.weight)
+            return ops.linear(x, self.weight, bias)
+        y = ops.linear(x, self.weight)
         return ops.bias_act(y, bias.to(y.dtype), 1, self.act)
 
     def extra_repr(self) -> str:

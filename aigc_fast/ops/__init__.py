@@ -19,6 +19,7 @@ from aigc_fast.ops.gated_residual import gated_residual, gated_residual_norm
 from aigc_fast.ops.group_norm_act import group_norm_act
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.layer_norm import layer_norm, modulated_layer_norm, modulated_rms_norm
+from aigc_fast.ops.linear import linear
 from aigc_fast.ops.merge_attention import merge_attention
 from aigc_fast.ops.modulated_conv2d import conv2d_resample, modulated_conv2d
 from aigc_fast.ops.norm_act import (
@@ -73,6 +74,7 @@ __all__ = [
     "group_norm_act",
     "instance_norm_act",
     "layer_norm",
+    "linear",
     "merge_attention",
     "modulated_conv2d",
     "modulated_layer_norm",

@@ -7,6 +7,7 @@ from torch import Tensor
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._quantized_format import TILE, dequantize_weight
 from aigc_fast.ops._registry import define
+from aigc_fast.ops.linear import linear
 
 
 def quantized_linear(
@@ -60,7 +61,7 @@ def _reference(
     dense = dequantize_weight(weight, bits, group_size, out_features, x.shape[-1], x.dtype)
     if quantize_activations:
         x = _rounded(x, group_size)
-    return F.linear(x, dense, bias)
+    return linear(x, dense, bias)
 
 
 def _rounded(x: Tensor, group_size: int) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aigc_fast.nn import QuantizedLinear
+from aigc_fast import ops
+from aigc_fast.nn import Linear, QuantizedLinear
 
 from .cache import KVCache
 from .config import DecoderConfig
@@ -45,7 +46,7 @@ class DecoderLM(nn.Module):
         self.norm = Norm(config, config.hidden_size, config.norm)
         self.lm_head: nn.Module | None = None  # the embedding itself
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._fused: FusedStep | None = None
 
@@ -153,7 +154,7 @@ class DecoderLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """The output projection, (..., hidden_size) to (..., vocab_size)."""
         if self.lm_head is None:
-            logits = F.linear(hidden, self.embed_tokens.weight)
+            logits = ops.linear(hidden, self.embed_tokens.weight)
         else:
             logits = self.lm_head(hidden)
         softcap = self.config.logit_softcap

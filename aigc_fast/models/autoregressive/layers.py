@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.nn import Linear
 from aigc_fast.ops._pages import NARROW
 
 from .attention import attend
@@ -65,10 +66,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
         self.window = config.window(layer)
-        self.qkv_proj = nn.Linear(
+        self.qkv_proj = Linear(
             config.hidden_size, (heads + 2 * kv_heads) * head_dim, bias=config.qkv_bias
         )
-        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=config.output_bias)
+        self.o_proj = Linear(heads * head_dim, config.hidden_size, bias=config.output_bias)
         self.query_norm = Norm(config, head_dim, "rms") if config.qk_norm else None
         self.key_norm = Norm(config, head_dim, "rms") if config.qk_norm else None
 
@@ -123,10 +124,10 @@ class MLP(nn.Module):
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.activation = config.activation
         if self.activation == "gelu_tanh":
-            self.up_proj = nn.Linear(hidden, inner, bias=bias)
+            self.up_proj = Linear(hidden, inner, bias=bias)
         else:
-            self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+            self.gate_up_proj = Linear(hidden, 2 * inner, bias=bias)
+        self.down_proj = Linear(inner, hidden, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.activation == "gelu_tanh":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aigc_fast.io.gguf import GGUFFile, read_gguf
 from aigc_fast.io.quantized import GROUP_SIZE, pack_gguf
-from aigc_fast.nn import QuantizedLinear
+from aigc_fast.nn import Linear, QuantizedLinear
 
 from .architectures import ARCHITECTURES, REQUIRED, Architecture, Key
 from .config import DecoderConfig
@@ -92,7 +92,7 @@ def _replace_linears(
     config = model.config
     if model.lm_head is None:
         # The embedding is gathered from dense rows, and multiplied as codes.
-        model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+        model.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and (replacement := pack(name, linear)) is not None:
             parent, _, child = name.rpartition(".")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn import GroupNormAct, LayerNorm
+from aigc_fast.nn import GroupNormAct, LayerNorm, Linear
 
 from .load import early_name
 
@@ -37,10 +37,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(context_width or width, width, bias=bias)
-        self.to_v = nn.Linear(context_width or width, width, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_q = Linear(width, width, bias=bias)
+        self.to_k = Linear(context_width or width, width, bias=bias)
+        self.to_v = Linear(context_width or width, width, bias=bias)
+        self.to_out = nn.ModuleList([Linear(width, width)])
         self.register_load_state_dict_pre_hook(_rename_early)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -79,7 +79,7 @@ class SpatialAttention(Attention):
 class GEGLU(nn.Module):
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
+        self.proj = Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
         up, gate = self.proj(x).chunk(2, dim=-1)
@@ -91,7 +91,7 @@ class GELU(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, inner)
+        self.proj = Linear(width, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.proj(x), approximate="tanh")
@@ -104,7 +104,7 @@ class FeedForward(nn.Module):
         super().__init__()
         inner = 4 * width
         # The middle one has diffusers' dropout, which is not used here.
-        self.net = nn.Sequential(activation(width, inner), nn.Identity(), nn.Linear(inner, width))
+        self.net = nn.Sequential(activation(width, inner), nn.Identity(), Linear(inner, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -142,7 +142,7 @@ class SpatialTransformer(nn.Module):
         self.linear = linear
         self.norm = GroupNormAct(groups, channels, 1e-6)
         self.proj_in, self.proj_out = (
-            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+            Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
             for _ in range(2)
         )
         self.transformer_blocks = nn.ModuleList(
@@ -158,4 +158,4 @@ class SpatialTransformer(nn.Module):
     def _project(self, projection: nn.Module, tokens: Tensor) -> Tensor:
         # A 1x1 convolution is a linear layer over tokens; its weight has two dimensions of one.
         weight = projection.weight.flatten(1)  # type: ignore[operator]
-        return F.linear(tokens, weight, projection.bias)  # type: ignore[arg-type]
+        return ops.linear(tokens, weight, projection.bias)  # type: ignore[arg-type]

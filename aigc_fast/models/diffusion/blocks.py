@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn import GroupNormAct, ModulatedGroupNormAct
+from aigc_fast.nn import GroupNormAct, Linear, ModulatedGroupNormAct
 
 
 class TimestepMLP(nn.Module):
@@ -15,8 +15,8 @@ class TimestepMLP(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_features, out_features)
-        self.linear_2 = nn.Linear(out_features, out_features)
+        self.linear_1 = Linear(in_features, out_features)
+        self.linear_2 = Linear(out_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -46,7 +46,7 @@ class ResnetBlock(nn.Module):
         self.norm1 = GroupNormAct(groups, in_channels, eps, activation="silu")
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if embedding_dim is not None:
-            self.time_emb_proj = nn.Linear(embedding_dim, (1 + modulated) * out_channels)
+            self.time_emb_proj = Linear(embedding_dim, (1 + modulated) * out_channels)
         self.norm2 = norm(groups, out_channels, eps, activation="silu")
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.nn import Linear
 
 from .attention import GELU, Attention, FeedForward
 from .blocks import TimestepMLP
@@ -100,8 +101,8 @@ def _xavier(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    linear = nn.Linear(in_features, out_features)
+def _zero_linear(in_features: int, out_features: int) -> Linear:
+    linear = Linear(in_features, out_features)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear

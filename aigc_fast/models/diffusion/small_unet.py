@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn import GroupNormAct, ModulatedGroupNormAct
+from aigc_fast.nn import GroupNormAct, Linear, ModulatedGroupNormAct
 
 
 class ResBlock(nn.Module):
@@ -24,7 +24,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = GroupNormAct(8, in_channels, activation="silu")
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.modulation = nn.Linear(embedding_dim, 2 * out_channels)
+        self.modulation = Linear(embedding_dim, 2 * out_channels)
         self.norm2 = ModulatedGroupNormAct(8, out_channels, activation="silu")
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
@@ -63,7 +63,7 @@ class SmallUNet(nn.Module):
         super().__init__()
         self.patch, self.blocks, self.num_classes = patch, blocks, num_classes
         self.time_features, dim = channels[0], 4 * channels[0]
-        self.time = nn.Sequential(nn.Linear(channels[0], dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time = nn.Sequential(Linear(channels[0], dim), nn.SiLU(), Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim)
         width = channels[0]
         self.conv_in = nn.Conv2d(image_channels * patch**2, width, 3, padding=1)

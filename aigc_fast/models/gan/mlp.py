@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from aigc_fast.nn import LinearBiasAct
+from aigc_fast.nn import Linear, LinearBiasAct
 
 
 def _leaky(in_features: int, out_features: int) -> nn.Module:
@@ -36,4 +36,4 @@ class MLPDiscriminator(nn.Sequential):
 
     def __init__(self, sizes: Sequence[int] = (784, 1024, 512, 256, 1)) -> None:
         hidden = [_leaky(a, b) for a, b in pairwise(sizes[:-1])]
-        super().__init__(_numbered([*hidden, nn.Linear(sizes[-2], sizes[-1])]))
+        super().__init__(_numbered([*hidden, Linear(sizes[-2], sizes[-1])]))

@@ -10,7 +10,7 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
-from aigc_fast.nn import Conv2dBiasAct, Downsample2d, Upsample2d
+from aigc_fast.nn import Conv2dBiasAct, Downsample2d, Linear, Upsample2d
 
 from ..labels import check_labels
 from .layers import LEAKY
@@ -75,7 +75,7 @@ class R3GANGenerator(nn.Module):
         self.latent_dim, depth = latent_dim, blocks * len(widths)
         self.embed = None if num_classes is None else nn.Embedding(num_classes, latent_dim)
         given = latent_dim if num_classes is None else 2 * latent_dim
-        self.linear = _plain(nn.Linear(given, widths[0], bias=False))
+        self.linear = _plain(Linear(given, widths[0], bias=False))
         self.basis = nn.Parameter(torch.randn(widths[0], first, first))
         layers: list[nn.Module] = [ResidualBlock(widths[0], depth) for _ in range(blocks)]
         for before, width in pairwise(widths):
@@ -121,7 +121,7 @@ class R3GANDiscriminator(nn.Module):
         self.main = nn.Sequential(*layers)
         self.basis = nn.Parameter(torch.randn(features, last, last) / last)
         dim = 1 if num_classes is None else features
-        self.linear = _plain(nn.Linear(features, dim, bias=False))
+        self.linear = _plain(Linear(features, dim, bias=False))
         self.embed = None if num_classes is None else nn.Embedding(num_classes, dim)
         if self.embed is not None:
             nn.init.normal_(self.embed.weight, 0.0, dim**-0.5)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from aigc_fast.nn import Conv2dBiasAct, GroupNormAct
+from aigc_fast.nn import Conv2dBiasAct, GroupNormAct, Linear
 
 from ..labels import join_labels
 
@@ -59,8 +59,8 @@ class ConvVAE(nn.Module):
         self.down, self.up = nn.Sequential(*down), nn.Sequential(*up)
         self.inner_shape = (widths[-1], sides[-1], sides[-1])
         features, classes = widths[-1] * sides[-1] ** 2, num_classes or 0
-        self.to_latent = nn.Linear(features + classes, 2 * latent_dim)
-        self.from_latent = nn.Linear(latent_dim + classes, features)
+        self.to_latent = Linear(features + classes, 2 * latent_dim)
+        self.from_latent = Linear(latent_dim + classes, features)
 
     def encode(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images (batch, image_channels, size, size) to (batch, 2 * latent_dim): means, then

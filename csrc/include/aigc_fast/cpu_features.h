@@ -15,6 +15,9 @@ inline std::map<std::string, bool> cpu_features() {
   std::map<std::string, bool> found;
 #if defined(__x86_64__)
   uint32_t a = 0, b = 0, c = 0, d = 0;
+  __cpuid(0, a, b, c, d);
+  // Whose processor: Intel's own libraries choose their code by that.
+  found["intel"] = b == signature_INTEL_ebx && d == signature_INTEL_edx && c == signature_INTEL_ecx;
   __cpuid(1, a, b, c, d);
   const bool osxsave = c >> 27 & 1, fma = c >> 12 & 1, f16c = c >> 29 & 1;
   uint64_t xcr0 = 0;
