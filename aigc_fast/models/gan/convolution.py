@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast._devices import has_fast_bfloat16
 
 
 def convolve(
@@ -16,13 +17,15 @@ def convolve(
 ) -> Tensor:
     """residual + gain * prelu(conv(x)), several x being channels of one: see `ops.conv3x3`.
 
-    For training it is a chain of torch's operations; on a GPU too, whose convolution is cuDNN's.
+    For training it is a chain of torch's operations; on a GPU too, whose convolution is cuDNN's,
+    and in 16 bits on a CPU without AMX, where oneDNN's is twice as fast as ours.
     """
     assert isinstance(conv, nn.Conv2d)
     xs = [x] if isinstance(x, Tensor) else x
     tensors = (*xs, conv.weight, slope, residual)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if not wanted and xs[0].device.type == "cpu":
+    fast = conv.weight.dtype.itemsize > 2 or has_fast_bfloat16("cpu")
+    if not wanted and fast and xs[0].device.type == "cpu":
         return ops.conv3x3(xs, conv.weight, conv.bias, slope, residual, gain)
     y = conv(torch.cat(xs, 1))
     y = y if slope is None else F.prelu(y, slope)
