@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aigc_fast import ops
+
 #: elements of a weight from which the product is the faster one; half as many are a tie
 _LARGE = 1 << 20
 
@@ -49,5 +51,5 @@ def strided_conv2d(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, i
     blocks = torch.cat([blocks[:, :, :, i : i + columns] for i in range(count)], 4)
     blocks = blocks.transpose(2, 3).flatten(3)
     blocks = torch.cat([blocks[:, i : i + rows] for i in range(count)], 3)
-    product = blocks.flatten(0, 2) @ weight.permute(0, 2, 3, 1).flatten(1).t()
+    product = ops.linear(blocks.flatten(0, 2), weight.permute(0, 2, 3, 1).flatten(1))
     return product.view(n, rows, columns, len(weight)).permute(0, 3, 1, 2)

