@@ -44,11 +44,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         _mkl_lags()
-        and x.numel() * weight.shape[0] >= _LEAST
         and x.shape[-1:] == weight.shape[1:]
+        and x.numel() * weight.shape[0] >= _LEAST
         and (bias is None or bias.shape == weight.shape[:1])
         and all(
-            t.dtype is torch.float32 and t.device.type == "cpu" and t.layout is torch.strided
+            # Subclasses (sharded, quantised) know F.linear, and not oneDNN's operator.
+            type(t) in (Tensor, torch.nn.Parameter)
+            and t.dtype is torch.float32
+            and t.device.type == "cpu"
+            and t.layout is torch.strided
             for t in (x, weight, x if bias is None else bias)
         )
         and not torch.is_autocast_enabled("cpu")
