@@ -11,6 +11,12 @@ namespace aigc_fast {
 
 constexpr int64_t kRows = 32;  // most rows of a unit
 
+// A part of the work: the rows [first, last) of each of `heads` heads of sequence b from `head` on,
+// over the keys [begin, end).
+struct AttentionUnit {
+  int64_t b, head, heads, first, last, begin, end;
+};
+
 // Row r of a key/value head is query r / group of head r % group, so that the rows of a tile see
 // about as many keys. P are the products: C is the type of the caches, A that of the arithmetic;
 // queries and outputs may have another type T, which is all that their methods are instantiated
@@ -22,7 +28,8 @@ class Attention {
   using C = typename P::C;
   using V = Vec<A>;
   static constexpr int R = P::R, L = P::L, K = P::K;  // rows; lanes; keys of a vector of scores
-  static constexpr int64_t kBlock = P::kBlock;        // keys between two looks at the maximum
+  static constexpr int64_t kBlock = P::kBlock;        // most keys between two looks at the maximum
+  static constexpr int64_t kStep = 8;                 // addresses that are computed at a time
   static_assert(kRows % R == 0);
 
   Attention(const Shape& shape, HeadRows<C> keys, HeadRows<C> values, A scale,
@@ -34,7 +41,8 @@ class Attention {
         pages_(pages),
         options_(options),
         products_{shape.head_dim},
-        pairs_((shape.head_dim + 2 * L - 1) / (2 * L)) {}
+        pairs_((shape.head_dim + 2 * L - 1) / (2 * L)),
+        block_(shape.kv_heads * shape.head_dim * sizeof(C) > 512 ? P::kShortBlock : kBlock) {}
 
   // Numbers in a tile of rows: their queries, or their results, which are the weighted values
   // [pair][2][R][L], and the maximum and the sum of each row, L lanes each.
@@ -42,10 +50,8 @@ class Attention {
   int64_t values_size() const { return pairs_ * 2 * R * L; }
   int64_t result_size() const { return values_size() + 2 * L; }
 
-  const C* key(int64_t b, int64_t head, int64_t index) const {
-    if (pages_.table) b = pages_.at(b, index / pages_.size), index %= pages_.size;
-    return keys_.data + b * keys_.batch + head * keys_.head + index * keys_.seq;
-  }
+  // Whether the heads of a token lie side by side.
+  bool side_by_side() const { return keys_.head < keys_.seq && values_.head < values_.seq; }
 
   // The queries of the rows [first, last) of a head.
   template <class T>
@@ -69,30 +75,42 @@ class Attention {
     }
   }
 
-  // Results of the rows [first, last) of a head over the keys [begin, end). `after` is where the
-  // thread will read next.
-  void attend(int64_t b, int64_t head, int64_t first, int64_t last, int64_t length, int64_t begin,
-              int64_t end, const C* after, const A* query, A* result) const {
-    for (int64_t row = first; row < last; row += R) {
-      A* tile = result + (row - first) / R * result_size();
+  // The results of a unit, [head][tile]. `after` is where the thread will read next.
+  void attend(const AttentionUnit& unit, int64_t length, const AttentionUnit& after, const A* query,
+              A* result) const {
+    const auto [b, head, heads, first, last, unit_begin, unit_end] = unit;
+    const int64_t tiles = (last - first + R - 1) / R;
+    for (int64_t i = 0; i < heads * tiles; ++i) {
+      A* tile = result + i * result_size();
       std::fill_n(tile, result_size(), A(0));
       store(tile + values_size(), broadcast(-std::numeric_limits<A>::infinity()));
     }
-    begin = std::max(begin, s_.oldest(length, first / s_.group()));
-    end = std::min(end, s_.visible(length, (last - 1) / s_.group()));
-    Block blocks[2];
-    if (begin < end) locate(b, head, begin, end, blocks[0]);
-    int which = 0;
-    for (int64_t start = begin; start < end; start += kBlock, which ^= 1) {
-      Block &block = blocks[which], &next = blocks[which ^ 1];
-      if (start + kBlock < end)
-        locate(b, head, start + kBlock, end, next);
-      else
-        for (int64_t k = 0; k < kBlock; ++k) next.keys[k] = after + k * keys_.seq;
-      for (int64_t row = first; row < last; row += R) {
-        const int64_t tile = (row - first) / R;
-        add_block(block, row == first ? next.keys : nullptr, b, head, row, std::min(last, row + R),
-                  length, query + tile * query_size(), result + tile * result_size());
+    const int64_t begin = std::max(unit_begin, s_.oldest(length, first / s_.group()));
+    const int64_t end = std::min(unit_end, s_.visible(length, (last - 1) / s_.group()));
+    if (begin >= end) return;
+    Block block, ahead;  // of the first head
+    std::vector<const C*> rows(2 * (heads * kBlock + kStep));
+    const C **next_keys = rows.data(), **next_values = next_keys + heads * kBlock + kStep;
+    locate(b, head, begin, end, ahead);
+    for (int64_t start = begin; start < end; start += block_) {
+      block = ahead;
+      if (start + block_ < end)
+        locate(b, head, start + block_, end, ahead);
+      else if (after.begin < after.end)
+        locate(after.b, after.head, after.begin, after.end, ahead);
+      all_rows(ahead.keys, keys_.head, heads, next_keys);
+      all_rows(ahead.values, values_.head, heads, next_values);
+      for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t row = first; row < last; row += R) {
+          const int64_t tile = h * tiles + (row - first) / R;
+          const bool fetch = row == first;
+          add_block(block, fetch ? next_keys + h * block_ : nullptr,
+                    fetch ? next_values + h * block_ : nullptr, b, head + h, row,
+                    std::min(last, row + R), length, query + tile * query_size(),
+                    result + tile * result_size());
+        }
+        for (int64_t k = 0; k < kBlock; ++k) block.keys[k] += keys_.head;
+        for (int64_t k = 0; k < kBlock; ++k) block.values[k] += values_.head;
       }
     }
   }
@@ -144,12 +162,23 @@ class Attention {
     int64_t start, stop;
   };
 
+  // The rows of `heads` heads of the tokens of a block, a token's side by side as they lie in
+  // memory. Writes up to kStep - 1 more.
+  void all_rows(const C* const* first, int64_t stride, int64_t heads, const C** rows) const {
+    int64_t steps[kStep];
+    for (int64_t i = 0; i < kStep; ++i) steps[i] = i * stride;
+    for (int64_t k = 0; k < block_; ++k)
+      for (int64_t h = 0; h < heads; h += kStep)
+        for (int64_t i = 0; i < kStep; ++i)
+          rows[k * heads + h + i] = first[k] + h * stride + steps[i];
+  }
+
   static V finite_or_zero(V v) { return v == -std::numeric_limits<A>::infinity() ? V{} : v; }
 
   // The keys from `start` on.
   void locate(int64_t b, int64_t head, int64_t start, int64_t end, Block& block) const {
     block.start = start;
-    block.stop = std::min(end, start + kBlock);
+    block.stop = std::min(end, start + block_);
     const C* keys = keys_.data + head * keys_.head;
     const C* values = values_.data + head * values_.head;
     const int64_t last = block.stop - start - 1;
@@ -180,10 +209,11 @@ class Attention {
     return v;
   }
 
-  // One block of keys for one tile of rows. The first tile fetches the block's values and the keys
-  // of the next one.
-  void add_block(const Block& block, const C* const* next, int64_t b, int64_t head, int64_t row,
-                 int64_t last, int64_t length, const A* query, A* result) const {
+  // One block of keys for one tile of rows. Fetches as many rows that come next into the cache,
+  // unless they are null.
+  void add_block(const Block& block, const C* const* next_keys, const C* const* next_values,
+                 int64_t b, int64_t head, int64_t row, int64_t last, int64_t length, const A* query,
+                 A* result) const {
     const int64_t fewest = s_.certain(length, row / s_.group());
     const int64_t most = s_.visible(length, (last - 1) / s_.group());
     const int64_t count = std::min(most, block.stop) - block.start;
@@ -193,7 +223,7 @@ class Attention {
     const V lowest = broadcast(-std::numeric_limits<A>::infinity());
     V top = lowest;
     const A scale = scale_ * kUnit<C> * (options_.key_scale ? options_.key_scale[head] : 1);
-    products_.scores(query, block.keys, count, next ? block.values : nullptr, scores);
+    products_.scores(query, block.keys, count, next_keys, scores);
     for (int64_t k = 0; k < count; k += K) {
       const V score = load(scores + k * R) * scale;
       store(scores + k * R, score);
@@ -230,7 +260,7 @@ class Attention {
     store(result + values_size() + L, load(result + values_size() + L) * decay + sum);
     A decays[L];
     store(decays, decay);
-    products_.add_values(scores, block.values, count, decays, result, next);
+    products_.add_values(scores, block.values, count, decays, result, next_values);
   }
 
   // Of the keys that are not too old: whether query i sees the one at `at`.
@@ -268,6 +298,9 @@ class Attention {
   ScoreOptions<A> options_;
   P products_;
   int64_t pairs_;
+  // Keys between two looks at the maximum: fewer where a token has long rows, for what is fetched
+  // to be in the L1 cache still when its turn comes. Never what depends on the number of threads.
+  int64_t block_;
 };
 
 }  // namespace aigc_fast

@@ -18,7 +18,7 @@ struct Bf16Products {
   using A = float;
   using C = bf16;
   static constexpr int R = 4, L = 16, K = L / R;
-  static constexpr int64_t kBlock = 64;
+  static constexpr int64_t kBlock = 64, kShortBlock = kBlock;
   using Rows = TileRows<bf16>;
   static constexpr int64_t kKeys = Rows::kMost, kChunk = Rows::kChunk;
   using V = Vec<float>;

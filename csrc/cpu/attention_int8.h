@@ -20,7 +20,7 @@ struct Int8Products {
   using C = int8_t;
   using Thread = Tiles;
   static constexpr int R = 4, L = 16, K = L / R;
-  static constexpr int64_t kBlock = 64;  // keys of a tile of probabilities
+  static constexpr int64_t kBlock = 64, kShortBlock = kBlock;  // keys of a tile of probabilities
   using Rows = TileRows<int8_t>;
   static constexpr int64_t kChunk = Rows::kChunk;
   using V = Vec<float>;

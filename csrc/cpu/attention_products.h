@@ -17,8 +17,8 @@ struct Products {
   using C = Cached;
   using V = Vec<A>;
   static constexpr int R = rows, L = kLanes<A>, K = L / R;  // lanes; keys of a vector of scores
-  static constexpr int64_t kBlock = 32;                     // most keys of a call
-  static_assert(L % R == 0 && kBlock % K == 0);
+  static constexpr int64_t kBlock = 32, kShortBlock = 16;   // most keys of a call
+  static_assert(L % R == 0 && kShortBlock % K == 0);
   int64_t head_dim;
 
   // Numbers in the queries of a tile, and what becomes of them before the first product.
@@ -26,21 +26,24 @@ struct Products {
   void prepare(A*) const {}
   struct Thread {};  // what a thread has while it multiplies
 
-  // Always inlined: GCC 12 drops calls of a function that does nothing else.
-  AIGC_INLINE void prefetch(const C* row) const {
-    const char* p = reinterpret_cast<const char*>(row);
-    for (size_t i = 0; i < head_dim * sizeof(C); i += 64) __builtin_prefetch(p + i, 0, 3);
+  // The part of a row with the 2 * L numbers from d on into the cache, a line at most once. Always
+  // inlined: GCC 12 drops calls of a function that does nothing else.
+  AIGC_INLINE static void prefetch(const C* row, int64_t d) {
+    constexpr int64_t kLine = 64, kBytes = 2 * L * sizeof(C);
+    static_assert(kBytes <= 2 * kLine);
+    const char* p = reinterpret_cast<const char*>(row + d);
+    if constexpr (kBytes < kLine)
+      if (d * sizeof(C) % kLine) return;
+    __builtin_prefetch(p, 0, 3);
+    if constexpr (kBytes > kLine) __builtin_prefetch(p + kLine, 0, 3);
   }
 
   // The products of `count` keys, rounded up to whole vectors, with the R queries of a tile:
   // scores[k * R + r]. Fetches as many rows of `next` into the cache, unless it is null.
   void scores(const A* query, const C* const* keys, int64_t count, const C* const* next,
               A* scores) const {
-    for (int64_t k = 0; k < count; k += K) {
-      if (next)
-        for (int i = 0; i < K; ++i) prefetch(next[k + i]);
-      store(scores + k * R, scores_of(query, keys + k));
-    }
+    for (int64_t k = 0; k < count; k += K)
+      store(scores + k * R, scores_of(query, keys + k, (next ? next : keys) + k));
   }
 
   // result = result * decays + probabilities * values, for `count` values and the pairs of head_dim
@@ -52,14 +55,18 @@ struct Products {
 
  private:
   // The products of K keys: lane k * R + r.
-  V scores_of(const A* query, const C* const* keys) const {
+  V scores_of(const A* query, const C* const* keys, const C* const* next) const {
     const C* key[K];
     for (int k = 0; k < K; ++k) key[k] = keys[k];
     V sums[L] = {};
-    auto add = [&](const A* q, auto load) {
+    auto add = [&](int64_t d, auto load) __attribute__((always_inline)) {
+      const A* q = query + d * R;
       V even[K], odd[K];
 #pragma GCC unroll 16
-      for (int k = 0; k < K; ++k) load(key[k], even[k], odd[k]);
+      for (int k = 0; k < K; ++k) {
+        prefetch(next[k], d);
+        load(key[k], even[k], odd[k]);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const V a = aigc_fast::load(q + r * L), b = aigc_fast::load(q + (R + r) * L);
@@ -72,9 +79,8 @@ struct Products {
     };
     const int64_t whole = head_dim / (2 * L) * (2 * L), rest = head_dim - whole;
     for (int64_t d = 0; d < whole; d += 2 * L)
-      add(query + d * R, [d](const C* p, V& a, V& b) { load_pair(p + d, a, b); });
-    if (rest)
-      add(query + whole * R, [=](const C* p, V& a, V& b) { load_pair(p + whole, rest, a, b); });
+      add(d, [d](const C* p, V& a, V& b) { load_pair(p + d, a, b); });
+    if (rest) add(whole, [=](const C* p, V& a, V& b) { load_pair(p + whole, rest, a, b); });
     return sum_each<A>(sums);
   }
 
@@ -83,27 +89,27 @@ struct Products {
   void add_all_values(const A* probabilities, const C* const* values, int64_t count, int64_t pair,
                       const A* decays, A* result, const C* const* next) const {
     const int64_t whole = head_dim / (2 * L), rest = head_dim % (2 * L);
-    for (; pair + P <= whole; pair += P, next = nullptr)
-      add_pairs<P>(probabilities, values, count, pair, 0, decays, result, next);
+    for (; pair + P <= whole; pair += P)
+      add_pairs<P, false>(probabilities, values, count, pair, rest, decays, result, next);
     if constexpr (P > 1)
       add_all_values<P / 2>(probabilities, values, count, pair, decays, result, next);
     else if (rest)
-      add_pairs<1>(probabilities, values, count, pair, rest, decays, result, next);
+      add_pairs<1, true>(probabilities, values, count, pair, rest, decays, result, next);
   }
 
-  // P pairs of head_dim; only `rest` elements of the last one if not 0.
-  template <int P>
+  // P pairs of head_dim, or the `rest` elements of the last one.
+  template <int P, bool partial>
   void add_pairs(const A* probabilities, const C* const* values, int64_t count, int64_t pair,
                  int64_t rest, const A* decays, A* result, const C* const* next) const {
     V sums[2 * P][R] = {};  // of this block alone: one chain over all keys would round more
     A* out = result + pair * 2 * R * L;
     for (int64_t k = 0; k < count; ++k) {
       const C* value = values[k] + pair * 2 * L;
-      if (next) prefetch(next[k]);
 #pragma GCC unroll 16
       for (int j = 0; j < P; ++j) {
+        if (next) prefetch(next[k], (pair + j) * 2 * L);
         V a, b;
-        if (rest)
+        if constexpr (partial)
           load_pair(value + j * 2 * L, rest, a, b);
         else
           load_pair(value + j * 2 * L, a, b);

@@ -1,41 +1,56 @@
 // softmax(scale * Q K^T) V over a key/value cache.
 //
-// Work is cut into units of (sequence, split of the cache, key/value head, chunk of query rows).
-// The rows of a unit are the query heads of its group and its new tokens, so that each element of
+// Work is cut into units of (sequence, split of the cache, key/value heads, chunk of query rows).
+// The rows of a head are the query heads of its group and the new tokens, so that each element of
 // the caches is read and converted once for all of them. A unit walks its keys in blocks that stay
-// in the L1 cache: scores, softmax with a running maximum, then values (attention.h). The results
+// in the cache: scores, softmax with a running maximum, then values (attention.h). The results
 // of the splits (maximum, sum, weighted values) are merged at the end. Nothing in this partition
-// depends on the number of threads, so the bits do not either.
+// depends on the number of threads or on other sequences, so the bits do not either.
 #include <memory>
 
 #include "attention.h"
 #include "attention_bf16.h"
+#include "attention_dot.h"
 #include "attention_int8.h"
 
 namespace aigc_fast {
 namespace {
 
-constexpr int64_t kSplit = 256;  // keys of a unit, for up to kRows rows
+// Keys of a unit that has up to kRows rows of a head.
+int64_t split_of(int64_t keys) { return std::clamp<int64_t>((keys / 8 + 63) / 64 * 64, 256, 512); }
 
-struct Unit {
-  int64_t b, head, chunk, begin, end;  // keys [begin, end)
-};
+// Most rows of the heads of a unit.
+constexpr int64_t kRowsTogether = 128;
 
 template <class T, class P, class A>
 void run(const Shape& s, HeadRows<T> queries, const Attention<P>& attention,
          const std::vector<int64_t>& lengths, T* out, A* lse) {
   constexpr int R = P::R;
   const int64_t rows = s.rows(), chunks = (rows + kRows - 1) / kRows;
-  // Longer splits for more rows: their results then take less memory than the cache itself.
-  const int64_t split = kSplit * std::max<int64_t>(1, rows / kRows);
-  std::vector<Unit> units;
+  // More rows have longer splits: their results then take less memory than the cache itself.
+  const int64_t longer = std::max<int64_t>(1, rows / kRows);
+  std::vector<int64_t> splits(s.batch);
+  int64_t all_splits = 0;
+  for (int64_t b = 0; b < s.batch; ++b) {
+    const int64_t keys = lengths[b] - s.oldest(lengths[b], 0);
+    splits[b] = split_of(keys) * longer;
+    all_splits += (keys + splits[b] - 1) / splits[b];
+  }
+  // Heads that lie side by side are walked together, so that memory is read as it lies, if that
+  // leaves enough for every thread.
+  const bool together = attention.side_by_side() && rows <= kRows &&
+                        rows * s.kv_heads <= kRowsTogether &&
+                        all_splits >= 2 * torch::stable::get_num_threads();
+  const int64_t heads = together ? s.kv_heads : 1;
+  std::vector<AttentionUnit> units;
   std::vector<int64_t> first(s.batch + 1);
   for (int64_t b = 0; b < s.batch; ++b) {
     int64_t begin = s.oldest(lengths[b], 0);
     do {
-      const int64_t end = std::min(lengths[b], begin + split);
-      for (int64_t h = 0; h < s.kv_heads; ++h)
-        for (int64_t c = 0; c < chunks; ++c) units.push_back({b, h, c, begin, end});
+      const int64_t end = std::min(lengths[b], begin + splits[b]);
+      for (int64_t h = 0; h < s.kv_heads; h += heads)
+        for (int64_t row = 0; row < rows; row += kRows)
+          units.push_back({b, h, heads, row, std::min(rows, row + kRows), begin, end});
       begin = end;
     } while (begin < lengths[b]);
     first[b + 1] = units.size();
@@ -49,30 +64,29 @@ void run(const Shape& s, HeadRows<T> queries, const Attention<P>& attention,
     const size_t bytes = (n * sizeof(A) + 63) / 64 * 64;
     return std::unique_ptr<A, Free>(static_cast<A*>(std::aligned_alloc(64, bytes)));
   };
-  const auto results = allocate(units.size() * size);
+  const auto results = allocate(units.size() * heads * size);
   torch::stable::parallel_for(0, units.size(), 1, [&](int64_t begin, int64_t end) {
-    const auto query = allocate(tiles * attention.query_size());
+    const int64_t query_size = tiles * attention.query_size();
+    const auto query = allocate(heads * query_size);
     [[maybe_unused]] const typename P::Thread thread;
     for (int64_t u = begin; u < end; ++u) {
-      const auto [b, h, c, first_key, last_key] = units[u];
-      const int64_t start = c * kRows, stop = std::min(rows, start + kRows);
-      const Unit& next = units[std::min(u + 1, end - 1)];
-      attention.load_queries(queries, b, h, start, stop, query.get());
-      attention.attend(
-          b, h, start, stop, lengths[b], first_key, last_key,
-          next.begin < next.end ? attention.key(next.b, next.head, next.begin) : nullptr,
-          query.get(), results.get() + u * size);
+      const AttentionUnit& unit = units[u];
+      for (int64_t h = 0; h < heads; ++h)
+        attention.load_queries(queries, unit.b, unit.head + h, unit.first, unit.last,
+                               query.get() + h * query_size);
+      attention.attend(unit, lengths[unit.b], units[std::min(u + 1, end - 1)], query.get(),
+                       results.get() + u * heads * size);
     }
   });
-  const int64_t heads = s.kv_heads * chunks;
-  torch::stable::parallel_for(0, s.batch * heads, 16, [&](int64_t begin, int64_t end) {
+  const int64_t parts = s.kv_heads * chunks;
+  torch::stable::parallel_for(0, s.batch * parts, 16, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
-      const int64_t b = u / heads, h = u % heads / chunks, c = u % chunks;
+      const int64_t b = u / parts, h = u % parts / chunks, c = u % chunks;
       const int64_t start = c * kRows, stop = std::min(rows, start + kRows);
-      const A* parts = results.get() + (first[b] + u % heads) * size;
+      const A* results_of = results.get() + (first[b] * heads + u % parts) * size;
       for (int64_t row = start; row < stop; row += R)
-        attention.merge(parts + (row - start) / R * attention.result_size(),
-                        (first[b + 1] - first[b]) / heads, heads * size, b, h, row,
+        attention.merge(results_of + (row - start) / R * attention.result_size(),
+                        (first[b + 1] - first[b]) * heads / parts, parts * size, b, h, row,
                         std::min(stop, row + R), out, lse);
     }
   });
@@ -169,9 +183,16 @@ std::tuple<Tensor, Tensor> decode_attention_full(
       if constexpr (std::is_same_v<T, bf16> && std::is_same_v<C, bf16>)
         if (Bf16Products::fits(s.head_dim)) return with(std::type_identity<Bf16Products>{});
 #endif
-      if (s.rows() == 1) return with(std::type_identity<Products<A, C, 1>>{});
-      if (s.rows() == 2 || kLanes<A> == 2) return with(std::type_identity<Products<A, C, 2>>{});
-      with(std::type_identity<Products<A, C, std::min(4, kLanes<A>)>>{});
+      const auto of_rows = [&]<int R>(std::integral_constant<int, R>) {
+#if AIGC_BF16_DOT
+        if constexpr (std::is_same_v<T, bf16> && std::is_same_v<C, bf16>)
+          if (Bf16DotProducts<R>::fits()) return with(std::type_identity<Bf16DotProducts<R>>{});
+#endif
+        with(std::type_identity<Products<A, C, R>>{});
+      };
+      if (s.rows() == 1) return of_rows(std::integral_constant<int, 1>{});
+      if (s.rows() == 2 || kLanes<A> == 2) return of_rows(std::integral_constant<int, 2>{});
+      of_rows(std::integral_constant<int, std::min(4, kLanes<A>)>{});
     });
   });
   return {out, lse};

@@ -226,8 +226,8 @@ class Step {
       const int64_t begin = split * kKeys, end = std::min(position + 1, begin + kKeys);
       float* result =
           splits == 1 ? aligned(result_) : step_.results_.data() + u * step_.result_size();
-      attention.attend(0, 0, 0, s_.group(), position + 1, begin, end, attention.key(0, 0, begin),
-                       aligned(query_), result);
+      const AttentionUnit part{0, 0, 1, 0, s_.group(), begin, end};
+      attention.attend(part, position + 1, part, aligned(query_), result);
       if (splits == 1) write(attention, b, head, result, 1);
     }
 

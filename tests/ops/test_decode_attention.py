@@ -203,6 +203,40 @@ def test_long_caches(batch, q_len, heads, kv_heads, head_dim, lengths, dtype) ->
         assert_as_good_as_torch(list(ours), list(plain), list(exact), dtype)
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "window"),
+    [(8, 8, 64, None), (6, 3, 48, 700), (32, 8, 96, None)],
+)
+def test_bits_of_a_sequence_are_its_own(
+    heads, kv_heads, head_dim, window, page_size, dtype
+) -> None:
+    """Whether the CPU walks heads together or one by one depends on threads and on the batch."""
+    lengths = torch.tensor([1100, 40, 0, 513])
+    query, keys, values = inputs(4, 1, heads, kv_heads, head_dim, 1100, dtype)
+
+    def attend(rows: slice) -> tuple[Tensor, Tensor]:
+        caches, options = (keys[rows], values[rows]), {"window": window}
+        if page_size:
+            *caches, table = paged(*caches, lengths[rows].tolist(), page_size)
+            options["block_table"] = table
+        return run("cpu", "cpu", query[rows], *caches, lengths[rows], **options)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = attend(slice(None))
+        torch.set_num_threads(16)
+        many = attend(slice(None))
+        alone = [attend(slice(b, b + 1)) for b in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(many, one, rtol=0, atol=0)
+    alone = tuple(torch.cat(parts) for parts in zip(*alone, strict=True))
+    torch.testing.assert_close(alone, one, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 @pytest.mark.parametrize("bad", [-1, 7, 2**31 - 1])
 @pytest.mark.parametrize("implementation", ["reference", "cpu"])
