@@ -17,7 +17,7 @@ namespace aigc_fast {
 namespace {
 
 // Keys of a unit that has up to kRows rows of a head.
-int64_t split_of(int64_t keys) { return std::clamp<int64_t>((keys / 8 + 63) / 64 * 64, 256, 512); }
+int64_t split_of(int64_t keys) { return std::clamp<int64_t>((keys / 4 + 63) / 64 * 64, 256, 512); }
 
 // Most rows of the heads of a unit.
 constexpr int64_t kRowsTogether = 128;
