@@ -1,6 +1,7 @@
 """aigc_fast.patch: a stock transformers model of SmolLM2-135M's shape, patched and not, in turns.
 
-Weights are random. Most of the time goes to the linear layers, which stay torch's.
+Weights are random. Most of the time goes to the linear layers, which stay torch's where those of
+`ops.linear` are no faster.
 """
 
 import time

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from aigc_fast import ops
+from aigc_fast._libraries import mkl_lags
 from aigc_fast.nn._replacing import (
     Assignment,
     PatchReport,
@@ -71,6 +73,21 @@ def _unless_compiling(forward: Callable) -> Callable:
     return either
 
 
+class Linear(Replacement):
+    """Of any known model, where torch's own products lag behind."""
+
+    uses = "linear"
+
+    @classmethod
+    def assignments(cls, module: nn.Module) -> Iterable[Assignment]:
+        if not mkl_lags():
+            raise Unfit("torch's own products are as fast on this machine")
+        yield from super().assignments(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 def patch(model: Any) -> PatchReport:
     """Makes the parts of a stock model that are known here call aigc_fast's operators, in place.
 
@@ -106,12 +123,14 @@ def _patch(
 ) -> None:
     changes = []
     absorbed: set[nn.Module] = set()
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    known = any(isinstance(module, Replacement) or _row(type(module)) for module in modules)
+    for module in modules:
         if isinstance(module, Replacement):
             replaced[_stock(module).__name__, module.uses] += 1
             absorbed.update(getattr(module, child) for child in module.absorbs)
             continue
-        row = _row(type(module))
+        row = Linear if known and type(module) is nn.Linear else _row(type(module))
         name = type(module).__name__
         try:
             if row is None:

@@ -19,6 +19,7 @@ CASES = {
     "one_row": ((1, 50), (70, 50)),
     "no_rows": ((0, 8), (4, 8)),
     "long_sums": ((5, 1201), (8, 1201)),
+    "long_sums_of_a_wide_weight": ((3, 800), (25, 800)),
 }
 
 
@@ -32,8 +33,10 @@ def products(request, monkeypatch):
         return original(*args)
 
     original = module._product
-    monkeypatch.setattr(module, "_mkl_lags", lambda: request.param == "onednn")
+    monkeypatch.setattr(module, "mkl_lags", lambda: request.param == "onednn")
     monkeypatch.setattr(module, "_LEAST", 1)
+    monkeypatch.setattr(module, "_ROWS", 1)
+    monkeypatch.setattr(module, "_COPY", 3000)
     monkeypatch.setattr(module, "_product", product)
     asked.append(request.param)
     return asked
@@ -102,6 +105,15 @@ def test_elsewhere_it_is_torchs_own(products) -> None:
     compiled = torch.compile(ops.linear, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
     assert len(products) == 1
+
+
+def test_few_rows_of_long_sums_are_torchs(products, monkeypatch) -> None:
+    """A copy of the weight costs more than its product with them."""
+    monkeypatch.setattr(module, "_ROWS", 32)
+    for rows, terms, asks in [(31, 385, False), (32, 385, True), (1, 384, True)]:
+        del products[1:]
+        ops.linear(rand(rows, terms).float(), rand(4, terms).float())
+        assert (len(products) > 1) == (asks and products[0] == "onednn")
 
 
 def test_module_is_nn_linear(products) -> None:
