@@ -68,13 +68,14 @@ struct Forward : GroupNormCall<T> {
       for (int64_t p = 1; p < n; ++p) total.add(of[p * s.groups]);
       conclude(u, total);
     }
+    const std::vector<A> mean = this->of_channels(this->mean);
+    std::vector<A> scale = this->of_channels(this->rstd);
+    for (int64_t b = 0; b < s.batch; ++b)
+      for (int64_t c = 0; c < channels; ++c) scale[b * channels + c] *= this->weight[c];
     this->for_row_pieces([&](int64_t, int64_t b, int64_t row, int64_t rows) {
-      const std::vector<A> mean = this->spread(b, this->mean);
-      std::vector<A> scale = this->spread(b, this->rstd);
-      for (int64_t c = 0; c < channels; ++c) scale[c] *= this->weight[c];
-      const int64_t at = (b * s.spatial + row) * channels;
+      const int64_t at = (b * s.spatial + row) * channels, first = b * channels;
       map_columns<T, 1, 3>(
-          rows, channels, {this->x + at}, {mean.data(), scale.data(), this->bias.data()}, y + at,
+          rows, channels, {this->x + at}, {&mean[first], &scale[first], this->bias.data()}, y + at,
           [](auto& v, auto& p) { return smooth<act, A, kCoarse<T>>((v[0] - p[0]) * p[1] + p[2]); });
     });
   }

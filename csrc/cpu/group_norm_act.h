@@ -62,11 +62,11 @@ struct GroupNormCall {
       f(i, i / pieces, row, std::min(rows, s.spatial - row));
     });
   }
-  // One of the statistics, or a value of each group, for each channel of a sample.
-  std::vector<A> spread(int64_t sample, const A* of_group) const {
-    std::vector<A> result(s.channels);
-    for (int64_t c = 0; c < s.channels; ++c)
-      result[c] = of_group[sample * s.groups + c / s.width()];
+  // A value of each group, for each of its channels: (batch, channels).
+  std::vector<A> of_channels(const A* of_groups) const {
+    std::vector<A> result(s.batch * s.channels);
+    for (int64_t u = 0; u < s.units(); ++u)
+      std::fill_n(result.data() + u * s.width(), s.width(), of_groups[u]);
     return result;
   }
 };

@@ -92,11 +92,11 @@ struct Backward : GroupNormCall<T> {
   void channels_last() {
     const int64_t n = s.row_pieces(), channels = s.channels;
     partial.resize(2 * s.batch * n * channels);
+    const std::vector<A> mean = this->of_channels(this->mean), rstd = this->of_channels(this->rstd);
     this->for_row_pieces([&](int64_t piece, int64_t b, int64_t row, int64_t rows) {
-      const std::vector<A> mean = this->spread(b, this->mean), rstd = this->spread(b, this->rstd);
-      const int64_t from = (b * s.spatial + row) * channels;
+      const int64_t from = (b * s.spatial + row) * channels, first = b * channels;
       sum_columns<T, 2, 2, 4>(rows, channels, {this->x + from, dy + from},
-                              {mean.data(), rstd.data(), this->weight.data(), this->bias.data()},
+                              {&mean[first], &rstd[first], this->weight.data(), this->bias.data()},
                               &partial[2 * piece * channels], [](auto& v, auto& p, Vec<A>* to) {
                                 const Terms t = terms(v[0], v[1], p[0], p[1], p[2], p[3]);
                                 to[0] += t.grad;
@@ -108,18 +108,17 @@ struct Backward : GroupNormCall<T> {
       sum_channel(b, c, 2 * b * n * channels + c, n, 2 * channels, channels);
     });
     for (int64_t u = 0; u < s.units(); ++u) conclude(u);
+    const std::vector<A> s1 = this->of_channels(group_sums[0].data());
+    const std::vector<A> s2 = this->of_channels(group_sums[1].data());
     this->for_row_pieces([&](int64_t, int64_t b, int64_t row, int64_t rows) {
-      const std::vector<A> mean = this->spread(b, this->mean), rstd = this->spread(b, this->rstd);
-      const std::vector<A> s1 = this->spread(b, group_sums[0].data());
-      const std::vector<A> s2 = this->spread(b, group_sums[1].data());
-      const int64_t at = (b * s.spatial + row) * channels;
-      map_columns<T, 2, 6>(
-          rows, channels, {this->x + at, dy + at},
-          {mean.data(), rstd.data(), this->weight.data(), this->bias.data(), s1.data(), s2.data()},
-          dx + at, [](auto& v, auto& p) {
-            const Terms t = terms(v[0], v[1], p[0], p[1], p[2], p[3]);
-            return (t.grad * p[2] - p[4] - t.normed * p[5]) * p[1];
-          });
+      const int64_t at = (b * s.spatial + row) * channels, first = b * channels;
+      map_columns<T, 2, 6>(rows, channels, {this->x + at, dy + at},
+                           {&mean[first], &rstd[first], this->weight.data(), this->bias.data(),
+                            &s1[first], &s2[first]},
+                           dx + at, [](auto& v, auto& p) {
+                             const Terms t = terms(v[0], v[1], p[0], p[1], p[2], p[3]);
+                             return (t.grad * p[2] - p[4] - t.normed * p[5]) * p[1];
+                           });
     });
   }
 };
