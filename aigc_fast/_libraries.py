@@ -1,6 +1,5 @@
 """Finds and opens the compiled libraries, and remembers what could not be opened and why."""
 
-import functools
 import os
 import warnings
 from pathlib import Path
@@ -30,15 +29,6 @@ def features() -> dict[str, bool]:
     except ImportError:
         return {}
     return cpu_features()
-
-
-@functools.cache
-def mkl_lags() -> bool:
-    """Whether torch's products come from MKL on a processor for which MKL has older code."""
-    found = features()
-    avx512 = all(found.get(name) for name in CPU_LEVELS["avx512"])
-    built = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return avx512 and not found["intel"] and built
 
 
 def cpu_level() -> str:

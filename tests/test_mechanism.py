@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,30 @@ def test_explain_checks_arguments() -> None:
         aigc_fast.explain(ops.bias_act, X, torch.zeros(3))
     with pytest.raises(TypeError, match="function must be an operator"):
         aigc_fast.explain(torch.relu, X)
+
+
+def test_explain_leaves_calls_of_other_threads_alone() -> None:
+    asking, answered = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        asking.set()
+        answered.wait(10)
+        ops.bias_act(X, act="relu")
+
+    def ask() -> None:
+        found.append(aigc_fast.explain(slow))
+
+    found: list = []
+    other = threading.Thread(target=ask)
+    other.start()
+    assert asking.wait(10)
+    assert torch.equal(ops.bias_act(X, act="relu"), X.relu() * 2**0.5)
+    with aigc_fast.backend("reference"):
+        answered.set()
+        other.join()
+        assert aigc_fast.explain(ops.bias_act, X).op == "bias_act"
+    assert found[0].op == "bias_act"
+    assert torch.equal(ops.bias_act(X, act="relu"), X.relu() * 2**0.5)
 
 
 def test_backend_forces_and_restores() -> None:

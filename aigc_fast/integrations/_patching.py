@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast._libraries import mkl_lags
 from aigc_fast.nn._replacing import (
     Assignment,
     PatchReport,
@@ -25,6 +24,7 @@ from aigc_fast.nn._replacing import (
     fast_class,
     take_back,
 )
+from aigc_fast.ops.linear import mkl_lags
 
 #: package of a stock class -> the module that says what takes the place of its classes: TABLE, by
 #: the full name of the class

@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,7 +33,10 @@ _library = torch.library.Library("aigc_fast", "DEF")
 _cuda_library = torch.library.Library("aigc_fast_cuda", "DEF")
 
 OPS: dict[str, "Op"] = {}
-# Takes over every call while `backend` or `explain` is at work.
+# What takes over calls: of all threads, in the blocks of `backend` that are open, the newest last;
+# of one thread, by its identifier, while it is in `explain`. `_intercept` is there while any is.
+_forced: list[Callable[["Op", tuple], Any]] = []
+_explaining: dict[int, Callable[["Op", tuple], Any]] = {}
 _intercept: Callable[["Op", tuple], Any] | None = None
 _has_triton = importlib.util.find_spec("triton") is not None
 
@@ -202,14 +206,28 @@ def _first_tensor(args: tuple) -> torch.Tensor:
     return next(a for a in flat if isinstance(a, torch.Tensor))
 
 
+def _take(op: Op, args: tuple) -> Any:
+    take = _explaining.get(threading.get_ident()) or (_forced[-1] if _forced else None)
+    if take is not None:
+        return take(op, args)
+    op.check(*args)
+    return op.overload(*args)
+
+
+def _set_intercept() -> None:
+    global _intercept
+    _intercept = _take if _forced or _explaining else None
+
+
 @contextlib.contextmanager
 def _intercepting(take: Callable[[Op, tuple], Any]) -> Iterator[None]:
-    global _intercept
-    before, _intercept = _intercept, take
+    _forced.append(take)
+    _set_intercept()
     try:
         yield
     finally:
-        _intercept = before
+        _forced.remove(take)  # blocks of several threads end in any order
+        _set_intercept()
 
 
 def backend(name: str) -> contextlib.AbstractContextManager[None]:
@@ -248,11 +266,16 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         op.check(*op_args)
         raise _Explained(Explanation(op.name, *op.choose(*op_args)))
 
+    thread = threading.get_ident()
+    _explaining[thread] = take
+    _set_intercept()
     try:
-        with _intercepting(take):
-            function(*args, **kwargs)
+        function(*args, **kwargs)
     except _Explained as found:
         return found.explanation
+    finally:
+        _explaining.pop(thread, None)
+        _set_intercept()
     raise TypeError(f"function must be an operator of aigc_fast.ops, got {function!r}")
 
 

@@ -1,5 +1,6 @@
 """Dense products, by the library that does them best on this processor."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aigc_fast._libraries import mkl_lags
+from aigc_fast import _libraries
 from aigc_fast.ops._autograd import OpFunction
 
 #: Multiply-adds from which oneDNN's 10 us a call are worth it.
@@ -65,6 +66,15 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_mkldnn_enabled()
     )
+
+
+@functools.cache
+def mkl_lags() -> bool:
+    """Whether torch's products come from MKL on a processor for which MKL has older code."""
+    features = _libraries.features()
+    avx512 = all(features.get(name) for name in _libraries.CPU_LEVELS["avx512"])
+    built = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return avx512 and not features["intel"] and built
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

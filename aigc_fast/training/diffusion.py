@@ -63,8 +63,9 @@ class DiffusionStep(NamedTuple):
 
 
 class DiffusionTrainer(Trainer):
-    """Trains model(noisy, timesteps, labels). A step whose loss or gradients are not finite changes
-    nothing and is counted in `skipped`.
+    """Trains model(noisy, timesteps, labels). A step whose loss or gradients are not finite leaves
+    weights, their averages and the optimizer as they are and is counted in `skipped`; what a batch
+    norm keeps has moved by then.
 
     recipe:  what is minimised, and how; by default v at the cosine schedule.
     done:    done(step) is the share of the training, 0 to 1, that lies behind at a step, such as

@@ -1,6 +1,7 @@
 """Exponential moving average of a model's weights."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,19 @@ class EMA:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay, self.updates = decay, 0
+        self._of: dict[Tensor, Tensor] = dict(
+            zip(model.parameters(), self.model.parameters(), strict=True)
+        )
+
+    def averages_of(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+        """The average of each, in whichever order they come.
+
+        Raises ValueError for one that the model did not have when this was made.
+        """
+        parameters = list(parameters)
+        if not all(p in self._of for p in parameters):
+            raise ValueError("average must be an EMA of the model that has the parameters")
+        return {p: self._of[p] for p in parameters}
 
     def next_decay(self) -> float:
         """The share that stays at the next update."""

@@ -113,7 +113,8 @@ class GANTrainer(Trainer):
 
     A step is a batch of real samples: an update of the discriminator and, every n_critic steps, of
     the generator. Networks of `num_classes` are called with labels as well. A step whose loss or
-    gradients are not finite changes nothing and is counted in `skipped`.
+    gradients are not finite leaves weights, their averages and the optimizer as they are and is
+    counted in `skipped`; what a batch norm keeps has moved by then.
 
     recipe:  what is minimised; by default the non-saturating loss and numbers of DCGAN
         (arXiv:1406.2661, arXiv:1511.06434).

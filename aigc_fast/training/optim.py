@@ -23,7 +23,8 @@ class Adam(torch.optim.Adam):
     guard:    a step whose loss or gradients are not finite changes nothing and is counted in
         `skipped`, a tensor. Costs a further pass over the gradients where there is no max_norm.
 
-    Raises ValueError for amsgrad, maximize or sparse gradients, in a loaded state dict too.
+    Raises ValueError for amsgrad, maximize or sparse gradients, in a loaded state dict too, and for
+    an average of another model.
     """
 
     def __init__(
@@ -46,9 +47,7 @@ class Adam(torch.optim.Adam):
             raise ValueError(f"max_norm must be positive, got {max_norm}")
         self.max_norm, self.average, self.guard = max_norm, average, guard
         everything = [p for group in self.param_groups for p in group["params"]]
-        self._averages: dict[Tensor, Tensor] = {}
-        if average is not None:
-            self._averages = dict(zip(everything, average.model.parameters(), strict=True))
+        self._averages = {} if average is None else average.averages_of(everything)
         self.skipped = torch.zeros((), device=everything[0].device)
 
     @torch.no_grad()

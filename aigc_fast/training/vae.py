@@ -89,7 +89,8 @@ class VAEStep(NamedTuple):
 class VAETrainer(Trainer):
     """Trains a model of encode(images) -> parameters, as `ops.sample_gaussian` takes them, and
     decode(latents), both called with labels as well where there are some. A step whose loss or
-    gradients are not finite changes nothing and is counted in `skipped`.
+    gradients are not finite leaves weights, their averages and the optimizer as they are and is
+    counted in `skipped`; what a batch norm keeps has moved by then.
 
     recipe:  what is minimised, and how.
     done:    done(step) is the share of the training, 0 to 1, that lies behind at a step, such as

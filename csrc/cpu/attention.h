@@ -232,14 +232,15 @@ class Attention {
     const int64_t padded = (count + K - 1) / K * K;
     if (options_.softcap || options_.slopes)
       top = adjust(block.start, padded, head, row, length, scores);
-    // Where rows see different keys, or a tile has no key left.
-    if (block.start + padded > fewest || block.start < s_.oldest(length, (last - 1) / s_.group())) {
+    // Where rows see different keys, or a vector or a tile has no key left.
+    if (padded > count || block.start + padded > fewest ||
+        block.start < s_.oldest(length, (last - 1) / s_.group())) {
       top = lowest;
       for (int64_t k = 0; k < padded; k += K) {
         for (int lane = 0; lane < L; ++lane) {
           const int64_t i = std::min(row + lane % R, last - 1) / s_.group();
           const int64_t at = block.start + k + lane / R;
-          if (at < s_.oldest(length, i) || !sees(b, i, at, length))
+          if (k + lane / R >= count || at < s_.oldest(length, i) || !sees(b, i, at, length))
             scores[k * R + lane] = lowest[0];
         }
         top = max<A>(top, load(scores + k * R));

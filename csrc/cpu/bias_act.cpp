@@ -41,7 +41,7 @@ void for_elements(Layout l, const T* bias, T* bias_grad, F f) {
   }
   std::vector<double> partial;  // [chunk][channel]
   std::vector<double> totals(bias_grad ? l.channels : 0);
-  if (l.inner == 1) {
+  if (bias && l.inner == 1) {
     const int64_t rows = l.size / l.channels;
     const int64_t block = std::max<int64_t>(1, kBlock / l.channels);
     const int64_t blocks = (rows + block - 1) / block;

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import aigc_fast
-from aigc_fast._libraries import mkl_lags
 from aigc_fast.integrations._patching import Replacement
+from aigc_fast.ops.linear import mkl_lags
 from tests.ops.test_every_op import assert_as_good_as_torch, recorded
 
 pytest.importorskip("diffusers")

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import aigc_fast
-from aigc_fast._libraries import mkl_lags
 from aigc_fast.integrations import _patching
 from aigc_fast.integrations._patching import Replacement
+from aigc_fast.ops.linear import mkl_lags
 from tests.models.checkpoints import (
     VOCAB,
     Exact,

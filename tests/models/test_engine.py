@@ -311,6 +311,29 @@ def test_logits_that_are_not_finite_change_nothing(model, monkeypatch):
         assert request.tokens == naive_greedy(model, request.prompt, 6)
 
 
+def test_a_prompt_whose_logits_are_not_finite_loses_no_token_of_the_others(model, monkeypatch):
+    engine = Engine(model)
+    requests = [engine.add(prompt, 3) for prompt in PROMPTS[:2]]
+    while not all(request.tokens for request in requests):
+        engine.step()
+    poisoned = engine.add(PROMPTS[2], 3)
+    before, logits = [list(request.tokens) for request in requests], DecoderLM.logits
+
+    def of_a_prompt(self, hidden):  # one row, where the two that run have two
+        return logits(self, hidden) * (torch.nan if len(hidden) == 1 else 1)
+
+    monkeypatch.setattr(DecoderLM, "logits", of_a_prompt)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="NaN"):
+            engine.step()
+        assert tokens(requests) == before
+    engine.cancel(poisoned)
+    monkeypatch.setattr(DecoderLM, "logits", logits)
+    run(engine)
+    for request in requests:
+        assert request.tokens == naive_greedy(model, request.prompt, 3)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_keys_and_values_in_another_dtype(packed, fused, monkeypatch):
     """Half precision caches: close to the model's own dtype, chunks and drafts included."""

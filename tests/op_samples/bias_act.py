@@ -28,6 +28,7 @@ def _samples() -> list[Sample]:
         Sample("empty", (rand(0, 4, 2), rand(4), 1, "relu")),
         Sample("no_channels", (rand(3, 0), rand(0), 1, "swish")),
         Sample("one", (rand(1, 1), rand(1), 1, "elu"), {"alpha": 0.7}),
+        Sample("one_without_bias", (rand(1), None, 0, "tanh")),
         Sample("many_rows", (rand(700, 31), rand(31), 1, "sigmoid"), differentiable=False),
         Sample("long_row", (rand(1, 2, 17000), rand(2), 1, "lrelu"), differentiable=False),
     ]

@@ -83,6 +83,8 @@ def _samples() -> list[Sample]:
         _call("window_causal", 2, 5, 6, 2, 16, 50, [50, 13], window=9),
         _call("window_wide", 1, 2, 2, 2, 8, 40, [40], window=2**40),
         _call("window_long", 1, 3, 2, 1, 8, 700, [690], window=600),
+        # A chunk of rows that begins within a block, and units whose keys go on in the next.
+        _call("window_chunks_and_splits", 1, 3, 16, 1, 8, 700, [700], window=400),
         _call("window_many_rows", 1, 70, 4, 2, 16, 100, [90], window=11),
         _call("softcap", 2, 1, 4, 2, 32, 40, [33, 0], softcap=1.5),
         _call("softcap_causal_window", 2, 4, 6, 2, 16, 45, [45, 8], softcap=30.0, window=12),

@@ -65,6 +65,19 @@ def test_average_moves_as_by_itself():
     assert_same(ema.model, plain.model)
 
 
+def test_averages_belong_to_their_parameters_in_any_order():
+    a, b = model(), model()
+    ema, plain = EMA(a, 0.9), EMA(b, 0.9)
+    groups = lambda m: [{"params": [m[1].weight, m[0].bias]}, {"params": [m[0].weight, m[1].bias]}]  # noqa: E731
+    take_steps(a, Adam(groups(a), 0.1, average=ema), 3)
+    optimizer = torch.optim.Adam(groups(b), 0.1)
+    optimizer.register_step_post_hook(lambda *_: plain.update(b))
+    take_steps(b, optimizer, 3)
+    assert_same(ema.model, plain.model)
+    with pytest.raises(ValueError, match="average must be an EMA of the model"):
+        Adam(b.parameters(), average=ema)
+
+
 @pytest.mark.parametrize("spoil", ["gradient", "loss"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(spoil):
     network = model()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -209,9 +209,13 @@ class Engine:
         Raises:
             ValueError: the model's logits are not finite. The requests are as they were before.
         """
-        updates = self._decode() if self._running else []
-        if self._waiting and len(self._running) < self.max_batch_size:
-            updates += self._prefill(self._waiting[0])
+        running = list(self._running)
+        # Nothing is accepted before all is computed.
+        accept = self._decode() if running else list
+        updates: list[Update] = []
+        if self._waiting and len(running) < self.max_batch_size:
+            updates = self._prefill(self._waiting[0])
+        updates = accept() + updates
         for update in updates:
             if update.finish_reason:
                 self._end(update.request, update.finish_reason)
@@ -248,31 +252,36 @@ class Engine:
         self._batch = None
         return [request.accept([token], [logprob])]
 
-    def _decode(self) -> list[Update]:
+    def _decode(self) -> Callable[[], list[Update]]:
         """One step of all running requests; a guessed token is a row of its own, at its place in
-        the same pages."""
+        the same pages. Returns what accepts the tokens."""
         if self._batch is None:
             self._batch = _Batch(self)
-        drafts = [request.draft() for request in self._running]
+        running, sampler = list(self._running), self._batch.sampler
+        drafts = [request.draft() for request in running]
         rows = [i for i, draft in enumerate(drafts) for _ in draft]
         lengths = [
             request.computed + i
-            for request, draft in zip(self._running, drafts, strict=True)
+            for request, draft in zip(running, drafts, strict=True)
             for i in range(len(draft))
         ]
         tokens, logprobs = self._batch.next_tokens([t for d in drafts for t in d], rows, lengths)
-        updates, at = [], 0
-        for row, (request, draft) in enumerate(zip(self._running, drafts, strict=True)):
-            right = 1
-            while right < len(draft) and tokens[at + right - 1] == draft[right]:
-                right += 1
-            update = request.accept(tokens[at : at + right], logprobs[at : at + right])
-            request.computed += len(update.tokens)
-            for token in update.tokens:
-                self._batch.sampler.count(row, token)
-            updates.append(update)
-            at += len(draft)
-        return updates
+
+        def accept() -> list[Update]:
+            updates, at = [], 0
+            for row, (request, draft) in enumerate(zip(running, drafts, strict=True)):
+                right = 1
+                while right < len(draft) and tokens[at + right - 1] == draft[right]:
+                    right += 1
+                update = request.accept(tokens[at : at + right], logprobs[at : at + right])
+                request.computed += len(update.tokens)
+                for token in update.tokens:
+                    sampler.count(row, token)
+                updates.append(update)
+                at += len(draft)
+            return updates
+
+        return accept
 
     def _block_table(self, requests: Sequence[Request]) -> Tensor:
         held = [request.held.ids for request in requests if request.held is not None]
