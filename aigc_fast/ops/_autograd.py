@@ -3,7 +3,13 @@
 from typing import Any
 
 import torch
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
+
+
+def transforming() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work. They know rules for torch's
+    own operators only, of which the references are made."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class OpFunction(Function):
@@ -18,6 +24,21 @@ class OpFunction(Function):
 
     @classmethod
     def call(cls, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
             return cls.apply(*args)
+        if transforming():
+            return cls.transformed(*args)
         return cls._apply(*args)
+
+    @classmethod
+    def transformed(cls, *args: Any) -> Any:
+        """The same made of torch's own operators, as `transforming` asks for."""
+        return cls.forward(_Unused(), *args)
+
+
+class _Unused:
+    """In place of the context of a forward whose derivative torch finds by itself."""
+
+    def save_for_backward(self, *_: Any) -> None: ...
+    def mark_non_differentiable(self, *_: Any) -> None: ...
+    def set_materialize_grads(self, _: bool) -> None: ...

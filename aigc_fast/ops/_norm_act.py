@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops import _norm_reference as reference
 from aigc_fast.ops._activations import DEFAULT_ALPHA
-from aigc_fast.ops._autograd import OpFunction
+from aigc_fast.ops._autograd import OpFunction, transforming
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._norm_reference import GIVEN, PIXEL, SAMPLE
 from aigc_fast.ops._registry import FLOATS, define
@@ -39,7 +39,7 @@ def normalize(
         with scale = weight / sqrt(var + eps), weight' = scale sqrt(v + eps).
     """
     m, v = mean.detach(), var.detach()
-    if torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad):
+    if transforming() or (torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad)):
         scale = torch.rsqrt(var + eps)
         scale = scale if weight is None else scale * weight
         shift = (m - mean) * scale

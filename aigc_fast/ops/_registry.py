@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_dynamo_compiling
 
 from aigc_fast import _libraries
+from aigc_fast.ops._autograd import transforming
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -128,6 +129,10 @@ class Op:
         device = _first_tensor(args).device.type
         if backend == "reference":
             return self.reference(*args)
+        if transforming():
+            raise RuntimeError(
+                f"{self.name}: only the reference serves torch.func and forward-mode derivatives"
+            )
         if backend == "triton":
             # On the CPU, Triton's interpreter runs the kernel.
             if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -164,15 +169,23 @@ class Op:
     def _fall_back(self, *args: Any) -> Any:
         """The implementation under every other key: reached when no kernel takes the call."""
         self.check(*args)
-        if os.environ.get("AIGC_FAST_STRICT") == "1":
-            tensor = _first_tensor(args)
-            # Shape propagation (compile, export, meta) is no fall-back.
-            if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
-                raise FallbackError(
-                    f"{self.name} would run the reference: {self.choose(*args)[1]} "
-                    "(AIGC_FAST_STRICT=1)"
-                )
+        tensor = _first_tensor(args)
+        # Shape propagation (compile, export, meta) is no fall-back.
+        if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
+            self._refuse_if_strict(self.choose(*args)[1])
         return self.reference(*args)
+
+    def in_torch(self, *args: Any) -> Any:
+        """The reference, for what differentiates or maps torch's own operators."""
+        self.check(*args)
+        self._refuse_if_strict("torch.func and forward-mode derivatives take torch's own operators")
+        return self.reference(*args)
+
+    def _refuse_if_strict(self, reason: str) -> None:
+        if os.environ.get("AIGC_FAST_STRICT") == "1":
+            raise FallbackError(
+                f"{self.name} would run the reference: {reason} (AIGC_FAST_STRICT=1)"
+            )
 
 
 def define(
@@ -188,8 +201,11 @@ def define(
     def call(*args: Any) -> Any:
         if _intercept is not None:
             return _intercept(op, args)
-        # Dynamo knows the overload alone.
-        run = overload if is_dynamo_compiling() else entry
+        run: Callable[..., Any] = entry
+        if is_dynamo_compiling():  # which knows the overload alone
+            run = overload
+        elif transforming():
+            run = op.in_torch
         try:
             return run(*args)
         except RuntimeError as error:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast import _libraries
-from aigc_fast.ops._autograd import OpFunction
+from aigc_fast.ops._autograd import OpFunction, transforming
 
 #: Multiply-adds from which oneDNN's 10 us a call are worth it.
 _LEAST = 2**22
@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     asks oneDNN for products of 4 million multiply-adds and more, gradients' too, in pieces of 384
     terms of each sum: more at once would round more than MKL. Pieces are copied, so that longer
     sums take 32 rows of x or more. Everywhere else, in other dtypes, under autocast, within
-    torch.compile and torch.func it is torch's own function. Differentiable as often as one likes.
+    torch.compile, torch.func and forward-mode derivatives it is torch's own function. Differentiable as often as one likes.
     """
     if torch.compiler.is_compiling() or not _by_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
@@ -63,7 +63,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
             for t in (x, weight, x if bias is None else bias)
         )
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
+        and not transforming()
         and torch._C._get_mkldnn_enabled()
     )
 

@@ -66,7 +66,7 @@ def _reference(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     new_u, new_v = [wide(a).clone() for a in u], [wide(b).clone() for b in v]
     for i, w in enumerate(weights):
-        matrix = wide(w).flatten(1)
+        matrix = wide(w).flatten(1).detach()  # u and v are constants
         for _ in range(iterations):
             new_v[i] = _normalized(matrix.t() @ new_u[i], eps)
             new_u[i] = _normalized(matrix @ new_v[i], eps)

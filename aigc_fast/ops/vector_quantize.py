@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aigc_fast.ops._autograd import OpFunction
+from aigc_fast.ops._autograd import OpFunction, transforming
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import define
@@ -53,7 +53,7 @@ def vector_quantize(
     Source: van den Oord, Vinyals and Kavukcuoglu 2017, arXiv:1711.00937.
     """
     rows, last = as_vectors(x, dim)
-    if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
+    if transforming() or (torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad)):
         quantized, distances, indices = _VectorQuantize.call(rows, codebook, beta)
     else:
         quantized, distances, indices = _vector_quantize(rows, codebook)
@@ -166,3 +166,13 @@ class _VectorQuantize(OpFunction):
         needed = ctx.needs_input_grad[1]
         dx, dcodebook = run(ddistances, dquantized, *ctx.saved_tensors, ctx.beta, needed)
         return dx, dcodebook if needed else None, None
+
+    @classmethod
+    def transformed(cls, x: Tensor, codebook: Tensor, beta: float) -> tuple[Tensor, ...]:
+        quantized, distances, indices = _vector_quantize(x.detach(), codebook.detach())
+        rows, chosen = wide(x).movedim(1, -1), wide(codebook)[indices]
+        pulls = beta * (rows - chosen.detach()).square().sum(-1)
+        pushes = (rows.detach() - chosen).square().sum(-1)
+        # Numbers of the operator, derivatives of these: what is subtracted from itself has no more.
+        distances = distances + (pulls - pulls.detach()) + (pushes - pushes.detach())
+        return quantized + (x - x.detach()), distances, indices
