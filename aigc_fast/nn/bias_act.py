@@ -1,11 +1,13 @@
 """Bias, activation, gain and clamp in one pass, alone or after a matrix product."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 class BiasAct(nn.Module):
@@ -34,7 +36,8 @@ class BiasAct(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.bias_act(x, self.bias, self.dim, self.act, self.alpha, self.gain, self.clamp)
+        bias = of_dtype(self.bias, x)
+        return ops.bias_act(x, bias, self.dim, self.act, self.alpha, self.gain, self.clamp)
 
     def extra_repr(self) -> str:
         return f"{self.bias.numel()}, dim={self.dim}, {describe(self)}"
@@ -72,7 +75,7 @@ class LinearBiasAct(nn.Linear):
         return f"{super().extra_repr()}, {describe(self)}"
 
 
-def of_dtype(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+def of_dtype(parameter: MaybeTensor, x: Tensor) -> MaybeTensor:
     """The parameter as autocast hands it over: in the dtype of the product before it."""
     return parameter if parameter is None or parameter.dtype == x.dtype else parameter.to(x.dtype)
 

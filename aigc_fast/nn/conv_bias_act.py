@@ -27,8 +27,8 @@ class _ConvBiasAct(nn.modules.conv._ConvNd):
         self.act, self.alpha, self.gain, self.clamp = act, alpha, gain, clamp
 
     def _activate(self, y: Tensor) -> Tensor:
-        bias = of_dtype(self.bias, y)
-        return ops.bias_act(y, bias, 1, self.act, self.alpha, self.gain, self.clamp)
+        bias, dim = of_dtype(self.bias, y), y.dim() - 3  # of the channels, without a batch too
+        return ops.bias_act(y, bias, dim, self.act, self.alpha, self.gain, self.clamp)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {describe(self)}"

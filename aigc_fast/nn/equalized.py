@@ -37,7 +37,7 @@ class EqualizedLinear(nn.Module):
         if self.act == "linear":
             return ops.linear(x, self.weight, bias)
         y = ops.linear(x, self.weight)
-        return ops.bias_act(y, bias.to(y.dtype), 1, self.act)
+        return ops.bias_act(y, bias.to(y.dtype), -1, self.act)
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape

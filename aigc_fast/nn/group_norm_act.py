@@ -68,7 +68,8 @@ def modulated_group_norm_act(
     y = ops.group_norm_act(
         x, norm.num_groups, of_dtype(norm.weight, x), of_dtype(norm.bias, x), norm.eps
     )
-    y = torch.addcmul(shift[:, :, None, None].to(x.dtype), y, factor[:, :, None, None].to(x.dtype))
+    view = (batch, channels, *[1] * (x.dim() - 2))
+    y = torch.addcmul(shift.to(x.dtype).view(view), y, factor.to(x.dtype).view(view))
     if activation in ("none", "silu"):
         return F.silu(y) if activation == "silu" else y
     return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -1,10 +1,11 @@
 """Layer norm, and the norms of adaLN that a condition scales and shifts."""
 
-import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn.rms_norm import RMSNorm
+
+from .bias_act import of_dtype
+from .rms_norm import RMSNorm
 
 
 class LayerNorm(nn.LayerNorm):
@@ -14,7 +15,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, *args, **kwargs)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return ops.layer_norm(x, of_dtype(self.weight, x), of_dtype(self.bias, x), self.eps)
 
 
 class ModulatedLayerNorm(LayerNorm):
@@ -24,12 +25,12 @@ class ModulatedLayerNorm(LayerNorm):
     """
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
-        return ops.modulated_layer_norm(x, scale, shift, self.weight, self.bias, self.eps)
+        weight, bias = of_dtype(self.weight, x), of_dtype(self.bias, x)
+        return ops.modulated_layer_norm(x, scale, shift, weight, bias, self.eps)
 
 
 class ModulatedRMSNorm(RMSNorm):
     """RMSNorm(x) * (1 + scale) + shift, scale and shift as for `ops.modulated_rms_norm`."""
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return ops.modulated_rms_norm(x, scale, shift, self.weight, eps)
+        return ops.modulated_rms_norm(x, scale, shift, of_dtype(self.weight, x), self.eps_for(x))

@@ -135,7 +135,7 @@ class SyncBatchNormAct(BatchNormAct, nn.SyncBatchNorm):
 
 
 class InstanceNormAct(Activated):
-    """nn.InstanceNorm1d, 2d or 3d, then an activation: x of shape (N, C, ...).
+    """nn.InstanceNorm1d, 2d or 3d, then an activation: x of shape (N, C, ...), never without N.
 
     affine: a weight and a bias of shape (num_features,), in the state dict as torch's; as there,
             without them by default.

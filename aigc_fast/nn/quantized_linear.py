@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from aigc_fast import ops
 from aigc_fast._devices import has_fast_bfloat16
 
+from .bias_act import of_dtype
+
 
 class QuantizedLinear(nn.Module):
     """nn.Linear with a packed weight, for inference: `ops.quantized_linear` has the formats.
@@ -92,7 +94,7 @@ class QuantizedLinear(nn.Module):
         if self._multiplies_in_bfloat16(x):
             y = self._linear(x.bfloat16(), None, False).float()
             return y if self.bias is None else y.add_(self.bias)
-        return self._linear(x, self.bias, self.quantize_activations)
+        return self._linear(x, of_dtype(self.bias, x), self.quantize_activations)
 
     def _multiplies_in_bfloat16(self, x: Tensor) -> bool:
         return (

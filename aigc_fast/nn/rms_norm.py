@@ -5,11 +5,13 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 
+from .bias_act import of_dtype
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, of size hidden_size.
 
-    eps: as in torch.nn.RMSNorm, None is the machine epsilon of x's dtype.
+    eps: as in torch.nn.RMSNorm: None is the machine epsilon of float32, of float64 for float64.
     """
 
     def __init__(
@@ -25,8 +27,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return ops.rms_norm(x, self.weight, eps)
+        return ops.rms_norm(x, of_dtype(self.weight, x), self.eps_for(x))
+
+    def eps_for(self, x: Tensor) -> float:
+        if self.eps is not None:
+            return self.eps
+        return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"

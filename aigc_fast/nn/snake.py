@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from aigc_fast import ops
 from aigc_fast.ops.alias_free_snake import default_filters
 
+from .bias_act import of_dtype
+
 
 class Snake(nn.Module):
     """x + sin(alpha x)^2 / (alpha + 1e-9), one alpha per channel.
@@ -40,7 +42,8 @@ class Snake(nn.Module):
         self.register_parameter("beta", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.snake(x, self.alpha, self.beta, log_scale=self.alpha_logscale)
+        alpha, beta = of_dtype(self.alpha, x), of_dtype(self.beta, x)
+        return ops.snake(x, alpha, beta, log_scale=self.alpha_logscale)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, alpha_logscale={self.alpha_logscale}"
@@ -78,6 +81,6 @@ class AliasFreeSnake(SnakeBeta):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.alias_free_snake(
-            x, self.alpha, self.beta, self.up_filter, self.down_filter,
+            x, of_dtype(self.alpha, x), of_dtype(self.beta, x), self.up_filter, self.down_filter,
             log_scale=self.alpha_logscale,
         )  # fmt: skip

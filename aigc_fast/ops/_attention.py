@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._pages import NARROW, can_look, capacity_of, check_block_table, check_pages
+from aigc_fast.ops._checks import can_look, check_tensor
+from aigc_fast.ops._pages import NARROW, capacity_of, check_block_table, check_pages
 
 
 def reference(

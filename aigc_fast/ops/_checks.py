@@ -3,12 +3,25 @@
 from collections.abc import Sequence
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
+from aigc_fast.ops._autograd import transforming
 from aigc_fast.ops._registry import FLOATS
 
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def has_data(x: torch.Tensor) -> bool:
+    """Whether there are numbers to look at: no graph is traced, no shape propagated."""
+    traced = torch.compiler.is_compiling() or transforming()
+    return not (traced or isinstance(x, FakeTensor) or x.is_meta)
+
+
+def can_look(x: torch.Tensor) -> bool:
+    """Whether looking costs nothing, as it would on a GPU."""
+    return x.device.type == "cpu" and has_data(x)
 
 
 def check_tensor(

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from aigc_fast.ops._checks import check_tensor
 
@@ -13,15 +12,6 @@ NARROW = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 def capacity_of(cache: Tensor, block_table: Tensor | None) -> int:
     """Entries that a sequence has room for in (batch, capacity, ...) or (pages, page_size, ...)."""
     return cache.shape[1] if block_table is None else block_table.shape[1] * cache.shape[1]
-
-
-def can_look(x: Tensor) -> bool:
-    """Where reading data costs nothing: neither on a GPU nor while a graph is traced."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not isinstance(x, FakeTensor)
-    )
 
 
 def check_block_table(

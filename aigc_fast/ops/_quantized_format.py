@@ -10,6 +10,8 @@ bytes, so that 64 bytes are 16 rows; 4-bit codes hold the columns 0..3 of each 8
 import torch
 from torch import Tensor
 
+from aigc_fast.ops._checks import check_tensor
+
 TILE = 16
 
 
@@ -25,8 +27,14 @@ def pack_weight(codes: Tensor, scales: Tensor, minimums: Tensor | None, bits: in
     Returns uint8 (ceil(out_features / 16), groups, bytes). in_features that are no multiple of the
     run of columns (8 for 4 bits, 4 for 8) are padded within a single group.
 
-    Raises ValueError for shapes that do not fit together.
+    Raises TypeError or ValueError for dtypes and shapes that do not fit together and for codes of
+    more bits.
     """
+    _check_bits(bits)
+    check_tensor("codes", codes, dtypes=(torch.uint8,), ndim=2)
+    check_tensor("scales", scales, ndim=2)
+    if bits == 4 and codes.device.type != "meta" and (codes > 15).any():
+        raise ValueError("codes must be below 16 for 4 bits")
     rows, columns = codes.shape
     groups = scales.shape[1]
     run = 32 // bits
@@ -60,13 +68,48 @@ def pack_weight(codes: Tensor, scales: Tensor, minimums: Tensor | None, bits: in
     return torch.cat(block, dim=2)
 
 
+def check_packed(name: str, weight: Tensor, bits: int, group_size: int, out_features: int) -> None:
+    """ValueError or TypeError unless `weight` is a packed one of that format."""
+    _check_bits(bits)
+    run = 32 // bits
+    if not 0 < group_size <= 65536 or group_size % run:
+        raise ValueError(
+            f"group_size must be a multiple of {run} up to 65536 for {bits} bits, got {group_size}"
+        )
+    if out_features < 1:
+        raise ValueError(f"out_features must be positive, got {out_features}")
+    check_tensor(name, weight, dtypes=(torch.uint8,), ndim=3)
+    tiles, groups, size = weight.shape
+    block = TILE * (group_size * bits // 8 + 2)
+    if groups == 0 or tiles != -(-out_features // TILE) or size not in (block, block + 2 * TILE):
+        raise ValueError(
+            f"{name} must have shape ({-(-out_features // TILE)}, groups, {block} or "
+            f"{block + 2 * TILE}) for {out_features} out_features and groups of {group_size} "
+            f"{bits}-bit codes, got {tuple(weight.shape)}"
+        )
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits}")
+
+
 def dequantize_weight(
     packed: Tensor, bits: int, group_size: int, out_features: int, in_features: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
     """The weight (out_features, in_features) as numbers: code * scale + minimum, or
-    (code - 2^(bits - 1)) * scale, in float32 (float64 for float64), then rounded to `dtype`."""
+    (code - 2^(bits - 1)) * scale, in float32 (float64 for float64), then rounded to `dtype`.
+
+    Raises TypeError or ValueError for a packed weight of another format or of other sizes.
+    """
+    check_packed("packed", packed, bits, group_size, out_features)
     tiles, groups, _ = packed.shape
+    if not (groups - 1) * group_size < in_features <= groups * group_size:
+        raise ValueError(
+            f"in_features must be that of packed, {groups * group_size} or up to "
+            f"{group_size - 1} fewer, got {in_features}"
+        )
     run = 32 // bits
     size = TILE * group_size * bits // 8
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
@@ -94,10 +137,10 @@ def quantize_weight(
     group_size: columns that share a scale; None is all of them (one scale a row).
     symmetric:  scale = max|w| / (2^(bits - 1) - 1), else from the minimum to the maximum.
     """
+    check_tensor("weight", weight, ndim=2)
+    _check_bits(bits)
     rows, columns = weight.shape
     group_size = group_size or columns
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, got {bits}")
     if columns % group_size:
         raise ValueError(f"group_size must divide in_features = {columns}, got {group_size}")
     grouped = weight.float().view(rows, -1, group_size)

@@ -35,7 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     asks oneDNN for products of 4 million multiply-adds and more, gradients' too, in pieces of 384
     terms of each sum: more at once would round more than MKL. Pieces are copied, so that longer
     sums take 32 rows of x or more. Everywhere else, in other dtypes, under autocast, within
-    torch.compile, torch.func and forward-mode derivatives it is torch's own function. Differentiable as often as one likes.
+    torch.compile, torch.func and forward-mode derivatives it is torch's own function.
+    Differentiable as often as one likes.
     """
     if torch.compiler.is_compiling() or not _by_onednn(x, weight, bias):
         return F.linear(x, weight, bias)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._quantized_format import TILE, dequantize_weight
+from aigc_fast.ops._quantized_format import check_packed, dequantize_weight
 from aigc_fast.ops._registry import define
 from aigc_fast.ops.linear import linear
 
@@ -79,26 +79,10 @@ def _check(
     quantize_activations: bool,
 ) -> None:  # fmt: skip
     check_tensor("x", x)
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, got {bits}")
-    run = 32 // bits
-    if not 0 < group_size <= 65536 or group_size % run:
-        raise ValueError(
-            f"group_size must be a multiple of {run} up to 65536 for {bits} bits, got {group_size}"
-        )
-    if out_features < 1:
-        raise ValueError(f"out_features must be positive, got {out_features}")
-    check_tensor("weight", weight, dtypes=(torch.uint8,), ndim=3)
+    check_packed("weight", weight, bits, group_size, out_features)
     if weight.device != x.device:
         raise ValueError(f"weight must be on the device of x ({x.device}), got {weight.device}")
-    tiles, groups, size = weight.shape
-    block = TILE * (group_size * bits // 8 + 2)
-    if groups == 0 or tiles != -(-out_features // TILE) or size not in (block, block + 2 * TILE):
-        raise ValueError(
-            f"weight must have shape ({-(-out_features // TILE)}, groups, {block} or "
-            f"{block + 2 * TILE}) for {out_features} out_features and groups of {group_size} "
-            f"{bits}-bit codes, got {tuple(weight.shape)}"
-        )
+    groups = weight.shape[1]
     if x.dim() == 0 or not (groups - 1) * group_size < x.shape[-1] <= groups * group_size:
         raise ValueError(
             f"x must have the in_features of weight, {groups * group_size} or up to "

@@ -4,10 +4,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from aigc_fast.ops import _gumbel
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import can_look, check_tensor
 from aigc_fast.ops._registry import define
 
 #: parameter: (least, greatest), in the order of the schema
@@ -191,14 +190,8 @@ def _unpacked(allowed: Tensor, vocab: int) -> Tensor:
     return (bits & 1).bool().flatten(1)[:, :vocab]
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Looking costs something on a GPU, and cannot be done while a graph is traced."""
-    traced = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
-    return tensor.device.type == "cpu" and not traced
-
-
 def _check_values(rows: Tensor) -> None:
-    if not _readable(rows):
+    if not can_look(rows):
         return
     for row, values in enumerate(rows.tolist()):
         _check_settings(values, f" in row {row}")
@@ -211,7 +204,7 @@ def _check_settings(values: list[float], where: str = "") -> None:
 
 
 def _check_tokens(tokens: Tensor) -> None:
-    if _readable(tokens) and (tokens < 0).any():
+    if can_look(tokens) and (tokens < 0).any():
         row = int((tokens.flatten() < 0).nonzero()[0])
         raise ValueError(
             "logits must have no NaN or +inf and at least one allowed finite value in each row, "

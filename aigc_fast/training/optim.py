@@ -23,8 +23,8 @@ class Adam(torch.optim.Adam):
     guard:    a step whose loss or gradients are not finite changes nothing and is counted in
         `skipped`, a tensor. Costs a further pass over the gradients where there is no max_norm.
 
-    Raises ValueError for amsgrad, maximize or sparse gradients, in a loaded state dict too, and for
-    an average of another model.
+    Raises ValueError for amsgrad and maximize, in a loaded state dict too, and for an average of
+    another model; TypeError for sparse gradients.
     """
 
     def __init__(
@@ -71,34 +71,31 @@ class Adam(torch.optim.Adam):
                 result = closure()
         norm = None
         if self.guard or self.max_norm is not None:
-            grads = [p.grad for group in self.param_groups for p in group["params"]]
-            norm = ops.gradient_norm([g for g in grads if g is not None], loss)
+            norm = _norm([p for group in self.param_groups for p in group["params"]], loss)
         ema_decay = 0.0 if self.average is None else self.average.next_decay()
         counter: Tensor | None = self.skipped
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            states = [self._state_of(p) for p in params]
-            ops.adam_step(
-                params,
-                [p.grad for p in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["step"] for state in states],
-                [self._averages[p] for p in params] if self._averages else (),
-                lr=float(group["lr"]),
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                decoupled=group["decoupled_weight_decay"],
-                ema_decay=ema_decay,
-                norm=norm,
-                max_norm=self.max_norm,
-                skipped=counter,
-                rates=rates,
-            )
-            counter = None  # a step is counted once
+            for params in _by_dtype([p for p in group["params"] if p.grad is not None]):
+                states = [self._state_of(p) for p in params]
+                ops.adam_step(
+                    params,
+                    [p.grad for p in params],
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                    [state["step"] for state in states],
+                    [self._averages[p] for p in params] if self._averages else (),
+                    lr=float(group["lr"]),
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    decoupled=group["decoupled_weight_decay"],
+                    ema_decay=ema_decay,
+                    norm=norm,
+                    max_norm=self.max_norm,
+                    skipped=counter,
+                    rates=rates,
+                )
+                counter = None  # a step is counted once
         if self.average is not None and rates is None:
             self.average.updates += 1
         return result
@@ -119,6 +116,23 @@ class Adam(torch.optim.Adam):
                 if group.get(option):
                     raise ValueError(f"{option} must be False: this optimizer does not have it")
         super().__setstate__(state)
+
+
+def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """The tensors of each dtype: a call of an operator takes those of one."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.dtype, []).append(tensor)
+    return list(found.values())
+
+
+def _norm(params: list[Tensor], loss: Tensor | None) -> Tensor | None:
+    """Of all gradients together; None where there are none."""
+    grads = _by_dtype([p.grad for p in params if p.grad is not None])
+    norms = [ops.gradient_norm(some, loss) for some in grads]
+    if len(norms) < 2:
+        return norms[0] if norms else None
+    return torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms])).float()
 
 
 class AdamW(Adam):

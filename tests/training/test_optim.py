@@ -65,6 +65,30 @@ def test_average_moves_as_by_itself():
     assert_same(ema.model, plain.model)
 
 
+@pytest.mark.parametrize("guard", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_parameters_of_several_dtypes(groups, guard):
+    """As float32 norms among bfloat16 weights."""
+    networks = model(torch.float32), model(torch.float32)
+    for network in networks:
+        network[0].bfloat16()
+
+    def steps(network, kind, **options):
+        params = list(network.parameters())
+        some = [params] if groups == 1 else [params[:2], params[2:]]
+        optimizer = kind([{"params": p} for p in some], 0.1, **options)
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, 0.5 * i - step)
+            if not options:
+                nn.utils.clip_grad_norm_(params, 0.3)
+            optimizer.step()
+
+    steps(networks[0], AdamW, max_norm=0.3, guard=guard)
+    steps(networks[1], torch.optim.AdamW)
+    assert_same(*networks, rtol=0.02, atol=0.02)
+
+
 def test_averages_belong_to_their_parameters_in_any_order():
     a, b = model(), model()
     ema, plain = EMA(a, 0.9), EMA(b, 0.9)

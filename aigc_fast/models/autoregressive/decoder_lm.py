@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn import Linear, QuantizedLinear
+from aigc_fast.ops._checks import has_data
 
 from .cache import KVCache
 from .config import DecoderConfig
@@ -265,6 +266,8 @@ def check_token_ids(token_ids: Any, config: DecoderConfig) -> None:
         raise ValueError(
             f"token_ids must be (batch, seq) and not empty, got shape {tuple(token_ids.shape)}"
         )
+    if not has_data(token_ids):
+        return
     low, high = (int(bound) for bound in token_ids.aminmax())
     if low < 0 or high >= config.vocab_size:
         raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn import Linear
+from aigc_fast.nn.bias_act import of_dtype
 from aigc_fast.ops._pages import NARROW
 
 from .attention import attend
@@ -42,15 +43,17 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if kind == "layer" else None
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        if residual is not None:  # which autocast leaves as wide as it was
+            hidden = hidden.to(residual.dtype)
         if self.bias is None and residual is not None:
-            return ops.add_rms_norm(hidden, residual, self.weight, self.eps)
+            return ops.add_rms_norm(hidden, residual, of_dtype(self.weight, hidden), self.eps)
         hidden = hidden if residual is None else hidden + residual
         return self.alone(hidden), hidden
 
     def alone(self, hidden: Tensor) -> Tensor:
         """The norm without an addition."""
         if self.bias is None:
-            return ops.rms_norm(hidden, self.weight, self.eps)
+            return ops.rms_norm(hidden, of_dtype(self.weight, hidden), self.eps)
         return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
 
 

@@ -22,7 +22,7 @@ def convolve(
     """
     assert isinstance(conv, nn.Conv2d)
     xs = [x] if isinstance(x, Tensor) else x
-    tensors = (*xs, conv.weight, slope, residual)
+    tensors = (*xs, conv.weight, conv.bias, slope, residual)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     fast = conv.weight.dtype.itemsize > 2 or has_fast_bfloat16("cpu")
     if not wanted and fast and xs[0].device.type == "cpu":
