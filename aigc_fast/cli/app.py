@@ -20,6 +20,22 @@ app.add_typer(train, name="train")
 app.add_typer(sample, name="sample")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import aigc_fast
+
+        print(f"aigc-fast {aigc_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None: ...
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pictures.")] = Path(

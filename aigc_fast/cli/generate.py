@@ -78,6 +78,15 @@ class Session:
 
     def answer(self, prompt: str, *, raw: bool = False) -> int:
         """Streams one answer and what it took; the exit code."""
+        before = list(self.messages)
+        try:
+            return self._answer(prompt, raw)
+        except (ValueError, ImportError) as error:  # no chat template; logits that are NaN
+            self.messages = before
+            self.console.print(str(error), style="red", markup=False)
+            return 2
+
+    def _answer(self, prompt: str, raw: bool) -> int:
         if not raw:
             self.messages.append({"role": "user", "content": prompt})
             prompt = self.tokenizer.chat_prompt(self.messages)

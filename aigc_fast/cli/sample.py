@@ -15,12 +15,25 @@ Label = Annotated[
 Seed = Annotated[int, typer.Option(help="The same seed gives the same samples.")]
 
 
+def _writable(path: Path) -> Path:
+    """A picture that can be written, before the work is done."""
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise typer.BadParameter(f"{path} must end as a picture does, in .png for one")
+    if not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.absolute().parent}")
+    return path
+
+
 @sample.command()
 def gan(
     checkpoint: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, help="checkpoint.pt of a training.")
     ],
-    output: Annotated[Path, typer.Option(dir_okay=False, help="A PNG file.")] = Path("samples.png"),
+    output: Annotated[
+        Path, typer.Option(dir_okay=False, callback=_writable, help="A PNG file.")
+    ] = Path("samples.png"),
     count: Count = 64,
     label: Label = None,
     seed: Seed = 0,
@@ -40,6 +53,7 @@ def diffusion(
         Path,
         typer.Option(
             dir_okay=False,
+            callback=_writable,
             help="A PNG file, or a GIF of how images form; frames of videos, or a GIF of them.",
         ),
     ] = Path("samples.png"),
@@ -64,7 +78,9 @@ def vae(
     checkpoint: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, help="model.safetensors of a training.")
     ],
-    output: Annotated[Path, typer.Option(dir_okay=False, help="A PNG file.")] = Path("samples.png"),
+    output: Annotated[
+        Path, typer.Option(dir_okay=False, callback=_writable, help="A PNG file.")
+    ] = Path("samples.png"),
     show: Annotated[
         str,
         typer.Option(

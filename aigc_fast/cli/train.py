@@ -28,7 +28,7 @@ def gan(
     conditional: Annotated[bool, typer.Option("--conditional", help="Learn the classes.")] = False,
     steps: Steps = 5000,
     minutes: Annotated[
-        float | None, typer.Option(min=0.0, help="Stop after so long instead.")
+        float | None, typer.Option(min=0.0001, help="Stop after so long instead.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
     lr: Annotated[
@@ -76,7 +76,7 @@ def diffusion(
     ] = 32,
     steps: Steps = 5000,
     minutes: Annotated[
-        float | None, typer.Option(min=0.001, help="Stop after so long instead.")
+        float | None, typer.Option(min=0.0001, help="Stop after so long instead.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images or videos of a batch.")] = 32,
     lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 2e-3,
@@ -124,7 +124,7 @@ def vae(
     ] = 0.0,
     steps: Steps = 5000,
     minutes: Annotated[
-        float | None, typer.Option(min=0.001, help="Stop after so long instead.")
+        float | None, typer.Option(min=0.0001, help="Stop after so long instead.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
     lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 2e-3,

@@ -79,7 +79,7 @@ class Adam(torch.optim.Adam):
                 states = [self._state_of(p) for p in params]
                 ops.adam_step(
                     params,
-                    [p.grad for p in params],
+                    [p.grad for p in params],  # type: ignore[misc]
                     [state["exp_avg"] for state in states],
                     [state["exp_avg_sq"] for state in states],
                     [state["step"] for state in states],

@@ -12,9 +12,11 @@ pytest.importorskip("rich")
 
 from typer.testing import CliRunner
 
+import aigc_fast
 from aigc_fast import ops
 from aigc_fast.cli import bench, demo, self_check
 from aigc_fast.cli.app import app
+from aigc_fast.io.text_tokenizer import TextTokenizer
 from aigc_fast.ops._registry import OPS
 
 
@@ -152,6 +154,35 @@ def test_chat_remembers_until_an_empty_line():
     assert result.exit_code == 0
     first, second = map(int, re.findall(r"(\d+) tokens of prompt", result.output))
     assert second > first + 8
+
+
+def test_generate_without_a_chat_template(monkeypatch):
+    def none(self, messages):
+        raise ValueError("there is no chat template")
+
+    monkeypatch.setattr(TextTokenizer, "chat_prompt", none)
+    prompt = ("--prompt", "A rainbow is", "--max-tokens", "2")
+    result = run("generate", "--model", real_model(), *prompt)
+    assert result.exit_code == 2 and "there is no chat template" in result.output
+    assert not result.exception or isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("kind", ["gan", "diffusion", "vae"])
+@pytest.mark.parametrize(
+    ("output", "why"), [("grid.foo", "must end as a picture does"), ("no/grid.png", "no folder")]
+)
+def test_samples_need_a_place_before_they_are_drawn(kind, output, why, tmp_path):
+    checkpoint = tmp_path / "model.safetensors"
+    checkpoint.touch()
+    result = run(
+        "sample", kind, "--checkpoint", str(checkpoint), "--output", str(tmp_path / output)
+    )
+    assert result.exit_code == 2 and why in " ".join(result.output.replace("│", " ").split())
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0 and aigc_fast.__version__ in result.output
 
 
 def test_generate_refuses_what_is_no_model(tmp_path):
