@@ -60,7 +60,8 @@ def softplus(x):
 
 @triton.jit
 def normal(x):
-    """Density and cumulative distribution of the standard normal; error bounds in vec.h."""
+    """Density and cumulative distribution of the standard normal; error bounds in
+    smooth_activation.h."""
     z = x * x
     e = tl.exp(-0.5 * z)
     t = 1.0 / (1.0 + 0.3 * tl.abs(x))

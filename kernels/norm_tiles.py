@@ -66,7 +66,7 @@ def affine(x, rstd_ptr, weight_ptr, bias_ptr, norm, known):
 @triton.jit
 def store_part(ptr, k, sums, part, parts, norm, norms, known):
     """A part of sum k, the tile's lanes joined in fp64: ptr is (sums, parts, norms)."""
-    at = ptr + (k * parts + part) * norms + norm
+    at = ptr + (k * parts + part).to(tl.int64) * norms + norm
     tl.store(at, tl.sum(sums.to(tl.float64), 0), known)
 
 
@@ -74,13 +74,17 @@ def store_part(ptr, k, sums, part, parts, norm, norms, known):
 def total(ptr, k, norm, norms, parts, PARTS: tl.constexpr):
     p = tl.arange(0, PARTS)[:, None]
     mask = (p < parts) & (norm < norms)[None, :]
-    return tl.sum(tl.load(ptr + (k * parts + p) * norms + norm[None, :], mask, 0.0), 0)
+    return tl.sum(tl.load(ptr + (k * parts + p).to(tl.int64) * norms + norm[None, :], mask, 0.0), 0)
 
 
 @triton.jit
 def store_value(ptr, k, v, norm, norms):
     if ptr is not None:
-        tl.store(ptr + k * norms + norm, v.to(tl.float32).to(ptr.dtype.element_ty), norm < norms)
+        tl.store(
+            ptr + tl.cast(k, tl.int64) * norms + norm,
+            v.to(tl.float32).to(ptr.dtype.element_ty),
+            norm < norms,
+        )
 
 
 # ---- launchers ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ _ELEMENTS = 1024  # of a tile of vectors that have one code
 @triton.jit
 def _at(row, inner, dim):
     """Where the first feature of a vector lies in (outer, dim, inner)."""
-    return row // inner * (dim * inner) + row % inner
+    return row // inner * dim * inner + row % inner  # dim * inner alone may pass 2^31
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _backward(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     feature = place // inner % dim
-    row = place // (dim * inner) * inner + place % inner
+    row = place // inner // dim * inner + place % inner
     code = tl.load(index_ptr + row, mask, 0)
     e = tl.load(codebook_ptr + code * dim + feature, mask, 0.0).to(tl.float32)
     off = tl.load(x_ptr + place, mask, 0.0).to(tl.float32) - e

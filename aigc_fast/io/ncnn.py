@@ -228,7 +228,10 @@ def _read_prelu(layer: NcnnLayer, weights: _Weights) -> None:
     layer.weights["slope"] = weights.take("<f4", count, f"the slopes of layer {layer.name!r}")
 
 
-_WEIGHTLESS = ("BinaryOp", "Concat", "Eltwise", "Input", "Interp", "PixelShuffle", "Split")
+_WEIGHTLESS = (
+    "BinaryOp", "Concat", "Eltwise", "Input", "Interp", "PixelShuffle", "ReLU", "Sigmoid", "Split",
+    "TanH",
+)  # fmt: skip
 #: type -> what reads its weights, None where it has none
 _LAYERS: dict[str, Callable[[NcnnLayer, _Weights], None] | None] = {
     "Convolution": _read_product,
@@ -236,20 +239,7 @@ _LAYERS: dict[str, Callable[[NcnnLayer, _Weights], None] | None] = {
     "Deconvolution": _read_product,
     "InnerProduct": _read_product,
     "PReLU": _read_prelu,
-    **dict.fromkeys(
-        [
-            "BinaryOp",
-            "Concat",
-            "Eltwise",
-            "Input",
-            "Interp",
-            "PixelShuffle",
-            "ReLU",
-            "Sigmoid",
-            "Split",
-            "TanH",
-        ]
-    ),
+    **dict.fromkeys(_WEIGHTLESS),
 }
 
 

@@ -41,7 +41,7 @@ def scale_bias_act(
 
     Parameters need not have the dtype of x, but are float64 where it is, and only there. Computes
     in fp32 (fp64 for fp64) and rounds once; a smooth activation takes a second pass, through
-    `bias_act`. The gradients of scale, strength and bias are summed in fp32 in the pass that writes
+    `bias_act`. The gradients of scale, strength and bias are summed in fp64 in the pass that writes
     that of x; one of noise takes passes of its own. Saves x. Bytes that must move: forward 2,
     backward 3, double backward 5 times x.
 

@@ -4,8 +4,9 @@
 // The rows of a head are the query heads of its group and the new tokens, so that each element of
 // the caches is read and converted once for all of them. A unit walks its keys in blocks that stay
 // in the cache: scores, softmax with a running maximum, then values (attention.h). The results
-// of the splits (maximum, sum, weighted values) are merged at the end. Nothing in this partition
-// depends on the number of threads or on other sequences, so the bits do not either.
+// of the splits (maximum, sum, weighted values) are merged at the end. The splits of a sequence and
+// the blocks in them depend on its own length and shape alone, so its bits do not depend on the
+// number of threads or on other sequences, which decide how many heads a unit has.
 #include <memory>
 
 #include "attention.h"
@@ -62,7 +63,9 @@ void run(const Shape& s, HeadRows<T> queries, const Attention<P>& attention,
   };
   auto allocate = [](int64_t n) {
     const size_t bytes = (n * sizeof(A) + 63) / 64 * 64;
-    return std::unique_ptr<A, Free>(static_cast<A*>(std::aligned_alloc(64, bytes)));
+    auto* p = static_cast<A*>(std::aligned_alloc(64, bytes));
+    if (!p) throw std::bad_alloc();
+    return std::unique_ptr<A, Free>(p);
   };
   const auto results = allocate(units.size() * heads * size);
   torch::stable::parallel_for(0, units.size(), 1, [&](int64_t begin, int64_t end) {

@@ -155,6 +155,7 @@ std::tuple<Tensor, Tensor> filtered_lrelu(const Tensor& x_in, const Tensor& up_f
                                           double slope, std::optional<double> clamp,
                                           bool keep_mask) {
   require(!bias || bias->scalar_type() == x_in.scalar_type(), "bias must have the dtype of x");
+  require(geometry.size() == 8 || geometry.size() == 12, "geometry must have 8 or 12 numbers");
   geometry.resize(12);  // the second filter has no padding
   const Stages s(x_in, up_filter, down_filter, geometry);
   const Tensor x = as_contiguous(x_in);

@@ -96,7 +96,8 @@ class Activations {
     });
     const float largest = std::bit_cast<float>(max_lanes(top));
     const bool finite = largest <= std::numeric_limits<float>::max();
-    const float factor = largest > 0 && finite ? 127 / largest : 0.0f;
+    // Of smaller numbers 127 / largest is infinite: their codes are 0.
+    const float factor = largest > 3.7323e-37f && finite ? 127 / largest : 0.0f;
     Vec<int32_t> sums = {};
     for_vectors<float>(count, [&](int64_t i, auto n) {
       const Vec<int32_t> code = round_to_int(finite ? load(x + i, n) * factor : Vec<float>{});

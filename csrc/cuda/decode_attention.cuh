@@ -284,8 +284,7 @@ __global__ void __launch_bounds__(kWarps * 32) merge_kernel(const DecodeAttentio
                  static_cast<T*>(p.out) + row * p.head_dim + lane + 32 * j);
 }
 
-// ---- choice of kernel
-// ----------------------------------------------------------------------------
+// ---- choice of kernel -----------------------------------------------------------------------
 
 // The fewest splits, of at least 128 keys, that leave few multiprocessors idle in the last round
 // of two blocks each.

@@ -12,18 +12,6 @@
 // A block is 8 warps, which take stages of kSteps steps by turns; their sums are added in the order
 // of the warps. While a warp multiplies one stage, the next three (two for fp32 x) are on their way
 // by cp.async: of 4-bit weights 27 KB a block. An H200 has room for three blocks a multiprocessor.
-//
-// Prediction, for it has not run on a GPU yet: an H200 copies at about 4.3 TB/s, and that takes 26
-// KB on their way to each of its 132 multiprocessors if memory answers in 0.8 us. The loop issues
-// 117 instructions a step of 1024 codes (bf16, 4 bits, symmetric), 87% of what 4.3 TB/s leave time
-// for at 1.9 GHz; so 3 to 3.6 TB/s, and 1 to 2 us more to start and to end. By out_features and
-// in_features:
-//     4096 x 4096    9.4 MB, 128 blocks, 27 KB a multiprocessor on their way: 4 us, 2.4 TB/s
-//     8192 x 8192    38 MB, 256 blocks, 54 KB: 12 us, 3.1 TB/s
-//     8192 x 28672   132 MB, 256 blocks, 54 KB: 39 us, 3.4 TB/s
-//     28672 x 8192   132 MB, 896 blocks, 81 KB: 39 us, 3.4 TB/s
-// 8 rows of bf16 x add 512 bytes from the L2 cache to each 576 of weight: 2.5 TB/s. fp32 x takes
-// 175 instructions a step, for 2.4 TB/s.
 #pragma once
 
 #include "quantized_operands.cuh"

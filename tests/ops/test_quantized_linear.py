@@ -130,3 +130,39 @@ def test_rounded_activations_cost_little(dtype) -> None:
     plain = ops.quantized_linear(x, weight, **kwargs).float()
     rounded = ops.quantized_linear(x, weight, **kwargs, quantize_activations=True).float()
     assert (rounded - plain).norm() <= 0.01 * plain.norm()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((4, 32, 20, 64), "packed must have shape"),
+        ((4, 16, 8, 64), "packed must have shape"),
+        ((8, 32, 8, 64), "packed must have shape"),
+        ((4, 32, 8, 128), "in_features must be that of packed, 64"),
+        ((5, 32, 8, 64), "bits must be 4 or 8"),
+    ],
+)
+def test_refuses_a_packed_weight_of_another_format(arguments, match) -> None:
+    packed = ops.quantize_weight(torch.randn(8, 64), 4, 32)
+    with pytest.raises(ValueError, match=match):
+        ops.dequantize_weight(packed, *arguments)
+
+
+def test_refuses_codes_of_more_bits() -> None:
+    codes, scales = torch.full((8, 64), 16, dtype=torch.uint8), torch.ones(8, 2)
+    with pytest.raises(ValueError, match="codes must be below 16"):
+        ops.pack_weight(codes, scales, None, 4)
+    with pytest.raises(TypeError, match="codes must be uint8"):
+        ops.pack_weight(codes.int(), scales, None, 8)
+
+
+@pytest.mark.parametrize("size", [1e-38, 3e-37, 4e-37, 1e-45])
+def test_tiny_activations_as_codes(size) -> None:
+    """127 / max|x| has no float32 below 3.7e-37: the codes are 0 there."""
+    packed = ops.quantize_weight(torch.randn(32, 64), 4, 32)
+    x = torch.full((1, 64), size)
+    y = ops.quantized_linear(
+        x, packed, bits=4, group_size=32, out_features=32, quantize_activations=True
+    )
+    want = x.double() @ ops.dequantize_weight(packed, 4, 32, 32, 64, torch.float64).T
+    assert ((y - want).abs() <= 64 * 4e-37 + want.abs() * 1e-4).all()
