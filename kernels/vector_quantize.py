@@ -20,19 +20,21 @@ _ELEMENTS = 1024  # of a tile of vectors that have one code
 
 
 @triton.jit
-def _at(row, inner, dim):
-    """Where the first feature of a vector lies in (outer, dim, inner)."""
-    return row // inner * dim * inner + row % inner  # dim * inner alone may pass 2^31
+def _at(row, inner, stride):
+    """Where the first feature of a vector lies in (outer, dim, inner), stride being dim * inner:
+    a product that is not for the kernel, whose arguments have 32 bits."""
+    return row // inner * stride + row % inner
 
 
 @triton.jit
 def _forward(
     x_ptr, codebook_ptr, start_ptr, quantized_ptr, distance_ptr, index_ptr, rows, codes, dim,
-    inner, IN_FP32: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, FEATURES: tl.constexpr,
+    inner, stride, IN_FP32: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = row < rows
-    at = _at(row, inner, dim)
+    at = _at(row, inner, stride)
     features, within = tl.arange(0, FEATURES), tl.arange(0, CODES)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     index = tl.zeros([ROWS], tl.int32)
@@ -77,14 +79,14 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_ptr, passed_ptr, x_ptr, codebook_ptr, index_ptr, dx_ptr, size, dim, inner, beta,
-    BLOCK: tl.constexpr,
+    grad_ptr, passed_ptr, x_ptr, codebook_ptr, index_ptr, dx_ptr, size, dim, inner, stride,
+    beta, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx = grad_quantized + 2 beta grad_distances (x - code), in the order of x's memory."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     feature = place // inner % dim
-    row = place // inner // dim * inner + place % inner
+    row = place // stride * inner + place % inner
     code = tl.load(index_ptr + row, mask, 0)
     e = tl.load(codebook_ptr + code * dim + feature, mask, 0.0).to(tl.float32)
     off = tl.load(x_ptr + place, mask, 0.0).to(tl.float32) - e
@@ -96,7 +98,7 @@ def _backward(
 
 @triton.jit
 def _codes(
-    grad_ptr, x_ptr, codebook_ptr, order_ptr, start_ptr, out_ptr, dim, inner,
+    grad_ptr, x_ptr, codebook_ptr, order_ptr, start_ptr, out_ptr, dim, inner, stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of one code the sum of 2 grad_distances (code - x) over its vectors or, without
@@ -111,7 +113,7 @@ def _codes(
     for first in range(tl.load(start_ptr + code), end, ROWS):
         n = first + tl.arange(0, ROWS)
         row = tl.load(order_ptr + n, n < end, 0)
-        place = _at(row, inner, dim)[:, None] + feature[None, :].to(tl.int64) * inner
+        place = _at(row, inner, stride)[:, None] + feature[None, :].to(tl.int64) * inner
         mask = (n < end)[:, None] & is_feature[None, :]
         x = tl.load(x_ptr + place, mask, 0.0).to(tl.float32)
         if grad_ptr is not None:
@@ -140,7 +142,8 @@ def vector_quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor
         features = min(step, max(16, triton.next_power_of_2(dim)))
         _forward[(triton.cdiv(rows, tile_rows),)](
             x, codebook, starts, quantized, distances, indices, rows, codes, dim, inner,
-            IN_FP32=INTERPRETED, ROWS=tile_rows, CODES=tile_codes, FEATURES=features, num_warps=8,
+            dim * inner, IN_FP32=INTERPRETED, ROWS=tile_rows, CODES=tile_codes, FEATURES=features,
+            num_warps=8,
         )  # fmt: skip
     return quantized, distances, indices
 
@@ -162,8 +165,9 @@ def vector_quantize_backward(
     if x.numel():
         block = min(1024, triton.next_power_of_2(x.numel()))
         _backward[(triton.cdiv(x.numel(), block),)](
-            grad, passed, x, codebook, indices, dx, x.numel(), dim, inner, float(beta), BLOCK=block
-        )
+            grad, passed, x, codebook, indices, dx, x.numel(), dim, inner, dim * inner, float(beta),
+            BLOCK=block,
+        )  # fmt: skip
     dcodebook = torch.empty_like(codebook if codebook_grad else codebook[:0])
     if codebook_grad:
         _sum_codes(grad, x, codebook, indices, dcodebook)
@@ -185,7 +189,7 @@ def _sum_codes(
     starts = torch.searchsorted(chosen, torch.arange(len(out) + 1, device=x.device))
     block = min(256, triton.next_power_of_2(dim))
     _codes[(len(out), triton.cdiv(dim, block))](
-        grad, x, codebook, order, starts, out, dim, inner,
+        grad, x, codebook, order, starts, out, dim, inner, dim * inner,
         ROWS=max(1, min(16, _ELEMENTS // block)), BLOCK=block,
     )  # fmt: skip
     return starts
