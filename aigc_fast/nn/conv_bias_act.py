@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.ops._activations import resolve
 
 from ._strided_conv import is_better, strided_conv2d
 from .bias_act import describe, of_dtype
@@ -24,6 +25,7 @@ class _ConvBiasAct(nn.modules.conv._ConvNd):
         **conv: Any,
     ) -> None:
         super().__init__(*args, **conv)
+        resolve(act, alpha)  # refuses what is none
         self.act, self.alpha, self.gain, self.clamp = act, alpha, gain, clamp
 
     def _activate(self, y: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.ops._activations import resolve
 
 
 class EqualizedLinear(nn.Module):
@@ -27,6 +28,7 @@ class EqualizedLinear(nn.Module):
         lr_mul: float = 1.0,
     ) -> None:
         super().__init__()
+        resolve(act, None)  # refuses what is none
         self.act, self.lr_mul, self.scale = act, lr_mul, lr_mul / in_features**0.5
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_mul)
         self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))

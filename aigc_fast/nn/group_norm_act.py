@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn.bias_act import of_dtype
+from aigc_fast.ops.group_norm_act import check_activation
 
 
 class GroupNormAct(nn.GroupNorm):
@@ -27,6 +28,7 @@ class GroupNormAct(nn.GroupNorm):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_groups, num_channels, *args, **kwargs)
+        check_activation(activation)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.ops._activations import resolve
 
 
 class Activated(nn.Module):
@@ -15,6 +16,10 @@ class Activated(nn.Module):
     act = "linear"
     alpha: float | None = None
     gain = 1.0
+
+    def set_act(self, act: str, alpha: float | None, gain: float) -> None:
+        resolve(act, alpha)  # refuses what is none
+        self.act, self.alpha, self.gain = act, alpha, gain
 
     def extra_repr(self) -> str:
         alpha = "" if self.alpha is None else f", alpha={self.alpha}"
@@ -39,7 +44,7 @@ class BatchNormAct(Activated, nn.modules.batchnorm._BatchNorm):
         **factory: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
-        self.act, self.alpha, self.gain = act, alpha, gain
+        self.set_act(act, alpha, gain)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
@@ -148,16 +153,16 @@ class InstanceNormAct(Activated):
         self,
         num_features: int,
         eps: float = 1e-5,
+        *,
         affine: bool = False,
         act: str = "linear",
-        *,
         alpha: float | None = None,
         gain: float = 1.0,
         **factory: Any,
     ) -> None:
         super().__init__()
         self.num_features, self.eps = num_features, eps
-        self.act, self.alpha, self.gain = act, alpha, gain
+        self.set_act(act, alpha, gain)
         self.weight = nn.Parameter(torch.ones(num_features, **factory)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features, **factory)) if affine else None
 
@@ -191,7 +196,8 @@ class AdaptiveInstanceNorm(Activated):
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.eps, self.act, self.alpha, self.gain = eps, act, alpha, gain
+        self.eps = eps
+        self.set_act(act, alpha, gain)
         self.fc = nn.Linear(style_dim, 2 * num_features, **factory)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
@@ -216,7 +222,8 @@ class PixelNormAct(Activated):
         gain: float = 1.0,
     ) -> None:
         super().__init__()
-        self.eps, self.act, self.alpha, self.gain = eps, act, alpha, gain
+        self.eps = eps
+        self.set_act(act, alpha, gain)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.pixel_norm_act(x, self.eps, self.act, self.alpha, self.gain)

@@ -40,9 +40,7 @@ def group_norm_act(
 
     Source: Wu and He 2018, arXiv:1803.08494; Chan, Golub and LeVeque 1979 (STAN-CS-79-773).
     """
-    act = ACTIVATIONS.get(activation)
-    if act is None:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    act = check_activation(activation)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -54,6 +52,16 @@ def group_norm_act(
 
 #: activation: number in the schema
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
+
+
+def check_activation(activation: str) -> int:
+    """Its number; ValueError for what is no activation."""
+    act = ACTIVATIONS.get(activation)
+    if act is None:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return act
+
+
 _GATES = {1: None, 2: False, 3: True}  # the same in ops/gated_mlp.py
 
 

@@ -340,3 +340,22 @@ def test_wrong_dtype_and_missing_weights_are_named(tmp_path):
     del state["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ValueError, match="'model.layers.1.mlp.up_proj.weight' is missing"):
         DecoderLM.from_hf_state_dict(TINY, state)
+
+
+def test_autocast():
+    model, ids = random_model().float(), torch.tensor([[1, 2, 3, 4]])
+    want = model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), want, rtol=0.1, atol=0.05 * want.abs().max().item())
+    logits.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_is_traced_whole():
+    model, ids = random_model().float(), torch.tensor([[1, 2, 3, 4]])
+    want = model(ids)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(ids), want)
+    torch.testing.assert_close(torch.export.export(model, (ids,)).module()(ids), want)
+    assert model.to("meta")(ids.to("meta")).shape == want.shape

@@ -53,7 +53,7 @@ def test_checks_the_shape_as_torch_does_and_describes_itself() -> None:
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_is_instance_norm_and_activation(affine) -> None:
-    ours = InstanceNormAct(6, 1e-3, affine, act="tanh", dtype=torch.float64)
+    ours = InstanceNormAct(6, 1e-3, affine=affine, act="tanh", dtype=torch.float64)
     theirs = nn.InstanceNorm2d(6, 1e-3, affine=affine, dtype=torch.float64)
     for p in theirs.parameters():
         nn.init.normal_(p)

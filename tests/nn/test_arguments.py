@@ -1,0 +1,79 @@
+"""What the modules refuse when they are made, and what they take as torch's do."""
+
+import pytest
+import torch
+from torch import nn
+
+from aigc_fast import nn as fast
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fast.BiasAct(4, 1, "silu"),
+        lambda: fast.LinearBiasAct(8, 4, False),
+        lambda: fast.Conv2dBiasAct(3, 4, 3, act="silu"),
+        lambda: fast.ConvTranspose2dBiasAct(3, 4, 3, act="relu6"),
+        lambda: fast.BatchNormAct2d(3, act="silu"),
+        lambda: fast.InstanceNormAct(3, act="silu"),
+        lambda: fast.PixelNormAct(act="silu"),
+        lambda: fast.EqualizedLinear(3, 4, "silu"),
+        lambda: fast.GroupNormAct(2, 8, activation="swish"),
+    ],
+)
+def test_refuses_an_unknown_activation(make) -> None:
+    with pytest.raises(ValueError, match=r"^act(ivation)? must be one of .*, got"):
+        make()
+
+
+def test_a_momentum_is_not_taken_for_affine() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        fast.InstanceNormAct(8, 1e-5, 0.1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions_without_a_batch(transposed) -> None:
+    kind = fast.ConvTranspose2dBiasAct if transposed else fast.Conv2dBiasAct
+    layer, x = kind(8, 4, 3, act="tanh"), torch.randn(8, 4, 4)  # as many rows as channels
+    torch.testing.assert_close(layer(x), layer(x[None])[0])
+
+
+def test_equalized_linear_of_tokens() -> None:
+    layer, x = fast.EqualizedLinear(8, 5, "tanh"), torch.randn(2, 5, 8)
+    nn.init.normal_(layer.bias)
+    torch.testing.assert_close(layer(x), torch.stack([layer(row) for row in x]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norms_own_eps(dtype) -> None:
+    x = (torch.randn(3, 64) * 0.02).to(dtype)
+    ours, torchs = fast.RMSNorm(64, dtype=dtype), nn.RMSNorm(64, dtype=dtype)
+    torch.testing.assert_close(ours(x), torchs(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (fast.LayerNorm(8), (2, 8)),
+        (fast.RMSNorm(8), (2, 8)),
+        (fast.BiasAct(8), (2, 8)),
+        (fast.Snake(8), (2, 8, 5)),
+        (fast.AliasFreeSnake(8), (2, 8, 5)),
+    ],
+)
+def test_after_a_product_under_autocast(layer, shape) -> None:
+    x = torch.randn(shape).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x.float()), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_modulated_group_norm_of_volumes(channels_last) -> None:
+    layer = fast.ModulatedGroupNormAct(2, 4, activation="silu")
+    x, scale, shift = torch.randn(2, 4, 3, 5, 2), torch.randn(2, 4), torch.randn(2, 4)
+    want = layer(x, scale, shift)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(layer(x, scale, shift), want)
