@@ -52,6 +52,12 @@ def test_explain_checks_arguments() -> None:
         aigc_fast.explain(torch.relu, X)
 
 
+def test_explain_knows_what_backend_forces() -> None:
+    with aigc_fast.backend("reference"):
+        found = aigc_fast.explain(ops.bias_act, X)
+    assert str(found) == "bias_act: reference (backend forces it)"
+
+
 def test_explain_leaves_calls_of_other_threads_alone() -> None:
     asking, answered = threading.Event(), threading.Event()
 

@@ -34,9 +34,10 @@ _library = torch.library.Library("aigc_fast", "DEF")
 _cuda_library = torch.library.Library("aigc_fast_cuda", "DEF")
 
 OPS: dict[str, "Op"] = {}
-# What takes over calls: of all threads, in the blocks of `backend` that are open, the newest last;
-# of one thread, by its identifier, while it is in `explain`. `_intercept` is there while any is.
-_forced: list[Callable[["Op", tuple], Any]] = []
+# What takes over calls: of all threads, in the blocks of `backend` that are open, with their names,
+# the newest last; of one thread, by its identifier, while it is in `explain`. `_intercept` is there
+# while any is.
+_forced: list[tuple[str | None, Callable[["Op", tuple], Any]]] = []
 _explaining: dict[int, Callable[["Op", tuple], Any]] = {}
 _intercept: Callable[["Op", tuple], Any] | None = None
 _has_triton = importlib.util.find_spec("triton") is not None
@@ -223,7 +224,7 @@ def _first_tensor(args: tuple) -> torch.Tensor:
 
 
 def _take(op: Op, args: tuple) -> Any:
-    take = _explaining.get(threading.get_ident()) or (_forced[-1] if _forced else None)
+    take = _explaining.get(threading.get_ident()) or (_forced[-1][1] if _forced else None)
     if take is not None:
         return take(op, args)
     op.check(*args)
@@ -236,13 +237,14 @@ def _set_intercept() -> None:
 
 
 @contextlib.contextmanager
-def _intercepting(take: Callable[[Op, tuple], Any]) -> Iterator[None]:
-    _forced.append(take)
+def _intercepting(take: Callable[[Op, tuple], Any], name: str | None = None) -> Iterator[None]:
+    entry = name, take
+    _forced.append(entry)
     _set_intercept()
     try:
         yield
     finally:
-        _forced.remove(take)  # blocks of several threads end in any order
+        _forced.remove(entry)  # blocks of several threads end in any order
         _set_intercept()
 
 
@@ -253,7 +255,7 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return _intercepting(lambda op, args: op.call(name, *args))
+    return _intercepting(lambda op, args: op.call(name, *args), name)
 
 
 class Explanation(NamedTuple):
@@ -280,7 +282,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     def take(op: Op, op_args: tuple) -> None:
         op.check(*op_args)
-        raise _Explained(Explanation(op.name, *op.choose(*op_args)))
+        forced = _forced[-1][0] if _forced else None
+        chosen = (forced, "backend forces it") if forced else op.choose(*op_args)
+        raise _Explained(Explanation(op.name, *chosen))
 
     thread = threading.get_ident()
     _explaining[thread] = take
