@@ -19,7 +19,7 @@ def _writable(path: Path) -> Path:
     """A picture that can be written, before the work is done."""
     from PIL import Image
 
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise typer.BadParameter(f"{path} must end as a picture does, in .png for one")
     if not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.absolute().parent}")

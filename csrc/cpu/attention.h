@@ -89,8 +89,11 @@ class Attention {
     const int64_t end = std::min(unit_end, s_.visible(length, (last - 1) / s_.group()));
     if (begin >= end) return;
     Block block, ahead;  // of the first head
-    std::vector<const C*> rows(2 * (heads * kBlock + kStep));
-    const C **next_keys = rows.data(), **next_values = next_keys + heads * kBlock + kStep;
+    // Of one head `ahead` has the rows in order.
+    const int64_t size = heads > 1 ? heads * kBlock + kStep : 0;
+    std::vector<const C*> rows(2 * size);
+    const C** next_keys = size ? rows.data() : ahead.keys;
+    const C** next_values = size ? rows.data() + size : ahead.values;
     locate(b, head, begin, end, ahead);
     for (int64_t start = begin; start < end; start += block_) {
       block = ahead;
@@ -98,8 +101,10 @@ class Attention {
         locate(b, head, start + block_, end, ahead);
       else if (after.begin < after.end)
         locate(after.b, after.head, after.begin, after.end, ahead);
-      all_rows(ahead.keys, keys_.head, heads, next_keys);
-      all_rows(ahead.values, values_.head, heads, next_values);
+      if (heads > 1) {
+        all_rows(ahead.keys, keys_.head, heads, next_keys);
+        all_rows(ahead.values, values_.head, heads, next_values);
+      }
       for (int64_t h = 0; h < heads; ++h) {
         for (int64_t row = first; row < last; row += R) {
           const int64_t tile = h * tiles + (row - first) / R;
