@@ -8,6 +8,7 @@ from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.channel_moments import channel_moments
 from aigc_fast.ops.codebook_moments import codebook_moments
 from aigc_fast.ops.conv3x3 import conv3x3
+from aigc_fast.ops.cross_entropy import cross_entropy
 from aigc_fast.ops.decode_attention import decode_attention
 from aigc_fast.ops.decoder_step import decoder_step
 from aigc_fast.ops.diffusion_loss import diffusion_loss
@@ -20,6 +21,7 @@ from aigc_fast.ops.group_norm_act import group_norm_act
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.layer_norm import layer_norm, modulated_layer_norm, modulated_rms_norm
 from aigc_fast.ops.linear import linear
+from aigc_fast.ops.linear_cross_entropy import linear_cross_entropy
 from aigc_fast.ops.merge_attention import merge_attention
 from aigc_fast.ops.modulated_conv2d import conv2d_resample, modulated_conv2d
 from aigc_fast.ops.norm_act import (
@@ -60,6 +62,7 @@ __all__ = [
     "codebook_moments",
     "conv2d_resample",
     "conv3x3",
+    "cross_entropy",
     "decode_attention",
     "decoder_step",
     "dequantize_weight",
@@ -75,6 +78,7 @@ __all__ = [
     "instance_norm_act",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "merge_attention",
     "modulated_conv2d",
     "modulated_layer_norm",

@@ -411,7 +411,8 @@ def test_exports(op, sample) -> None:
     assert any("aigc_fast" in str(node.target) for node in program.graph.nodes)
 
 
-@pytest.mark.parametrize(("op", "sample"), FIRST)
+# `linear_cross_entropy` is a product, which autocast is for.
+@pytest.mark.parametrize(("op", "sample"), [c for c in FIRST if c.id != "linear_cross_entropy"])
 def test_autocast_leaves_dtypes_alone(op, sample) -> None:
     plain = call(op, *cast((sample.args, sample.kwargs), torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
