@@ -46,6 +46,8 @@ class Replacement(nn.Module):
     uses = ""
     #: children whose work it does itself
     absorbs: tuple[str, ...] = ()
+    #: the argument of `patch` that asks for it
+    opt_in = ""
 
     if TYPE_CHECKING:  # the attributes of the stock class
 
@@ -88,13 +90,16 @@ class Linear(Replacement):
         return ops.linear(x, self.weight, self.bias)
 
 
-def patch(model: Any) -> PatchReport:
+def patch(model: Any, *, fuse_loss: bool = False) -> PatchReport:
     """Makes the parts of a stock model that are known here call aigc_fast's operators, in place.
 
     model: a model of transformers (Llama, Mistral, Qwen2, Qwen3, Gemma-2, GPT-2) or of diffusers
            (UNet2D, UNet2DCondition, AutoencoderKL, DiT, SD3, Flux, Wan), any module that has one
            inside, such as PEFT's, or a pipeline of diffusers, all models of which are patched. Of
            any other model nothing is changed.
+    fuse_loss: a language model of transformers that is trained with labels computes its loss by
+               `linear_cross_entropy`: its output has the loss, and None for the logits, which are
+               never all in memory. In evaluation, and where the loss is another, nothing changes.
 
     Modules, parameters, the names in state dicts and hooks stay. Outputs agree to rounding, in
     training too. Patching again changes nothing. Within torch.compile the stock code runs, which
@@ -114,12 +119,15 @@ def patch(model: Any) -> PatchReport:
     replaced: Counter[tuple[str, str]] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
     for part in _models(model):
-        _patch(part, replaced, kept)
-    return PatchReport.of(_stock(model), replaced, kept)
+        _patch(part, {"fuse_loss"} if fuse_loss else set(), replaced, kept)
+    return PatchReport.of(stock_class(model), replaced, kept)
 
 
 def _patch(
-    model: nn.Module, replaced: Counter[tuple[str, str]], kept: Counter[tuple[str, str]]
+    model: nn.Module,
+    asked: set[str],
+    replaced: Counter[tuple[str, str]],
+    kept: Counter[tuple[str, str]],
 ) -> None:
     changes = []
     absorbed: set[nn.Module] = set()
@@ -127,7 +135,7 @@ def _patch(
     known = any(isinstance(module, Replacement) or _row(type(module)) for module in modules)
     for module in modules:
         if isinstance(module, Replacement):
-            replaced[_stock(module).__name__, module.uses] += 1
+            replaced[stock_class(module).__name__, module.uses] += 1
             absorbed.update(getattr(module, child) for child in module.absorbs)
             continue
         row = Linear if known and type(module) is nn.Linear else _row(type(module))
@@ -135,6 +143,8 @@ def _patch(
         try:
             if row is None:
                 raise Unfit("no replacement is known")
+            if row.opt_in and row.opt_in not in asked:
+                raise Unfit(f"patch({row.opt_in}=True) replaces it")
             if "forward" in module.__dict__:
                 raise Unfit("its forward was replaced on the object")
             planned = list(row.assignments(module))
@@ -178,13 +188,13 @@ def _row(cls: type) -> type[Replacement] | None:
     return importlib.import_module(integration).TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
-def _stock(module: Any) -> type:
+def stock_class(module: Any) -> type:
     return next(c for c in type(module).__mro__ if not issubclass(c, Replacement))
 
 
 def become(replacement: type[Replacement], child: nn.Module) -> Assignment:
     """What makes `child` ours where its parent decides it, whose own class need not change."""
     if "forward" in child.__dict__:
-        raise Unfit(f"the forward of its {_stock(child).__name__} was replaced on the object")
-    fast = fast_class(replacement, _stock(child))  # type: ignore[arg-type]  # classes do hash
+        raise Unfit(f"the forward of its {stock_class(child).__name__} was replaced on the object")
+    fast = fast_class(replacement, stock_class(child))  # type: ignore[arg-type]  # classes do hash
     return Assignment(child, "__class__", fast)

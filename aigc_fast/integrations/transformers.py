@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from aigc_fast import ops
 from aigc_fast.integrations._patching import Assignment, Replacement, Unfit
 from aigc_fast.integrations.transformers_cache import grow_in_place
+from aigc_fast.integrations.transformers_loss import CausalLM
 
 #: under which transformers knows our attention
 ATTENTION = "aigc_fast"
@@ -264,10 +265,12 @@ def _plain(
     causal = options.get("is_causal")
     if mask is None and queries > 1 and (module.is_causal if causal is None else causal):
         mask = torch.ones(queries, slots, dtype=torch.bool, device=query.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        # A row of padding sees nothing: it must not become NaN, for its value is multiplied by 0.
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            # Added as transformers adds its own: a row of padding, which sees nothing, must not
+            # become NaN, and its label may count, through the gradients of all its scores.
+            low = torch.finfo(scores.dtype).min
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, low)
         scores = scores + mask
     wide = torch.promote_types(query.dtype, torch.float32)
     weights = F.softmax(scores, -1, dtype=wide).to(query.dtype)
@@ -284,12 +287,17 @@ def _table(**architectures: dict[str, type[Replacement]]) -> dict[str, type[Repl
     }
 
 
+def _llama_like(name: str, norm: type[Replacement] = RMSNorm) -> dict[str, type[Replacement]]:
+    rows = dict(RMSNorm=norm, MLP=GatedMLP, Attention=RotaryAttention, ForCausalLM=CausalLM)
+    return {name + part: replacement for part, replacement in rows.items()}
+
+
 #: model_type: class -> what takes its place
 TABLE = _table(
-    llama=dict(LlamaRMSNorm=RMSNorm, LlamaMLP=GatedMLP, LlamaAttention=RotaryAttention),
-    mistral=dict(MistralRMSNorm=RMSNorm, MistralMLP=GatedMLP, MistralAttention=RotaryAttention),
-    qwen2=dict(Qwen2RMSNorm=RMSNorm, Qwen2MLP=GatedMLP, Qwen2Attention=RotaryAttention),
-    qwen3=dict(Qwen3RMSNorm=RMSNorm, Qwen3MLP=GatedMLP, Qwen3Attention=RotaryAttention),
-    gemma2=dict(Gemma2RMSNorm=OffsetRMSNorm, Gemma2MLP=GatedMLP, Gemma2Attention=RotaryAttention),
-    gpt2=dict(GPT2MLP=TanhMLP, GPT2Attention=Attention),
+    llama=_llama_like("Llama"),
+    mistral=_llama_like("Mistral"),
+    qwen2=_llama_like("Qwen2"),
+    qwen3=_llama_like("Qwen3"),
+    gemma2=_llama_like("Gemma2", norm=OffsetRMSNorm),
+    gpt2=dict(GPT2MLP=TanhMLP, GPT2Attention=Attention, GPT2LMHeadModel=CausalLM),
 )

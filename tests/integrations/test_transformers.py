@@ -446,3 +446,96 @@ def test_imports_nothing_heavy() -> None:
         print("transformers" in sys.modules)
     """
     assert "False" in run_python(code)
+
+
+# ---- patch(fuse_loss=True) ------------------------------------------------------------------
+
+
+def loss_and_gradients(model, ids, **options):
+    """In training, without dropout."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    out = model(ids, use_cache=False, **options)
+    return out, [out.loss, *torch.autograd.grad(out.loss, list(model.parameters()))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@EVERY_MODEL
+def test_a_fused_loss(name, dtype) -> None:
+    model, (ids, mask) = make(name, dtype), prompts(padded=True)
+    labels = ids.masked_fill(mask == 0, -100)
+    options = dict(attention_mask=mask, labels=labels)
+    with Exact():
+        _, exact = loss_and_gradients(exact_model(model), ids, **options)
+    _, stock = loss_and_gradients(model, ids, **options)
+    aigc_fast.patch(model, fuse_loss=True)
+    with recorded() as calls:
+        out, ours = loss_and_gradients(model, ids, **options)
+    assert out.logits is None and "cross_entropy" in {op.name for op, _ in calls}
+    assert_as_good_as_torch([ours[0]], [stock[0]], [exact[0]], torch.float32)
+    for found, plain, truth in zip(ours[1:], stock[1:], exact[1:], strict=True):
+        scale = truth.norm()  # of one parameter the worst number is luck on either side
+        error, theirs = ((g.double() - truth).norm() / scale for g in (found, plain))
+        assert error <= 2 * theirs + torch.finfo(dtype).eps
+
+
+@EVERY_MODEL
+def test_a_fused_loss_takes_the_trainers_arguments(name) -> None:
+    model, (ids, _) = make(name), prompts()
+    shifted = torch.cat([ids[:, 1:], torch.full((3, 1), -100)], 1)
+    for options in (
+        dict(labels=ids, num_items_in_batch=17),
+        dict(labels=ids, num_items_in_batch=torch.tensor(17)),
+        dict(labels=ids, shift_labels=shifted),
+    ):
+        _, want = loss_and_gradients(model, ids, **options)
+        aigc_fast.patch(model, fuse_loss=True)
+        out, got = loss_and_gradients(model, ids, **options)
+        aigc_fast.unpatch(model)
+        assert out.logits is None
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(labels=True, eval=True),
+        dict(labels=True, logits_to_keep=4),
+        dict(labels=True, return_dict=False),
+    ],
+    ids=str,
+)
+def test_where_a_loss_is_not_fused_nothing_changes(options) -> None:
+    model, (ids, _) = make("llama"), prompts()
+    options = dict(options)
+    model.train(not options.pop("eval", False))
+    if options.pop("labels", False):
+        options["labels"] = ids[:, -4:] if "logits_to_keep" in options else ids
+    aigc_fast.patch(model)
+    want = model(ids, **options)
+    report = aigc_fast.patch(model, fuse_loss=True)
+    assert "linear_cross_entropy" in str(report)
+    got = model(ids, **options)
+    assert type(got) is type(want)
+    for mine, theirs in zip(tuple(got)[:2], tuple(want)[:2], strict=True):
+        if isinstance(mine, torch.Tensor):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_a_loss_is_fused_on_request() -> None:
+    model, (ids, _) = make("llama"), prompts()
+    before = snapshot(model)
+    report = aigc_fast.patch(model)
+    assert "fuse_loss=True" in str(report)
+    out, _ = loss_and_gradients(model, ids, labels=ids)
+    assert out.logits is not None
+    aigc_fast.unpatch(model)
+    model.train(False)
+    assert snapshot(model) == before
+    aigc_fast.patch(model, fuse_loss=True)
+    model.lm_head.register_forward_hook(lambda *_: None)
+    out, _ = loss_and_gradients(model, ids, labels=ids)
+    assert out.logits is not None

@@ -1,0 +1,93 @@
+"""The loss of transformers' language models without their logits."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from aigc_fast import ops
+from aigc_fast.integrations._patching import Replacement, stock_class
+
+_IGNORED = -100  # transformers' and torch's own
+
+
+class CausalLM(Replacement):
+    """While it is trained with labels, the loss comes from the hidden states, and the output has no
+    logits."""
+
+    uses = "linear_cross_entropy"
+    opt_in = "fuse_loss"
+    lm_head: Any
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if not self._can_fuse(args, labels, kwargs):
+            return super().forward(*args, labels=labels, **kwargs)
+        out = self.base_model(*args, **kwargs)
+        loss = causal_lm_loss(
+            out.last_hidden_state,
+            self.lm_head.weight,
+            labels,  # type: ignore[arg-type]  # _can_fuse
+            bias=self.lm_head.bias,
+            softcap=getattr(self.config, "final_logit_softcapping", None),
+            num_items_in_batch=kwargs.get("num_items_in_batch"),
+            shift_labels=kwargs.get("shift_labels"),
+        )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
+    def _can_fuse(self, args: tuple, labels: Tensor | None, kwargs: dict) -> bool:
+        head = self.lm_head
+        return (
+            self.training
+            and labels is not None
+            and len(args) <= 1  # input_ids; what comes next differs from model to model
+            and kwargs.get("return_dict", self.config.return_dict)
+            and "logits_to_keep" not in kwargs
+            and self.loss_function is ForCausalLMLoss
+            # Adapters, hooks and sharded weights have work to do in the head's own forward.
+            and stock_class(head) is nn.Linear
+            and "forward" not in head.__dict__
+            and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
+            and type(head.weight) in (nn.Parameter, Tensor)
+        )
+
+
+def causal_lm_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+) -> Tensor:
+    """transformers' ForCausalLMLoss of the logits softcap * tanh((hidden @ weight.T + bias) /
+    softcap), which are never all there: each position's label is the token after it.
+
+    hidden: (batch, seq, features); weight: (vocab, features); labels: (batch, seq), -100 where
+    there is none; num_items_in_batch: what the sum of the losses is divided by, or None for its
+    mean; shift_labels: the labels moved already.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
+    loss = ops.linear_cross_entropy(
+        hidden,
+        weight,
+        shift_labels.to(hidden.device),
+        linear_bias=bias,
+        reduction="mean" if num_items_in_batch is None else "sum",
+        softcap=softcap,
+    )
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch
