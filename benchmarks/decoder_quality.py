@@ -50,8 +50,7 @@ def perplexity(model: DecoderLM, ids: list[int]) -> float:
     total, count = 0.0, 0
     for start in range(0, WINDOW * WINDOWS, WINDOW):
         window = torch.tensor([ids[start : start + WINDOW]])
-        logprobs = model(window).float().log_softmax(-1)[0, :-1]
-        total -= logprobs.gather(1, window[0, 1:, None]).double().sum().item()
+        total += model.loss(window, reduction="sum").item()
         count += WINDOW - 1
     return math.exp(total / count)
 

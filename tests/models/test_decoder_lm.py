@@ -1,5 +1,6 @@
 """DecoderLM against transformers' Llama, prompt and step by step, from GGUF and in batches."""
 
+import dataclasses
 import math
 import re
 from importlib.util import find_spec
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import aigc_fast
 from aigc_fast.io import load_tokenizer
@@ -248,6 +251,41 @@ def test_model_trains_after_it_has_generated():
     assert all(weight.grad is not None for weight in model.parameters())
     logits = model(token_ids, model.new_cache(2, 9))
     assert torch.allclose(logits, model(token_ids))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": False}, {"logit_softcap": 0.5}], ids=str
+)
+def test_loss_is_that_of_the_logits(changes):
+    model = random_model(dataclasses.replace(TINY, **changes))
+    token_ids = torch.randint(TINY.vocab_size, (2, 9))
+    labels = token_ids.clone()
+    labels[0, :4] = -100
+    logits = model(token_ids)[:, :-1].flatten(0, 1)
+    for given in (None, labels):
+        target = (token_ids if given is None else given)[:, 1:].flatten()
+        loss, expected = model.loss(token_ids, given), F.cross_entropy(logits, target)
+        torch.testing.assert_close(loss, expected)
+        weights = list(model.parameters())
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, weights),
+            torch.autograd.grad(expected, weights, retain_graph=True),
+        )
+    each = model.loss(token_ids, labels, reduction="none")
+    assert each.shape == (2, 8) and not each[0, :3].any()
+
+
+def test_loss_of_an_adapted_head_and_of_bad_labels():
+    model = random_model(dataclasses.replace(TINY, tie_word_embeddings=False))
+    token_ids = torch.randint(TINY.vocab_size, (2, 5))
+    expected = model.loss(token_ids)
+    model.lm_head = nn.Sequential(model.lm_head)
+    torch.testing.assert_close(model.loss(token_ids), expected)
+    for ids, labels in [(token_ids, token_ids[:, 1:]), (token_ids[:, :1], None)]:
+        with pytest.raises(ValueError, match="labels must have the shape of token_ids"):
+            model.loss(ids, labels)
+    with pytest.raises(TypeError, match="target must be int64"):
+        model.loss(token_ids, token_ids.int())
 
 
 def test_casting_the_model_leaves_its_angles_exact():

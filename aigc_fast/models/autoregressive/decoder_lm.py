@@ -152,6 +152,38 @@ class DecoderLM(nn.Module):
         check_token_ids(token_ids, self.config)
         return self.logits(self.hidden_states(token_ids, cache))
 
+    def loss(self, token_ids: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
+        """Cross-entropy of every token with what the model expects after those before it, for
+        training and for perplexity, which is exp of it. The logits are never all in memory.
+
+        Args:
+            token_ids: int64 or int32 (batch, seq), seq at least 2.
+            labels: int64 (batch, seq): the token that each one counts as, `token_ids` by default;
+                -100 where it shall not count.
+            options: `reduction`, `label_smoothing`, `z_loss` and `ignore_index` of
+                `ops.linear_cross_entropy`; "none" gives (batch, seq - 1).
+
+        Returns:
+            A scalar in float32 (float64 for float64), the mean over the labels that count.
+
+        Raises:
+            TypeError, ValueError: as `forward`, or for labels of another shape or dtype.
+        """
+        check_token_ids(token_ids, self.config)
+        labels = token_ids.long() if labels is None else labels
+        if labels.shape != token_ids.shape or labels.shape[1] < 2:
+            raise ValueError(
+                "labels must have the shape of token_ids, (batch, seq) with at least 2 tokens, "
+                f"got {tuple(labels.shape)} for {tuple(token_ids.shape)}"
+            )
+        hidden, labels = self.hidden_states(token_ids)[:, :-1], labels[:, 1:]
+        head: Any = self.embed_tokens if self.lm_head is None else self.lm_head
+        if type(head) not in (nn.Embedding, nn.Linear, Linear):  # packed, or with an adapter
+            return ops.cross_entropy(self.logits(hidden), labels, **options)
+        return ops.linear_cross_entropy(
+            hidden, head.weight, labels, softcap=self.config.logit_softcap, **options
+        )
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The output projection, (..., hidden_size) to (..., vocab_size)."""
         if self.lm_head is None:
