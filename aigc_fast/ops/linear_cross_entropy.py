@@ -20,7 +20,7 @@ from aigc_fast.ops.cross_entropy import (
 from aigc_fast.ops.linear import linear
 
 #: Rows at least whose logits are there at a time: products of fewer would leave a GPU idle.
-_LEAST_ROWS = 1024
+_LEAST_ROWS = 2048
 
 
 def linear_cross_entropy(
@@ -37,7 +37,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(linear(input, linear_weight, linear_bias), target, ...) with the logits of
     some rows at a time: they, and their gradient in their place, take no more memory than
-    linear_weight, or 1024 rows of them.
+    linear_weight, or 2048 rows of them.
 
     input:         (..., features), float64/32/16 or bfloat16; last hidden states of a decoder.
     linear_weight: (classes, features), its dtype; under autocast of any floating dtype.

@@ -84,7 +84,7 @@ def _linear_samples() -> list[Sample]:
         Sample("batch", (x, weight, targets(2, 3, classes=7)), {"reduction": "none"}),
         Sample("no_rows", (x[:0], weight, targets(0, 3, classes=7)), {"reduction": "sum"}),
         Sample("one_row", (rand(16), rand(12, 16), torch.tensor(2))),
-        _linear_call(1100, 8, 33),  # more than the least number of rows at a time
+        _linear_call(2100, 8, 33),  # more than the least number of rows at a time
     ]
 
 
@@ -114,15 +114,15 @@ OPS = {
         ops.cross_entropy,
         _samples,
         _refusals,
-        large=lambda: [_call(256, 49152), _call(512, 32000)],
+        large=lambda: [_call(256, 49152), _call(64, 128256)],
     ),
     "linear_cross_entropy": OpSamples(
         ops.linear_cross_entropy,
         _linear_samples,
         _linear_refusals,
         large=lambda: [
-            _linear_call(2048, 576, 49152, bias=False),
-            _linear_call(512, 1024, 32000, bias=False),
+            _linear_call(512, 576, 49152, bias=False),
+            _linear_call(256, 1024, 32000, bias=False),
         ],
     ),
 }
