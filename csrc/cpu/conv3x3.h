@@ -198,7 +198,9 @@ class VectorProducts {
 #pragma GCC unroll 2
         for (int v = 0; v < kOuts; ++v) sums[p][v] += from[p * s_.in + c] * weights[v];
     }
+#pragma GCC unroll 12
     for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
       for (int v = 0; v < kOuts; ++v) totals[p][v] += sums[p][v];
   }
 
