@@ -164,10 +164,7 @@ class Step {
     // Asks for the beginnings of the tiles that this thread will multiply first: without it every
     // product starts with a few trips to memory.
     void fetch(const Weight& weight, int64_t tiles) const {
-      const int64_t first = stages_.first(thread_, tiles), bytes = weight.format.tile_bytes();
-      for (int64_t tile = first; tile < std::min(tiles, first + 4); ++tile)
-        for (int64_t at = 0; at < std::min<int64_t>(1024, bytes); at += 64)
-          __builtin_prefetch(weight.blocks + tile * bytes + at, 0, 2);
+      ask_for_tiles(weight.format, weight.blocks, stages_.first(thread_, tiles), tiles);
     }
 
     // silu(gate) * up; the gates are the first half of the tiles. A few tiles of one, then of the

@@ -183,6 +183,9 @@ using Finish = std::function<void(int64_t, int64_t, const float*)>;
 void multiply_tiles(const QuantizedFormat& f, const uint8_t* blocks, const Activations& x,
                     int64_t rows, int64_t begin, int64_t end, const Finish& finish);
 
+// Asks memory for what that will read first.
+void ask_for_tiles(const QuantizedFormat& f, const uint8_t* blocks, int64_t begin, int64_t end);
+
 // The tiles [begin, end) as the columns of a matrix (in_features, out_features) of bf16 or fp16.
 template <class T>
 void decode_tiles(const QuantizedFormat& f, const uint8_t* blocks, int64_t begin, int64_t end,
