@@ -1,7 +1,10 @@
 """Models whose matrices stay the codes of their GGUF file."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from aigc_fast.models.autoregressive import DecoderLM, generate
 from aigc_fast.nn import QuantizedLinear
@@ -67,6 +70,69 @@ def test_a_cast_model_is_looked_at_again(tmp_path):
         torch.testing.assert_close(
             logits[dtype].float(), logits[torch.float32], rtol=0.02, atol=0.02
         )
+
+
+def other(linear: QuantizedLinear, group_size: int = 32) -> QuantizedLinear:
+    dense = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    return QuantizedLinear.from_linear(dense, bits=8, group_size=group_size)
+
+
+class Doubled(nn.Module):
+    """A layer, or a product of one, in another module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden, *rest):
+        out = self.inner(hidden, *rest)
+        return (2 * out[0], out[1]) if isinstance(out, tuple) else 2 * out
+
+
+EXCHANGES = {
+    "a product": lambda m: setattr(m.layers[1].mlp, "down_proj", other(m.layers[1].mlp.down_proj)),
+    "a product of other groups": lambda m: setattr(
+        m.layers[1].attention, "o_proj", other(m.layers[1].attention.o_proj, 64)
+    ),
+    "a wrapped product": lambda m: setattr(
+        m.layers[1].mlp, "down_proj", Doubled(m.layers[1].mlp.down_proj)
+    ),
+    "codes": lambda m: setattr(
+        m.layers[1].mlp.gate_up_proj, "weight", other(m.layers[1].mlp.gate_up_proj).weight
+    ),
+    "the weight of a norm": lambda m: setattr(
+        m.layers[1].mlp_norm, "weight", nn.Parameter(torch.rand(64))
+    ),
+    "a part of a layer": lambda m: setattr(m.layers[1], "mlp", m.layers[0].mlp),
+    "a layer": lambda m: m.layers.__setitem__(1, copy.deepcopy(m.layers[0])),
+    "a wrapped layer": lambda m: m.layers.__setitem__(1, Doubled(m.layers[1])),
+    "all layers": lambda m: setattr(
+        m, "layers", nn.ModuleList([*m.layers[:-1], copy.deepcopy(m.layers[0])])
+    ),
+    "fewer layers": lambda m: setattr(m, "layers", m.layers[:-1]),
+    "the last norm": lambda m: setattr(m, "norm", copy.deepcopy(m.layers[0].mlp_norm)),
+}
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_an_exchanged_part_is_looked_at_again(exchange, tmp_path, monkeypatch):
+    model = DecoderLM.from_pretrained(written(tmp_path, "llama", "Q8_0"), packed=True)
+
+    def step() -> torch.Tensor:
+        cache = model.new_cache(1, 4)
+        with torch.no_grad():
+            model(torch.tensor([[5, 7]]), cache)
+            return model(torch.tensor([[3]]), cache)
+
+    with torch.no_grad():
+        for norm in (model.norm, model.layers[0].mlp_norm):
+            norm.weight.uniform_(0.5, 2)
+    before = step()
+    EXCHANGES[exchange](model)
+    after = step()
+    monkeypatch.setattr(DecoderLM, "_fused_step", lambda *_: None)
+    torch.testing.assert_close(after, step(), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(after, before, rtol=1e-2, atol=1e-2)
 
 
 def test_only_files_stay_packed(tmp_path):

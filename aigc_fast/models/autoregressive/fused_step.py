@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from operator import is_
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from aigc_fast import ops
 from aigc_fast.nn import QuantizedLinear
 
 from .cache import KVCache
-from .layers import DecoderLayer
+from .layers import MLP, Attention, DecoderLayer, Norm
 
 if TYPE_CHECKING:
     from .decoder_lm import DecoderLM
@@ -25,44 +27,39 @@ class FusedStep:
     """
 
     def __init__(self, model: DecoderLM) -> None:
-        config = model.config
-        layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
-        linears = [linear for layer in layers for linear in _linears(layer)]
+        config, norm = model.config, model.norm
         self.weights: list[Tensor] = []
-        self._first, self._norm = layers[0].attention.qkv_proj, model.norm
-        self._looked_at = self._state()
+        self._tables, self._names = zip(*_looked_at(model), strict=True)
+        self._found = [*map(dict.get, self._tables, self._names)]
+        self._weight, self._dtype = norm.weight, norm.weight.dtype
         self._eps, self._scale = config.rms_norm_eps, config.attention_scale
-        self._quantize_activations = all(linear.quantize_activations for linear in linears)
+        layers = [layer for i, layer in enumerate(model.layers) if _is_plain(layer, i)]
+        linears = [[m for m in _linears(layer) if _is_packed(m)] for layer in layers]
+        rounding = {linear.quantize_activations for of_layer in linears for linear in of_layer}
+        self._quantize_activations = rounding == {True}
         if (
-            len(linears) < 4 * len(layers)
-            or not all(map(_is_plain, layers))
-            or model.norm.weight.device.type != "cpu"
-            or model.norm.weight.dtype == torch.float64
+            not len(layers) == len(model.layers) == config.num_layers
+            or any(len(of_layer) < 4 for of_layer in linears)
+            or len(rounding) > 1
+            or type(norm) is not Norm
+            or norm.weight.device.type != "cpu"
+            or norm.weight.dtype == torch.float64
             or config.learned_positions
             or config.rotary_dim != config.head_dim
-            or any(linear.bias is not None for linear in linears)
-            or any(linear.quantize_activations != self._quantize_activations for linear in linears)
         ):
             return
-        for i, layer in enumerate(layers):
-            qkv, output, gate_up, down = (m.weight for m in linears[4 * i : 4 * i + 4])
+        for layer, of_layer in zip(layers, linears, strict=True):
+            qkv, output, gate_up, down = (linear.weight for linear in of_layer)
             self.weights += [layer.attention_norm.weight, qkv, output]
             self.weights += [layer.mlp_norm.weight, gate_up, down]
-        self.weights.append(model.norm.weight)
-
-    def _state(self) -> tuple[object, ...]:
-        # Past nn.Module's attribute lookup, which would take 15 us a token.
-        norm = self._norm._parameters["weight"]
-        return (
-            self._first._buffers.get("weight"),
-            self._first.__dict__.get("quantize_activations"),
-            None if norm is None else norm.dtype,
-        )
+        self.weights.append(norm.weight)
 
     def is_current(self) -> bool:
-        """Whether the model is still as it was looked at: `.to` changes it."""
-        weight, *rest = self._state()
-        return weight is self._looked_at[0] and (*rest,) == self._looked_at[1:]
+        """Whether the model still holds the very modules and weights that were looked at."""
+        # Past nn.Module's attribute lookup: so it is 20 us a token for 30 layers. The dtype, since
+        # `.to` casts a parameter inside its object.
+        found = map(dict.get, self._tables, self._names)
+        return self._weight.dtype == self._dtype and all(map(is_, found, self._found))
 
     def __call__(self, hidden: Tensor, cache: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
         """The normalised states after the last layer.
@@ -86,23 +83,47 @@ class FusedStep:
         )
 
 
-def _linears(layer: DecoderLayer) -> list[QuantizedLinear]:
-    """Those of the four products of a layer that are packed."""
-    mlp = layer.mlp
-    products: list[nn.Module] = [layer.attention.qkv_proj, layer.attention.o_proj]
-    products += [mlp.gate_up_proj] if mlp.activation == "swiglu" else []
-    return [m for m in (*products, mlp.down_proj) if isinstance(m, QuantizedLinear)]
+def _looked_at(model: DecoderLM) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a step's parts are kept: a dictionary and a name in it, for each."""
+    yield model._modules, "layers"
+    yield model._modules, "norm"
+    for module in (model.norm, *model.layers.modules()):
+        for table in (module._modules, module._parameters, module._buffers):
+            yield from ((table, name) for name in table)
+        if isinstance(module, QuantizedLinear):
+            yield module.__dict__, "quantize_activations"
 
 
-def _is_plain(layer: DecoderLayer) -> bool:
-    """A layer of the Llama type."""
-    attention = layer.attention
+def _linears(layer: DecoderLayer) -> tuple[nn.Module, ...]:
+    attention, mlp = layer.attention, layer.mlp
+    return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+
+
+def _is_plain(layer: nn.Module, place: int) -> TypeGuard[DecoderLayer]:
+    """A layer of the Llama type with the cache of its place, no part of it of another class."""
+    if type(layer) is not DecoderLayer:
+        return False
+    attention, mlp = layer.attention, layer.mlp
     return (
-        layer.mlp.activation == "swiglu"
+        type(attention) is Attention
+        and attention.layer == place
+        and type(mlp) is MLP
+        and mlp.activation == "swiglu"
         and layer.post_attention_norm is None
         and layer.post_mlp_norm is None
+        and type(layer.attention_norm) is type(layer.mlp_norm) is Norm
         and layer.attention_norm.bias is None
         and attention.query_norm is None
         and attention.window is None
         and attention.softcap is None
+    )
+
+
+def _is_packed(linear: nn.Module) -> TypeGuard[QuantizedLinear]:
+    """With the codes that `ops.decoder_step` takes."""
+    return (
+        type(linear) is QuantizedLinear
+        and linear.bias is None
+        and linear.group_size == 32
+        and linear.in_features % 32 == 0
     )
