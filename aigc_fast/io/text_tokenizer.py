@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from .token_ids import ids_of, integer
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -50,14 +52,27 @@ class TextTokenizer:
         Args:
             add_special_tokens: with what the tokenizer puts around a text, such as `<bos>`. A
                 chat template has written it already.
+
+        Raises:
+            TypeError: `text` is not a string.
+            ValueError: it holds half of a surrogate pair, which is no character.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text must be Unicode: {error}") from None
         with sound(self.path):
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some token ids, without special tokens."""
+        ids = ids_of("token_ids", token_ids)
+        if ids and not 0 <= min(ids) <= max(ids) < 2**32:
+            raise ValueError(f"token_ids must lie in [0, 2**32), got {min(ids)} to {max(ids)}")
         with sound(self.path):
-            return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def stream_decoder(self) -> Callable[[int], str]:
         """A function that takes one id after another and returns the text that each adds.
@@ -69,6 +84,7 @@ class TextTokenizer:
         decoder = DecodeStream(skip_special_tokens=True)
 
         def add(token_id: int) -> str:
+            token_id = integer("token_id", token_id)
             with sound(self.path):
                 return decoder.step(self.tokenizer, token_id) or ""
 

@@ -95,6 +95,25 @@ def test_without_a_config_there_is_no_template(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda t: t.encode(None), TypeError, "text must be a str, got NoneType"),
+        (lambda t: t.encode(b"a"), TypeError, "text must be a str, got bytes"),
+        (lambda t: t.encode("\ud800"), ValueError, "text must be Unicode"),
+        (lambda t: t.decode(None), TypeError, "token_ids must hold token ids, got NoneType"),
+        (lambda t: t.decode("a"), TypeError, "token_ids must hold token ids, got str"),
+        (lambda t: t.decode([1.5]), TypeError, "each id of token_ids must be an integer"),
+        (lambda t: t.decode([-1]), ValueError, "token_ids must lie in [0, 2**32), got -1"),
+        (lambda t: t.decode([2**32]), ValueError, "token_ids must lie in [0, 2**32)"),
+        (lambda t: t.stream_decoder()(None), TypeError, "token_id must be an integer"),
+    ],
+)
+def test_bad_arguments_are_not_called_a_bad_file(tmp_path, call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call(load_tokenizer(write_folder(tmp_path)))
+
+
+@pytest.mark.parametrize(
     "configs, message",
     [
         ({"tokenizer_config": []}, "must hold a JSON object, got list"),

@@ -16,6 +16,7 @@ from aigc_fast.io import load_tokenizer
 from aigc_fast.models.autoregressive import (
     DecoderConfig,
     DecoderLM,
+    calibrate_cache,
     generate,
 )
 from tests.models.checkpoints import (
@@ -326,6 +327,44 @@ def test_full_cache_is_refused_and_left_as_it_was():
         model.new_cache(1, 65)
     with pytest.raises(ValueError, match="batch_size must be positive"):
         model.new_cache(0, 4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vocab_size": "4"}, "vocab_size must be int, got '4'"),
+        ({"num_layers": 1.5}, "num_layers must be int, got 1.5"),
+        ({"num_layers": True}, "num_layers must be int, got True"),
+        ({"rope_theta": None}, "rope_theta must be float, got None"),
+        ({"qk_norm": 1}, "qk_norm must be bool, got 1"),
+        ({"windows": (4.0,)}, "windows must be tuple[int | None, ...], got (4.0,)"),
+        ({"rope_scaling": {"kind": "yarn"}}, "rope_scaling must be RopeScaling | None, got {"),
+    ],
+)
+def test_bad_types_in_a_config(changes, message):
+    sizes = dict(vocab_size=4, hidden_size=4, num_layers=1, num_heads=2, num_kv_heads=1)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        DecoderConfig(**sizes | dict(head_dim=2, intermediate_size=4) | changes)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda model: DecoderLM({}), "config must be a DecoderConfig, got dict"),
+        (lambda model: model.new_cache(1.5, 4), "batch_size must be an integer, got float"),
+        (lambda model: model.new_cache(1, "4"), "capacity must be an integer, got str"),
+        (lambda model: model.new_cache(1, 4, torch.int32), "dtype must be one of"),
+        (lambda model: model.new_cache(1, 4, 0), "dtype must be one of"),
+        (lambda model: model(torch.tensor([[1]]), 5), "cache must be a KVCache, got int"),
+        (lambda model: calibrate_cache(None, torch.int8), "model must be a DecoderLM"),
+        (lambda model: calibrate_cache(model, torch.int8, [1]), "token_ids must be an int64"),
+        (lambda model: generate(None, [[1]], 2), "model must be a DecoderLM, got NoneType"),
+        (lambda model: generate(DecoderLM, [[1]], 2), "model must be a DecoderLM, got a class"),
+    ],
+)
+def test_bad_types_name_the_argument(make, message):
+    with pytest.raises(TypeError, match=message):
+        make(random_model())
 
 
 @pytest.mark.parametrize(

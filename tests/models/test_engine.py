@@ -1,5 +1,6 @@
 """Engine and generate: requests that join and leave, share pages, stop, are cancelled."""
 
+import math
 import re
 
 import pytest
@@ -453,10 +454,10 @@ def test_bad_caches(model, dtype, scales, error, message):
     [
         ([], 1, {}, ValueError, "at least one prompt"),
         ([[1], []], 1, {}, ValueError, "prompt must not be empty"),
-        ([1, 2], 1, {}, TypeError, "prompt must be a text or token ids, got int"),
+        ([1, 2], 1, {}, TypeError, "prompt must hold token ids, got int"),
         ("text", 1, {}, TypeError, "prompts must be a list of prompts, got one text"),
-        (["text"], 1, {}, ValueError, "a prompt in text: the engine has no tokenizer"),
-        ([[1.5]], 1, {}, TypeError, "prompt must hold integers, got float"),
+        (["text"], 1, {}, ValueError, "a prompt in text needs a tokenizer, but there is none"),
+        ([[1.5]], 1, {}, TypeError, "each id of prompt must be an integer, got float"),
         ([[1, 17]], 1, {}, ValueError, "prompt must lie in [0, 17), got 17"),
         ([[1]], 0, {}, ValueError, "max_new_tokens must be positive, got 0"),
         ([[1] * 60], 6, {}, ValueError, "need 65 positions; the model knows 64"),
@@ -466,9 +467,26 @@ def test_bad_caches(model, dtype, scales, error, message):
             1,
             {"stop_strings": ["a"]},
             ValueError,
-            "stop_strings: the engine has no tokenizer",
+            "stop_strings: there is no tokenizer",
         ),
         ([[1]], 1, {"draft_tokens": -1}, ValueError, "draft_tokens must not be negative, got -1"),
+        ([[1]], 1, {"draft_tokens": 1.5}, TypeError, "draft_tokens must be an integer, got float"),
+        ([[1]], "1", {}, TypeError, "max_new_tokens must be an integer, got str"),
+        ([[1]], 1 << 40, {}, ValueError, "max_new_tokens must be below 2**31"),
+        ([[1]], 1 << 30, {}, ValueError, "need 1073741824 positions; the model knows 64"),
+        (None, 1, {}, TypeError, "prompts must be a list of prompts, got NoneType"),
+        ([{}], 1, {}, TypeError, "prompt must hold token ids, got dict"),
+        ([b"a"], 1, {}, TypeError, "prompt must hold token ids, got bytes"),
+        ([[True]], 1, {}, TypeError, "each id of prompt must be an integer, got bool"),
+        (torch.tensor(1), 1, {}, TypeError, "prompt must have one dimension, got shape ()"),
+        (torch.ones(1, 1, 1), 1, {}, TypeError, "prompt must have one dimension, got shape (1, 1)"),
+        (torch.ones(1, 1), 1, {}, TypeError, "each id of prompt must be an integer, got float"),
+        ([[1]], 1, {"sampling": {"top_k": 1}}, TypeError, "sampling must be a Sampling, got dict"),
+        ([[1]], 1, {"sampling": Sampling}, TypeError, "sampling must be a Sampling, got a class"),
+        ([[1]], 1, {"stop_tokens": None}, TypeError, "stop_tokens must hold token ids"),
+        ([[1]], 1, {"stop_tokens": 5.0}, TypeError, "stop_tokens must hold token ids, got float"),
+        ([[1]], 1, {"tokenizer": "gpt2"}, TypeError, "tokenizer must be a TextTokenizer, got str"),
+        ([[1]], 1, {"top_k": 5}, TypeError, "top_k is no argument: those left are ['draft_tokens'"),
     ],
 )
 def test_bad_generation_arguments(model, prompts, new, options, error, message):
@@ -477,10 +495,58 @@ def test_bad_generation_arguments(model, prompts, new, options, error, message):
         stream(model, prompts, new, **options)
 
 
-@pytest.mark.parametrize("stop_strings", ["stop", [""]])
-def test_bad_stop_strings(model, stop_strings):
-    with pytest.raises(ValueError, match="stop_strings must be a sequence of strings"):
+@pytest.mark.parametrize(
+    "stop_strings, error, message",
+    [
+        ("stop", TypeError, "stop_strings must be a list of strings, got str"),
+        (None, TypeError, "stop_strings must be a list of strings, got NoneType"),
+        ([5], TypeError, "each of stop_strings must be a str, got int"),
+        ([""], ValueError, "stop_strings must not hold an empty string"),
+    ],
+)
+def test_bad_stop_strings(model, stop_strings, error, message):
+    with pytest.raises(error, match=message):
         Engine(model, Letters()).add([1], 1, stop_strings=stop_strings)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"temperature": -1.0}, ValueError, "temperature must be from 0 to inf, got -1"),
+        ({"temperature": math.nan}, ValueError, "temperature must be from 0 to inf, got nan"),
+        ({"top_p": 2}, ValueError, "top_p must be from 0 to 1, got 2"),
+        ({"top_k": 1.5}, TypeError, "top_k must be int, got 1.5"),
+        ({"temperature": "hot"}, TypeError, "temperature must be float, got 'hot'"),
+        ({"seed": 1.5}, TypeError, "seed must be int | None, got 1.5"),
+        ({"seed": 2**63}, ValueError, "seed must fit in int64"),
+    ],
+)
+def test_bad_sampling_is_refused_before_it_can_stop_a_batch(options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Sampling(**options)
+
+
+def test_prompts_and_stop_tokens_of_every_natural_kind(model):
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    expected = [answer.tokens for answer in generate(model, ids.tolist(), 5)]
+    for prompts in (ids, ids.int(), ids.numpy(), list(ids), [tuple(ids[0]), iter(ids[1])]):
+        assert [answer.tokens for answer in generate(model, prompts, 5)] == expected
+    for one in (ids[0], ids[0].numpy(), [ids[0]]):
+        assert [answer.tokens for answer in generate(model, one, 5)] == expected[:1]
+    stop = expected[0][1]
+    first = expected[0][: expected[0].index(stop) + 1]
+    for stops in (stop, [stop], {stop}, torch.tensor(stop), torch.tensor([stop])):
+        assert generate(model, ids[0], 5, stop_tokens=stops)[0].tokens == first
+
+
+def test_an_engine_cancels_only_its_own_requests(model):
+    engine, other = Engine(model), Engine(model)
+    request = other.add([1], 2)
+    with pytest.raises(ValueError, match="request is another engine's"):
+        engine.cancel(request)
+    with pytest.raises(TypeError, match="request must be a Request, got NoneType"):
+        engine.cancel(None)
+    assert request.finish_reason is None and len(run(other)) == 2
 
 
 @pytest.mark.parametrize("name", ["num_pages", "page_size", "max_batch_size", "prefill_chunk"])

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aigc_fast.ops._pages import NARROW
+
+from .arguments import count
 from .cache_scales import check_scales
 from .config import DecoderConfig
+
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *NARROW)
 
 
 def allocate(
@@ -62,8 +67,9 @@ class KVCache:
         scales: Tensor | None = None,
     ) -> KVCache:
         """A cache for `batch_size` sequences of at most `capacity` tokens."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        batch_size, capacity = count("batch_size", batch_size), count("capacity", capacity)
+        if dtype not in CACHE_DTYPES:
+            raise TypeError(f"dtype must be one of {CACHE_DTYPES}, got {dtype}")
         if not 1 <= capacity <= config.max_position_embeddings:
             raise ValueError(
                 f"capacity must be 1 to max_position_embeddings = "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aigc_fast.ops._pages import NARROW
 
+from .arguments import check_token_ids
 from .config import DecoderConfig
 
 if TYPE_CHECKING:
@@ -45,9 +46,13 @@ def calibrate_cache(
         TypeError: `dtype` is another.
         ValueError: the model's keys or values are not finite.
     """
+    if not isinstance(getattr(model, "config", None), DecoderConfig):
+        raise TypeError(f"model must be a DecoderLM, got {type(model).__name__}")
     if dtype not in NARROW:
         raise TypeError(f"dtype must be one of {NARROW}, got {dtype}")
-    if token_ids is None:
+    if token_ids is not None:
+        check_token_ids(token_ids, model.config)
+    else:
         config = model.config
         count = min(_TOKENS, config.max_position_embeddings, config.vocab_size)
         ids = torch.arange(count, device=model.norm.weight.device)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from .arguments import check_fields
 from .rope import RopeScaling
 
 Norm = Literal["rms", "layer"]
@@ -72,6 +73,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for field in fields(self):
             value = getattr(self, field.name)
             limit = 2**63 if type(value) is int else math.inf

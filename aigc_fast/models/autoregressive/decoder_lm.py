@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn import Linear, QuantizedLinear
-from aigc_fast.ops._checks import has_data
 
+from .arguments import check_class, check_token_ids
 from .cache import KVCache
 from .config import DecoderConfig
 from .fused_step import FusedStep
@@ -39,6 +38,7 @@ class DecoderLM(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        check_class("config", config, DecoderConfig)
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.learned_positions:
@@ -129,7 +129,7 @@ class DecoderLM(nn.Module):
             self.config,
             batch_size,
             capacity,
-            dtype=dtype or weight.dtype,
+            dtype=weight.dtype if dtype is None else dtype,
             device=weight.device,
             scales=scales,
         )
@@ -150,6 +150,8 @@ class DecoderLM(nn.Module):
                 vocabulary, or does not fit in the cache.
         """
         check_token_ids(token_ids, self.config)
+        if cache is not None:
+            check_class("cache", cache, KVCache)
         return self.logits(self.hidden_states(token_ids, cache))
 
     def loss(self, token_ids: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
@@ -287,21 +289,3 @@ class DecoderLM(nn.Module):
             cos, sin = rotary(self.config, torch.arange(length), 1)
             self._rotary = cos.to(device, dtype), sin.to(device, dtype)
         return self._rotary
-
-
-def check_token_ids(token_ids: Any, config: DecoderConfig) -> None:
-    """Raises TypeError or ValueError unless `token_ids` is (batch, seq) of known ids."""
-    if not isinstance(token_ids, Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
-        kind = token_ids.dtype if isinstance(token_ids, Tensor) else type(token_ids).__name__
-        raise TypeError(f"token_ids must be an int64 or int32 tensor, got {kind}")
-    if token_ids.ndim != 2 or token_ids.numel() == 0:
-        raise ValueError(
-            f"token_ids must be (batch, seq) and not empty, got shape {tuple(token_ids.shape)}"
-        )
-    if not has_data(token_ids):
-        return
-    low, high = (int(bound) for bound in token_ids.aminmax())
-    if low < 0 or high >= config.vocab_size:
-        raise ValueError(
-            f"token_ids must lie in [0, {config.vocab_size}), got {low if low < 0 else high}"
-        )

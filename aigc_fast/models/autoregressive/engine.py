@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from aigc_fast import ops
 from aigc_fast._graphs import Replay, check_graph
-from aigc_fast.ops._pages import NARROW
+from aigc_fast.io.token_ids import ids_of
 
-from .cache import KVCache, allocate
+from .arguments import check_class, count
+from .cache import CACHE_DTYPES, KVCache, allocate
 from .cache_scales import calibrate_cache, check_scales
 from .decoder_lm import DecoderLM
 from .pages import PagePool
@@ -23,9 +24,6 @@ from .sampling import GREEDY, BatchSampler, Choice, Sampling
 
 if TYPE_CHECKING:
     from aigc_fast.io import TextTokenizer
-
-
-_CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *NARROW)
 
 
 class Engine:
@@ -87,22 +85,24 @@ class Engine:
                 do not go with cache_dtype, cuda_graph is True for a model on the CPU.
             RuntimeError: from `step`, where the device cannot record the model's decoding step.
         """
-        for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
-            if value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
+        check_class("model", model, DecoderLM)
+        check_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.pool = PagePool(num_pages, page_size)
-        self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
+        self.max_batch_size = count("max_batch_size", max_batch_size)
+        self.prefill_chunk = count("prefill_chunk", prefill_chunk)
         weight = model.norm.weight
         self._device = weight.device
-        if cache_dtype not in (None, *_CACHE_DTYPES):
-            raise TypeError(f"cache_dtype must be one of {_CACHE_DTYPES}, got {cache_dtype}")
+        if cache_dtype not in (None, *CACHE_DTYPES):
+            raise TypeError(f"cache_dtype must be one of {CACHE_DTYPES}, got {cache_dtype}")
         dtype = cache_dtype or weight.dtype
         if dtype == torch.int8 and cache_scales is None:
             cache_scales = calibrate_cache(model, dtype)
         check_scales("cache_scales", cache_scales, model.config, dtype)
         self._scales = None if cache_scales is None else cache_scales.to(weight.device)
-        self._memory = allocate(model.config, num_pages, page_size, dtype, weight.device)
+        self._memory = allocate(
+            model.config, self.pool.num_pages, self.pool.page_size, dtype, weight.device
+        )
         self._graph: Replay | None = None
         check_graph(cuda_graph, weight.device)
         if cuda_graph:
@@ -125,21 +125,21 @@ class Engine:
 
     def add(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Tensor,
         max_new_tokens: int,
         *,
         sampling: Sampling = GREEDY,
-        stop_tokens: Iterable[int] = (),
+        stop_tokens: Iterable[int] | int = (),
         stop_strings: Sequence[str] = (),
         draft_tokens: int = 0,
     ) -> Request:
         """Queues a request; the steps to come work on it.
 
         Args:
-            prompt: a text, or token ids.
+            prompt: a text, or token ids: a list, or a tensor or array of one dimension.
             max_new_tokens: how many tokens to generate at most.
             sampling: how a token is chosen; by default the most likely one is.
-            stop_tokens: ids that end the answer, the last one being such.
+            stop_tokens: ids, or one id, that end the answer, the last one being such.
             stop_strings: texts that end the answer, which goes up to before the first of them.
             draft_tokens: guess so many tokens at most from what followed the newest ones earlier in
                 the text, and check them in one step. The tokens are the same as without, with
@@ -150,24 +150,24 @@ class Engine:
             TypeError, ValueError: naming the argument at fault.
         """
         config = self.model.config
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
-        if draft_tokens < 0:
-            raise ValueError(f"draft_tokens must not be negative, got {draft_tokens}")
-        stops = frozenset(stop_tokens)
+        max_new_tokens = count("max_new_tokens", max_new_tokens)
+        draft_tokens = count("draft_tokens", draft_tokens, least=0)
+        check_class("sampling", sampling, Sampling)
+        stops = _stop_tokens(stop_tokens)
         _check_ids("stop_tokens", stops, config.vocab_size)
-        if self.tokenizer is None and (stop_strings or isinstance(prompt, str)):
-            name = "stop_strings" if stop_strings else "a prompt in text"
-            raise ValueError(f"{name}: the engine has no tokenizer")
-        if isinstance(stop_strings, str) or not all(stop_strings):
-            raise ValueError("stop_strings must be a sequence of strings, none of them empty")
-        ids = self._ids(prompt)
+        stop_strings = _stop_strings(stop_strings)
+        if self.tokenizer is None and stop_strings:
+            raise ValueError("stop_strings: there is no tokenizer")
+        ids = prompt_ids(prompt, self.tokenizer)
+        if not ids:
+            raise ValueError("prompt must not be empty")
+        _check_ids("prompt", ids, config.vocab_size)
         decoder = None if self.tokenizer is None else self.tokenizer.stream_decoder()
         request = Request(
             ids,
             max_new_tokens,
             Choice(sampling, ids, config.vocab_size, self._device),
-            stops,
+            frozenset(stops),
             StoppedText(decoder, stop_strings),
             0 if sampling.has_penalties else draft_tokens,
         )
@@ -180,25 +180,12 @@ class Engine:
         self._waiting.append(request)
         return request
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            assert self.tokenizer is not None
-            ids = self.tokenizer.encode(prompt)
-        else:
-            try:
-                ids = list(prompt)
-            except TypeError:
-                raise TypeError(
-                    f"prompt must be a text or token ids, got {type(prompt).__name__}"
-                ) from None
-        if not ids:
-            raise ValueError("prompt must not be empty")
-        _check_ids("prompt", ids, self.model.config.vocab_size)
-        return ids
-
     def cancel(self, request: Request) -> None:
         """Ends a request; what it has generated stays. Nothing happens if it has ended already."""
+        check_class("request", request, Request)
         if request.finish_reason is None:
+            if request not in self._running and request not in self._waiting:
+                raise ValueError("request is another engine's")
             self._end(request, "cancelled")
 
     # As a decorator, so that the mode holds inside a step and not in the code around it.
@@ -381,9 +368,40 @@ def _checked(tokens: list[int]) -> list[int]:
     return tokens
 
 
+def check_tokenizer(tokenizer: object) -> None:
+    """Raises TypeError unless it is None or has what the engine needs of a TextTokenizer."""
+    if not (tokenizer is None or hasattr(tokenizer, "stream_decoder")):
+        raise TypeError(f"tokenizer must be a TextTokenizer, got {type(tokenizer).__name__}")
+
+
+def prompt_ids(prompt: Any, tokenizer: TextTokenizer | None) -> list[int]:
+    """The token ids of a prompt."""
+    if not isinstance(prompt, str):
+        return ids_of("prompt", prompt)
+    if tokenizer is None:
+        raise ValueError("a prompt in text needs a tokenizer, but there is none")
+    return tokenizer.encode(prompt)
+
+
+def _stop_tokens(value: Any) -> list[int]:
+    if isinstance(value, Set):
+        value = list(value)
+    one = isinstance(value, int) or getattr(value, "shape", None) == ()
+    return ids_of("stop_tokens", [value] if one else value)
+
+
+def _stop_strings(value: Any) -> list[str]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"stop_strings must be a list of strings, got {type(value).__name__}")
+    strings = list(value)
+    for string in strings:
+        check_class("each of stop_strings", string, str)
+    if not all(strings):
+        raise ValueError("stop_strings must not hold an empty string")
+    return strings
+
+
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
     for token in ids:
-        if not isinstance(token, int):
-            raise TypeError(f"{name} must hold integers, got {type(token).__name__}")
         if not 0 <= token < vocab_size:
             raise ValueError(f"{name} must lie in [0, {vocab_size}), got {token}")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .arguments import check_class, count
 from .decoder_lm import DecoderLM
-from .engine import Engine
+from .engine import Engine, check_tokenizer, prompt_ids
 from .request import Request, Update
 from .sampling import GREEDY, Sampling
 
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 
 _BATCH = 32
 _PAGE_SIZE = 16
+_OPTIONS = {"stop_tokens", "stop_strings", "draft_tokens"}
+
+Prompts = Iterable[str | Sequence[int] | Tensor] | Tensor
 
 
 def generate(
     model: DecoderLM,
-    prompts: Iterable[str | Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     *,
     tokenizer: TextTokenizer | None = None,
@@ -49,7 +53,7 @@ def generate(
 
 def stream(
     model: DecoderLM,
-    prompts: Iterable[str | Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     *,
     tokenizer: TextTokenizer | None = None,
@@ -63,7 +67,7 @@ def stream(
 
     Args:
         prompts: one text, which needs a tokenizer, or list of token ids for each; of any lengths,
-            none is padded.
+            none is padded. Or a tensor of ids: one prompt, or one in each row.
         max_new_tokens: how many tokens to generate at most.
         sampling: how a token is chosen; prompt i draws with seed + i.
         cache_dtype, cache_scales, cuda_graph: as for `Engine`.
@@ -86,7 +90,7 @@ def _updates(engine: Engine) -> Iterator[Update]:
 
 def _prepare(
     model: DecoderLM,
-    prompts: Iterable[str | Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     tokenizer: TextTokenizer | None,
     sampling: Sampling,
@@ -94,26 +98,41 @@ def _prepare(
     **of_engine: Any,
 ) -> tuple[Engine, list[Request]]:
     """An engine with just the memory these prompts need, and the prompts in it."""
-    if isinstance(prompts, str):
-        raise TypeError("prompts must be a list of prompts, got one text")
-    prompts = [
-        tokenizer.encode(prompt) if tokenizer and isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
-    if not prompts:
-        raise ValueError("prompts must hold at least one prompt")
-    room = sorted(len(prompt) + max_new_tokens for prompt in prompts if hasattr(prompt, "__len__"))
+    check_class("model", model, DecoderLM)
+    check_tokenizer(tokenizer)
+    check_class("sampling", sampling, Sampling)
+    max_new_tokens = count("max_new_tokens", max_new_tokens)
+    if (unknown := set(options) - _OPTIONS) != set():
+        raise TypeError(f"{min(unknown)} is no argument: those left are {sorted(_OPTIONS)}")
+    found = _prompts(prompts, tokenizer)
+    most = model.config.max_position_embeddings  # more is refused by `add`, before it is needed
+    room = sorted(min(len(prompt) + max_new_tokens, most) for prompt in found)
     pages = sum(-(-tokens // _PAGE_SIZE) for tokens in room[-_BATCH:])
     engine = Engine(
         model,
         tokenizer,
-        num_pages=max(1, pages),
+        num_pages=pages,
         page_size=_PAGE_SIZE,
-        max_batch_size=min(len(prompts), _BATCH),
+        max_batch_size=min(len(found), _BATCH),
         **of_engine,
     )
     requests = []
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(found):
         seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i)
         requests.append(engine.add(prompt, max_new_tokens, sampling=seeded, **options))
     return engine, requests
+
+
+def _prompts(prompts: Any, tokenizer: TextTokenizer | None) -> list[list[int]]:
+    """The token ids of each prompt."""
+    if isinstance(prompts, (str, bytes)):
+        raise TypeError("prompts must be a list of prompts, got one text")
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
+    shape = getattr(prompts, "shape", None)
+    if shape is not None and len(shape) < 2:
+        prompts = [prompts]
+    found = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    if not found:
+        raise ValueError("prompts must hold at least one prompt")
+    return found

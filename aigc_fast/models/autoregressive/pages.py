@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from .arguments import count
+
 
 class _Node:
     """A page whose tokens are known, below the page of the tokens before them."""
@@ -38,10 +40,8 @@ class PagePool:
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        for name, value in (("num_pages", num_pages), ("page_size", page_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
-        self.num_pages, self.page_size = num_pages, page_size
+        self.num_pages = count("num_pages", num_pages)
+        self.page_size = count("page_size", page_size)
         self._free = list(range(num_pages - 1, -1, -1))
         self._root = _Node(None, (), -1)
         # Who releases a page has released those below it just before, so children come first

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from .arguments import check_fields
+
 if TYPE_CHECKING:
     from .config import DecoderConfig
 
@@ -51,6 +53,7 @@ class RopeScaling:
     divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self, "rope_scaling.")
         if self.kind not in get_args(Kind):
             raise ValueError(f"rope_scaling.kind must be one of {get_args(Kind)}, got {self.kind}")
         for field in fields(self):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from aigc_fast import ops
 
+from .arguments import check_fields
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -32,6 +34,14 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit in int64, got {self.seed}")
+        # Here and not in the step of a batch, where one request's mistake would end all.
+        check_fields(self)
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "seed"}
+        ops.sample_tokens(torch.zeros(1, 1, device="cpu"), seeds=0, **numbers)
 
     @property
     def has_penalties(self) -> bool:
