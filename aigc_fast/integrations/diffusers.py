@@ -31,7 +31,6 @@ _stock: dict[type, dict[str, Any]] = {}
 class Fused(NamedTuple):
     """How a class of diffusers runs a step of ours."""
 
-    outputs: tuple[str, ...] = ("prev_sample",)
     output_class: str | None = None  # by default that of the scheduler's module, SchedulerOutput
     by_timestep: bool = False  # a step is found by its timestep, not by step_index
     float_timesteps: bool = False  # an integer timestep is an error
@@ -40,23 +39,22 @@ class Fused(NamedTuple):
     noise_levels: str | None = None  # of add_noise and scale_noise
 
 
-X0 = ("prev_sample", "pred_original_sample")
-_EULER = Fused(X0, float_timesteps=True, warns=True, upcasts=True, noise_levels="sigma")
+_EULER = Fused(float_timesteps=True, warns=True, upcasts=True, noise_levels="sigma")
 FUSED = {
-    "DDPMScheduler": Fused(X0, by_timestep=True, noise_levels="training"),
-    "DDIMScheduler": Fused(X0, by_timestep=True, noise_levels="training"),
-    "DDIMInverseScheduler": Fused(X0, "DDIMSchedulerOutput", by_timestep=True),
+    "DDPMScheduler": Fused(by_timestep=True, noise_levels="training"),
+    "DDIMScheduler": Fused(by_timestep=True, noise_levels="training"),
+    "DDIMInverseScheduler": Fused("DDIMSchedulerOutput", by_timestep=True),
     "PNDMScheduler": Fused(by_timestep=True, noise_levels="training"),
-    "LCMScheduler": Fused(("prev_sample", "denoised"), noise_levels="training"),
-    "TCDScheduler": Fused(("prev_sample", "pred_noised_sample"), noise_levels="training"),
+    "LCMScheduler": Fused(noise_levels="training"),
+    "TCDScheduler": Fused(noise_levels="training"),
     "CMStochasticIterativeScheduler": Fused(float_timesteps=True, warns=True, noise_levels="sigma"),
     "EulerDiscreteScheduler": _EULER,
     "EulerAncestralDiscreteScheduler": _EULER,
     "EDMEulerScheduler": _EULER,
-    "HeunDiscreteScheduler": Fused(X0, noise_levels="sigma"),
-    "KDPM2DiscreteScheduler": Fused(X0, noise_levels="sigma"),
-    "KDPM2AncestralDiscreteScheduler": Fused(X0, noise_levels="sigma"),
-    "LMSDiscreteScheduler": Fused(X0, warns=True, noise_levels="sigma"),
+    "HeunDiscreteScheduler": Fused(noise_levels="sigma"),
+    "KDPM2DiscreteScheduler": Fused(noise_levels="sigma"),
+    "KDPM2AncestralDiscreteScheduler": Fused(noise_levels="sigma"),
+    "LMSDiscreteScheduler": Fused(warns=True, noise_levels="sigma"),
     "IPNDMScheduler": Fused(),
     "DPMSolverMultistepScheduler": Fused(noise_levels="lambda"),
     "DPMSolverSinglestepScheduler": Fused(noise_levels="lambda"),
@@ -111,9 +109,9 @@ def _step(cls: type, ours: type, how: Fused) -> Callable:
     module: Any = inspect.getmodule(cls)
     output_class = getattr(module, how.output_class or f"{cls.__name__}Output", None)
     output_class = output_class or module.SchedulerOutput
-    wants_x0 = len(how.outputs) > 1
-    second = how.outputs[-1]
-    by_timestep, float_timesteps, warns, upcasts = how[2:6]
+    second = ours.second_output  # type: ignore[attr-defined]
+    wants_x0 = second is not None
+    by_timestep, float_timesteps, warns, upcasts = how[1:5]
     find = _pndm_index if advance is pndm_step else _index_of_timestep if by_timestep else _index
     refuses = _REFUSES.get(cls.__name__)
     before = _BEFORE.get(cls.__name__)

@@ -105,10 +105,10 @@ def pndm_step(
         stage = s.counter % 4
         if stage == 0:
             ets.append(output)
-            s.cur_sample, s.cur_model_output = sample, output  # the latter is not read
-        stages = (s.cur_model_output, s.cur_sample)
+            s.cur_sample = sample
+        stages = (s.cur_model_output, s.cur_sample)  # neither is read in stage 0
         prev, *x0s, total = step(sample, output, None, stages, return_x0=return_x0, **guidance)
-        s.cur_model_output = 0 if stage == 3 else total
+        s.cur_model_output = 0 if stage == 3 else total  # diffusers' name of the sum of slopes
         x0 = x0s[0] if return_x0 else None
     else:
         second = s.counter == 1

@@ -117,6 +117,7 @@ class DDPMScheduler(DiffusionScheduler):
 
     rows: ClassVar = ddpm_rows
     advance: ClassVar = ddpm_step
+    second_output: ClassVar = "pred_original_sample"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,6 +192,7 @@ class DDIMScheduler(DiffusionScheduler):
 
     rows: ClassVar = ddim_rows
     advance: ClassVar = ddim_step
+    second_output: ClassVar = "pred_original_sample"
 
     def lay_out(self, steps: int | None) -> None:
         assert steps is not None
@@ -232,6 +234,7 @@ class DDIMInverseScheduler(DiffusionScheduler):
 
     rows: ClassVar = ddim_inverse_rows
     advance: ClassVar = ddim_inverse_step
+    second_output: ClassVar = "pred_original_sample"
 
     def lay_out(self, steps: int | None) -> None:
         assert steps is not None

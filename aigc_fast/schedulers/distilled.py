@@ -68,6 +68,7 @@ class LCMScheduler(DiffusionScheduler):
     rescale_betas_zero_snr: bool = False
 
     advance: ClassVar = lcm_step
+    second_output: ClassVar = "denoised"
 
     def origin(self, original: int | None, strength: float) -> np.ndarray:
         """The timesteps of the distillation, rising."""
@@ -144,6 +145,7 @@ class TCDScheduler(LCMScheduler):
     """step() takes eta, the share of noise; 0 is deterministic."""
 
     advance: ClassVar = tcd_step
+    second_output: ClassVar = "pred_noised_sample"
 
     def origin(self, original: int | None, strength: float) -> np.ndarray:
         if original is None:

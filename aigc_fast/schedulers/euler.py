@@ -123,6 +123,8 @@ def euler_ancestral_step(
 class VarianceExploding(SigmaScheduler):
     """Samples are x0 + sigma * epsilon; the model is given them at variance 1."""
 
+    second_output: ClassVar = "pred_original_sample"
+
     @property
     def init_noise_sigma(self) -> float:
         highest = self.sigmas.max()
@@ -289,3 +291,4 @@ class EDMEulerScheduler(EDMScheduler):
     """step() takes s_churn, s_tmin, s_tmax and s_noise of algorithm 2."""
 
     advance: ClassVar = euler_step
+    second_output: ClassVar = "pred_original_sample"

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -51,6 +52,8 @@ class Scheduler:
 
     #: the model is asked this often for one step
     order: ClassVar[int] = 1
+    #: what diffusers calls the second output of a step, where its class has one
+    second_output: ClassVar[str | None] = None
     #: solvers without history: rows(scheduler, *key), and the key
     rows: ClassVar[Callable[..., Row] | None] = None
     advance: ClassVar[Callable[..., tuple[Tensor, Tensor | None]]]
@@ -139,8 +142,9 @@ class Scheduler:
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         return_x0: bool = False,
+        return_dict: bool | None = None,
         **options: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Any:
         """The sample at the next timestep, or (that sample, the predicted x0).
 
         timestep: one of self.timesteps. One that lies on another device than the CPU is not read
@@ -148,6 +152,9 @@ class Scheduler:
             without history takes a tensor (batch,) too, with a timestep for each sample.
         generator: draws the noise of stochastic solvers, on its own device; or one each sample; or
             generator(like, dtype) is the noise, as `draw_noise` would draw it.
+        return_dict: for code written for diffusers, what its class of the same name returns: with
+            False a tuple, (sample,) or (sample, `second_output`); with True an object with these
+            as attributes, prev_sample and so on.
         options: those of diffusers' step (eta, s_churn, order, ...).
         For the other arguments see ops.scheduler_step.
         """
@@ -158,20 +165,27 @@ class Scheduler:
                 "guidance_scale": guidance_scale,
                 "guidance_rescale": guidance_rescale,
             }
+        both = return_x0 or (return_dict is not None and self.second_output is not None)
         if isinstance(timestep, Tensor) and timestep.dim() == 1 and self.rows is not None:
             result = self._step_each(
-                model_output, timestep, sample, generator, return_x0, guidance, options
+                model_output, timestep, sample, generator, both, guidance, options
             )
+        else:
+            index = self._locate(timestep)
+            if index != self._step_index:  # a new start: the history belongs to other steps
+                self.set_begin_index(index)
+            # Through the class: a field of the same name as an option stays a field.
+            result = type(self).advance(
+                self, index, sample, model_output, generator, both, guidance, **options
+            )
+            self._step_index = index + 1
+        if return_dict is None:
             return result if return_x0 else result[0]
-        index = self._locate(timestep)
-        if index != self._step_index:  # a new start: the history belongs to other steps
-            self.set_begin_index(index)
-        # Through the class: a field of the same name as an option stays a field.
-        result = type(self).advance(
-            self, index, sample, model_output, generator, return_x0, guidance, **options
+        outputs = result if both else result[:1]
+        names = ("prev_sample", self.second_output or "pred_original_sample")
+        return (
+            SimpleNamespace(**dict(zip(names, outputs, strict=False))) if return_dict else outputs
         )
-        self._step_index = index + 1
-        return result if return_x0 else result[0]  # type: ignore[return-value]
 
     def _locate(self, timestep: float | Tensor) -> int:
         index = self._step_index
@@ -255,6 +269,16 @@ class Scheduler:
         (path / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
     @classmethod
+    def from_pretrained(
+        cls, path: str | Path, subfolder: str | None = None, **changes: Any
+    ) -> Self:
+        """`from_config` of a scheduler_config.json, or of the folder that holds one.
+
+        subfolder: where in `path` the folder is: "scheduler" in that of a pipeline.
+        """
+        return cls.from_config(Path(path) / (subfolder or ""), **changes)
+
+    @classmethod
     def from_config(
         cls, config: "Mapping[str, Any] | Scheduler | str | Path", **changes: Any
     ) -> Self:
@@ -267,9 +291,12 @@ class Scheduler:
         changes: arguments to replace. An unknown one is a TypeError.
         """
         if isinstance(config, str | Path):
-            path = Path(config)
-            config = json.loads((path / CONFIG_NAME if path.is_dir() else path).read_text())
-        values = config.to_dict() if isinstance(config, Scheduler) else dict(config)  # type: ignore[arg-type]
+            config = _read(Path(config))
+        if not isinstance(config, Mapping | Scheduler):
+            raise TypeError(
+                f"config must be a dict, a scheduler or a path, got {type(config).__name__}"
+            )
+        values = config.to_dict() if isinstance(config, Scheduler) else dict(config)
         if cls is Scheduler or "from_any" in changes:
             raise TypeError("from_config is a method of each scheduler class, not of Scheduler")
         chosen = set(values.get("_use_default_values", ()))
@@ -284,6 +311,18 @@ class Scheduler:
             )  # fmt: skip
         kept = {k: v for k, v in values.items() if k in own and k not in chosen}
         return cls(**{**kept, **changes})
+
+
+def _read(path: Path) -> Any:
+    """A configuration, from its file or the folder that holds it."""
+    path = path / CONFIG_NAME if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(config).__name__}")
+    return config
 
 
 def known_arguments() -> set[str]:

@@ -349,11 +349,17 @@ def test_configuration_of_diffusers_folder_and_dict(name, tmp_path, caplog) -> N
     theirs = getattr(diffusers, f"{name}Scheduler")()
     cls = getattr(schedulers, f"{name}Scheduler")
     theirs.save_pretrained(tmp_path)
-    for config in (tmp_path, tmp_path / "scheduler_config.json", theirs.config):
-        ours = cls.from_config(config)
+    theirs.save_pretrained(tmp_path / "pipeline" / "scheduler")
+    for ours in (
+        *map(cls.from_config, (tmp_path, tmp_path / "scheduler_config.json", theirs.config)),
+        cls.from_pretrained(tmp_path),
+        cls.from_pretrained(str(tmp_path / "scheduler_config.json")),
+        cls.from_pretrained(tmp_path / "pipeline", subfolder="scheduler"),
+    ):
         for key, value in theirs.config.items():
             if not key.startswith("_") and key != "tau_func":
                 assert getattr(ours, key) == value, key
+    assert cls.from_pretrained(tmp_path, num_train_timesteps=500).num_train_timesteps == 500
     assert not caplog.records
     ours.save_config(tmp_path / "ours")
     back = type(theirs).from_pretrained(tmp_path / "ours")
@@ -362,3 +368,39 @@ def test_configuration_of_diffusers_folder_and_dict(name, tmp_path, caplog) -> N
             assert back.config[key] == value, key
     parameters = set(inspect.signature(type(theirs)).parameters) - {"kwargs"}
     assert parameters <= set(inspect.signature(cls).parameters)
+
+
+@pytest.mark.parametrize("return_dict", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_are_those_of_diffusers_where_they_are_asked_for(name, return_dict) -> None:
+    if name == "LMSDiscrete":
+        pytest.importorskip("scipy")
+    sample = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+
+    def step(module: Any) -> Any:
+        scheduler = getattr(module, f"{name}Scheduler")()
+        scheduler.set_timesteps(4)
+        t, options = scheduler.timesteps[0], {"return_dict": return_dict}
+        if "generator" in inspect.signature(scheduler.step).parameters:
+            options["generator"] = torch.Generator().manual_seed(1)
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(sample, t)
+        return scheduler.step(sample / 3, t, sample, **options)
+
+    got, want = step(schedulers), step(diffusers)
+    if return_dict:
+        assert list(vars(got)) == [key for key, value in want.items() if value is not None]
+        got, want = tuple(vars(got).values()), want.to_tuple()
+    assert type(got) is tuple and len(got) == len(want)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_of_a_step_with_a_timestep_each() -> None:
+    scheduler = schedulers.DDIMScheduler()
+    scheduler.set_timesteps(4)
+    sample, each = torch.randn(SHAPE), scheduler.timesteps[torch.arange(8) % 4]
+    plain, x0 = scheduler.step(sample, each, sample, return_x0=True)
+    assert isinstance(scheduler.step(sample, each, sample), Tensor)
+    found = scheduler.step(sample, each, sample, return_dict=True)
+    assert torch.equal(found.prev_sample, plain) and torch.equal(found.pred_original_sample, x0)
+    assert torch.equal(scheduler.step(sample, each, sample, return_dict=False)[1], x0)

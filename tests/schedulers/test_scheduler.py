@@ -198,6 +198,18 @@ def test_refused_samples(cls) -> None:
         scheduler.step(x.double(), t, x)
 
 
+def test_a_file_that_holds_no_configuration_is_named(tmp_path) -> None:
+    path = tmp_path / "scheduler_config.json"
+    with pytest.raises(FileNotFoundError, match="scheduler_config.json"):
+        DDIMScheduler.from_pretrained(tmp_path)
+    for text, message in (("{", "not JSON"), ("[1]", "must hold a JSON object, got list")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"scheduler_config.json: {message}"):
+            DDIMScheduler.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="config must be a dict, a scheduler or a path, got list"):
+        DDIMScheduler.from_config([])
+
+
 def test_unknown_arguments_of_a_configuration_are_named(caplog) -> None:
     DDIMScheduler.from_config({"eta": 0.5, "solver_order": 3, "num_steps": 7, "_class_name": "X"})
     assert "num_steps" in caplog.text and "solver_order" not in caplog.text
