@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .errors import Commands
 from .sample import sample
 from .train import train
 
 app = typer.Typer(
+    cls=Commands,
     help="Compiled kernels for generative models: see them run, check them, measure them.",
     no_args_is_help=True,
     add_completion=False,
@@ -62,7 +64,9 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
 TopK = Annotated[int, typer.Option(min=0, help="Draw among so many tokens; 0 for all.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among this much probability.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")
+]
 Draft = Annotated[
     int, typer.Option(min=0, help="Guess so many tokens ahead from the text; the same answer.")
 ]
@@ -116,7 +120,7 @@ def generate(
         stop_strings=stop or [],
         draft_tokens=draft,
     )
-    raise typer.Exit(2 if session is None else session.answer(prompt, raw=raw))
+    session.answer(prompt, raw=raw)
 
 
 @app.command()
@@ -145,7 +149,7 @@ def chat(
         sampling=Sampling(temperature, top_k, top_p, seed=seed),
         draft_tokens=draft,
     )
-    raise typer.Exit(2 if session is None else session.converse())
+    session.converse()
 
 
 class Dtype(str, Enum):
@@ -178,8 +182,7 @@ def upscale(
     from .upscale import run
 
     console = Console(highlight=False)
-    code = run(console, image, output, model=model, tile=tile, overlap=overlap, dtype=dtype.value)
-    raise typer.Exit(code)
+    run(console, image, output, model=model, tile=tile, overlap=overlap, dtype=dtype.value)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

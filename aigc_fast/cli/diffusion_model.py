@@ -15,6 +15,7 @@ from aigc_fast.schedulers import (
     Scheduler,
     UniPCMultistepScheduler,
 )
+from aigc_fast.schedulers.schedule import one_of
 from aigc_fast.training.denoising import PREDICTIONS, SCHEDULES
 
 from .weights import load_weights, save_weights
@@ -39,6 +40,9 @@ SCHEDULERS = tuple(_SOLVERS)
 def make_model(config: Config) -> nn.Module:
     """A U-Net for images, a transformer for video."""
     channels, classes = config["channels"], config["num_classes"]
+    sample_shape(config)  # what the file lacks shows here, not later
+    one_of("prediction", config["prediction"], tuple(PREDICTIONS))
+    one_of("schedule", config["schedule"], tuple(SCHEDULES))
     if "frames" not in config:
         model = SmallUNet(config["image_channels"], channels, num_classes=classes)
         # Convolutions are a tenth faster in this layout.

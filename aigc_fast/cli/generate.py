@@ -43,24 +43,20 @@ class Session:
         context: int,
         cache_dtype: str = "auto",
         **options: Any,
-    ) -> Session | None:
-        """Reads model and tokenizer; None, with the reason on the console, where it cannot.
+    ) -> Session:
+        """Reads model and tokenizer.
 
         cache_dtype: the name of a dtype; auto is the model's, and float16 where activations are
         rounded too.
         """
         on_gpu = torch.cuda.is_available()
-        try:
-            with console.status(f"reading {path.name}"):
-                packed = not path.is_dir() and not on_gpu
-                dtype = torch.bfloat16 if on_gpu else torch.float32
-                model = DecoderLM.from_pretrained(
-                    path, dtype, packed=packed, quantize_activations=packed and not exact
-                ).to("cuda" if on_gpu else "cpu")
-                tokenizer = load_tokenizer(path)
-        except (OSError, ValueError, ImportError) as error:
-            console.print(str(error), style="red", markup=False)
-            return None
+        with console.status("reading the model"):
+            packed = not path.is_dir() and not on_gpu
+            dtype = torch.bfloat16 if on_gpu else torch.float32
+            model = DecoderLM.from_pretrained(
+                path, dtype, packed=packed, quantize_activations=packed and not exact
+            ).to("cuda" if on_gpu else "cpu")
+            tokenizer = load_tokenizer(path)
         pages = -(-min(context, model.config.max_position_embeddings) // PAGE_SIZE)
         if cache_dtype == "auto":
             dtype = dtype if exact or on_gpu else torch.float16
@@ -76,27 +72,15 @@ class Session:
         )
         return cls(console, engine, tokenizer, stop_tokens=tokenizer.stop_tokens, **options)
 
-    def answer(self, prompt: str, *, raw: bool = False) -> int:
-        """Streams one answer and what it took; the exit code."""
-        before = list(self.messages)
-        try:
-            return self._answer(prompt, raw)
-        except (ValueError, ImportError) as error:  # no chat template; logits that are NaN
-            self.messages = before
-            self.console.print(str(error), style="red", markup=False)
-            return 2
-
-    def _answer(self, prompt: str, raw: bool) -> int:
+    def answer(self, prompt: str, *, raw: bool = False) -> None:
+        """Streams one answer and what it took."""
         if not raw:
             self.messages.append({"role": "user", "content": prompt})
             prompt = self.tokenizer.chat_prompt(self.messages)
         ids = self.tokenizer.encode(prompt)
         room = self.engine.max_length
         if not 0 < len(ids) <= room:
-            self.console.print(
-                f"the prompt has {len(ids)} tokens; it must have 1 to {room}", style="red"
-            )
-            return 2
+            raise ValueError(f"the prompt has {len(ids)} tokens; it must have 1 to {room}")
         request = self.engine.add(ids, min(self.max_tokens, room - len(ids) + 1), **self.how)
         times = [time.perf_counter()]
         try:
@@ -110,13 +94,11 @@ class Session:
         self.console.print(f"[dim]{len(ids)} tokens of prompt, {_speed(request, times)}[/]")
         if not raw:
             self.messages.append({"role": "assistant", "content": request.text})
-        return 0
 
-    def converse(self) -> int:
+    def converse(self) -> None:
+        """Until an empty line."""
         while line := self.console.input("[bold]> [/]").strip():
-            if code := self.answer(line):
-                return code
-        return 0
+            self.answer(line)
 
 
 def _speed(request: Request, times: list[float]) -> str:

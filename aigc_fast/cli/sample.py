@@ -12,7 +12,12 @@ Count = Annotated[int, typer.Option(min=1, help="Samples to draw.")]
 Label = Annotated[
     int | None, typer.Option(min=0, help="The class, of a conditional model; all in turn.")
 ]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same samples.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same samples.")
+]
+Weights = Annotated[
+    Path, typer.Option(exists=True, dir_okay=False, help="model.safetensors of a training.")
+]
 
 
 def _writable(path: Path) -> Path:
@@ -26,14 +31,15 @@ def _writable(path: Path) -> Path:
     return path
 
 
+Picture = Annotated[Path, typer.Option(dir_okay=False, callback=_writable, help="A PNG file.")]
+
+
 @sample.command()
 def gan(
     checkpoint: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, help="checkpoint.pt of a training.")
     ],
-    output: Annotated[
-        Path, typer.Option(dir_okay=False, callback=_writable, help="A PNG file.")
-    ] = Path("samples.png"),
+    output: Picture = Path("samples.png"),
     count: Count = 64,
     label: Label = None,
     seed: Seed = 0,
@@ -41,14 +47,12 @@ def gan(
     """A grid of samples of a GAN that `aigc-fast train gan` trained."""
     from .sample_gan import run
 
-    raise typer.Exit(run(Console(highlight=False), checkpoint, output, count, label, seed))
+    run(Console(highlight=False), checkpoint, output, count, label, seed)
 
 
 @sample.command()
 def diffusion(
-    checkpoint: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="model.safetensors of a training.")
-    ],
+    checkpoint: Weights,
     output: Annotated[
         Path,
         typer.Option(
@@ -70,17 +74,13 @@ def diffusion(
     from .sample_diffusion import Options, run
 
     options = Options(checkpoint, output, scheduler, steps, guidance, label, count, seed)
-    raise typer.Exit(run(Console(highlight=False), options))
+    run(Console(highlight=False), options)
 
 
 @sample.command()
 def vae(
-    checkpoint: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="model.safetensors of a training.")
-    ],
-    output: Annotated[
-        Path, typer.Option(dir_okay=False, callback=_writable, help="A PNG file.")
-    ] = Path("samples.png"),
+    checkpoint: Weights,
+    output: Picture = Path("samples.png"),
     show: Annotated[
         str,
         typer.Option(
@@ -98,4 +98,4 @@ def vae(
     from .sample_vae import Options, run
 
     options = Options(checkpoint, output, show, data, label, count, seed)
-    raise typer.Exit(run(Console(highlight=False), options))
+    run(Console(highlight=False), options)

@@ -1,5 +1,6 @@
 """Samples of a diffusion model from its weights: images, a film of how they form, or videos."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,16 +28,11 @@ class Options:
     seed: int = 0
 
 
-def run(console: Console, options: Options) -> int:
-    """Exit code: 0, or 2 for a checkpoint or options that will not do."""
-    try:
-        if options.output.suffix not in (".png", ".gif"):
-            raise ValueError(f"output must be a .png or .gif file, got {options.output}")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        images, stages = samples_of(options, device)
-    except (ValueError, OSError, ImportError) as error:
-        console.print(f"[bold red]{error}[/]", soft_wrap=True)
-        return 2
+def run(console: Console, options: Options) -> None:
+    if options.output.suffix not in (".png", ".gif"):
+        raise ValueError(f"output must be a .png or .gif file, got {options.output}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images, stages = samples_of(options, device)
     columns = min(options.count, 10)
     if images.dim() == 5:
         save_videos(options.output, images)
@@ -44,8 +40,7 @@ def run(console: Console, options: Options) -> int:
         save_film(options.output, stages, columns)
     else:
         save_grid(options.output, images, columns)
-    console.print(f"{options.count} samples in {options.output}")
-    return 0
+    console.print(f"{options.count} samples in {options.output}", markup=False)
 
 
 def samples_of(options: Options, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -56,6 +51,8 @@ def samples_of(options: Options, device: torch.device) -> tuple[Tensor, Tensor]:
     classes, label, count = config["num_classes"], options.label, options.count
     if label is not None and label >= classes:
         raise ValueError(f"label must be a class of the model, which has {classes}, got {label}")
+    if not math.isfinite(options.guidance):
+        raise ValueError(f"guidance must be finite, got {options.guidance}")
     if options.guidance != 1 and not classes:
         raise ValueError("guidance must be 1 for a model without classes")
     labels = None

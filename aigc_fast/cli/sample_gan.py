@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aigc_fast.training import load_checkpoint
 
+from .errors import reading
 from .gan_networks import LATENT_DIM, Config, draw, make_generator
 from .pictures import save_grid
 
@@ -16,11 +17,9 @@ def load_generator(checkpoint: Path, device: torch.device) -> tuple[nn.Module, C
     """The averaged generator of a checkpoint of `aigc-fast train gan` and its numbers; ValueError
     for another file."""
     state = load_checkpoint(checkpoint, device)
-    try:
+    with reading(checkpoint, "a checkpoint of a GAN"):
         generator = make_generator(state["networks"])
         generator.load_state_dict(state["trainer"]["average"])
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{checkpoint}: not a checkpoint of a GAN: {error}") from error
     return generator.to(device).eval(), state["networks"]
 
 
@@ -43,14 +42,8 @@ def samples_of(
 
 def run(
     console: Console, checkpoint: Path, output: Path, count: int, label: int | None, seed: int
-) -> int:
-    """Exit code: 0, or 2 for a checkpoint or label that will not do."""
+) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        images, _ = samples_of(*load_generator(checkpoint, device), count, label, seed)
-    except (ValueError, OSError) as error:
-        console.print(f"[bold red]{error}[/]", soft_wrap=True)
-        return 2
+    images, _ = samples_of(*load_generator(checkpoint, device), count, label, seed)
     save_grid(output, images, columns=min(count, 10))
-    console.print(f"{count} samples in {output}")
-    return 0
+    console.print(f"{count} samples in {output}", markup=False)

@@ -31,21 +31,15 @@ class Options:
     seed: int = 0
 
 
-def run(console: Console, options: Options) -> int:
-    """Exit code: 0, or 2 for a checkpoint or options that will not do."""
-    try:
-        if options.show not in _PICTURES:
-            raise ValueError(f"show must be one of {', '.join(_PICTURES)}, got {options.show!r}")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, config = load_model(options.checkpoint, device)
-        with torch.no_grad():
-            images, columns = _PICTURES[options.show](model, config, options)
-    except (ValueError, OSError, ImportError) as error:
-        console.print(f"[bold red]{error}[/]", soft_wrap=True)
-        return 2
+@torch.no_grad()
+def run(console: Console, options: Options) -> None:
+    if options.show not in _PICTURES:
+        raise ValueError(f"show must be one of {', '.join(_PICTURES)}, got {options.show!r}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config = load_model(options.checkpoint, device)
+    images, columns = _PICTURES[options.show](model, config, options)
     save_grid(options.output, images.float().cpu(), columns)
-    console.print(f"{options.count} {options.show} in {options.output}")
-    return 0
+    console.print(f"{options.count} {options.show} in {options.output}", markup=False)
 
 
 def samples_of(

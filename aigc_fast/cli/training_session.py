@@ -1,8 +1,9 @@
 """What training commands share: the loop, the log, checkpoints and going on from them."""
 
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from aigc_fast.io import load_digits, load_images, load_moving_digits
 from aigc_fast.training import CSVLog, TensorBoardLog, load_checkpoint, save_checkpoint
 
+from .errors import reading
 from .pictures import save_losses
 
 _LOG_EVERY = 50  # steps
@@ -66,6 +68,8 @@ class TrainingSession(ABC):
     def open(self) -> None:
         """ValueError where the folder holds another training than is asked for."""
         options = self.options
+        if options.minutes is not None and not math.isfinite(options.minutes):
+            raise ValueError(f"minutes must be finite, got {options.minutes}")
         if options.batch > len(self.samples):
             raise ValueError(f"batch must be at most {len(self.samples)}, the images there are")
         options.output.mkdir(parents=True, exist_ok=True)
@@ -75,8 +79,9 @@ class TrainingSession(ABC):
             state = load_checkpoint(self.checkpoint, self.samples.device)
             if state.get("networks") != self.networks:
                 raise ValueError(f"{self.checkpoint} is of other networks: {state.get('networks')}")
-            self.trainer.load_state_dict(state["trainer"])
-            self.seconds = state["seconds"]
+            with reading(self.checkpoint, "a checkpoint of this training"):
+                self.trainer.load_state_dict(state["trainer"])
+                self.seconds = state["seconds"]
         elif self.checkpoint.exists():
             raise ValueError(f"{self.checkpoint} exists: --resume goes on from it")
         columns = [*self.losses, "skipped", "seconds"]
@@ -121,6 +126,7 @@ class TrainingSession(ABC):
             f"{', '.join(sorted(file.name for file in options.output.iterdir()))} "
             f"are in {options.output}/",
             soft_wrap=True,
+            markup=False,
         )
 
     def _states(self) -> Iterator[Any]:
@@ -152,17 +158,6 @@ class TrainingSession(ABC):
         save_losses(self.options.output / "losses.png", curves, 3, steps, label=self.loss_label)
         state = {"networks": self.networks, "trainer": self.trainer.state_dict()}
         save_checkpoint(self.checkpoint, {**state, "seconds": self.seconds})
-
-
-def run(console: Console, begin: Callable[[], TrainingSession]) -> int:
-    """Exit code: 0, or 2 for options, data or a checkpoint that will not do."""
-    try:
-        session = begin()
-    except (ValueError, OSError, ImportError) as error:
-        console.print(f"[bold red]{error}[/]", soft_wrap=True)
-        return 2
-    session.train(console)
-    return 0
 
 
 def load_data(name: str, size: int) -> tuple[Tensor, Tensor]:

@@ -47,25 +47,19 @@ def run(
     tile: int | None,
     overlap: int | None,
     dtype: str,
-) -> int:
-    """Exit code: 0, or 2 with one line on the console where it cannot be done."""
+) -> None:
     start = time.perf_counter()
-    try:
-        generator = _load_model(model, dtype)
-        picture = read_picture(source)
-        size = tuple(side * generator.scale for side in picture.colours.size)
-        _check_output(output, size)
-        result = _enlarge(console, generator, picture, tile, overlap)
-        write_picture(console, output, result, picture)
-    except (OSError, ValueError, ImportError, Image.DecompressionBombError) as error:
-        console.print(str(error), style="red", markup=False)
-        return 2
+    generator = _load_model(model, dtype)
+    picture = read_picture(source)
+    size = tuple(side * generator.scale for side in picture.colours.size)
+    _check_output(output, size)
+    result = _enlarge(console, generator, picture, tile, overlap)
+    write_picture(console, output, result, picture)
     console.print(
         f"{output}: {size[0]} x {size[1]} pixels in {time.perf_counter() - start:.1f} s",
         markup=False,
         soft_wrap=True,
     )
-    return 0
 
 
 def _load_model(name: str, dtype: str) -> SRVGGNetCompact | RRDBNet:
@@ -89,7 +83,7 @@ def read_picture(path: Path) -> Picture:
         with Image.open(path) as file:
             file.load()
             image = ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
             raise  # no such file, not permitted, a folder
         raise OSError(f"{path}: not a sound picture: {error}") from None

@@ -7,15 +7,20 @@ import torch
 from torch import nn
 
 from aigc_fast.models.vae import ConvVAE
+from aigc_fast.ops.elbo import LIKELIHOODS
+from aigc_fast.schedulers.schedule import one_of
 
 from .weights import load_weights, save_weights
 
 #: What a model is made of and how its output is read: the arguments of ConvVAE, and likelihood.
 Config = dict[str, Any]
 
+_NUMBERS = ("size", "image_channels", "channels", "latent_dim", "num_classes")
+
 
 def make_model(config: Config) -> ConvVAE:
-    numbers = {name: value for name, value in config.items() if name != "likelihood"}
+    one_of("likelihood", config["likelihood"], LIKELIHOODS)
+    numbers = {name: config[name] for name in _NUMBERS}
     # Convolutions in bfloat16 take half the time in this layout.
     return ConvVAE(**numbers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

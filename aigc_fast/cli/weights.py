@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import reading
+
 
 def save_weights(path: Path, model: nn.Module, family: str, config: dict[str, Any]) -> None:
     """Whole, or what was there before.
@@ -31,16 +33,12 @@ def load_weights(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model that make(config) gives with the weights that `save_weights` wrote, and its config;
     ValueError for another file."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    with reading(path, f"the model.safetensors of a {family} model"):
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {})["aigc_fast"])[family]
             weights: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         model = make(config)
         model.load_state_dict(weights)
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: not the model.safetensors of a {family} model: {error}"
-        ) from error
     return model.to(device).eval(), config
