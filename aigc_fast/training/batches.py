@@ -34,7 +34,7 @@ def epochs_of_batches(
     """
     first, begun = divmod(done, max(len(tensors[0]) // batch_size, 1))
     for epoch in range(first, epochs):
-        order = torch.Generator().manual_seed((seed + 1 << 32) + epoch)
+        order = torch.Generator().manual_seed(((seed + 1 << 32) + epoch) % 2**64)
         rows = batches(*tensors, batch_size=batch_size, generator=order)
         yield from (
             (epoch + 1, step, batch)

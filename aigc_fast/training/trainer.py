@@ -78,12 +78,21 @@ class Trainer(ABC):
             "average_updates": self.ema.updates,
             "skipped": [optimizer.skipped for optimizer in self.optimizers.values()],
             "random": self.random.get_state(),
+            "torch_random": self._torch_random(),
             "seed": self.seed,
             "steps_done": self.steps_done,
         }
 
+    def _torch_random(self) -> dict[str, Tensor]:
+        """Of torch's own generators: a network may draw from them, for noise or dropout."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave; ValueError where it is of another recipe."""
+        """Takes up what `state_dict` gave, the state of torch's own generators too; ValueError
+        where it is of another recipe."""
         recipe, other = asdict(self.recipe), state["recipe"]
         if differing := sorted(name for name in recipe if recipe[name] != other.get(name)):
             raise ValueError(
@@ -95,6 +104,10 @@ class Trainer(ABC):
         for optimizer, count in zip(self.optimizers.values(), state["skipped"], strict=True):
             optimizer.skipped.copy_(count)
         self.random.set_state(state["random"].cpu())
+        if "torch_random" in state:  # older checkpoints have none
+            torch.set_rng_state(state["torch_random"]["cpu"].cpu())
+            if "cuda" in state["torch_random"] and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["torch_random"]["cuda"].cpu(), self.device)
         self.seed, self.steps_done = state["seed"], state["steps_done"]
 
 

@@ -29,6 +29,32 @@ def test_images_are_squares_of_their_classes(tmp_path):
     assert images[:, :, 0, 0].tolist() == [[255, 0, 0], [7, 7, 7], [1, 2, 3]]
 
 
+def test_sixteen_bits_of_grey_keep_their_shades(tmp_path):
+    rising = np.tile(np.arange(4, dtype=np.uint16) * 21845, (4, 1))
+    Image.fromarray(rising).save(tmp_path / "a.png")
+    images, _ = load_images(tmp_path, 4)
+    assert images[0, 0, 0].tolist() == [0, 85, 170, 255]
+
+
+def test_a_turned_photograph_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    rising = np.tile(np.arange(4, dtype=np.uint8) * 60, (4, 1))
+    Image.fromarray(rising).save(tmp_path / "a.png", exif=exif)
+    images, _ = load_images(tmp_path, 4)
+    assert images[0, 0, :, 0].tolist() == [0, 60, 120, 180]
+
+
+def test_what_is_no_picture_of_the_folder_is_left_out(tmp_path):
+    save(tmp_path / "1.png", (7,))
+    (tmp_path / "._1.png").write_bytes(b"what a file system keeps beside a file")
+    (tmp_path / "folder.png").mkdir()
+    images, _ = load_images(tmp_path, 4)
+    assert len(images) == 1
+    with pytest.raises(ValueError, match="size must be positive, got 0"):
+        load_images(tmp_path, 0)
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="holds no images"):
         load_images(tmp_path, 4)

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from aigc_fast.models.gan import DCGANDiscriminator, DCGANGenerator
+from aigc_fast.models.gan import (
+    DCGANDiscriminator,
+    DCGANGenerator,
+    StyleGAN2Discriminator,
+    StyleGAN2Generator,
+)
 from aigc_fast.training import (
     RECIPES,
     GANRecipe,
@@ -57,6 +62,32 @@ def test_goes_on_to_the_bit_after_an_interruption(name, conditional, tmp_path):
     continued = trainer(recipe, 0, classes)
     continued.load_state_dict(load_checkpoint(tmp_path / "checkpoint.pt"))
     assert part + losses(continued, epochs=4, labels=labels) == whole
+
+
+def test_networks_that_draw_from_torch_itself_go_on_to_the_bit():
+    """The noise of StyleGAN2 is of torch's own generator."""
+    samples = torch.rand(16, 3, 8, 8) * 2 - 1
+
+    def trainer():
+        torch.manual_seed(0)
+        networks = (
+            StyleGAN2Generator(8, 16, 2, max_channels=8),
+            StyleGAN2Discriminator(8, max_channels=8),
+        )
+        return GANTrainer(*networks, 16, RECIPES["r1"])
+
+    def next_losses(trainer, steps):
+        states = trainer.train(samples, epochs=2, batch_size=4)
+        return [(s.g_loss.item(), s.d_loss.item()) for s in islice(states, steps)]
+
+    first = trainer()
+    next_losses(first, 3)
+    state = copy.deepcopy(first.state_dict())
+    expected = next_losses(first, 5)
+    second = trainer()
+    torch.manual_seed(1)
+    second.load_state_dict(state)
+    assert next_losses(second, 5) == expected
 
 
 def test_a_checkpoint_of_another_recipe_is_refused():

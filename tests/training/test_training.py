@@ -117,6 +117,13 @@ def test_gan_training_repeats_itself_and_tells_where_it_is():
     assert "G Loss: 0." in lines[0] and "D Loss: 1." in lines[0]
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**62])
+def test_any_seed_of_torch_orders_the_rows(seed):
+    networks = MLPGenerator((2, 8, 4)), MLPDiscriminator((4, 8, 1))
+    trainer = GANTrainer(*networks, 2, seed=seed)
+    assert len(list(trainer.train(torch.randn(8, 4), epochs=2, batch_size=4))) == 4
+
+
 def test_whoever_iterates_may_stop():
     trainer = GANTrainer(*(m.float() for m in small_gan()), latent_dim=4)
     states = trainer.train(torch.randn(8, 6), epochs=10**9, batch_size=4)
