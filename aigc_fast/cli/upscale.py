@@ -8,6 +8,7 @@ PNG and JPEG, about 8 bytes a pixel of the result for WebP.
 
 from __future__ import annotations
 
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ from aigc_fast.models.gan import RRDBNet, SRVGGNetCompact, load_generator
 from aigc_fast.models.gan.upscale import choose_dtype, count_tiles, upscale_tiles
 
 #: pixels a side that a format can hold
-LIMITS = {"JPEG": 65500, "WEBP": 16383}
-OPAQUE = {"JPEG", "BMP"}
+LIMITS = {"JPEG": 65500, "WEBP": 16383, "ICO": 256}
+OPAQUE = {"JPEG", "MPO", "BMP", "PPM", "PCX", "EPS"}
 
 
 @dataclass
@@ -52,7 +53,7 @@ def run(
     generator = _load_model(model, dtype)
     picture = read_picture(source)
     size = tuple(side * generator.scale for side in picture.colours.size)
-    _check_output(output, size)
+    _check_output(output, size, picture)
     result = _enlarge(console, generator, picture, tile, overlap)
     write_picture(console, output, result, picture)
     console.print(
@@ -92,26 +93,35 @@ def read_picture(path: Path) -> Picture:
         along["icc_profile"] = profile
     if exif := image.getexif():
         along["exif"] = exif
+    alpha = None
     if image.mode.startswith("I"):  # 16 bits of grey
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        if (hidden := image.info.get("transparency")) is not None:
+            alpha = Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8))
         image = Image.fromarray((values // 257).astype(np.uint8))
     if image.mode in ("F", "LAB", "HSV", "YCbCr"):
         raise ValueError(f"{path}: pictures of mode {image.mode} are not supported")
     if image.mode == "CMYK":
         along.pop("icc_profile", None)
     grey = image.mode in ("1", "L", "LA", "La")
-    alpha = None
     if "transparency" in image.info or image.mode in ("PA", "LA", "La", "RGBA", "RGBa"):
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
     return Picture(image.convert("RGB"), alpha, grey, along)
 
 
-def _check_output(path: Path, size: tuple[int, ...]) -> None:
+def _check_output(path: Path, size: tuple[int, ...], picture: Picture) -> None:
     """Refuses, before the work, what could not be written after it."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise ValueError(f"{path}: no picture can be written as {path.suffix or 'a file'!r}")
+    mode = "L" if picture.grey else "RGB"
+    if picture.alpha is not None and kind not in OPAQUE:
+        mode = f"{mode}A"
+    try:
+        Image.new(mode, (1, 1)).save(io.BytesIO(), kind)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: this picture cannot be written as {kind}: {error}") from None
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
     if max(size) > (limit := LIMITS.get(kind, 2**31 - 1)):

@@ -77,9 +77,10 @@ def test_a_transparent_colour_of_a_palette_is_kept(model, tmp_path):
     assert result.mode == "RGBA" and result.getchannel("A").getextrema()[0] == 0
 
 
-def test_jpeg_has_no_alpha(model, tmp_path):
+@pytest.mark.parametrize("suffix", [".jpg", ".bmp", ".ppm", ".pcx"])
+def test_formats_without_alpha(model, tmp_path, suffix):
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    result = enlarge(model, image, tmp_path, ".jpg")
+    result = enlarge(model, image, tmp_path, suffix)
     assert result.mode == "RGB" and np.asarray(result).min() > 250
 
 
@@ -87,6 +88,13 @@ def test_sixteen_bits_of_grey(model, tmp_path):
     image = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16))
     result = enlarge(model, image, tmp_path)
     assert np.asarray(result).tolist() == [[0, 0, 1, 1, 255, 255]] * 2
+
+
+def test_a_transparent_shade_of_sixteen_bits_is_kept(model, tmp_path):
+    image = Image.fromarray(np.array([[0, 0, 0, 65535]], dtype=np.uint16))
+    result = enlarge(model, image, tmp_path, transparency=0)
+    alpha = np.asarray(result.getchannel("A"))
+    assert result.mode == "LA" and alpha[0, 0] < 20 and alpha[0, -1] > 235
 
 
 def test_a_turned_photograph_comes_out_upright_with_its_profile(model, tmp_path):
@@ -164,6 +172,10 @@ def test_what_cannot_be_written_is_refused_before_the_work(model, tmp_path):
     common = ("--model", model)
     assert "written as '.txt'" in refused(path, "--output", tmp_path / "out.txt", *common)
     assert "no folder" in refused(path, "--output", tmp_path / "no" / "out.png", *common)
+    assert "cannot be written as XBM" in refused(path, "--output", tmp_path / "out.xbm", *common)
+    Image.new("L", (200, 1)).save(path)
+    message = refused(path, "--output", tmp_path / "out.ico", *common)
+    assert "400 x 2 pixels; ICO holds 256 a side" in message
     Image.new("L", (9000, 1)).save(path)
     message = refused(path, "--output", tmp_path / "out.webp", *common)
     assert "18000 x 2 pixels; WEBP holds 16383 a side" in message

@@ -325,3 +325,12 @@ def test_refuses_other_weights() -> None:
 def test_refuses(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_style_mixing_refuses():
+    model, z = StyleGAN2Generator(8, 16, 2, max_channels=8), torch.randn(2, 16)
+    for crossover in (-1, model.num_styles + 1):
+        with pytest.raises(ValueError, match=f"crossover must be 0 to 4, got {crossover}"):
+            model(z, mix=z, crossover=crossover)
+    with pytest.raises(ValueError, match=r"mix must have the shape of z, got \(1, 16\)"):
+        model(z, mix=z[:1])

@@ -61,3 +61,19 @@ def test_the_published_depth_and_its_default_overlap():
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         list(upscale_tiles(compact(upscale=2), *arguments))
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("size", [(9, 14), (1, 1), (30, 7)])
+def test_a_model_that_folds_pixels_takes_any_size(size, scale):
+    torch.manual_seed(0)
+    model = RRDBNet(scale=scale, num_feat=4, num_block=1, num_grow_ch=2).double()
+    torch.nn.init.constant_(model.conv_last.bias, 0.5)  # the middle of the range
+    x = image(*size)
+    whole = upscale(model, x, tile=64)
+    assert whole.shape == (3, size[0] * scale, size[1] * scale)
+    down, right = (-side % model.fold for side in size)
+    padded = torch.nn.functional.pad(x.double(), (0, right, 0, down), "replicate").byte()
+    assert upscale(model, padded)[:, : whole.shape[1], : whole.shape[2]].equal(whole)
+    for tile in (5, 8, 13):
+        assert upscale(model, x, tile, overlap=model.reach).equal(whole)

@@ -125,6 +125,10 @@ class StyleGAN2Generator(nn.Module):
         if mix is not None:
             if crossover is None:
                 crossover = int(torch.randint(1, self.num_styles, ()))
+            if not 0 <= crossover <= self.num_styles:
+                raise ValueError(f"crossover must be 0 to {self.num_styles}, got {crossover}")
+            if mix.shape != z.shape:
+                raise ValueError(f"mix must have the shape of z, got {tuple(mix.shape)}")
             second = self.map(mix, labels, truncation).unsqueeze(1)
             rest = second.expand(-1, self.num_styles - crossover, -1)
             styles = torch.cat([styles[:, :crossover], rest], 1)

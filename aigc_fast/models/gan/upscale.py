@@ -42,6 +42,16 @@ def _parts(length: int, longest: int) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
+def _to_multiples(image: Tensor, fold: int) -> Tensor:
+    """The image with its last row and column repeated, until both sizes are multiples."""
+    for dim in (1, 2):
+        size = image.shape[dim]
+        if size % fold:
+            places = torch.arange(size + -size % fold).clamp(max=size - 1)
+            image = image.index_select(dim, places)
+    return image
+
+
 def count_tiles(height: int, width: int, tile: int) -> int:
     """How many tiles `upscale_tiles` makes."""
     return len(_parts(height, tile)) * len(_parts(width, tile))
@@ -58,8 +68,10 @@ def upscale_tiles(
     overlap: how far a tile reads beyond its sides; None is `model.reach`, but at most 32. From
              model.reach on, the result is that of the whole image at once.
 
-    Runs in the dtype and on the device of the model. Memory: the activations of one tile, that is
-    a few times num_feat * (tile + 2 * overlap)^2 values, for RRDBNet times scale^2.
+    Sizes that the model cannot take are rounded up by repeating the last row and column, and what
+    comes of these is cut off. Runs in the dtype and on the device of the model. Memory: the
+    activations of one tile, that is a few times num_feat * (tile + 2 * overlap)^2 values, for
+    RRDBNet times scale^2.
 
     Raises ValueError for a tile below 1, an overlap below 0, and images without pixels.
     """
@@ -74,14 +86,18 @@ def upscale_tiles(
             f"{image.dtype} {tuple(image.shape)}"
         )
     _, height, width = image.shape
+    # RRDBNet may fold a square of pixels into one: what it is given begins and ends between two.
+    fold = getattr(model, "fold", 1)
+    image = _to_multiples(image, fold)
     parameter = next(model.parameters())
     for top, bottom in _parts(height, tile):
         for left, right in _parts(width, tile):
-            above, before = min(overlap, top), min(overlap, left)
-            part = image[:, top - above : bottom + overlap, left - before : right + overlap]
+            above, before = (max(at - overlap, 0) // fold * fold for at in (top, left))
+            below, after = (-(-(at + overlap) // fold) * fold for at in (bottom, right))
+            part = image[:, above:below, before:after]
             x = part.to(parameter.device, parameter.dtype)[None] / 255
             y, scale = model(x)[0], model.scale
-            y = y[:, above * scale :, before * scale :]
+            y = y[:, (top - above) * scale :, (left - before) * scale :]
             y = y[:, : (bottom - top) * scale, : (right - left) * scale].float()
             pixels = (y * 255).round_().clamp_(0, 255).to(torch.uint8).cpu()
             yield Tile(top * scale, left * scale, pixels)
