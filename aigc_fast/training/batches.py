@@ -17,13 +17,19 @@ def batches(
     rows = len(tensors[0])
     if any(len(tensor) != rows for tensor in tensors):
         raise ValueError(f"tensors must be of one length, got {[len(t) for t in tensors]}")
-    if not 1 <= batch_size <= rows:
-        raise ValueError(f"batch_size must be 1 to {rows}, the rows there are, got {batch_size}")
+    steps_of_epoch(rows, batch_size)
     order = torch.randperm(rows, generator=generator, device=generator.device)
     order = order.to(tensors[0].device)
     for start in range(0, rows - batch_size + 1, batch_size):
         chosen = order[start : start + batch_size]
         yield tuple(tensor[chosen] for tensor in tensors)
+
+
+def steps_of_epoch(rows: int, batch_size: int) -> int:
+    """The batches of so many rows; ValueError where there is none."""
+    if not 1 <= batch_size <= rows:
+        raise ValueError(f"batch_size must be 1 to {rows}, the rows there are, got {batch_size}")
+    return rows // batch_size
 
 
 def epochs_of_batches(
@@ -32,7 +38,7 @@ def epochs_of_batches(
     """(epoch, step of the epoch, batch), both counted from 1, after the first `done` steps. The
     order of the rows is a function of the seed and the epoch: it is the same wherever one begins.
     """
-    first, begun = divmod(done, max(len(tensors[0]) // batch_size, 1))
+    first, begun = divmod(done, steps_of_epoch(len(tensors[0]), batch_size))
     for epoch in range(first, epochs):
         order = torch.Generator().manual_seed(((seed + 1 << 32) + epoch) % 2**64)
         rows = batches(*tensors, batch_size=batch_size, generator=order)

@@ -13,7 +13,7 @@ from .denoising import PREDICTIONS, Denoising
 from .ema import EMA
 from .gradient_checkpointing import checkpoint_blocks
 from .optim import AdamW
-from .trainer import Trainer, warm_up_and_cosine
+from .trainer import Trainer, check_not_negative, warm_up_and_cosine
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class DiffusionRecipe(Denoising):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_not_negative(self, "lr", "weight_decay")
         if not 0 <= self.unlabelled <= 1:
             raise ValueError(f"unlabelled must be in [0, 1], got {self.unlabelled}")
 
@@ -65,7 +66,7 @@ class DiffusionStep(NamedTuple):
 class DiffusionTrainer(Trainer):
     """Trains model(noisy, timesteps, labels). A step whose loss or gradients are not finite leaves
     weights, their averages and the optimizer as they are and is counted in `skipped`; what a batch
-    norm keeps has moved by then.
+    norm keeps has moved by then, so far as it is finite.
 
     recipe:  what is minimised, and how; by default v at the cosine schedule.
     done:    done(step) is the share of the training, 0 to 1, that lies behind at a step, such as
@@ -120,6 +121,7 @@ class DiffusionTrainer(Trainer):
         loss = self.loss(samples, labels)
         self.optimizer.zero_grad()
         loss.backward()
+        self.statistics.restore()
         self.ema.update_buffers(self.model)
         self.optimizer.step(loss=loss)  # moves the averaged weights too
         self.steps_done += 1

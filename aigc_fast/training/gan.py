@@ -15,7 +15,7 @@ from aigc_fast.ops.gan_loss import LOSSES
 from .ema import EMA
 from .optim import Adam
 from .penalties import gradient_penalty, r1_penalty, r2_penalty
-from .trainer import Trainer
+from .trainer import Trainer, check_not_negative
 
 PENALTIES = ("gradient", "r1", "r2", "r1+r2")
 
@@ -62,8 +62,10 @@ class GANRecipe:
         if self.penalty not in (None, *PENALTIES):
             raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, got {self.penalty!r}")
         for name in ("penalty_interval", "n_critic"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, got {value}")
+        check_not_negative(self, "penalty_weight", "g_lr", "d_lr", "instance_noise")
         if not 0 <= self.lr_falls_from <= 1:
             raise ValueError(f"lr_falls_from must be in [0, 1], got {self.lr_falls_from}")
         if self.weight_clip is not None and not self.weight_clip > 0:
@@ -114,7 +116,8 @@ class GANTrainer(Trainer):
     A step is a batch of real samples: an update of the discriminator and, every n_critic steps, of
     the generator. Networks of `num_classes` are called with labels as well. A step whose loss or
     gradients are not finite leaves weights, their averages and the optimizer as they are and is
-    counted in `skipped`; what a batch norm keeps has moved by then.
+    counted in `skipped`; what a batch norm keeps has moved by then, so far as it is finite.
+    Parameters that want no gradient as the trainer is made stay as they are.
 
     recipe:  what is minimised; by default the non-saturating loss and numbers of DCGAN
         (arXiv:1406.2661, arXiv:1511.06434).
@@ -146,8 +149,8 @@ class GANTrainer(Trainer):
     ) -> None:
         recipe = recipe or GANRecipe()
         self.generator, self.discriminator, self.latent_dim = generator, discriminator, latent_dim
-        self.g_parameters = list(generator.parameters())
-        self.d_parameters = list(discriminator.parameters())
+        self.g_parameters = [p for p in generator.parameters() if p.requires_grad]
+        self.d_parameters = [p for p in discriminator.parameters() if p.requires_grad]
         ema = EMA(generator, recipe.ema_decay)
         self.g_optimizer = Adam(
             self.g_parameters, recipe.g_lr, recipe.betas, max_norm=recipe.max_norm, average=ema
@@ -239,6 +242,7 @@ class GANTrainer(Trainer):
                 for parameter in self.d_parameters:
                     parameter.clamp_(-self.recipe.weight_clip, self.recipe.weight_clip)
         if not of_generator:
+            self.statistics.restore()
             return (d_loss.detach(),)
         fake_logits = self._judge(fake, labels)
         paired = self.recipe.loss == "relativistic"
@@ -248,6 +252,7 @@ class GANTrainer(Trainer):
         self.g_optimizer.zero_grad(set_to_none=rates is None)
         # The discriminator's own gradients are not wanted here, so they are not computed.
         g_loss.backward(inputs=self.g_parameters)
+        self.statistics.restore()
         self.ema.update_buffers(self.generator, None if g_rates is None else g_rates[1])
         self.g_optimizer.step(loss=g_loss, rates=g_rates)  # moves the averaged weights too
         return d_loss.detach(), g_loss.detach()

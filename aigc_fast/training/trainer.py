@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import epochs_of_batches
+from .batches import epochs_of_batches, steps_of_epoch
 from .ema import EMA
 from .optim import Adam
+from .statistics import FiniteStatistics
 
 
 class Trainer(ABC):
@@ -36,6 +37,7 @@ class Trainer(ABC):
         self.recipe, self.networks, self.optimizers, self.ema = recipe, networks, optimizers, ema
         self.done, self.seed, self.steps_done = done, seed, 0
         self.device = next(ema.model.parameters()).device
+        self.statistics = FiniteStatistics(*networks.values())
         self.random = torch.Generator(self.device).manual_seed(seed)
 
     @property
@@ -61,7 +63,7 @@ class Trainer(ABC):
         """Yields after every step; whoever iterates logs, plots, or stops. Goes on after
         `steps_done`."""
         data = (samples,) if labels is None else (samples, labels)
-        steps = len(samples) // batch_size
+        steps = steps_of_epoch(len(samples), batch_size)
         for epoch, step, batch in epochs_of_batches(
             *data, batch_size=batch_size, epochs=epochs, seed=self.seed, done=self.steps_done
         ):
@@ -109,6 +111,13 @@ class Trainer(ABC):
             if "cuda" in state["torch_random"] and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["torch_random"]["cuda"].cpu(), self.device)
         self.seed, self.steps_done = state["seed"], state["steps_done"]
+
+
+def check_not_negative(recipe: Any, *names: str) -> None:
+    """ValueError unless these numbers of a recipe are at least 0, and finite."""
+    for name in names:
+        if not 0 <= getattr(recipe, name) < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {getattr(recipe, name)}")
 
 
 def warm_up_and_cosine(done: float) -> float:

@@ -13,7 +13,7 @@ from aigc_fast.ops.elbo import HIGHEST, LIKELIHOODS, LOWEST
 
 from .ema import EMA
 from .optim import AdamW
-from .trainer import Trainer, warm_up_and_cosine
+from .trainer import Trainer, check_not_negative, warm_up_and_cosine
 
 #: nats of an element that `ops.reconstruction_loss` leaves out
 _CONSTANTS = {"bernoulli": 0.0, "gaussian": math.log(2 * math.pi) / 2, "laplace": math.log(2)}
@@ -58,9 +58,7 @@ class VAERecipe:
             )
         if not 0 <= self.warm_up <= 1:
             raise ValueError(f"warm_up must be in [0, 1], got {self.warm_up}")
-        for name in ("beta", "free_bits"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_not_negative(self, "beta", "free_bits", "lr", "weight_decay")
 
     def weight(self, done: float) -> float:
         """Of the divergence at that share of the training."""
@@ -90,7 +88,7 @@ class VAETrainer(Trainer):
     """Trains a model of encode(images) -> parameters, as `ops.sample_gaussian` takes them, and
     decode(latents), both called with labels as well where there are some. A step whose loss or
     gradients are not finite leaves weights, their averages and the optimizer as they are and is
-    counted in `skipped`; what a batch norm keeps has moved by then.
+    counted in `skipped`; what a batch norm keeps has moved by then, so far as it is finite.
 
     recipe:  what is minimised, and how.
     done:    done(step) is the share of the training, 0 to 1, that lies behind at a step, such as
@@ -140,6 +138,7 @@ class VAETrainer(Trainer):
         loss = (reconstruction + recipe.weight(done) * priced).mean()
         self.optimizer.zero_grad()
         loss.backward()
+        self.statistics.restore()
         self.ema.update_buffers(self.model)
         self.optimizer.step(loss=loss)  # moves the averaged weights too
         self.steps_done += 1

@@ -158,7 +158,11 @@ def test_bf16_stays_near():
     [
         ({"loss": "bce"}, "loss must be one of non_saturating"),
         ({"penalty": "gp"}, "penalty must be one of gradient"),
-        ({"n_critic": 0}, "n_critic must be at least 1"),
+        ({"n_critic": 0}, "n_critic must be a whole number, at least 1, got 0"),
+        ({"penalty_interval": 2.5}, "penalty_interval must be a whole number"),
+        ({"penalty_weight": float("nan")}, "penalty_weight must be at least 0 and finite"),
+        ({"instance_noise": -1.0}, "instance_noise must be at least 0"),
+        ({"d_lr": float("inf")}, "d_lr must be at least 0 and finite"),
         ({"weight_clip": 0.0}, "weight_clip must be positive"),
     ],
 )
@@ -174,3 +178,42 @@ def test_batch_norms_see_real_and_generated_samples_apart(monkeypatch):
     ours.step(SAMPLES[:4])
     assert sizes == [4, 4, 4]
     assert any(isinstance(m, nn.BatchNorm2d) for m in ours.discriminator.modules())
+
+
+def test_a_batch_with_nan_does_not_stay_in_batch_norms():
+    ours = trainer(GANRecipe())
+    spoilt = SAMPLES[:4].clone()
+    spoilt[0, 0, 3, 3] = torch.nan
+    for samples in (SAMPLES[:4], spoilt, SAMPLES[4:8]):
+        ours.step(samples)
+    assert ours.skipped == 1
+    running = [b for net in ours.networks.values() for n, b in net.named_buffers() if "run" in n]
+    assert len(running) >= 4 and all(buffer.isfinite().all() for buffer in running)
+    # And it goes on: the third batch has moved them.
+    before = [buffer.clone() for buffer in running]
+    ours.step(SAMPLES[4:8])
+    assert not any(torch.equal(a, b) for a, b in zip(before, running, strict=True))
+
+
+@pytest.mark.parametrize("penalty", [None, "r1"])
+def test_frozen_layers_stay_and_the_others_learn(penalty):
+    """As FreezeD does (arXiv:2002.10964)."""
+    torch.manual_seed(0)
+    generator = DCGANGenerator(28, 1, 2, latent_dim=4)
+    discriminator = DCGANDiscriminator(28, 1, 2, None)
+    frozen = [next(network.parameters()) for network in (generator, discriminator)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    ours = GANTrainer(generator, discriminator, 4, GANRecipe(penalty=penalty, weight_clip=1e-3))
+    before = {name: copy.deepcopy(net.state_dict()) for name, net in ours.networks.items()}
+    kept = [parameter.clone() for parameter in frozen]
+    ours.step(SAMPLES[:4])
+    assert all(map(torch.equal, kept, frozen))
+    for name, network in ours.networks.items():
+        assert any(not torch.equal(before[name][k], v) for k, v in network.state_dict().items())
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 11])
+def test_batches_that_cannot_be_are_refused(batch_size):
+    with pytest.raises(ValueError, match="batch_size must be 1 to 10"):
+        next(trainer(GANRecipe()).train(SAMPLES, epochs=1, batch_size=batch_size))
