@@ -171,6 +171,11 @@ class PNDMScheduler(DiffusionScheduler):
             plms = np.concatenate([rising[:-1], rising[-2:-1], rising[-1:]])[::-1]
         else:
             order = 4
+            if steps < order:
+                raise ValueError(
+                    f"num_inference_steps must be at least {order} without skip_prk_steps, "
+                    f"got {steps}"
+                )
             prk = rising[-order:].repeat(2) + np.tile([0, train // steps // 2], order)
             prk = prk[:-1].repeat(2)[1:-1][::-1]
             plms = rising[:-3][::-1]

@@ -22,6 +22,12 @@ def test_output_has_the_shape_of_the_sample(size):
     assert out.shape == sample.shape
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 7, 8), (2, 3, 8, 7), (3, 8, 8)])
+def test_samples_of_other_sizes_are_refused(shape):
+    with pytest.raises(ValueError, match="the latter multiples of 2, got"):
+        small_unet(image_channels=3)(torch.randn(shape), torch.tensor([0, 999]))
+
+
 def test_no_labels_means_any():
     model = small_unet(num_classes=4)
     torch.nn.init.normal_(model.conv_out.weight)

@@ -11,6 +11,7 @@ from aigc_fast.schedulers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     LMSDiscreteScheduler,
+    PNDMScheduler,
     Scheduler,
     UniPCMultistepScheduler,
 )
@@ -173,6 +174,11 @@ def test_refused_lists_and_arguments() -> None:
         DDPMScheduler().set_timesteps(3, timesteps=[9, 5, 1])
     with pytest.raises(TypeError, match=r"DDIMScheduler.set_timesteps: .*'timesteps'"):
         DDIMScheduler().set_timesteps(timesteps=[9, 5, 1])
+    for wrong in (1.5, "4"):
+        with pytest.raises(TypeError, match="num_inference_steps must be an integer, got"):
+            DDPMScheduler().set_timesteps(wrong)
+    with pytest.raises(ValueError, match="must be at least 4 without skip_prk_steps, got 3"):
+        PNDMScheduler().set_timesteps(3)
     with pytest.raises(ValueError, match="mu must be given"):
         FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).set_timesteps(4)
     with pytest.raises(ValueError, match="of one length, got"):

@@ -87,6 +87,11 @@ class SmallUNet(nn.Module):
         height and width: multiples of patch.
         labels: int64 (batch,), or None for "any" throughout.
         """
+        if sample.dim() != 4 or sample.shape[2] % self.patch or sample.shape[3] % self.patch:
+            raise ValueError(
+                "sample must be (batch, channels, height, width), the latter multiples of "
+                f"{self.patch}, got {tuple(sample.shape)}"
+            )
         if labels is None:
             labels = torch.full_like(timesteps, self.num_classes, dtype=torch.int64)
         time = ops.timestep_embedding(
