@@ -17,11 +17,15 @@ class CSVLog:
     def __init__(self, path: str | os.PathLike[str], columns: list[str], last_step: int = 0):
         self.path, self.columns = Path(path), ["step", *columns]
         rows = self.read() if last_step and self.path.exists() else []
-        self._file = self.path.open("w", newline="")
+        # The old log stays until the new one is complete: a kill may come at any moment.
+        partial = self.path.with_name(self.path.name + ".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(self.columns)
+            writer.writerows([int(row[0]), *row[1:]] for row in rows if row[0] <= last_step)
+        partial.replace(self.path)
+        self._file = self.path.open("a", newline="")
         self._writer = csv.writer(self._file)
-        self._writer.writerow(self.columns)
-        self._writer.writerows([int(row[0]), *row[1:]] for row in rows if row[0] <= last_step)
-        self._file.flush()
 
     def add(self, step: int, *values: float) -> None:
         self._writer.writerow([step, *(f"{value:.6g}" for value in values)])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,3 +76,19 @@ def test_a_log_goes_on_after_the_step_of_the_checkpoint(tmp_path):
     assert log.read() == [[1, 0.333333], [2, 0.666667], [3, 0.5]]
     log.close()
     assert CSVLog(tmp_path / "log.csv", ["loss"]).read() == []
+
+
+def test_a_log_is_whole_while_it_is_taken_up(tmp_path, monkeypatch):
+    log = CSVLog(tmp_path / "log.csv", ["loss"])
+    for step in (1, 2, 3):
+        log.add(step, 0.5)
+    log.close()
+    before = (tmp_path / "log.csv").read_text()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        CSVLog(tmp_path / "log.csv", ["loss"], 3)
+    assert (tmp_path / "log.csv").read_text() == before
