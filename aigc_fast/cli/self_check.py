@@ -136,6 +136,9 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "conv3x3": lambda x: ops.conv3x3(
         x.constant(2, 35, 5, 19), x.constant(24, 35, 3, 3), x.constant(24), x.constant(24)
     ),
+    "cross_entropy": lambda x: ops.cross_entropy(
+        x(5, 127), x.int32(3, 0, 126, -100, 50).long(), label_smoothing=0.1
+    ),
     "decode_attention": _decode_attention,
     "decoder_step": _decoder_step,
     "filtered_lrelu": lambda x: ops.filtered_lrelu(
@@ -158,6 +161,9 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "group_norm_act": lambda x: ops.group_norm_act(x(2, 6, 5, 7), 3, x(6), x(6), activation="silu"),
     "instance_norm_act": lambda x: ops.instance_norm_act(x(2, 6, 5, 7), x(6), x(6), act="lrelu"),
     "layer_norm": lambda x: ops.layer_norm(x(5, 127), x(127), x(127)),
+    "linear_cross_entropy": lambda x: ops.linear_cross_entropy(
+        x(3, 17), x(31, 17), x.int32(3, 0, 30).long()
+    ),
     "modulated_layer_norm": lambda x: ops.modulated_layer_norm(x(2, 5, 127), x(2, 127), x(2, 127)),
     "modulated_rms_norm": lambda x: ops.modulated_rms_norm(x(2, 5, 127), x(2, 127), x(2, 127)),
     "pixel_norm_act": lambda x: ops.pixel_norm_act(x(2, 6, 5, 7), act="lrelu"),
