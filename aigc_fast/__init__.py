@@ -3,7 +3,8 @@
 from typing import Any
 
 from aigc_fast import ops
-from aigc_fast.ops._registry import Explanation, FallbackError, backend, explain, list_ops
+from aigc_fast.ops._explain import Explanation, explain, list_ops
+from aigc_fast.ops._registry import FallbackError, backend
 
 __version__ = "0.1.0"
 __all__ = [

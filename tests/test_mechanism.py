@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import aigc_fast
 from aigc_fast import _host, _libraries, ops
@@ -48,7 +51,7 @@ def test_explain_sees_through_autograd() -> None:
 def test_explain_checks_arguments() -> None:
     with pytest.raises(ValueError, match=r"bias must have shape \(8,\)"):
         aigc_fast.explain(ops.bias_act, X, torch.zeros(3))
-    with pytest.raises(TypeError, match="function must be an operator"):
+    with pytest.raises(TypeError, match="function must be one of aigc_fast.ops"):
         aigc_fast.explain(torch.relu, X)
 
 
@@ -56,6 +59,53 @@ def test_explain_knows_what_backend_forces() -> None:
     with aigc_fast.backend("reference"):
         found = aigc_fast.explain(ops.bias_act, X)
     assert str(found) == "bias_act: reference (backend forces it)"
+    with aigc_fast.backend("cuda"), pytest.raises(RuntimeError, match="bias_act has no cuda"):
+        aigc_fast.explain(ops.bias_act, X)
+
+
+def test_explain_speaks_of_the_function_that_was_asked_about() -> None:
+    level = _libraries.cpu_level()
+    found = str(aigc_fast.explain(ops.layer_norm, X))
+    assert found == f"layer_norm: cpu (cpu_{level}, as operator modulated_norm)"
+    # What calls one is none of the library's: its operator is explained.
+    assert aigc_fast.explain(lambda: ops.layer_norm(X)).op == "modulated_norm"
+    linear = aigc_fast.explain(ops.linear, X, torch.zeros(3, 8))
+    assert str(linear) == "linear: torch (it is made of torch's own operators)"
+
+
+def test_explain_computes_nothing() -> None:
+    image, kernel, taps = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3), torch.ones(4)
+    calls: dict = {
+        "conv2d_resample": (image, kernel, taps, 2),
+        "linear": (X, torch.zeros(3, 8)),
+        "merge_attention": ([image] * 2, [image[..., 0]] * 2),
+        "modulated_conv2d": (image, kernel, torch.ones(1, 2)),
+        "quantize_weight": (torch.randn(16, 32), 4),
+        "upsample_conv2d": (image, kernel),
+    }
+    for name, args in calls.items():
+        with _Computed() as computed:
+            found = aigc_fast.explain(getattr(ops, name), *args)
+        assert found.op == name and not computed.operators
+    with _Computed() as computed:
+        ops.linear(*calls["linear"])
+    assert computed.operators
+    with pytest.raises(ValueError, match="weight must have the channels of x"):
+        aigc_fast.explain(ops.upsample_conv2d, image, kernel[:, :1])
+
+
+class _Computed(TorchDispatchMode):
+    """What torch computes of numbers, and not of shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        if tensors and not any(isinstance(a, FakeTensor) for a in tensors):
+            self.operators.append(func)
+        return func(*args, **kwargs or {})
 
 
 def test_explain_leaves_calls_of_other_threads_alone() -> None:
@@ -95,10 +145,36 @@ def test_backend_forces_and_restores() -> None:
     assert aigc_fast.explain(ops.bias_act, X).implementation == "cpu"
 
 
+def test_backend_holds_for_what_torch_computes() -> None:
+    image, kernel = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3)
+    calls: list = [(ops.linear, X, X), (ops.upsample_conv2d, image, kernel)]
+    calls += [(ops.conv2d_resample, image, kernel)]
+    for function, *args in calls:
+        refused = pytest.raises(
+            RuntimeError, match=f"{function.__name__}: backend cuda got tensors"
+        )
+        with aigc_fast.backend("cuda"):
+            with refused:
+                function(*args)
+            with refused:
+                aigc_fast.explain(function, *args)
+        for name in ("reference", "cpu"):
+            with aigc_fast.backend(name):
+                assert function(*args).shape
+                assert aigc_fast.explain(function, *args).implementation == "torch"
+    with aigc_fast.backend("cuda"), pytest.raises(TypeError, match="x must be a torch.Tensor"):
+        ops.linear([1.0], None)
+
+
 def test_list_ops() -> None:
-    row = next(r for r in aigc_fast.list_ops() if r["op"] == "bias_act")
-    assert {"reference", "cpu"} <= set(row["implementations"])
-    assert row["dtypes"] == ["float64", "float32", "bfloat16", "float16"]
+    rows = {row["op"]: row for row in aigc_fast.list_ops()}
+    assert sorted(rows) == sorted(ops.__all__)
+    assert {"reference", "cpu"} <= set(rows["bias_act"]["implementations"])
+    assert rows["bias_act"]["dtypes"] == ["float64", "float32", "bfloat16", "float16"]
+    assert rows["bias_act"]["made_of"] == ["bias_act"]
+    assert rows["layer_norm"]["implementations"] == rows["bias_act"]["implementations"]
+    assert rows["linear"]["made_of"] == rows["linear"]["implementations"] == ["torch"]
+    assert rows["modulated_conv2d"]["made_of"][-2:] == ["upfirdn2d", "torch"]
 
 
 @pytest.mark.parametrize("level", list(_libraries.CPU_LEVELS))

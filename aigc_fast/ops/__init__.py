@@ -1,6 +1,7 @@
 """The functional API: every operator as a plain function of tensors."""
 
 from aigc_fast import _libraries
+from aigc_fast.ops import _public
 from aigc_fast.ops._quantized_format import dequantize_weight, pack_weight, quantize_weight
 from aigc_fast.ops.add_noise import add_noise
 from aigc_fast.ops.alias_free_snake import alias_free_snake
@@ -102,3 +103,6 @@ __all__ = [
     "upsample_conv2d",
     "vector_quantize",
 ]
+
+# As users call them; the modules call one another without the words for wrong types.
+globals().update({name: _public.publish(globals()[name]) for name in __all__})

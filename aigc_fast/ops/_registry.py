@@ -17,7 +17,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -125,26 +125,25 @@ class Op:
     def call(self, backend: str, *args: Any) -> Any:
         """Runs this very implementation, or raises RuntimeError where it cannot."""
         self.check(*args)
-        if not self.has(backend):
-            raise RuntimeError(f"{self.name} has no {backend} implementation here")
-        device = _first_tensor(args).device.type
+        self.check_forced(backend, args)
         if backend == "reference":
             return self.reference(*args)
-        if transforming():
-            raise RuntimeError(
-                f"{self.name}: only the reference serves torch.func and forward-mode derivatives"
-            )
         if backend == "triton":
-            # On the CPU, Triton's interpreter runs the kernel.
-            if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-                raise RuntimeError("triton on CPU tensors needs TRITON_INTERPRET=1")
             return self._call_triton(*args)
-        if device != {"cpu": "cpu", "cuda": "cuda"}[backend]:
-            raise RuntimeError(f"{self.name}: backend {backend} got tensors on {device}")
         try:
             return self._call_cuda(*args) if backend == "cuda" else self.overload(*args)
         except RuntimeError as error:
             raise _translated(error) from None
+
+    def check_forced(self, backend: str, args: tuple) -> None:
+        """RuntimeError where this implementation cannot run."""
+        if not self.has(backend):
+            raise RuntimeError(f"{self.name} has no {backend} implementation here")
+        if backend != "reference" and transforming():
+            raise RuntimeError(
+                f"{self.name}: only the reference serves torch.func and forward-mode derivatives"
+            )
+        _check_place(self.name, backend, args)
 
     def _call_cuda(self, *args: Any) -> Any:
         self.check(*args)
@@ -218,9 +217,34 @@ def define(
 
 
 def _first_tensor(args: tuple) -> torch.Tensor:
-    """Of the arguments and the members of lists among them."""
-    flat = (b for a in args for b in (a if isinstance(a, list | tuple) else (a,)))
-    return next(a for a in flat if isinstance(a, torch.Tensor))
+    return next(a for a in _flat(args) if isinstance(a, torch.Tensor))
+
+
+def _flat(args: tuple) -> Iterator[Any]:
+    """The arguments, and the members of lists among them."""
+    return (b for a in args for b in (a if isinstance(a, list | tuple) else (a,)))
+
+
+def _check_place(name: str, backend: str, args: tuple) -> None:
+    """RuntimeError for tensors that lie where the implementation does not run."""
+    device = _first_tensor(args).device.type
+    if backend == "triton":
+        # On the CPU, Triton's interpreter runs the kernel.
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(f"{name}: triton on CPU tensors needs TRITON_INTERPRET=1")
+    elif backend not in ("reference", device):
+        raise RuntimeError(f"{name}: backend {backend} got tensors on {device}")
+
+
+def forced() -> str | None:
+    """The implementation that the newest block of `backend` asks for."""
+    return _forced[-1][0] if _forced else None
+
+
+def check_torch(name: str, args: tuple) -> None:
+    """What `backend` means for a function that torch computes: see there."""
+    if (asked := forced()) is not None and any(isinstance(a, torch.Tensor) for a in _flat(args)):
+        _check_place(name, asked, args)
 
 
 def _take(op: Op, args: tuple) -> Any:
@@ -248,64 +272,27 @@ def _intercepting(take: Callable[[Op, tuple], Any], name: str | None = None) -> 
         _set_intercept()
 
 
-def backend(name: str) -> contextlib.AbstractContextManager[None]:
-    """Within the block every operator of the library runs this implementation, in all threads.
-
-    name: "reference", "cpu", "triton" or "cuda". An operator that lacks it raises RuntimeError.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return _intercepting(lambda op, args: op.call(name, *args), name)
-
-
-class Explanation(NamedTuple):
-    """What `explain` found: the operator, the implementation its call takes, and why."""
-
-    op: str
-    implementation: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.op}: {self.implementation} ({self.reason})"
-
-
-class _Explained(Exception):
-    def __init__(self, explanation: Explanation) -> None:
-        self.explanation = explanation
-
-
-def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Which implementation the call function(*args, **kwargs) would take, and why.
-
-    function: an operator of aigc_fast.ops. Nothing is computed; the arguments are checked.
-    """
-
-    def take(op: Op, op_args: tuple) -> None:
-        op.check(*op_args)
-        forced = _forced[-1][0] if _forced else None
-        chosen = (forced, "backend forces it") if forced else op.choose(*op_args)
-        raise _Explained(Explanation(op.name, *chosen))
-
+@contextlib.contextmanager
+def explaining(take: Callable[[Op, tuple], Any]) -> Iterator[None]:
+    """Within the block `take` gets the calls of this thread."""
     thread = threading.get_ident()
     _explaining[thread] = take
     _set_intercept()
     try:
-        function(*args, **kwargs)
-    except _Explained as found:
-        return found.explanation
+        yield
     finally:
         _explaining.pop(thread, None)
         _set_intercept()
-    raise TypeError(f"function must be an operator of aigc_fast.ops, got {function!r}")
 
 
-def list_ops() -> list[dict[str, Any]]:
-    """Every operator: its name, the implementations this machine has, and their dtypes."""
-    return [
-        {
-            "op": op.name,
-            "implementations": [name for name in BACKENDS if op.has(name)],
-            "dtypes": [str(dtype).removeprefix("torch.") for dtype in op.dtypes],
-        }
-        for op in OPS.values()
-    ]
+def backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Within the block every operator of the library runs this implementation, in all threads.
+
+    name: "reference", "cpu", "triton" or "cuda". An operator that lacks it raises RuntimeError, as
+          it does for tensors that lie where the implementation does not run. What functions of
+          aigc_fast.ops leave to torch, all of `linear` or the convolution in `conv2d_resample`, is
+          torch's in any block, and such a function refuses tensors that lie elsewhere too.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return _intercepting(lambda op, args: op.call(name, *args), name)

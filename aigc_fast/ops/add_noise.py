@@ -42,6 +42,8 @@ def add_noise(
     """
     if rates is not None and not return_velocity:
         raise ValueError("rates are for return_velocity=True")
+    if noise is None:  # for the operators it stands for zeros
+        raise TypeError("noise must be a torch.Tensor, got None")
     if torch.is_grad_enabled() and (
         sample.requires_grad or noise.requires_grad or alpha.requires_grad or sigma.requires_grad
         or (rates is not None and (rates[0].requires_grad or rates[1].requires_grad))

@@ -39,6 +39,8 @@ def discriminator_loss(real: Tensor, fake: Tensor, loss: str = "non_saturating")
     Lim & Ye 2017 (arXiv:1705.02894), Arjovsky et al. 2017 (arXiv:1701.07875), and for relativistic
     Jolicoeur-Martineau 2018 (arXiv:1807.00734), each logit against the one it is paired with.
     """
+    if real is None:  # for the operator there is none in the generator's
+        raise TypeError("real must be a torch.Tensor, got None")
     return _loss(real, fake, _number(loss), False)
 
 

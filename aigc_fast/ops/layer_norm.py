@@ -49,6 +49,7 @@ def modulated_layer_norm(
 
     Source: Peebles and Xie 2022, arXiv:2212.09748 (adaLN).
     """
+    _check_given(scale, shift)
     return _call(x, scale, shift, weight, bias, eps, False)
 
 
@@ -59,7 +60,13 @@ def modulated_rms_norm(
 
     Arguments, arithmetic and errors are those of `modulated_layer_norm`.
     """
+    _check_given(scale, shift)
     return _call(x, scale, shift, weight, None, eps, True)
+
+
+def _check_given(scale: Tensor, shift: Tensor) -> None:
+    if scale is None or shift is None:  # for the operator there may be none
+        raise TypeError("scale and shift must be tensors, got None")
 
 
 def _call(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._activations import resolve
+from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._norm_act import check_parameters, norm_act, normalize
 from aigc_fast.ops._norm_reference import BATCH, GIVEN, PIXEL, SAMPLE
 from aigc_fast.ops._norm_sync import joined_moments
@@ -119,6 +120,8 @@ def adaptive_instance_norm(
 
     Source: Huang and Belongie 2017, arXiv:1703.06868; Karras et al. 2019, arXiv:1812.04948.
     """
+    for name, p in (("scale", scale), ("shift", shift)):
+        check_tensor(name, p, shape=x.shape[:2])
     return instance_norm_act(x, 1 + scale, shift, eps, act, alpha, gain)
 
 

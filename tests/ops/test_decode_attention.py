@@ -384,6 +384,11 @@ def test_sink_is_a_key_without_a_value(implementation, device) -> None:
     torch.testing.assert_close(out, plain * share[..., None])
 
 
+def operator(args: tuple, options: dict) -> _registry.Op:
+    """The one that a call runs."""
+    return _registry.OPS[aigc_fast.explain(lambda: ops.decode_attention(*args, **options)).op]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -401,8 +406,7 @@ def test_sink_is_a_key_without_a_value(implementation, device) -> None:
 def test_options_are_not_for_the_cuda_kernel(options) -> None:
     """It takes plain calls alone; with an option another operator runs, which lacks it."""
     args = *inputs(2, 1, 4, 2, 16, 8), torch.tensor([8, 3])
-    plain = _registry.OPS[aigc_fast.explain(ops.decode_attention, *args).op]
-    full = _registry.OPS[aigc_fast.explain(ops.decode_attention, *args, **options).op]
+    plain, full = operator(args, {}), operator(args, options)
     assert plain._cuda_supports is not None
     assert full._cuda_supports is None and full.has("triton") and not full.has("cuda")
 

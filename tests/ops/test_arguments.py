@@ -1,0 +1,173 @@
+"""Arguments of a type that an operator does not take."""
+
+import inspect
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from aigc_fast import ops
+from tests.op_samples import OPS
+
+
+def _packed() -> dict[str, Any]:
+    weight = ops.quantize_weight(torch.randn(16, 32), 4, 32)
+    return {"bits": 4, "group_size": 32, "out_features": 16, "packed": weight}
+
+
+def _own_calls() -> dict[str, dict[str, Any]]:
+    """Of functions that are not in the table, or have no sample there that reads every tensor."""
+    image, kernel = torch.randn(1, 3, 4, 4), torch.randn(3, 3, 3, 3)
+    norm, packed = torch.ones(32), _packed()["packed"]
+    x, one = torch.ones(2, 3), torch.ones(())
+    return {
+        "adam_step": {
+            "params": [x.clone()],
+            "grads": [x],
+            "exp_avgs": [x.clone()],
+            "exp_avg_sqs": [x.clone()],
+            "steps": [one.clone()],
+            "averages": [x.clone()],
+            "norm": one,
+            "skipped": one.clone(),
+            "rates": torch.ones(2),
+        },
+        "conv2d_resample": {"x": image, "weight": kernel, "filter": torch.ones(4), "up": 2},
+        "decoder_step": {
+            "hidden": torch.randn(1, 32),
+            "weights": [norm, *[packed] * 2, norm, *[packed] * 2, norm],
+            "caches": [torch.zeros(1, 4, 1, 8)] * 2,
+            "lengths": torch.zeros(1, dtype=torch.int32),
+            "cos": torch.ones(4, 4),
+            "sin": torch.ones(4, 4),
+            "eps": 1e-6,
+            "block_table": torch.zeros(1, 1, dtype=torch.int32),
+            "cache_scales": torch.ones(2, 1),
+        },
+        "dequantize_weight": {**_packed(), "in_features": 32},
+        "diffusion_loss": {
+            "model_output": x,
+            "sample": x,
+            "noise": x,
+            "alpha": torch.ones(2),
+            "sigma": torch.ones(2),
+            "weights": torch.ones(2),
+            "prediction_type": "v_prediction",
+        },
+        "linear": {"x": torch.ones(2, 3), "weight": torch.ones(4, 3), "bias": torch.ones(4)},
+        "merge_attention": {
+            "outs": [torch.ones(1, 1, 2, 4)] * 2,
+            "lses": [torch.ones(1, 1, 2)] * 2,
+        },
+        "modulated_conv2d": {
+            "x": image,
+            "weight": kernel,
+            "style": torch.ones(1, 3),
+            "noise": torch.ones(1, 1, 4, 4),
+            "strength": torch.ones(()),
+            "bias": torch.ones(3),
+            "filter": torch.ones(4),
+            "up": 2,
+        },
+        "pack_weight": {
+            "codes": torch.zeros(16, 8, dtype=torch.uint8),
+            "scales": torch.ones(16, 1),
+            "minimums": torch.zeros(16, 1),
+            "bits": 4,
+        },
+        "quantize_weight": {"weight": torch.randn(16, 32), "bits": 4},
+        "scheduler_step": {"sample": x, "model_output": x, "coefficients": torch.ones(7)},
+        "upsample_conv2d": {"x": image, "weight": kernel, "bias": torch.ones(3)},
+        "vector_quantize": {"x": torch.randn(3, 2), "codebook": torch.randn(4, 2)},
+    }
+
+
+def _calls() -> dict[tuple[str, str], dict[str, Any]]:
+    """(function, one of its tensors): the arguments of a call that has it."""
+    calls: dict[tuple[str, str], dict[str, Any]] = {}
+    sampled = {
+        op.function.__name__: op for op in OPS.values() if hasattr(ops, op.function.__name__)
+    }
+    given = [
+        (name, inspect.signature(op.function).bind(*sample.args, **sample.kwargs).arguments)
+        for name, op in sampled.items()
+        for sample in op.samples()
+    ]
+    for name, arguments in [*_own_calls().items(), *given]:
+        for key, value in arguments.items():
+            if _tensors(value):
+                calls.setdefault((name, key), arguments)
+    return calls
+
+
+def _tensors(value: Any) -> bool:
+    """Whether it is a tensor or some."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return any(isinstance(member, Tensor) for member in value)
+    return isinstance(value, Tensor)
+
+
+CALLS = _calls()
+
+
+def test_no_tensor_of_any_function_is_left_out() -> None:
+    declared = {
+        (name, parameter.name)
+        for name in ops.__all__
+        for parameter in inspect.signature(getattr(ops, name)).parameters.values()
+        if "Tensor" in str(parameter.annotation)
+    }
+    assert declared == set(CALLS)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize(("name", "argument"), CALLS)
+def test_what_is_no_tensor_is_named(name, argument, grad) -> None:
+    function, call = getattr(ops, name), CALLS[name, argument]
+    annotation = inspect.signature(function).parameters[argument].annotation
+    wrong: list[Any] = [object()]
+    if annotation in (Tensor, Tensor | None):
+        wrong += [[1.0, 2.0], np.ones(2), 0.5, "x"] + [None] * (annotation is Tensor)
+    elif isinstance(call[argument], list | tuple):
+        wrong += [0.5, [[1.0], *call[argument][1:]], [*call[argument][:-1], 0.5]]
+    for value in wrong:
+        named = pytest.raises(TypeError, match=rf"^{argument}(\[\d+\])? must be .*, got \w+$")
+        with named, torch.set_grad_enabled(grad):
+            function(**call | {argument: value})
+
+
+def test_words() -> None:
+    x = torch.ones(2, 3, 4, 4)
+    with pytest.raises(TypeError, match=r"^query must be a torch\.Tensor, got list$"):
+        ops.decode_attention([1.0], x, x, x)
+    with pytest.raises(TypeError, match=r"^bias must be a torch\.Tensor or None, got float$"):
+        ops.bias_act(x, 0.5)
+    with pytest.raises(TypeError, match=r"^up must be an int or a sequence of int, got float$"):
+        ops.upfirdn2d(x, torch.ones(2), up=2.0)
+    with pytest.raises(TypeError, match=r"^up\[1\] must be an int, got float$"):
+        ops.upfirdn2d(x, torch.ones(2), up=(2, 2.0))
+    with pytest.raises(TypeError, match=r"^num_groups must be an int, got str$"):
+        ops.group_norm_act(x, "2")
+    with pytest.raises(
+        TypeError, match=r"^temperature must be a float or a torch.Tensor, got str$"
+    ):
+        ops.sample_tokens(x[0, 0], temperature="hot")
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'weight'"):
+        ops.rms_norm(torch.ones(2, 3))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
+        ops.rms_norm(torch.ones(2, 3), torch.ones(3), epsilon=1e-5)
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_functions_are_what_they_seem(name) -> None:
+    function = getattr(ops, name)
+    assert function.__doc__ and function.__name__ == name
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert function.__defaults__ is function.__wrapped__.__defaults__
