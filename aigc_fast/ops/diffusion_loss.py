@@ -10,6 +10,7 @@ from aigc_fast.ops._checks import check_tensor, name_of
 from aigc_fast.ops._registry import define
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
+_SYNONYMS = {"v": "v_prediction", "flow": "flow_prediction"}
 
 
 def diffusion_loss(
@@ -34,6 +35,8 @@ def diffusion_loss(
     flow_prediction noise - sample
     =============== ================================
 
+    "v" and "flow" are the same as v_prediction and flow_prediction.
+
     model_output: (batch, ...), float64/32/16 or bfloat16, what the model made of `add_noise`'s
                   result.
     sample, noise: its shape, and its dtype or float32: under autocast the output alone is narrow.
@@ -51,20 +54,20 @@ def diffusion_loss(
     Sources: Ho et al. 2020, arXiv:2006.11239; v: Salimans & Ho 2022, arXiv:2202.00512; flow: Liu et
     al. 2022, arXiv:2209.03003; weights: Hang et al. 2023, arXiv:2303.09556.
     """
-    second: Tensor | None
-    if prediction_type == "v_prediction":
-        if alpha is None or sigma is None:
-            raise ValueError("alpha and sigma must be given for v_prediction")
-        first, second = noise, sample
-    elif prediction_type in PREDICTION_TYPES:
-        alpha = sigma = None
-        first, second = (sample if prediction_type == "sample" else noise), None
-        if prediction_type == "flow_prediction":
-            second = sample
-    else:
+    kind = _SYNONYMS.get(prediction_type, prediction_type)
+    if kind not in PREDICTION_TYPES:
         raise ValueError(
             f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
         )
+    if kind != "v_prediction":
+        alpha = sigma = None
+    elif alpha is None or sigma is None:
+        raise ValueError("alpha and sigma must be given for v_prediction")
+    first, second = (sample if kind == "sample" else noise), None
+    if kind in ("v_prediction", "flow_prediction"):
+        second = sample
+        if second is None:  # for the operator it stands for zeros
+            raise TypeError("sample must be a torch.Tensor, got None")
     args = model_output, first, second, alpha, sigma, weights
     if not torch.is_grad_enabled():
         return _loss(*args)
@@ -122,9 +125,9 @@ def _check(
     if model_output.dim() == 0 or model_output.numel() == 0:
         shape = tuple(model_output.shape)
         raise ValueError(f"model_output must be a batch and not empty, got shape {shape}")
-    parts = [x for x in (first, second) if x is not None]
-    for part in parts:
-        check_tensor("sample and noise", part, shape=model_output.shape)
+    parts = {"noise": first, "sample": second} if second is not None else {"sample or noise": first}
+    for name, part in parts.items():
+        check_tensor(name, part, shape=model_output.shape)
         if part.dtype not in (model_output.dtype, _wide(model_output)) or part.dtype != first.dtype:
             raise TypeError(
                 "sample and noise must have one dtype, that of model_output "
@@ -134,10 +137,12 @@ def _check(
     for name, scale in scales.items():
         if scale is not None:
             check_tensor(name, scale, shape=model_output.shape[:1])
-    if any(x is not None and x.device != model_output.device for x in (*parts, *scales.values())):
-        raise ValueError(
-            f"all tensors must be on the device of model_output, {model_output.device}"
-        )
+    for name, x in (parts | scales).items():
+        if x is not None and x.device != model_output.device:
+            raise ValueError(
+                f"{name} must be on the device of model_output ({model_output.device}), "
+                f"got {x.device}"
+            )
 
 
 def _check_backward(grad_output: Tensor, *args: Any) -> None:

@@ -48,6 +48,7 @@ def _refusals() -> list[Refusal]:
         Refusal("alpha", (x, x, x, rand(3), a), ValueError, r"alpha must have shape \(2,\)", V),
         Refusal("sigma", (x, x, x, a, a.int()), TypeError, "sigma must be float64", V),
         Refusal("weights", (x, x, x, a, a, x), ValueError, r"weights must have shape \(2,\)"),
+        Refusal("no_sample", (x, None, x, a, a), TypeError, "sample must be a torch.Tensor", V),
         Refusal("empty", (rand(2, 0),) * 3, ValueError, "model_output must be a batch and not"),
         Refusal("no_batch", (rand(),) * 3, ValueError, "model_output must be a batch and not"),
     ]

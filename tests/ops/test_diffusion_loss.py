@@ -46,3 +46,20 @@ def test_the_output_alone_may_be_narrow(narrow):
     (got,), (want,) = (torch.autograd.grad(x, output) for x in (ours, plain))
     torch.testing.assert_close(got, want)
     assert got.dtype == narrow
+
+
+@pytest.mark.parametrize("name", ["v", "flow"])
+def test_short_names(name) -> None:
+    args = [torch.randn(2, 3) for _ in range(3)] + [torch.rand(2)] * 2
+    short = ops.diffusion_loss(*args, prediction_type=name)
+    assert short.equal(ops.diffusion_loss(*args, prediction_type=f"{name}_prediction"))
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_the_tensor_on_another_device_is_named(place) -> None:
+    args = [t.detach() for t in _inputs()]
+    args[place] = args[place].to("meta")
+    # Where model_output itself is elsewhere, the first of the others is.
+    name = ("noise", "sample", "noise", "alpha", "sigma", "weights")[place]
+    with pytest.raises(ValueError, match=f"^{name} must be on the device of model_output"):
+        ops.diffusion_loss(*args, prediction_type="v")
