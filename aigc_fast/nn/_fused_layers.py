@@ -28,7 +28,7 @@ class Fused(Activated):
 
     def activated(self, y: Tensor) -> Tensor:
         """As plain PyTorch, which a compiler fuses by itself."""
-        number, alpha = resolve(self.act, self.alpha)
+        number, alpha, *_ = resolve(self.act, self.alpha)
         return activate(y, number, alpha)
 
 
@@ -110,8 +110,7 @@ class GroupNorm(Fused):
     def forward(self, x: Tensor) -> Tensor:
         if _as_stock(x):
             return _SMOOTH[self.act](super().forward(x))
-        act = "silu" if self.act == "swish" else self.act
-        return ops.group_norm_act(x, self.num_groups, self.weight, self.bias, self.eps, act)
+        return ops.group_norm_act(x, self.num_groups, self.weight, self.bias, self.eps, self.act)
 
 
 def _as_stock(x: Tensor) -> bool:

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn.bias_act import of_dtype
-from aigc_fast.ops.group_norm_act import check_activation
+from aigc_fast.ops.group_norm_act import activate, check_activation
 
 
 class GroupNormAct(nn.GroupNorm):
@@ -72,6 +71,4 @@ def modulated_group_norm_act(
     )
     view = (batch, channels, *[1] * (x.dim() - 2))
     y = torch.addcmul(shift.to(x.dtype).view(view), y, factor.to(x.dtype).view(view))
-    if activation in ("none", "silu"):
-        return F.silu(y) if activation == "silu" else y
-    return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return activate(y, check_activation(activation))

@@ -1,14 +1,17 @@
 """The activations of bias_act and their derivatives, in plain PyTorch."""
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Row = TypeVar("Row")
+
 DEFAULT_ALPHA = 0.2
-#: the activations that take an alpha
-TAKE_ALPHA = ("lrelu", "elu")
+#: names of one activation, of which every function takes either
+_SYNONYMS = (("linear", "none"), ("lrelu", "leaky_relu"), ("swish", "silu"))
 #: activation: (number in the schema, alpha, default gain, sign of y tells the slope)
 ACTIVATIONS = {
     "linear": (0, DEFAULT_ALPHA, 1.0, True),
@@ -22,20 +25,31 @@ ACTIVATIONS = {
     "swish": (8, DEFAULT_ALPHA, math.sqrt(2), False),
 }
 
+
+def with_synonyms(table: dict[str, Row]) -> dict[str, Row]:
+    """A table of activations with the rows of their other names."""
+    both = {*_SYNONYMS, *((b, a) for a, b in _SYNONYMS)}
+    return table | {b: table[a] for a, b in both if a in table}
+
+
+_BY_NAME = with_synonyms(ACTIVATIONS)
+#: the numbers of those that take an alpha
+_TAKE_ALPHA = (ACTIVATIONS["lrelu"][0], ACTIVATIONS["elu"][0])
+
 _SELU_SCALE = 1.0507009873554804934193349852946
 _SELU_ALPHA = 1.6732632423543772848170429916717
 
 
-def resolve(act: str, alpha: float | None) -> tuple[int, float]:
-    """(number in the schema, alpha or its default); ValueError for what is no activation."""
-    known = ACTIVATIONS.get(act)
-    if known is None:
+def resolve(act: str, alpha: float | None) -> tuple[int, float, float, bool]:
+    """Its row in ACTIVATIONS, with this alpha if given; ValueError for what is no activation."""
+    row = _BY_NAME.get(act)
+    if row is None:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
     if alpha is None:
-        return known[0], known[1]
-    if act not in TAKE_ALPHA:
+        return row
+    if row[0] not in _TAKE_ALPHA:
         raise ValueError(f"alpha must be None for act={act!r}, got {alpha}")
-    return known[0], alpha
+    return row[0], alpha, row[2], row[3]
 
 
 def activate(x: Tensor, act: int, alpha: float) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._activations import (
-    ACTIVATIONS,
     DEFAULT_ALPHA,
     activate,
     curvature,
@@ -34,7 +33,8 @@ def bias_act(
            permutation) is that of y; a tensor with gaps is copied once.
     bias:  shape (x.shape[dim],), dtype of x, or None.
     dim:   the dimension of x that bias runs along; negative counts from the end.
-    act:   linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus or swish.
+    act:   linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus or swish; none, leaky_relu and
+           silu are other names of linear, lrelu and swish.
     alpha: slope of lrelu for x < 0 (0.2) or scale of elu (1.0); no other activation takes it.
     gain:  factor on the activation; None is sqrt(2) for relu, lrelu and swish, 1 for the others.
     clamp: limit on |y|, or None.
@@ -48,8 +48,7 @@ def bias_act(
 
     Source: the operation of StyleGAN2 (Karras et al. 2020, arXiv:1912.04958) and its defaults.
     """
-    number, alpha = resolve(act, alpha)
-    _, _, default_gain, from_sign = ACTIVATIONS[act]
+    number, alpha, default_gain, from_sign = resolve(act, alpha)
     if gain is None:
         gain = default_gain
     if dim < 0:

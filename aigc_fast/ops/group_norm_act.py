@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aigc_fast.ops._activations import with_synonyms
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._layout import in_order_of, wide
@@ -28,7 +29,8 @@ def group_norm_act(
     num_groups: channels / num_groups neighbouring channels form a group.
     weight, bias: shape (channels,), dtype of x, or None for ones and zeros.
     eps:        added to the variance.
-    activation: "none", "silu", "gelu" (the erf form) or "gelu_tanh" (its approximation).
+    activation: "none", "silu", "gelu" (the erf form) or "gelu_tanh" (its approximation); "linear"
+                and "swish" are other names of the first two.
 
     Computes in fp32 (fp64 for fp64) and rounds once. The variance comes from differences to the
     mean, never from a difference of squares: pieces of a group that the shape alone decides are
@@ -52,17 +54,23 @@ def group_norm_act(
 
 #: activation: number in the schema
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
+_BY_NAME = with_synonyms(ACTIVATIONS)
 
 
 def check_activation(activation: str) -> int:
     """Its number; ValueError for what is no activation."""
-    act = ACTIVATIONS.get(activation)
+    act = _BY_NAME.get(activation)
     if act is None:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     return act
 
 
 _GATES = {1: None, 2: False, 3: True}  # the same in ops/gated_mlp.py
+
+
+def activate(z: Tensor, act: int) -> Tensor:
+    """The activation of that number."""
+    return _activate(z, _GATES[act]) if act else z
 
 
 def _grouped(x: Tensor, num_groups: int) -> Tensor:
@@ -94,7 +102,7 @@ def _reference(
     mean, rstd = _statistics(x, num_groups, eps)
     z = _normed(x, mean, rstd) * _per_channel(weight, x, 1.0) + _per_channel(bias, x, 0.0)
     z = z.to(x.dtype)  # as two operations of torch would round it
-    return in_order_of(_activate(z, _GATES[act]) if act else z, x), mean, rstd
+    return in_order_of(activate(z, act), x), mean, rstd
 
 
 def _reference_backward(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aigc_fast.ops._activations import resolve
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._layout import wide
 from aigc_fast.ops.scale_bias_act import scale_bias_act
@@ -55,6 +56,7 @@ def modulated_conv2d(
     check_tensor("x", x, ndim=4)
     check_tensor("weight", weight, ndim=4)
     check_tensor("style", style, shape=x.shape[:2])
+    linear = resolve(act, alpha)[0] == 0
     style, demodulation = style.to(torch.promote_types(x.dtype, torch.float32)), None
     if demodulate:
         if x.dtype == torch.float16:
@@ -64,7 +66,7 @@ def modulated_conv2d(
             energy = wide(weight).square().sum((2, 3))
             demodulation = torch.rsqrt(style.square() @ energy.t() + eps)
     y = conv2d_resample(scale_bias_act(x, style), weight.to(x.dtype), filter, up, down)
-    if demodulate or any(p is not None for p in (noise, bias, gain, clamp)) or act != "linear":
+    if demodulate or not linear or any(p is not None for p in (noise, bias, gain, clamp)):
         y = scale_bias_act(y, demodulation, noise, strength, bias, act, alpha, gain, clamp)
     return y
 

@@ -36,7 +36,8 @@ def batch_norm_act(
                   with a bfloat16 x).
     training:     take mean and (biased) variance from x, over all dimensions but 1.
     eps:          added to the variance, any size.
-    act, alpha:   as in `bias_act`: linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus, swish.
+    act, alpha:   as in `bias_act`: linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus, swish,
+                  or their other names.
     gain:         factor on the activation; 1 by default, so that the call stands for
                   torch.nn.functional.batch_norm and the activation of torch.
     process_group: in training, of the processes whose x are one batch, which need not have the same
@@ -56,7 +57,7 @@ def batch_norm_act(
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
-    number, alpha = resolve(act, alpha)
+    number, alpha, *_ = resolve(act, alpha)
     if training and process_group is not None:
         running = {"running_mean": running_mean, "running_var": running_var}
         check_parameters(x, x.shape[1] if x.dim() > 1 else 0, **running, weight=weight, bias=bias)
@@ -97,7 +98,7 @@ def instance_norm_act(
 
     Source: Ulyanov et al. 2016, arXiv:1607.08022.
     """
-    number, alpha = resolve(act, alpha)
+    number, alpha, *_ = resolve(act, alpha)
     weight, bias = _of_samples("weight", weight, x), _of_samples("bias", bias, x)
     options = (SAMPLE, eps, number, gain, alpha)
     return norm_act(x, None, None, weight, bias, options)[0]
@@ -141,7 +142,7 @@ def pixel_norm_act(
 
     Source: Karras et al. 2018, arXiv:1710.10196.
     """
-    number, alpha = resolve(act, alpha)
+    number, alpha, *_ = resolve(act, alpha)
     return norm_act(x, None, None, None, None, (PIXEL, eps, number, gain, alpha))[0]
 
 

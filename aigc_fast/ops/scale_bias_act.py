@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aigc_fast.ops._activations import ACTIVATIONS, resolve
+from aigc_fast.ops._activations import resolve
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._layout import in_order_of, wide
 from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.bias_act import bias_act
 
-#: the activations that are lrelu with an alpha of their own
-_ALPHA = {"linear": 1.0, "relu": 0.0}
+#: numbers of the activations that are lrelu, and the alphas of those that have their own
+_LINEAR, _RELU, _LRELU = range(3)
+_ALPHA = {_LINEAR: 1.0, _RELU: 0.0}
 
 
 def scale_bias_act(
@@ -50,17 +51,16 @@ def scale_bias_act(
     Source: the modulation, demodulation and noise of StyleGAN2 (Karras et al. 2020,
     arXiv:1912.04958).
     """
-    _, alpha_of_act = resolve(act, alpha)
+    number, resolved, default_gain, _ = resolve(act, alpha)
     recording = torch.is_grad_enabled()
     if noise is not None and recording and noise.requires_grad:
         z = scale_bias_act(x, scale) + (noise if strength is None else noise * strength)
         own = None if bias is None else bias.to(x.dtype)
         return bias_act(z.to(x.dtype), own, 1, act, alpha, gain, clamp)
-    if act not in ("linear", "relu", "lrelu"):
+    if number > _LRELU:
         z = scale_bias_act(x, scale, noise, strength, bias)
         return bias_act(z, None, 1, act, alpha, gain, clamp)
-    factor = ACTIVATIONS[act][2] if gain is None else gain
-    options = _ALPHA.get(act, alpha_of_act), factor, clamp
+    options = _ALPHA.get(number, resolved), default_gain if gain is None else gain, clamp
     if recording and any(t is not None and t.requires_grad for t in (x, scale, strength, bias)):
         return _ScaleBiasAct.call(x, scale, noise, strength, bias, options)
     return _scale_bias_act(x, scale, noise, strength, bias, *options)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aigc_fast.ops._activations import ACTIVATIONS, DEFAULT_ALPHA, activate, resolve
+from aigc_fast.ops._activations import DEFAULT_ALPHA, activate, resolve
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._registry import FLOATS, define
@@ -58,13 +58,13 @@ def upfirdn2d(
         raise ValueError("filter must not require a gradient: it has none")
     (up_x, up_y), (down_x, down_y) = _pair("up", up), _pair("down", down)
     geometry = [up_x, up_y, down_x, down_y, *_sides(padding)]
-    plain = bias is None and act == "linear" and act_gain is None and clamp is None
+    number, resolved, default_gain, from_sign = resolve(act, alpha)
+    plain = bias is None and number == 0 and act_gain is None and clamp is None
+    factor = default_gain if act_gain is None else act_gain
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         if plain:
             return _Upfirdn2d.call(x, filter, geometry, flip_filter, gain)
-        number, resolved = resolve(act, alpha)
-        factor = ACTIVATIONS[act][2] if act_gain is None else act_gain
-        if ACTIVATIONS[act][3] and factor > 0 and resolved >= 0:
+        if from_sign and factor > 0 and resolved >= 0:
             # The sign of y tells the slope: what lies before the activation need not be kept.
             epilogue = (number, factor, clamp, resolved)
             return _Upfirdn2dAct.call(x, filter, bias, geometry, flip_filter, gain, epilogue)
@@ -72,8 +72,6 @@ def upfirdn2d(
         return bias_act(z, bias, 1, act, alpha, act_gain, clamp)
     if plain:
         return _upfirdn2d(x, filter, geometry, flip_filter, gain)
-    number, resolved = resolve(act, alpha)
-    factor = ACTIVATIONS[act][2] if act_gain is None else act_gain
     return _upfirdn2d(x, filter, geometry, flip_filter, gain, bias, number, factor, clamp, resolved)
 
 

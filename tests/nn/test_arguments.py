@@ -10,20 +10,30 @@ from aigc_fast import nn as fast
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: fast.BiasAct(4, 1, "silu"),
+        lambda: fast.BiasAct(4, 1, "mish"),
         lambda: fast.LinearBiasAct(8, 4, False),
-        lambda: fast.Conv2dBiasAct(3, 4, 3, act="silu"),
+        lambda: fast.Conv2dBiasAct(3, 4, 3, act="mish"),
         lambda: fast.ConvTranspose2dBiasAct(3, 4, 3, act="relu6"),
-        lambda: fast.BatchNormAct2d(3, act="silu"),
-        lambda: fast.InstanceNormAct(3, act="silu"),
-        lambda: fast.PixelNormAct(act="silu"),
-        lambda: fast.EqualizedLinear(3, 4, "silu"),
-        lambda: fast.GroupNormAct(2, 8, activation="swish"),
+        lambda: fast.BatchNormAct2d(3, act="mish"),
+        lambda: fast.InstanceNormAct(3, act="mish"),
+        lambda: fast.PixelNormAct(act="mish"),
+        lambda: fast.EqualizedLinear(3, 4, "mish"),
+        lambda: fast.GroupNormAct(2, 8, activation="mish"),
     ],
 )
 def test_refuses_an_unknown_activation(make) -> None:
     with pytest.raises(ValueError, match=r"^act(ivation)? must be one of .*, got"):
         make()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("known", "synonym"), [("silu", "swish"), ("none", "linear")])
+def test_synonyms_in_group_norms(known, synonym, channels_last) -> None:
+    x, style = torch.randn(2, 4, 3, 5), torch.randn(2, 4)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    for kind, args in ((fast.GroupNormAct, ()), (fast.ModulatedGroupNormAct, (style, style))):
+        one, other = (kind(2, 4, activation=name) for name in (known, synonym))
+        assert one(x, *args).equal(other(x, *args))
 
 
 def test_a_momentum_is_not_taken_for_affine() -> None:

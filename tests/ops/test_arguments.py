@@ -158,6 +158,30 @@ def test_words() -> None:
         ops.sample_tokens(x[0, 0], temperature="hot")
 
 
+@pytest.mark.parametrize(
+    ("known", "synonym"), [("linear", "none"), ("lrelu", "leaky_relu"), ("swish", "silu")]
+)
+def test_synonyms_of_activations(known, synonym) -> None:
+    x, style, options = torch.randn(2, 3, 4, 4), torch.randn(2, 3), {}
+    if known == "lrelu":
+        options = {"alpha": 0.3}
+    calls = [
+        lambda act: ops.bias_act(x, None, 1, act, **options),
+        lambda act: ops.scale_bias_act(x, style, act=act, **options),
+        lambda act: ops.upfirdn2d(x, torch.ones(2), act=act, **options),
+        lambda act: ops.modulated_conv2d(x, x[:, :, :3, :3], style, act=act, **options),
+        lambda act: ops.batch_norm_act(x, training=True, act=act, **options),
+        lambda act: ops.instance_norm_act(x, act=act, **options),
+        lambda act: ops.adaptive_instance_norm(x, style, style, act=act, **options),
+        lambda act: ops.pixel_norm_act(x, act=act, **options),
+    ]
+    for call in calls:
+        assert call(synonym).equal(call(known))
+    if known != "lrelu":
+        group_norms = [ops.group_norm_act(x, 3, activation=name) for name in (known, synonym)]
+        assert group_norms[0].equal(group_norms[1])
+
+
 def test_other_errors_stay_as_they_are() -> None:
     with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'weight'"):
         ops.rms_norm(torch.ones(2, 3))
