@@ -1,5 +1,6 @@
 """nn.Module twins of the operators; the names in their state dicts are torch's own."""
 
+from ._arguments import check_constructor
 from .bias_act import BiasAct, LinearBiasAct
 from .conv_bias_act import Conv2dBiasAct, ConvTranspose2dBiasAct
 from .equalized import EqualizedConv2d, EqualizedLinear
@@ -65,3 +66,7 @@ __all__ = [
     "spectral_norm",
     "unfuse",
 ]
+
+for _name in __all__:
+    if isinstance(globals()[_name], type):
+        check_constructor(globals()[_name])

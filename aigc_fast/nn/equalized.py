@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.nn._arguments import check_positive
 from aigc_fast.ops._activations import resolve
 
 
@@ -29,6 +30,7 @@ class EqualizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         resolve(act, None)  # refuses what is none
+        check_positive(in_features=in_features)
         self.act, self.lr_mul, self.scale = act, lr_mul, lr_mul / in_features**0.5
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_mul)
         self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
@@ -51,6 +53,7 @@ class EqualizedConv2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
+        check_positive(in_channels=in_channels, kernel_size=kernel_size)
         self.scale = 1 / (in_channels * kernel_size**2) ** 0.5
         shape = (out_channels, in_channels, kernel_size, kernel_size)
         self.weight = nn.Parameter(torch.randn(shape))

@@ -1,18 +1,24 @@
 """Layer norm, and the norms of adaLN that a condition scales and shifts."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from aigc_fast import ops
 
 from .bias_act import of_dtype
-from .rms_norm import RMSNorm
+from .rms_norm import RMSNorm, check_hidden_size
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over the last dimension: weight, bias as there."""
+    """nn.LayerNorm over the last dimension: weight, bias as there.
 
-    def __init__(self, hidden_size: int, *args: object, **kwargs: object) -> None:
+    hidden_size: the size of that dimension, alone or as torch's shape of one number.
+    """
+
+    def __init__(self, hidden_size: int | Sequence[int], *args: object, **kwargs: object) -> None:
         super().__init__(hidden_size, *args, **kwargs)  # type: ignore[arg-type]
+        check_hidden_size(self.normalized_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, of_dtype(self.weight, x), of_dtype(self.bias, x), self.eps)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.nn._arguments import check_positive
 from aigc_fast.nn.equalized import EqualizedLinear
 from aigc_fast.nn.upfirdn2d import Blur
 
@@ -37,6 +38,8 @@ class ModulatedConv2d(nn.Module):
         kernel: Sequence[float] = (1, 3, 3, 1),
     ) -> None:
         super().__init__()
+        check_positive(in_channels=in_channels, kernel_size=kernel_size, style_dim=style_dim)
+        check_positive(up=up, down=down)
         self.up, self.down, self.demodulate = up, down, demodulate
         self.scale = 1 / (in_channels * kernel_size**2) ** 0.5
         shape = (out_channels, in_channels, kernel_size, kernel_size)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.nn._arguments import check_positive
 from aigc_fast.ops._activations import resolve
 
 
@@ -243,6 +244,8 @@ class MinibatchStddev(nn.Module):
 
     def __init__(self, group_size: int | None = 4, num_channels: int = 1) -> None:
         super().__init__()
+        check_positive(group_size=1 if group_size is None else group_size)
+        check_positive(num_channels=num_channels)
         self.group_size, self.num_channels = group_size, num_channels
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast._devices import has_fast_bfloat16
+from aigc_fast.ops._quantized_format import check_bits, check_group_size
 
+from ._arguments import check_positive
 from .bias_act import of_dtype
 
 
@@ -40,9 +42,12 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_bits(bits)
         run = 32 // bits
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.group_size = group_size or -(-in_features // run) * run
+        check_positive(in_features=in_features, out_features=out_features)
+        self.group_size = -(-in_features // run) * run if group_size is None else group_size
+        check_group_size(self.group_size, bits)
         self.quantize_activations = quantize_activations
         groups = -(-in_features // self.group_size)
         size = 16 * (self.group_size * bits // 8 + (2 if symmetric else 4))

@@ -1,5 +1,7 @@
 """Root-mean-square norm."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,14 +11,15 @@ from .bias_act import of_dtype
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, of size hidden_size.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
+    hidden_size: the size of that dimension, alone or as torch's shape of one number.
     eps: as in torch.nn.RMSNorm: None is the machine epsilon of float32, of float64 for float64.
     """
 
     def __init__(
         self,
-        hidden_size: int,
+        hidden_size: int | Sequence[int],
         eps: float | None = None,
         *,
         device: torch.device | str | None = None,
@@ -25,6 +28,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        check_hidden_size(self.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, of_dtype(self.weight, x), self.eps_for(x))
@@ -36,3 +40,10 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
+
+
+def check_hidden_size(shape: Sequence[int]) -> None:
+    if len(shape) != 1:
+        raise ValueError(
+            f"hidden_size must be one number, that of the last dimension, got {tuple(shape)}"
+        )

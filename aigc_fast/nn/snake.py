@@ -37,7 +37,7 @@ class Snake(nn.Module):
     ) -> None:
         super().__init__()
         self.channels, self.alpha_logscale = channels, alpha_logscale
-        start = torch.full((channels,), 0.0 if alpha_logscale else alpha, dtype=dtype)
+        start = torch.full((channels,), 0.0 if alpha_logscale else float(alpha), dtype=dtype)
         self.alpha = nn.Parameter(start.to(device), requires_grad=alpha_trainable)
         self.register_parameter("beta", None)
 

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 
+from ._arguments import check_positive
+
 
 class VectorQuantizer(nn.Module):
     """x to (quantized, indices, loss): the nearest of `embedding.weight` for every vector of x.
@@ -50,6 +52,7 @@ class VectorQuantizer(nn.Module):
         restart_below: float = 0.0,
     ) -> None:
         super().__init__()
+        check_positive(num_codes=num_codes, features=features)
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"decay must be from 0 to 1, 1 excluded, got {decay}")
         if restart_below and decay is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 #: annotation: (its name in a message, what is taken for it)
 _TYPES: dict[Any, tuple[str, Any]] = {
     Tensor: ("a torch.Tensor", Tensor),
-    bool: ("a bool", (bool, torch.SymBool)),
+    bool: ("a bool", (Integral, torch.SymBool)),
     int: ("an int", (Integral, torch.SymInt)),
     float: ("a float", (Real, torch.SymInt, torch.SymFloat)),
     str: ("a str", str),
@@ -23,8 +23,9 @@ _TYPES: dict[Any, tuple[str, Any]] = {
 
 def check_types(function: Callable[..., Any], arguments: Mapping[str, object]) -> None:
     """TypeError that names the first of a call's arguments that has not its annotated type."""
-    for name, parameter in inspect.signature(function).parameters.items():
-        problem = _misfit(name, arguments[name], parameter.annotation)
+    parameters = inspect.signature(function).parameters
+    for name, value in arguments.items():
+        problem = _misfit(name, value, parameters[name].annotation)
         if problem:
             raise TypeError(problem) from None
 
@@ -50,6 +51,9 @@ def _misfit_of(name: str, value: object, kind: Any) -> str:
     if isinstance(value, Tensor | str) or not isinstance(value, Iterable):
         return problem
     if isinstance(value, list | tuple):  # others, as generators, may be gone after one look
+        if get_origin(kind) is tuple and ... not in get_args(kind):
+            if len(value) != len(get_args(kind)):
+                return f"{name} must have {len(get_args(kind))} members, got {len(value)}"
         for i, member in enumerate(value):
             found = _misfit(f"{name}[{i}]", member, get_args(kind)[0])
             if found:

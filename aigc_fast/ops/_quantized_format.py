@@ -10,7 +10,8 @@ bytes, so that 64 bytes are 16 rows; 4-bit codes hold the columns 0..3 of each 8
 import torch
 from torch import Tensor
 
-from aigc_fast.ops._checks import check_tensor, has_data
+from aigc_fast.ops._checks import check_tensor, has_data, name_of
+from aigc_fast.ops._registry import FLOATS
 
 TILE = 16
 
@@ -30,7 +31,7 @@ def pack_weight(codes: Tensor, scales: Tensor, minimums: Tensor | None, bits: in
     Raises TypeError or ValueError for dtypes and shapes that do not fit together and for codes of
     more bits.
     """
-    _check_bits(bits)
+    check_bits(bits)
     check_tensor("codes", codes, dtypes=(torch.uint8,), ndim=2)
     check_tensor("scales", scales, ndim=2)
     if bits == 4 and has_data(codes) and (codes > 15).any():
@@ -70,12 +71,8 @@ def pack_weight(codes: Tensor, scales: Tensor, minimums: Tensor | None, bits: in
 
 def check_packed(name: str, weight: Tensor, bits: int, group_size: int, out_features: int) -> None:
     """ValueError or TypeError unless `weight` is a packed one of that format."""
-    _check_bits(bits)
-    run = 32 // bits
-    if not 0 < group_size <= 65536 or group_size % run:
-        raise ValueError(
-            f"group_size must be a multiple of {run} up to 65536 for {bits} bits, got {group_size}"
-        )
+    check_bits(bits)
+    check_group_size(group_size, bits)
     if out_features < 1:
         raise ValueError(f"out_features must be positive, got {out_features}")
     check_tensor(name, weight, dtypes=(torch.uint8,), ndim=3)
@@ -89,9 +86,17 @@ def check_packed(name: str, weight: Tensor, bits: int, group_size: int, out_feat
         )
 
 
-def _check_bits(bits: int) -> None:
+def check_bits(bits: int) -> None:
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits}")
+
+
+def check_group_size(group_size: int, bits: int) -> None:
+    run = 32 // bits
+    if not 0 < group_size <= 65536 or group_size % run:
+        raise ValueError(
+            f"group_size must be a multiple of {run} up to 65536 for {bits} bits, got {group_size}"
+        )
 
 
 def dequantize_weight(
@@ -104,6 +109,8 @@ def dequantize_weight(
     Raises TypeError or ValueError for a packed weight of another format or of other sizes.
     """
     check_packed("packed", packed, bits, group_size, out_features)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be {', '.join(map(name_of, FLOATS))}, got {dtype}")
     tiles, groups, _ = packed.shape
     if not (groups - 1) * group_size < in_features <= groups * group_size:
         raise ValueError(
@@ -138,10 +145,10 @@ def quantize_weight(
     symmetric:  scale = max|w| / (2^(bits - 1) - 1), else from the minimum to the maximum.
     """
     check_tensor("weight", weight, ndim=2)
-    _check_bits(bits)
+    check_bits(bits)
     rows, columns = weight.shape
-    group_size = group_size or columns
-    if columns % group_size:
+    group_size = columns if group_size is None else group_size
+    if group_size < 1 or columns % group_size:
         raise ValueError(f"group_size must divide in_features = {columns}, got {group_size}")
     grouped = weight.float().view(rows, -1, group_size)
     if symmetric:

@@ -32,7 +32,7 @@ def codebook_moments(
 
     Source: van den Oord, Vinyals and Kavukcuoglu 2017, arXiv:1711.00937, appendix A.1.
     """
-    if torch.is_grad_enabled() and getattr(x, "requires_grad", False):
+    if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError("codebook_moments has no derivative: call it under torch.no_grad()")
     rows, _ = as_vectors(x, dim)
     shape = x.movedim(dim, -1).shape[:-1]

@@ -89,6 +89,8 @@ def sample_tokens(
         temperature, top_k, top_p, min_p, typical_p,
         repetition_penalty, presence_penalty, frequency_penalty,
     )  # fmt: skip
+    if isinstance(top_k, float):
+        raise TypeError("top_k must be an int or a torch.Tensor, got float")
     per_row = any(isinstance(v, Tensor) for v in values)
     return _sample_tokens(
         logits,
@@ -96,8 +98,8 @@ def sample_tokens(
         _per_row(logits, values) if per_row else None,
         token_counts,
         allowed,
-        _integers(logits, seeds),
-        _integers(logits, steps),
+        _random(logits) if seeds is None else _integers("seeds", logits, seeds),
+        _integers("steps", logits, steps),
     )
 
 
@@ -115,11 +117,15 @@ def _per_row(logits: Tensor, values: tuple) -> Tensor:
     return torch.stack(columns, -1)
 
 
-def _integers(logits: Tensor, value: int | Tensor | None) -> Tensor:
+def _random(logits: Tensor) -> Tensor:
+    return torch.randint(2**63 - 1, logits.shape[:1], device=logits.device)
+
+
+def _integers(name: str, logits: Tensor, value: int | Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    if value is None:
-        return torch.randint(2**63 - 1, logits.shape[:1], device=logits.device)
+    if value is None or isinstance(value, float):  # torch would cut its digits off
+        raise TypeError(f"{name} must be an int or a torch.Tensor, got {value}")
     return torch.full(logits.shape[:1], value, dtype=torch.int64, device=logits.device)
 
 

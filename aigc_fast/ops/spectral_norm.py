@@ -37,7 +37,7 @@ def spectral_norm(
     Source: Miyato et al. 2018, arXiv:1802.05957.
     """
     weights, u, v = list(weights), list(u), list(v)
-    if torch.is_grad_enabled() and any(isinstance(w, Tensor) and w.requires_grad for w in weights):
+    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
         *normal, sigma, vectors = _SpectralNormFunction.call(u, v, iterations, eps, *weights)
     else:
         normal, sigma, vectors = _spectral_norm(weights, u, v, iterations, eps)

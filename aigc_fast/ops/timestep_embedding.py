@@ -34,10 +34,13 @@ def timestep_embedding(
     dtype of the model. Angles are computed in float64 everywhere: in float32 those of timesteps in
     the thousands are off in the fourth digit. Differentiable without end with respect to timesteps.
 
-    Raises TypeError or ValueError for a wrong dtype, shape, dim or downscale_freq_shift.
+    Raises TypeError or ValueError for a wrong dtype, shape, dim, downscale_freq_shift or
+    max_period.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; Ho et al. 2020, arXiv:2006.11239.
     """
+    if not max_period > 0:
+        raise ValueError(f"max_period must be positive, got {max_period}")
     if not (timesteps.is_floating_point() or timesteps.is_complex()):
         timesteps = timesteps.float()
     args = timesteps, dim, flip_sin_to_cos, downscale_freq_shift, scale, max_period

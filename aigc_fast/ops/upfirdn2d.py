@@ -76,7 +76,10 @@ def upfirdn2d(
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    x, y = (value, value) if isinstance(value, int) else value
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be one factor or two, got {value}")
+    x, y = pair
     if x < 1 or y < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return x, y

@@ -11,7 +11,6 @@ from aigc_fast import nn as fast
     "make",
     [
         lambda: fast.BiasAct(4, 1, "mish"),
-        lambda: fast.LinearBiasAct(8, 4, False),
         lambda: fast.Conv2dBiasAct(3, 4, 3, act="mish"),
         lambda: fast.ConvTranspose2dBiasAct(3, 4, 3, act="relu6"),
         lambda: fast.BatchNormAct2d(3, act="mish"),
@@ -34,6 +33,42 @@ def test_synonyms_in_group_norms(known, synonym, channels_last) -> None:
     for kind, args in ((fast.GroupNormAct, ()), (fast.ModulatedGroupNormAct, (style, style))):
         one, other = (kind(2, 4, activation=name) for name in (known, synonym))
         assert one(x, *args).equal(other(x, *args))
+
+
+@pytest.mark.parametrize(
+    ("error", "argument", "make"),
+    [
+        (TypeError, "hidden_size", lambda: fast.LayerNorm("8")),
+        (ValueError, "hidden_size", lambda: fast.LayerNorm((2, 8))),
+        (ValueError, "hidden_size", lambda: fast.ModulatedLayerNorm((2, 8))),
+        (ValueError, "hidden_size", lambda: fast.RMSNorm((2, 8))),
+        (TypeError, "eps", lambda: fast.RMSNorm(8, "small")),
+        (TypeError, "gain", lambda: fast.BiasAct(8, gain="high")),
+        (TypeError, "act", lambda: fast.LinearBiasAct(8, 4, False)),
+        (TypeError, "out_features", lambda: fast.Linear(8, 4.0)),
+        (TypeError, "act", lambda: fast.Conv2dBiasAct(3, 4, 3, act=["lrelu"])),
+        (TypeError, "momentum", lambda: fast.BatchNormAct2d(8, momentum="high")),
+        (TypeError, "channels", lambda: fast.SnakeBeta(2.0)),
+        (TypeError, "factor", lambda: fast.Upsample2d(factor=2.0)),
+        (TypeError, "kernel", lambda: fast.Blur("1331")),
+        (ValueError, "bits", lambda: fast.QuantizedLinear(32, 16, bits=0, group_size=32)),
+        (ValueError, "group_size", lambda: fast.QuantizedLinear(32, 16, bits=4, group_size=0)),
+        (ValueError, "num_codes", lambda: fast.VectorQuantizer(0, 4)),
+        (ValueError, "in_features", lambda: fast.EqualizedLinear(0, 4)),
+        (ValueError, "style_dim", lambda: fast.ModulatedConv2d(3, 4, 3, 0)),
+        (ValueError, "num_channels", lambda: fast.MinibatchStddev(num_channels=0)),
+    ],
+)
+def test_names_what_it_refuses(error, argument, make) -> None:
+    with pytest.raises(error, match=f"^{argument} must be "):
+        make()
+
+
+def test_takes_torchs_own_forms() -> None:
+    x = torch.randn(2, 8)
+    assert fast.LayerNorm((8,))(x).equal(fast.LayerNorm(8)(x))
+    assert fast.RMSNorm([8])(x).equal(fast.RMSNorm(8)(x))
+    assert fast.Snake(8, alpha=1).alpha.equal(fast.Snake(8).alpha)
 
 
 def test_a_momentum_is_not_taken_for_affine() -> None:

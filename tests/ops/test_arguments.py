@@ -22,7 +22,10 @@ def _packed() -> dict[str, Any]:
 def _own_calls() -> dict[str, dict[str, Any]]:
     """Of functions that are not in the table, or have no sample there that reads every tensor."""
     image, kernel = torch.randn(1, 3, 4, 4), torch.randn(3, 3, 3, 3)
-    norm, packed = torch.ones(32), _packed()["packed"]
+    norm, qkv, output, gate_up = (
+        torch.ones(32),
+        *(ops.quantize_weight(torch.randn(rows, 32), 4, 32) for rows in (48, 32, 64)),
+    )
     x, one = torch.ones(2, 3), torch.ones(())
     return {
         "adam_step": {
@@ -39,7 +42,7 @@ def _own_calls() -> dict[str, dict[str, Any]]:
         "conv2d_resample": {"x": image, "weight": kernel, "filter": torch.ones(4), "up": 2},
         "decoder_step": {
             "hidden": torch.randn(1, 32),
-            "weights": [norm, *[packed] * 2, norm, *[packed] * 2, norm],
+            "weights": [norm, qkv, output, norm, gate_up, output, norm],
             "caches": [torch.zeros(1, 4, 1, 8)] * 2,
             "lengths": torch.zeros(1, dtype=torch.int32),
             "cos": torch.ones(4, 4),
@@ -67,7 +70,7 @@ def _own_calls() -> dict[str, dict[str, Any]]:
             "x": image,
             "weight": kernel,
             "style": torch.ones(1, 3),
-            "noise": torch.ones(1, 1, 4, 4),
+            "noise": torch.ones(1, 1, 8, 8),
             "strength": torch.ones(()),
             "bias": torch.ones(3),
             "filter": torch.ones(4),
@@ -122,6 +125,13 @@ def test_no_tensor_of_any_function_is_left_out() -> None:
         if "Tensor" in str(parameter.annotation)
     }
     assert declared == set(CALLS)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in CALLS}))
+def test_the_calls_are_right_otherwise(name) -> None:
+    for arguments in [arguments for (other, _), arguments in CALLS.items() if other == name]:
+        with torch.no_grad():
+            getattr(ops, name)(**arguments)
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
@@ -180,6 +190,40 @@ def test_synonyms_of_activations(known, synonym) -> None:
     if known != "lrelu":
         group_norms = [ops.group_norm_act(x, 3, activation=name) for name in (known, synonym)]
         assert group_norms[0].equal(group_norms[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("adam_step", "betas", (0.9,)),
+        ("add_noise", "rates", [torch.ones(3)]),
+        ("dequantize_weight", "dtype", torch.int8),
+        ("filtered_lrelu", "up", [2]),
+        ("quantize_weight", "group_size", 0),
+        ("quantize_weight", "group_size", -1),
+        ("sample_tokens", "seeds", 2.5),
+        ("sample_tokens", "steps", None),
+        ("sample_tokens", "steps", 2.5),
+        ("sample_tokens", "top_k", 2.5),
+        ("timestep_embedding", "max_period", 0.0),
+        ("timestep_embedding", "max_period", float("nan")),
+        ("upfirdn2d", "down", (1, 1, 1)),
+    ],
+)
+def test_refuses_the_value(name, argument, value) -> None:
+    call = next(arguments for (other, _), arguments in CALLS.items() if other == name)
+    if name == "add_noise":
+        call = call | {"return_velocity": True}
+    with pytest.raises((TypeError, ValueError), match=f"^{argument} must "):
+        getattr(ops, name)(**call | {argument: value})
+
+
+def test_the_style_of_an_adaptive_norm_is_named() -> None:
+    x, style = torch.randn(2, 3, 4, 4), torch.randn(2, 3)
+    with pytest.raises(ValueError, match=r"^scale must have shape \(2, 3\)"):
+        ops.adaptive_instance_norm(x, style[:1], style)
+    with pytest.raises(TypeError, match=r"^shift must be float64"):
+        ops.adaptive_instance_norm(x, style, style.int())
 
 
 def test_other_errors_stay_as_they_are() -> None:
