@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from aigc_fast import ops
 from benchmarks.readme import RESULTS, with_figures
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,12 @@ def test_example(code) -> None:
         if package in code:
             pytest.importorskip(package)
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_every_function_has_a_row() -> None:
+    table = README.split("## Operators")[1].split("\n\n")[1]
+    named = re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    assert sorted(named) == sorted(ops.__all__)
 
 
 def test_figures_are_those_of_the_results() -> None:
