@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .per_sample import BLOCK, Rows, load, locate, store
+from .per_sample import BLOCK, Rows, locate, store
+from .rows import load
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_add_noise": (64, 0)}

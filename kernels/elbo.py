@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import exp_tail, softplus
-from .per_sample import BLOCK, Rows, load, locate, store
+from .per_sample import BLOCK, Rows, locate, store
+from .rows import load
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {

@@ -4,11 +4,11 @@ Gate and up are rows at strides of their own, so that halves of a packed project
 One program takes a tile of ROWS x BLOCK.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .memory_order import contiguous_like
 from .rows import as_rows, tile
 from .smooth_activation import activate
 
@@ -70,18 +70,14 @@ def _launch(kernel, inputs: list[Tensor], outputs: list[Tensor], act: int) -> No
     kernel[grid](*matrices, *outputs, rows, width, *strides, ACT=act, **options)
 
 
-def _new(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _gated(gate: Tensor, up: Tensor, act: int) -> Tensor:
-    y = _new(gate)
+    y = contiguous_like(gate)
     _launch(_forward, [gate, up], [y], act)
     return y
 
 
 def _gated_backward(dy: Tensor, gate: Tensor, up: Tensor, act: int) -> tuple[Tensor, Tensor]:
-    dgate, dup = _new(gate), _new(up)
+    dgate, dup = contiguous_like(gate), contiguous_like(up)
     _launch(_backward, [dy, gate, up], [dgate, dup], act)
     return dgate, dup
 

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import fp32
-from .per_sample import BLOCK, Rows, load, locate
+from .per_sample import BLOCK, Rows, locate
+from .rows import load
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_moments": (48, 1024), "_factors": (48, 1024)}

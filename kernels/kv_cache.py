@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .narrow import NARROW, narrow
+from .rotary import angle_strides
+from .rows import with_dense_rows
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_append": (40, 0)}
@@ -116,14 +118,11 @@ def append_kv_full(
     kind = NARROW.get(key_cache.dtype)
     if kind:
         key_cache, value_cache = key_cache.view(torch.int8), value_cache.view(torch.int8)
-    half, angle_strides = 0, (0, 0, 0, 0)
+    half, strides = 0, (0, 0, 0, 0)
     if cos is not None:
         half = cos.shape[-1]
-        cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
-        angle_strides = [
-            stride for t in (cos, sin)
-            for stride in (t.stride(0) if t.dim() == 3 else 0, t.stride(-2))
-        ]  # fmt: skip
+        cos, sin = with_dense_rows(cos), with_dense_rows(sin)
+        strides = angle_strides(cos, sin)
     key_scale, value_scale = (x if x is None else x.contiguous() for x in (key_scale, value_scale))
     rest = head_dim - 2 * half
     DIM = triton.next_power_of_2(head_dim)
@@ -132,7 +131,7 @@ def append_kv_full(
         key, value, key_cache, value_cache, positions, block_table, cos, sin, key_scale,
         value_scale, q_len, capacity, heads, head_dim, half, num_pages, page_size,
         positions.stride(0), *((0, 0) if block_table is None else block_table.stride()),
-        *angle_strides, *key.stride(), *value.stride(), *key_cache.stride(),
+        *strides, *key.stride(), *value.stride(), *key_cache.stride(),
         *value_cache.stride(), INTERLEAVED=interleaved, CACHE=kind, HEADS=HEADS, DIM=DIM,
         HALF=triton.next_power_of_2(max(half, 1)), REST=triton.next_power_of_2(rest) if rest else 0,
     )  # fmt: skip

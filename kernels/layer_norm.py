@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import fp32
-from .rows import as_rows
+from .memory_order import contiguous_like
+from .rows import as_rows, load
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {
@@ -23,11 +24,6 @@ BUDGET = {
 }
 
 _BLOCKS = 1024  # of rows, in backward: several for each SM of the largest GPUs
-
-
-@triton.jit
-def _load(ptr, row, stride, col, mask):
-    return tl.load(ptr + row * stride + col, mask, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -64,9 +60,9 @@ def _forward(
     m = row // run
     col = tl.arange(0, BLOCK)
     mask = col < width
-    x = _load(x_ptr, row, x_stride, col, mask)
+    x = load(x_ptr, row, x_stride, col, mask)
     if GATED:
-        x = _load(residual_ptr, row, residual_stride, col, mask) + x * _load(
+        x = load(residual_ptr, row, residual_stride, col, mask) + x * load(
             gate_ptr, m, gate_stride, col, mask
         )
         rounded = x.to(sum_ptr.dtype.element_ty)
@@ -75,8 +71,8 @@ def _forward(
     y, _ = _normed(x, width, eps, mask, RMS)
     y = y * _own(weight_ptr, col, mask, WEIGHT, 1.0) + _own(bias_ptr, col, mask, BIAS, 0.0)
     if MODULATED:
-        y += y * _load(scale_ptr, m, scale_stride, col, mask)
-        y += _load(shift_ptr, m, shift_stride, col, mask)
+        y += y * load(scale_ptr, m, scale_stride, col, mask)
+        y += load(shift_ptr, m, shift_stride, col, mask)
     tl.store(y_ptr + row * width + col, y.to(y_ptr.dtype.element_ty), mask)
 
 
@@ -94,28 +90,28 @@ def _backward(
     mask = col < width
     factors = _own(weight_ptr, col, mask, WEIGHT, 1.0)
     if MODULATED:
-        factors += factors * _load(scale_ptr, m, scale_stride, col, mask)
+        factors += factors * load(scale_ptr, m, scale_stride, col, mask)
     products = tl.zeros([BLOCK], tl.float32)
     grads = tl.zeros([BLOCK], tl.float32)
     gates = tl.zeros([BLOCK], tl.float32)
     for row in range(first, tl.minimum(first + block, (m + 1) * run)):
-        dy = _load(dy_ptr, row, dy_stride, col, mask)
-        normed, factor = _normed(_load(x_ptr, row, x_stride, col, mask), width, eps, mask, RMS)
+        dy = load(dy_ptr, row, dy_stride, col, mask)
+        normed, factor = _normed(load(x_ptr, row, x_stride, col, mask), width, eps, mask, RMS)
         g = dy * factors
         dx = g - normed * (tl.sum(g * normed) / width)
         if not RMS:
             dx -= tl.sum(g) / width
         dx *= factor
         if ADD:
-            dx += _load(dsum_ptr, row, dsum_stride, col, mask)
+            dx += load(dsum_ptr, row, dsum_stride, col, mask)
         tl.store(dx_ptr + row * width + col, dx.to(dx_ptr.dtype.element_ty), mask)
         products += dy * normed
         grads += dy
         if GATED:
-            gate = _load(gate_ptr, m, gate_stride, col, mask)
+            gate = load(gate_ptr, m, gate_stride, col, mask)
             dbranch = (dx * gate).to(dbranch_ptr.dtype.element_ty)
             tl.store(dbranch_ptr + row * width + col, dbranch, mask)
-            gates += dx * _load(branch_ptr, row, branch_stride, col, mask)
+            gates += dx * load(branch_ptr, row, branch_stride, col, mask)
     to = part_ptr + pid * 3 * width + col
     tl.store(to, products, mask)
     tl.store(to + width, grads, mask)
@@ -132,8 +128,8 @@ def _residual(
     for start in range(0, width, BLOCK):
         col = start + tl.arange(0, BLOCK)
         mask = col < width
-        y = _load(residual_ptr, row, residual_stride, col, mask)
-        y += _load(x_ptr, row, x_stride, col, mask) * _load(
+        y = load(residual_ptr, row, residual_stride, col, mask)
+        y += load(x_ptr, row, x_stride, col, mask) * load(
             gate_ptr, row // run, gate_stride, col, mask
         )
         tl.store(y_ptr + row * width + col, y.to(y_ptr.dtype.element_ty), mask)
@@ -150,20 +146,16 @@ def _residual_backward(
     for start in range(0, width, BLOCK):
         col = start + tl.arange(0, BLOCK)
         mask = col < width
-        gate = _load(gate_ptr, m, gate_stride, col, mask)
+        gate = load(gate_ptr, m, gate_stride, col, mask)
         gates = tl.zeros([BLOCK], tl.float32)
         for row in range(first, tl.minimum(first + block, (m + 1) * run)):
-            dy = _load(dy_ptr, row, dy_stride, col, mask)
+            dy = load(dy_ptr, row, dy_stride, col, mask)
             tl.store(dx_ptr + row * width + col, (dy * gate).to(dx_ptr.dtype.element_ty), mask)
-            gates += dy * _load(x_ptr, row, x_stride, col, mask)
+            gates += dy * load(x_ptr, row, x_stride, col, mask)
         tl.store(part_ptr + pid * width + col, gates, mask)
 
 
 # ---- launchers ------------------------------------------------------------------------------
-
-
-def _new(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _maybe_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
@@ -192,8 +184,8 @@ def _row(width: int) -> dict[str, int]:
 
 
 def _norm(x, residual, gate, scale, shift, weight, bias, eps, rms) -> tuple[Tensor, Tensor]:
-    y = _new(x)
-    total = y if gate is None else _new(x)
+    y = contiguous_like(x)
+    total = y if gate is None else contiguous_like(x)
     if not y.numel():
         return y, total
     x, x_stride = _maybe_rows(x)
@@ -225,7 +217,7 @@ def gated_residual_norm(
 def modulated_norm_backward(
     dy, dsum, x, branch, gate, scale, weight, bias, eps, rms
 ) -> tuple[Tensor, ...]:
-    dx, dbranch = _new(x), x.new_empty(0) if gate is None else _new(x)
+    dx, dbranch = contiguous_like(x), x.new_empty(0) if gate is None else contiguous_like(x)
     width = x.shape[-1]
     rows = x.shape[:-1].numel()
     if x.numel():
@@ -264,7 +256,7 @@ def modulated_norm_backward(
 
 
 def gated_residual(residual, x, gate) -> Tensor:
-    y = _new(x)
+    y = contiguous_like(x)
     if y.numel():
         a, b, g = as_rows(residual), as_rows(x), as_rows(gate)
         rows, width = b.shape
@@ -274,7 +266,7 @@ def gated_residual(residual, x, gate) -> Tensor:
 
 
 def gated_residual_backward(dy, x, gate) -> tuple[Tensor, Tensor]:
-    dx = _new(x)
+    dx = contiguous_like(x)
     if not x.numel():
         return dx, torch.zeros_like(gate, memory_format=torch.contiguous_format)
     d, b, g = as_rows(dy), as_rows(x), as_rows(gate)

@@ -19,5 +19,10 @@ def dense(x: Tensor) -> Tensor:
     return x if is_dense(x) else x.contiguous()
 
 
+def contiguous_like(x: Tensor) -> Tensor:
+    """New memory for a result of its shape and dtype."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def in_order_of(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)

@@ -167,11 +167,9 @@ class _Table:
         made = _table(addresses, tuple(t.numel() for t in first), first[0].device)
         if made.rows.is_cuda and torch.cuda.is_current_stream_capturing():
             _CAPTURED.append(made)
-        self.blocks, self.owners, self.rows = made.blocks, made.owners, made.rows.detach()
+        self.blocks, self.owners, self.rows = made.blocks, made.owners, made.rows
         data = [a for column, at in addresses if column != _STEP.value for a in at]
         self.aligned = all(a % 16 == 0 for a in data)
-        # For whoever checks addresses (tests/pointer_check.py).
-        self.rows.points_to = [t for tensors in columns.values() for t in tensors]
 
 
 class _Made(NamedTuple):

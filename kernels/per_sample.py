@@ -19,11 +19,6 @@ def locate(inner, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, row, stride, at, mask):
-    return tl.load(ptr + row * stride + at, mask, 0.0).to(tl.float32)
-
-
-@triton.jit
 def store(ptr, row, inner, at, mask, value):
     tl.store(ptr + row * inner + at, value.to(ptr.dtype.element_ty), mask)
 

@@ -12,6 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import fp32
+from .memory_order import contiguous_like
+from .rotary import angle_strides
+from .rows import with_dense_rows
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_forward": (64, 2048), "_backward": (96, 4096)}
@@ -147,14 +150,6 @@ def _backward(
 # ---- launchers ------------------------------------------------------------------------------
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(table: Tensor) -> tuple[int, int]:
-    return (table.stride(0) if table.dim() == 3 else 0, table.stride(-2))
-
-
 def _tiles(x: Tensor, cos: Tensor, elements: int) -> dict[str, int]:
     rest = x.shape[3] - 2 * cos.shape[-1]
     HALF = triton.next_power_of_2(max(cos.shape[-1], 1))
@@ -166,15 +161,15 @@ def _tiles(x: Tensor, cos: Tensor, elements: int) -> dict[str, int]:
 def qk_norm_rotary(
     x, query_weight, key_weight, cos, sin, num_heads: int, eps: float, interleaved: bool = False
 ) -> Tensor:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = contiguous_like(x)
     if not y.numel():
         return y
-    x, cos, sin = _dense_rows(x), _dense_rows(cos), _dense_rows(sin)
+    x, cos, sin = with_dense_rows(x), with_dense_rows(cos), with_dense_rows(sin)
     batch, seq, heads, head_dim = x.shape
     tiles = _tiles(x, cos, _TILE)
     _forward[(batch * seq, triton.cdiv(heads, tiles["HEADS"]))](
         x, query_weight.contiguous(), key_weight.contiguous(), cos, sin, y, seq, heads, num_heads,
-        head_dim, cos.shape[-1], float(eps), *x.stride()[:3], *_strides(cos), *_strides(sin),
+        head_dim, cos.shape[-1], float(eps), *x.stride()[:3], *angle_strides(cos, sin),
         INTERLEAVED=interleaved, **tiles,
     )  # fmt: skip
     return y
@@ -184,12 +179,12 @@ def qk_norm_rotary_backward(
     dy, x, query_weight, key_weight, cos, sin, num_heads: int, eps: float, interleaved: bool,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx = contiguous_like(x)
     batch, seq, heads, head_dim = x.shape
     width = head_dim if weight_grad else 0
     if not x.numel():
         return dx, x.new_zeros(width), x.new_zeros(width)
-    dy, x, cos, sin = (_dense_rows(t) for t in (dy, x, cos, sin))
+    dy, x, cos, sin = (with_dense_rows(t) for t in (dy, x, cos, sin))
     tiles = _tiles(x, cos, _TILE // 2)
     head_blocks = triton.cdiv(heads, tiles["HEADS"])
     part_tokens = triton.cdiv(batch * seq, _PARTS)
@@ -198,7 +193,7 @@ def qk_norm_rotary_backward(
     _backward[(parts, head_blocks)](
         dy, x, query_weight.contiguous(), key_weight.contiguous(), cos, sin, dx, part, seq,
         batch * seq, part_tokens, heads, num_heads, head_dim, cos.shape[-1], float(eps),
-        *dy.stride()[:3], *x.stride()[:3], *_strides(cos), *_strides(sin),
+        *dy.stride()[:3], *x.stride()[:3], *angle_strides(cos, sin),
         WEIGHT_GRAD=weight_grad, INTERLEAVED=interleaved, **tiles,
     )  # fmt: skip
     query_grad, key_grad = part.sum(0).to(x.dtype)

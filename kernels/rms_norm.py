@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import fp32
-from .rows import as_rows, tile
+from .memory_order import contiguous_like
+from .rows import as_rows, load, tile
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_forward": (64, 8192), "_backward": (168, 16384)}
@@ -24,18 +25,13 @@ _PARTS = 256  # of the weight gradient: about two programs for each SM of the la
 
 
 @triton.jit
-def _load(ptr, row, stride, col, mask):
-    return tl.load(ptr + row * stride + col, mask, 0.0).to(tl.float32)
-
-
-@triton.jit
 def _load_sum(
     x_ptr, residual_ptr, sum_ptr, row, x_stride, residual_stride, width, col, mask, ADD: tl.constexpr  # noqa: E501
 ):  # fmt: skip
     """x, or x + residual as its dtype rounds it, which is also stored."""
-    x = _load(x_ptr, row, x_stride, col, mask)
+    x = load(x_ptr, row, x_stride, col, mask)
     if ADD:
-        total = x + _load(residual_ptr, row, residual_stride, col, mask)
+        total = x + load(residual_ptr, row, residual_stride, col, mask)
         rounded = total.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * width + col, rounded, mask)
         x = rounded.to(tl.float32)
@@ -68,9 +64,9 @@ def _forward(
             at = start + col
             mask = (row < rows) & (at < width)
             # The sum is formed anew: what this program stored, another thread may have written.
-            x = _load(x_ptr, row, x_stride, at, mask)
+            x = load(x_ptr, row, x_stride, at, mask)
             if ADD:
-                total = x + _load(residual_ptr, row, residual_stride, at, mask)
+                total = x + load(residual_ptr, row, residual_stride, at, mask)
                 x = total.to(sum_ptr.dtype.element_ty).to(tl.float32)
             weight = tl.load(weight_ptr + at, at < width, 0.0).to(tl.float32)
             tl.store(y_ptr + row * width + at, (x * factor * weight).to(dtype), mask)
@@ -102,11 +98,11 @@ def _backward(
         for start in range(first, last, ROWS):
             row = (start + tl.arange(0, ROWS))[:, None]
             mask = (row < last) & (col < width)
-            x = _load(x_ptr, row, x_stride, col, mask)
-            dy = _load(dy_ptr, row, dy_stride, col, mask)
+            x = load(x_ptr, row, x_stride, col, mask)
+            dy = load(dy_ptr, row, dy_stride, col, mask)
             dx, normed = _gradient(dy, x, weight, tl.sum(x * x, 1), tl.sum(x * (dy * weight), 1), width, eps)  # noqa: E501  # fmt: skip
             if ADD:
-                dx += _load(dsum_ptr, row, dsum_stride, col, mask)
+                dx += load(dsum_ptr, row, dsum_stride, col, mask)
             tl.store(dx_ptr + row * width + col, dx.to(dtype), mask)
             dweight += tl.where(mask, dy * normed, 0.0)
         if WEIGHT_GRAD:
@@ -117,8 +113,8 @@ def _backward(
             products = tl.zeros([1, BLOCK], tl.float32)
             for start in range(0, width, BLOCK):
                 at = start + col
-                x = _load(x_ptr, row, x_stride, at, at < width)
-                dy = _load(dy_ptr, row, dy_stride, at, at < width)
+                x = load(x_ptr, row, x_stride, at, at < width)
+                dy = load(dy_ptr, row, dy_stride, at, at < width)
                 weight = tl.load(weight_ptr + at, at < width, 0.0).to(tl.float32)
                 squares += x * x
                 products += x * (dy * weight)
@@ -126,12 +122,12 @@ def _backward(
             for start in range(0, width, BLOCK):
                 at = start + col
                 mask = at < width
-                x = _load(x_ptr, row, x_stride, at, mask)
-                dy = _load(dy_ptr, row, dy_stride, at, mask)
+                x = load(x_ptr, row, x_stride, at, mask)
+                dy = load(dy_ptr, row, dy_stride, at, mask)
                 weight = tl.load(weight_ptr + at, mask, 0.0).to(tl.float32)
                 dx, normed = _gradient(dy, x, weight, row_squares, row_products, width, eps)
                 if ADD:
-                    dx += _load(dsum_ptr, row, dsum_stride, at, mask)
+                    dx += load(dsum_ptr, row, dsum_stride, at, mask)
                 tl.store(dx_ptr + row * width + at, dx.to(dtype), mask)
                 if WEIGHT_GRAD:
                     # Each element is read and written by the thread that wrote it for the last row.
@@ -149,12 +145,8 @@ def _options(rows: int, width: int) -> dict:
     return {"SINGLE": width <= elements, **tile(rows, width, elements)}
 
 
-def _new(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y = _new(x)
+    y = contiguous_like(x)
     if y.numel():
         m = as_rows(x)
         options = _options(*m.shape)
@@ -165,7 +157,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, total = _new(x), _new(x)
+    y, total = contiguous_like(x), contiguous_like(x)
     if y.numel():
         m, r = as_rows(x), as_rows(residual)
         options = _options(*m.shape)
@@ -178,7 +170,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def rms_norm_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    dx = _new(x)
+    dx = contiguous_like(x)
     if not x.numel():
         return dx, weight.new_zeros(x.shape[-1] if weight_grad else 0)
     m, g = as_rows(x), as_rows(dy)

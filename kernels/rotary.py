@@ -1,10 +1,12 @@
 """Rotary position embedding. One program turns HEADS heads of one token, which share the angles;
 x may have any strides outside of a head."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .memory_order import contiguous_like
+from .rows import with_dense_rows
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_rotate": (48, 2048)}
@@ -52,28 +54,26 @@ def _rotate(
         tl.store(y_ptr + j, tl.load(x_ptr + j, mask), mask)
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(table: Tensor) -> tuple[int, int]:
-    return (table.stride(0) if table.dim() == 3 else 0, table.stride(-2))
+def angle_strides(*tables: Tensor) -> tuple[int, ...]:
+    """Of each table from sequence to sequence and from token to token."""
+    both = ((t.stride(0) if t.dim() == 3 else 0, t.stride(-2)) for t in tables)
+    return tuple(stride for pair in both for stride in pair)
 
 
 def apply_rotary(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, inverse: bool = False
 ) -> Tensor:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = contiguous_like(x)
     if not y.numel():
         return y
-    x, cos, sin = _dense_rows(x), _dense_rows(cos), _dense_rows(sin)
+    x, cos, sin = with_dense_rows(x), with_dense_rows(cos), with_dense_rows(sin)
     batch, seq, heads, head_dim = x.shape
     half = cos.shape[-1]
     rest = head_dim - 2 * half
     HALF = triton.next_power_of_2(max(half, 1))
     HEADS = min(triton.next_power_of_2(heads), max(1, _TILE // (2 * HALF)))
     grid = (batch * seq, triton.cdiv(heads, HEADS))
-    _rotate[grid](x, cos, sin, y, seq, heads, head_dim, half, *x.stride()[:3], *_strides(cos),
-                  *_strides(sin), INTERLEAVED=interleaved, INVERSE=inverse, HEADS=HEADS, HALF=HALF,
-                  REST=triton.next_power_of_2(rest) if rest else 0)  # fmt: skip
+    _rotate[grid](x, cos, sin, y, seq, heads, head_dim, half, *x.stride()[:3],
+                  *angle_strides(cos, sin), INTERLEAVED=interleaved, INVERSE=inverse, HEADS=HEADS,
+                  HALF=HALF, REST=triton.next_power_of_2(rest) if rest else 0)  # fmt: skip
     return y

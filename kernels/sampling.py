@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .gumbel import ONE, gumbel, log, log1p, weight
 from .math import fp32
+from .memory_order import contiguous_like
 from .selection import first_of, keep_first, key_of, kth_largest, logit_of, nucleus, typical
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
@@ -187,7 +188,7 @@ def sample_tokens(
     allowed: Tensor | None, seeds: Tensor, steps: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, vocab = logits.shape
-    tokens = torch.empty_like(seeds, memory_format=torch.contiguous_format)
+    tokens = contiguous_like(seeds)
     logprobs = torch.empty_like(tokens, dtype=torch.float32)
     if batch:
         (x, x_stride), (counts, counts_stride), (mask, mask_stride) = map(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .guidance import guided_output, rescale_factors
 from .math import fp32
-from .per_sample import BLOCK, Rows, load, locate, store
+from .per_sample import BLOCK, Rows, locate, store
+from .rows import load
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_forward": (144, 0), "_backward": (96, 0)}  # five tensors of history, two results

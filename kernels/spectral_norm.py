@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import fp32
+from .memory_order import contiguous_like
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {
@@ -195,7 +196,7 @@ def _pack(tensors: list[Tensor]) -> Tensor:
 
 def _unpack(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Tensors of their own: results must not share memory."""
-    results = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
+    results = [contiguous_like(t) for t in like]
     parts = flat.split([t.numel() for t in like])
     torch._foreach_copy_(results, [p.view(t.shape) for p, t in zip(parts, like, strict=True)])
     return results

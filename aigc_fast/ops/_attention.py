@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._checks import can_look, check_tensor
+from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._pages import NARROW, capacity_of, check_block_table, check_pages
 
 
@@ -18,7 +19,7 @@ def reference(
     kv_heads = key_cache.shape[2]
     capacity = capacity_of(key_cache, block_table)
     scale = head_dim**-0.5 if scale is None else scale
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    accumulate = wide_dtype(query.dtype)
 
     lengths = cache_lengths.long().clamp(0, capacity)
     entry = torch.arange(capacity, device=query.device)

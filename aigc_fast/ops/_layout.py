@@ -4,9 +4,14 @@ import torch
 from torch import Tensor
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of the arithmetic: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
-    """x in the dtype of the arithmetic: float64 for float64, else float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    """x in the dtype of the arithmetic."""
+    return x.to(wide_dtype(x.dtype))
 
 
 def in_order_of(y: Tensor, x: Tensor) -> Tensor:

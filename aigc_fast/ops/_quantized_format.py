@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor, has_data, name_of
+from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import FLOATS
 
 TILE = 16
@@ -119,7 +120,7 @@ def dequantize_weight(
         )
     run = 32 // bits
     size = TILE * group_size * bits // 8
-    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    accumulate = wide_dtype(dtype)
     codes = packed[..., :size].reshape(tiles, groups, group_size // run, TILE, 4)
     parts = [codes] if bits == 8 else [codes & 15, codes >> 4]
     # (tile, group, run, row, half, 4) -> (tile, row, group, column)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
 
 
@@ -58,7 +59,7 @@ def add_noise(
 
 
 def _mixed(sample: Tensor, noise: Tensor | None, of_sample: Tensor, of_noise: Tensor) -> Tensor:
-    dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(sample.dtype)
 
     def wide(scale: Tensor) -> Tensor:
         return scale.to(dtype).reshape(-1, *[1] * (sample.dim() - 1))
@@ -175,5 +176,5 @@ def _dot(a: Tensor | None, b: Tensor | None) -> Any:
     """The inner product of each sample, in fp32 or fp64; 0 for an absent tensor."""
     if a is None or b is None:
         return 0.0
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(a.dtype)
     return (a.to(dtype) * b.to(dtype)).reshape(a.shape[0], a[:1].numel()).sum(1)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import FLOATS, define
-from aigc_fast.ops.layer_norm import wide
 from aigc_fast.ops.snake import _check as check_snake
 from aigc_fast.ops.snake import _reference as reference_snake
 from aigc_fast.ops.snake import reference_backward as reference_snake_backward

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor, name_of
+from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
@@ -83,7 +84,7 @@ def _error(
 ) -> Tensor:  # fmt: skip
     """model_output - target, the target being alpha * first - sigma * second, where no second
     stands for zeros, and no alpha and sigma for ones."""
-    dtype = _wide(model_output)
+    dtype = wide_dtype(model_output.dtype)
     target = first.to(dtype)
     if second is not None:
         other = second.to(dtype)
@@ -91,10 +92,6 @@ def _error(
             target, other = _each(alpha, target) * target, _each(sigma, target) * other
         target = target - other
     return model_output.to(dtype) - target
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _each(scale: Tensor, like: Tensor) -> Tensor:
@@ -126,9 +123,10 @@ def _check(
         shape = tuple(model_output.shape)
         raise ValueError(f"model_output must be a batch and not empty, got shape {shape}")
     parts = {"noise": first, "sample": second} if second is not None else {"sample or noise": first}
+    dtypes = (model_output.dtype, wide_dtype(model_output.dtype))
     for name, part in parts.items():
         check_tensor(name, part, shape=model_output.shape)
-        if part.dtype not in (model_output.dtype, _wide(model_output)) or part.dtype != first.dtype:
+        if part.dtype not in dtypes or part.dtype != first.dtype:
             raise TypeError(
                 "sample and noise must have one dtype, that of model_output "
                 f"({name_of(model_output.dtype)}) or float32, got {name_of(part.dtype)}"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor, name_of
+from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
 
 #: Bounds of the log-variance, diffusers' own; csrc/cpu/elbo.cpp and kernels/elbo.py have them too.
@@ -80,10 +81,6 @@ def reconstruction_loss(output: Tensor, target: Tensor, kind: str = "bernoulli")
     return _ReconstructionLoss.call(*args) if output.requires_grad else _loss(*args)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _sum_each(x: Tensor) -> Tensor:
     """Of every sample of a batch, which may be empty."""
     return x.reshape(x.shape[0], x[:1].numel()).sum(1)
@@ -94,7 +91,7 @@ def _sum_each(x: Tensor) -> Tensor:
 
 def _reference(parameters: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     like = parameters.chunk(2, 1)[0]
-    mean, log_variance = parameters.to(_wide(parameters)).chunk(2, 1)
+    mean, log_variance = parameters.to(wide_dtype(parameters.dtype)).chunk(2, 1)
     log_variance = log_variance.clamp(LOWEST, HIGHEST)
     sample = mean
     if noise is not None:
@@ -111,7 +108,7 @@ def _reference_backward(
     of_noise: bool,
 ) -> tuple[Tensor, Tensor]:
     like = parameters.chunk(2, 1)[0]
-    mean, raw = parameters.to(_wide(parameters)).chunk(2, 1)
+    mean, raw = parameters.to(wide_dtype(parameters.dtype)).chunk(2, 1)
     log_variance = raw.clamp(LOWEST, HIGHEST)
     to_mean, to_log_variance = torch.zeros_like(mean), torch.zeros_like(mean)
     grad_noise = parameters.new_empty(0)
@@ -156,7 +153,8 @@ def _check_backward(
     if grad_sample is not None:
         check_tensor("grad_sample", grad_sample, like=("parameters", parameters), shape=half.shape)
     if grad_kl is not None:
-        check_tensor("grad_kl", grad_kl, dtypes=[_wide(parameters)], shape=parameters.shape[:1])
+        dtype = wide_dtype(parameters.dtype)
+        check_tensor("grad_kl", grad_kl, dtypes=[dtype], shape=parameters.shape[:1])
     if of_noise and (grad_sample is None or noise is None):
         raise ValueError("of_noise must be False without grad_sample and noise")
 
@@ -200,7 +198,7 @@ class _SampleGaussian(OpFunction):
 
 
 def _reference_loss(output: Tensor, target: Tensor, kind: int) -> Tensor:
-    x, t = output.to(_wide(output)), target.to(_wide(output))
+    x, t = output.to(wide_dtype(output.dtype)), target.to(wide_dtype(output.dtype))
     name = LIKELIHOODS[kind]
     if name == "bernoulli":
         return _sum_each(F.binary_cross_entropy_with_logits(x, t, reduction="none"))
@@ -208,7 +206,7 @@ def _reference_loss(output: Tensor, target: Tensor, kind: int) -> Tensor:
 
 
 def _reference_loss_backward(grad: Tensor, output: Tensor, target: Tensor, kind: int) -> Tensor:
-    x, t = output.to(_wide(output)), target.to(_wide(output))
+    x, t = output.to(wide_dtype(output.dtype)), target.to(wide_dtype(output.dtype))
     name = LIKELIHOODS[kind]
     slope = torch.sigmoid(x) - t if name == "bernoulli" else x - t
     if name == "laplace":
@@ -222,7 +220,7 @@ def _check_loss(output: Tensor, target: Tensor, kind: int) -> None:
     if output.dim() == 0:
         raise ValueError("output must have a batch dimension, got shape ()")
     check_tensor("target", target, shape=output.shape)
-    if target.dtype not in (output.dtype, _wide(output)):
+    if target.dtype not in (output.dtype, wide_dtype(output.dtype)):
         raise TypeError(
             f"target must have the dtype of output ({name_of(output.dtype)}) or float32, "
             f"got {name_of(target.dtype)}"
@@ -235,7 +233,7 @@ def _check_loss(output: Tensor, target: Tensor, kind: int) -> None:
 
 def _check_loss_backward(grad: Tensor, output: Tensor, target: Tensor, kind: int) -> None:
     _check_loss(output, target, kind)
-    check_tensor("grad_output", grad, dtypes=[_wide(output)], shape=output.shape[:1])
+    check_tensor("grad_output", grad, dtypes=[wide_dtype(output.dtype)], shape=output.shape[:1])
 
 
 _loss = define(

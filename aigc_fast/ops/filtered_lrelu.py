@@ -10,8 +10,8 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import FLOATS, define
-from aigc_fast.ops.layer_norm import wide
 from aigc_fast.ops.upfirdn2d import _layout, _pair, _sides, _taps
 from aigc_fast.ops.upfirdn2d import _reference as upfirdn2d_reference
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import define
 
 #: The numbers are part of the operator's schema: csrc/cpu/gan_loss.cpp holds the same list.
@@ -73,13 +74,9 @@ def _loss(real: Tensor | None, fake: Tensor, loss: int, generator: bool) -> Tens
     return _gan_loss(real, fake, loss, generator)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _reference(real: Tensor | None, fake: Tensor, loss: int, generator: bool) -> Tensor:
-    name, fake = LOSSES[loss], _wide(fake)
-    real = fake.new_zeros(()) if real is None else _wide(real)
+    name, fake = LOSSES[loss], wide(fake)
+    real = fake.new_zeros(()) if real is None else wide(real)
     if name == "relativistic":
         return _softplus(real - fake if generator else fake - real).mean()
     if name == "non_saturating":
@@ -111,8 +108,8 @@ def _reference_backward(
     grad: Tensor, real: Tensor | None, fake: Tensor, loss: int, generator: bool
 ) -> tuple[Tensor, Tensor]:
     name, scale = LOSSES[loss], grad / fake.numel()
-    r = None if real is None else _wide(real)
-    f = _wide(fake)
+    r = None if real is None else wide(real)
+    f = wide(fake)
     if name == "relativistic":
         assert r is not None
         d = torch.sigmoid(r - f) if generator else -torch.sigmoid(f - r)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import define
 from aigc_fast.ops.layer_norm import (
     _reference as _reference_norm,
@@ -17,7 +18,6 @@ from aigc_fast.ops.layer_norm import (
     check_modulation,
     norm_backward,
     reference_backward,
-    wide,
 )
 
 

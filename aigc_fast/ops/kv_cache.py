@@ -5,6 +5,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._pages import NARROW, capacity_of, check_block_table, check_pages
 from aigc_fast.ops._registry import define
 from aigc_fast.ops.rotary import _reference as _rotate
@@ -99,7 +100,7 @@ def _reference(
             check_pages(block_table, written, num_pages)
         rows, slots = block_table.long().gather(1, pages), entries % page_size
         inside = inside & (rows >= 0) & (rows < num_pages)
-    accumulate = torch.float64 if key.dtype == torch.float64 else torch.float32
+    accumulate = wide_dtype(key.dtype)
     if cos is not None and sin is not None:
         key = _rotate(key.to(accumulate), cos, sin, interleaved)
     for x, cache, scale in ((key, key_cache, key_scale), (value, value_cache, value_scale)):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import define
 
 
@@ -82,10 +83,6 @@ def _call(
     ):
         return _ModulatedNorm.call(x, scale, shift, weight, bias, eps, rms)
     return _modulated_norm(x, scale, shift, weight, bias, eps, rms)
-
-
-def wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def by_modulation(x: Tensor, modulation: Tensor | None) -> Tensor:

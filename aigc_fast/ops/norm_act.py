@@ -66,8 +66,9 @@ def batch_norm_act(
     else:
         options = (BATCH if training else GIVEN, eps, number, gain, alpha)
         y, mean, var = norm_act(x, running_mean, running_var, weight, bias, options)
-        count = x.numel() // max(x.shape[1], 1)
-        unbiased = var * (count / max(count - 1, 1))
+        if training and running_var is not None:
+            count = x.numel() // max(x.shape[1], 1)
+            unbiased = var * (count / max(count - 1, 1))
     if training and x.shape[1]:
         with torch.no_grad():
             if running_mean is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
 
 
@@ -87,12 +88,8 @@ def adam_step(
         )  # fmt: skip
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _reference_norm(grads: list[Tensor], loss: Tensor | None = None) -> Tensor:
-    dtype = _wide(grads[0].dtype)
+    dtype = wide_dtype(grads[0].dtype)
     norms = [torch.linalg.vector_norm(g, dtype=dtype) for g in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     return norm if loss is None else torch.where(loss.isfinite(), norm, torch.nan)
@@ -109,7 +106,7 @@ def _reference(
     taken = None if norm is None else norm.isfinite()
     if taken is not None and skipped is not None:
         skipped.add_(~taken)
-    dtype = _wide(params[0].dtype)
+    dtype = wide_dtype(params[0].dtype)
     for i, param in enumerate(params):
         p, g, m, v = (t[i].to(dtype) for t in (params, grads, exp_avgs, exp_avg_sqs))
         if norm is not None and max_norm is not None:

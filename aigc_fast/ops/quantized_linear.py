@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide
 from aigc_fast.ops._quantized_format import check_packed, dequantize_weight
 from aigc_fast.ops._registry import define
 from aigc_fast.ops.linear import linear
@@ -66,8 +67,7 @@ def _reference(
 
 def _rounded(x: Tensor, group_size: int) -> Tensor:
     """x as int8 codes of each group would give it back."""
-    wide = x.double() if x.dtype == torch.float64 else x.float()
-    padded = F.pad(wide, (0, -x.shape[-1] % group_size))
+    padded = F.pad(wide(x), (0, -x.shape[-1] % group_size))
     grouped = padded.unflatten(-1, (-1, group_size))
     top = grouped.abs().amax(-1, keepdim=True)
     codes = (grouped * (127 / top)).nan_to_num(0, 0, 0).round()

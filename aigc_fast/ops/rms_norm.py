@@ -7,6 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import define
 
 
@@ -50,13 +51,9 @@ def add_rms_norm(
     return _add_rms_norm(x, residual, weight, eps)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = _wide(x)
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    row = wide(x)
+    normed = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + eps)
     return (weight * normed.to(x.dtype)).contiguous()
 
 
@@ -70,12 +67,12 @@ def _reference_add(
 def _reference_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    wide, dy = _wide(x), _wide(dy)
-    factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    normed, g = wide * factor, dy * _wide(weight)
+    row, dy = wide(x), wide(dy)
+    factor = torch.rsqrt(row.square().mean(-1, keepdim=True) + eps)
+    normed, g = row * factor, dy * wide(weight)
     dx = (g - normed * (g * normed).mean(-1, keepdim=True)) * factor
     if dsum is not None:
-        dx = dx + _wide(dsum)
+        dx = dx + wide(dsum)
     dweight = (dy * normed).sum_to_size(weight.shape) if weight_grad else dx.new_empty(0)
     return dx.to(x.dtype).contiguous(), dweight.to(x.dtype).contiguous()
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor, name_of
+from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import define
 
 
@@ -45,12 +46,12 @@ def _reference(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, inverse: bool = False
 ) -> Tensor:
     rotated = 2 * cos.shape[-1]
-    wide = x[..., :rotated] if x.dtype == torch.float64 else x[..., :rotated].float()
-    cos, sin = (t.to(wide.dtype).unsqueeze(-2) for t in (cos, -sin if inverse else sin))
+    turning = wide(x[..., :rotated])
+    cos, sin = (t.to(turning.dtype).unsqueeze(-2) for t in (cos, -sin if inverse else sin))
     if interleaved:
-        a, b = wide[..., 0::2], wide[..., 1::2]
+        a, b = turning[..., 0::2], turning[..., 1::2]
     else:
-        a, b = wide.chunk(2, -1)
+        a, b = turning.chunk(2, -1)
     pair = (a * cos - b * sin, b * cos + a * sin)
     turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
     return torch.cat([turned.to(x.dtype), x[..., rotated:]], -1).contiguous()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
 
 _MAX_HISTORY = 5
@@ -61,7 +62,7 @@ def scheduler_step(
     guidance: Ho & Salimans, 2207.12598; rescaling: Lin et al. 2023, 2305.08891, section 3.4.
     """
     if not isinstance(coefficients, Tensor):
-        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(sample.dtype)
         coefficients = torch.tensor(coefficients, dtype=dtype, device=sample.device)
     if torch.is_grad_enabled() and (
         sample.requires_grad
@@ -114,7 +115,7 @@ def _is_plain(
 
 def _columns(coefficients: Tensor, sample: Tensor) -> tuple[torch.dtype, tuple[Tensor, ...]]:
     """The dtype to compute in, and the columns in it, broadcastable over sample."""
-    dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(sample.dtype)
     if coefficients.dim() == 2:
         ones = [1] * (sample.dim() - 1)
         coefficients = coefficients.reshape(coefficients.shape[0], *ones, coefficients.shape[1])

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import define
-from aigc_fast.ops.layer_norm import wide
 
 #: what is added to beta before the division, as in BigVGAN and DAC
 EPS = 1e-9

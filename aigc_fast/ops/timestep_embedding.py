@@ -8,6 +8,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
 
 
@@ -57,10 +58,6 @@ def _frequencies(timesteps: Tensor, dim: int, shift: float, scale: float, period
     return torch.tensor(values, dtype=torch.float64, device=timesteps.device)
 
 
-def _result_dtype(timesteps: Tensor) -> torch.dtype:
-    return torch.float64 if timesteps.dtype == torch.float64 else torch.float32
-
-
 def _reference(
     timesteps: Tensor, dim: int, flip: bool, shift: float, scale: float, period: float
 ) -> Tensor:
@@ -68,7 +65,7 @@ def _reference(
     halves = [angle.cos(), angle.sin()] if flip else [angle.sin(), angle.cos()]
     if dim % 2:
         halves.append(torch.zeros_like(timesteps, dtype=torch.float64)[:, None])
-    return torch.cat(halves, 1).to(_result_dtype(timesteps))
+    return torch.cat(halves, 1).to(wide_dtype(timesteps.dtype))
 
 
 def _reference_backward(
@@ -94,7 +91,7 @@ def _check(timesteps: Tensor, dim: int, flip: bool, shift: float, *_: Any) -> No
 
 def _check_backward(dy: Tensor, timesteps: Tensor, *options: Any) -> None:
     check_tensor("timesteps", timesteps, ndim=1)
-    check_tensor("grad_output", dy, dtypes=(_result_dtype(timesteps),), ndim=2)
+    check_tensor("grad_output", dy, dtypes=(wide_dtype(timesteps.dtype),), ndim=2)
     _check(timesteps, dy.shape[1], *options)
     if dy.shape[0] != timesteps.shape[0]:
         raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from aigc_fast.ops._activations import DEFAULT_ALPHA, activate, resolve
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.bias_act import bias_act, bias_act_gradients
 
@@ -123,13 +124,12 @@ def _reference(
 ) -> Tensor:  # fmt: skip
     up_x, up_y, down_x, down_y, left, right, top, bottom = geometry
     n, c, h, w = x.shape
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    z = x.to(wide).reshape(n * c, 1, h, 1, w, 1)
+    z = wide(x).reshape(n * c, 1, h, 1, w, 1)
     z = F.pad(z, [0, up_x - 1, 0, 0, 0, up_y - 1]).reshape(n * c, 1, h * up_y, w * up_x)
     # Negative sides crop, and may crop what the opposite side adds.
     z = F.pad(z, [max(side, 0) for side in (left, right, top, bottom)])
     z = F.pad(z, [min(side, 0) for side in (left, right, top, bottom)])
-    taps = filter.to(wide)
+    taps = filter.to(z.dtype)
     if not flip:
         taps = taps.flip(list(range(taps.dim())))
     if taps.dim() == 2:
@@ -138,7 +138,7 @@ def _reference(
         z = F.conv2d(F.conv2d(z, taps[None, None, :, None]), taps[None, None, None, :])
     z = z[:, :, ::down_y, ::down_x].reshape(n, c, *_size(x, filter, geometry)) * gain
     if bias is not None:
-        z = z + bias.to(wide).view(1, -1, 1, 1)
+        z = z + bias.to(z.dtype).view(1, -1, 1, 1)
     z = activate(z, act, alpha) * act_gain
     if clamp is not None:
         z = z.clamp(-clamp, clamp)
