@@ -21,6 +21,7 @@ _MADE_OF: dict[str, tuple[str, ...]] = {
     "instance_norm_act": ("norm_act",),
     "layer_norm": ("modulated_norm",),
     "linear": (TORCH,),
+    "linear_cross_entropy": ("cross_entropy", TORCH),
     "merge_attention": (TORCH,),
     "modulated_conv2d": ("scale_bias_act", "bias_act", "upfirdn2d", TORCH),
     "modulated_layer_norm": ("modulated_norm",),
