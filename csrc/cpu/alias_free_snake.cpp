@@ -15,7 +15,7 @@ namespace aigc_fast {
 namespace {
 
 constexpr int kTaps = 12, kReach = 3;  // a sample reads others at most kReach away
-constexpr int64_t kTile = 512;         // tiles have this many samples or up to twice as many
+constexpr int64_t kTileSamples = 512;  // tiles have this many samples or up to twice as many
 
 // Samples computed before a tile: whole vectors that hold kReach.
 template <class A>
@@ -58,7 +58,7 @@ class Line {
  public:
   static constexpr int64_t kMargin = 32;
   static_assert(kHalo<A> + kReach <= kMargin && kReach + kLanes<A> + kReach <= kMargin);
-  Line() : memory_(2 * kTile + 2 * kMargin) {}
+  Line() : memory_(2 * kTileSamples + 2 * kMargin) {}
   operator A*() { return memory_.data() + kMargin; }
 
   // Samples [first, first + size) of a row of `time`, and the margins; beyond the row's ends the
@@ -97,7 +97,7 @@ struct Snake {
 };
 
 // A tile of a row: samples [first, first + size) of `time`.
-struct Tile {
+struct RowTile {
   int64_t time, first, size;
 
   bool at_start() const { return first == 0; }
@@ -109,7 +109,7 @@ struct Forward {
   A up[kTaps], down[kTaps];
   Line<A> x, even, odd;
 
-  void operator()(const T* in, T* out, Tile t, Snake<A> p) {
+  void operator()(const T* in, T* out, RowTile t, Snake<A> p) {
     x.fill(in, t.time, t.first, t.size, false);
     for (int64_t s = -kHalo<A>; s < t.size + kReach; s += kLanes<A>) {
       const Pair<A> z = split<A>(up, x + s);
@@ -138,7 +138,7 @@ struct Backward {
   Line<A> x, grad, even, odd;
 
   // Sums for the gradients of alpha and beta, but for powers of 1 / beta, into sums[2].
-  void operator()(const T* in, const T* dy, T* dx, double* sums, Tile t, Snake<A> p) {
+  void operator()(const T* in, const T* dy, T* dx, double* sums, RowTile t, Snake<A> p) {
     constexpr int lanes = kLanes<A>;
     x.fill(in, t.time, t.first, t.size, false);
     grad.fill(dy, t.time, t.first, t.size, true);
@@ -193,7 +193,7 @@ struct Backward {
 struct Shape {
   int64_t rows, channels, time, pieces;
 
-  Tile tile(int64_t piece) const {
+  RowTile tile(int64_t piece) const {
     const int64_t first = piece * time / pieces;
     return {time, first, (piece + 1) * time / pieces - first};
   }
@@ -205,7 +205,7 @@ Shape check(const Tensor& x, const Tensor& alpha, const Tensor& beta) {
   require(alpha.scalar_type() == x.scalar_type(), "alpha must have the dtype of x");
   require(beta.scalar_type() == x.scalar_type(), "beta must have the dtype of x");
   const int64_t time = x.size(2);
-  return {x.size(0) * x.size(1), x.size(1), time, std::max<int64_t>(1, time / kTile)};
+  return {x.size(0) * x.size(1), x.size(1), time, std::max<int64_t>(1, time / kTileSamples)};
 }
 
 // What all tiles share, and for_tiles(make, f), which calls f(unit, row, tile, work) in parallel.
@@ -250,7 +250,7 @@ Tensor alias_free_snake(const Tensor& x_in, const Tensor& alpha, const Tensor& b
     const T* in = data<T>(x);
     T* out = mutable_data<T>(y);
     shared.template for_tiles<Forward<T>>(
-        shape, [&](auto& work, int64_t, int64_t at, Tile tile, Snake<A> snake) {
+        shape, [&](auto& work, int64_t, int64_t at, RowTile tile, Snake<A> snake) {
           work(in + at, out + at, tile, snake);
         });
   });
@@ -273,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor> alias_free_snake_backward(
     const T *in = data<T>(x), *grad = data<T>(dy);
     T* out = mutable_data<T>(dx);
     shared.template for_tiles<Backward<T>>(
-        shape, [&](auto& work, int64_t unit, int64_t at, Tile tile, Snake<A> snake) {
+        shape, [&](auto& work, int64_t unit, int64_t at, RowTile tile, Snake<A> snake) {
           work(in + at, grad + at, out + at, parts.data() + 2 * unit, tile, snake);
         });
     for (int64_t u = 0; u < shape.rows * shape.pieces; ++u) {

@@ -9,7 +9,7 @@
 
 namespace aigc_fast {
 
-constexpr int64_t kRows = 32;  // most rows of a unit
+constexpr int64_t kUnitRows = 32;  // most rows of a unit
 
 // A part of the work: the rows [first, last) of each of `heads` heads of sequence b from `head` on,
 // over the keys [begin, end).
@@ -30,9 +30,9 @@ class Attention {
   static constexpr int R = P::R, L = P::L, K = P::K;  // rows; lanes; keys of a vector of scores
   static constexpr int64_t kBlock = P::kBlock;        // most keys between two looks at the maximum
   static constexpr int64_t kStep = 8;                 // addresses that are computed at a time
-  static_assert(kRows % R == 0);
+  static_assert(kUnitRows % R == 0);
 
-  Attention(const Shape& shape, HeadRows<C> keys, HeadRows<C> values, A scale,
+  Attention(const AttentionShape& shape, HeadRows<C> keys, HeadRows<C> values, A scale,
             const Pages& pages = {}, const ScoreOptions<A>& options = {})
       : s_(shape),
         keys_(keys),
@@ -144,7 +144,7 @@ class Attention {
       const int64_t lane = r - row;
       const int64_t at =
           (b * s_.q_len + r / s_.group()) * s_.heads + head * s_.group() + r % s_.group();
-      const A scale = kUnit<C> * (options_.value_scale ? options_.value_scale[head] : A(1));
+      const A scale = kCacheUnit<C> * (options_.value_scale ? options_.value_scale[head] : A(1));
       const A norm = sums[lane] == 0 ? A(0) : scale / sums[lane];
       lse[at] = tops[lane] + std::log(sums[lane]);
       for (int64_t p = 0; p < pairs_; ++p) {
@@ -227,7 +227,7 @@ class Attention {
     alignas(64) A scores[kBlock * R];
     const V lowest = broadcast(-std::numeric_limits<A>::infinity());
     V top = lowest;
-    const A scale = scale_ * kUnit<C> * (options_.key_scale ? options_.key_scale[head] : 1);
+    const A scale = scale_ * kCacheUnit<C> * (options_.key_scale ? options_.key_scale[head] : 1);
     products_.scores(query, block.keys, count, next_keys, scores);
     for (int64_t k = 0; k < count; k += K) {
       const V score = load(scores + k * R) * scale;
@@ -297,7 +297,7 @@ class Attention {
     return top;
   }
 
-  Shape s_;
+  AttentionShape s_;
   HeadRows<C> keys_, values_;
   A scale_;
   Pages pages_;

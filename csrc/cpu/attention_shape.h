@@ -17,7 +17,7 @@ struct HeadRows {  // a tensor (batch, seq, head, head_dim) with its last dimens
       : data(aigc_fast::data<T>(x)), batch(x.stride(0)), seq(x.stride(1)), head(x.stride(2)) {}
 };
 
-struct Shape {
+struct AttentionShape {
   int64_t batch, q_len, heads, kv_heads, head_dim, capacity;
   int64_t window = int64_t{1} << 62;  // the newest keys that a query sees
   int64_t group() const { return heads / kv_heads; }

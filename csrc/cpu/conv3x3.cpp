@@ -17,14 +17,14 @@ std::vector<Acc<T>> padded(const std::optional<Tensor>& values, const char* name
 }
 
 template <class Products, class T>
-void convolve(const std::vector<Source<T>>& sources, const ConvShape& s, const T* weight,
-              const Finish<T>& finish, const T* residual, T* y) {
+void convolve(const std::vector<ConvInput<T>>& sources, const ConvShape& s, const T* weight,
+              const ConvFinish<T>& finish, const T* residual, T* y) {
   const Products products(weight, s);
   const int64_t rows = s.batch * s.height;
   // A thread's first row costs three rows of input.
   const int64_t grain = std::max<int64_t>(4, (1 << 18) / (s.width * s.in * s.out * 9) + 1);
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    Rows<typename Products::S, T> image(sources, s, Products::depth(s), Products::pixels(s));
+    ImageRows<typename Products::S, T> image(sources, s, Products::depth(s), Products::pixels(s));
     [[maybe_unused]] const typename Products::Session session;
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = r * s.width * s.out;
@@ -67,14 +67,14 @@ Tensor conv3x3(const std::vector<Tensor>& xs, const Tensor& weight_in,
   if (y.numel() == 0) return y;
   const Tensor weight = as_contiguous(weight_in);
   dispatch(weight, "weight", [&]<class T>(T) {
-    std::vector<Source<T>> sources;
+    std::vector<ConvInput<T>> sources;
     for (const Tensor& x : xs)
       sources.push_back({data<T>(x), x.size(1), x.stride(0), x.size(1) == 1 ? 1 : x.stride(1),
                          x.stride(2), x.stride(3)});
     using A = Acc<T>;
     const std::vector<A> biases = padded<T>(bias, "bias", s.out, 0);
     const std::vector<A> slopes = padded<T>(slope, "slope", s.out, 1);
-    const Finish<T> finish{biases.data(), slopes.data(), A(gain), s.out};
+    const ConvFinish<T> finish{biases.data(), slopes.data(), A(gain), s.out};
     const T* beside = residual ? data<T>(*residual) : nullptr;
 #if AIGC_AMX
     if constexpr (std::is_same_v<T, bf16>)

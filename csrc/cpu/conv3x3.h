@@ -20,7 +20,7 @@ struct ConvShape {
 
 // One of the inputs that are read as if they were one, channel after channel.
 template <class T>
-struct Source {
+struct ConvInput {
   const T* data;
   int64_t channels, batch_stride, channel_stride, row_stride, pixel_stride;
 };
@@ -37,9 +37,10 @@ AIGC_INLINE void convert(S* to, const T* from, int64_t n) {
 
 // The last three rows of an image that were asked for, of `pixels` pixels of `depth` values.
 template <class S, class T>
-class Rows {
+class ImageRows {
  public:
-  Rows(const std::vector<Source<T>>& sources, const ConvShape& s, int64_t depth, int64_t pixels)
+  ImageRows(const std::vector<ConvInput<T>>& sources, const ConvShape& s, int64_t depth,
+            int64_t pixels)
       : sources_(sources), s_(s), depth_(depth), size_((pixels + 2) * depth), memory_(3 * size_) {}
 
   // The rows above, at, and below row y of image n; rows are to be asked for in order.
@@ -60,7 +61,7 @@ class Rows {
     if (y < 0 || y >= s_.height)
       return std::memset(static_cast<void*>(to), 0, size_ * sizeof(S)), void();
     to += depth_;
-    for (const Source<T>& source : sources_) {
+    for (const ConvInput<T>& source : sources_) {
       const T* from = source.data + n * source.batch_stride + y * source.row_stride;
       if (source.channel_stride == 1 && source.pixel_stride == depth_ &&
           source.channels == depth_) {
@@ -86,7 +87,7 @@ class Rows {
     }
   }
 
-  const std::vector<Source<T>>& sources_;
+  const std::vector<ConvInput<T>>& sources_;
   const ConvShape s_;
   const int64_t depth_, size_;
   std::vector<S> memory_;
@@ -97,7 +98,7 @@ class Rows {
 
 // y = residual + gain * prelu(sum + bias); bias and slope are padded to whole vectors.
 template <class T>
-struct Finish {
+struct ConvFinish {
   using A = Acc<T>;
   const A *bias, *slope;
   A gain;
@@ -152,7 +153,7 @@ class VectorProducts {
   struct Session {};
 
   void row(const std::array<const S*, 3>& rows, T* y, const T* residual,
-           const Finish<T>& finish) const {
+           const ConvFinish<T>& finish) const {
     for (int64_t o = 0; o < s_.out; o += kGroup)
       for (int64_t x = 0; x < s_.width; x += kBlocks * kPixels) {
         const int64_t left = std::min(kBlocks * kPixels, s_.width - x);
@@ -235,7 +236,7 @@ class TileProducts {
   }
 
   void row(const std::array<const S*, 3>& rows, bf16* y, const bf16* residual,
-           const Finish<bf16>& finish) const {
+           const ConvFinish<bf16>& finish) const {
     alignas(64) float sums[64 * 16];
     for (int64_t x = 0; x < s_.width; x += 64) {
       const int64_t n = std::min<int64_t>(64, s_.width - x);
@@ -266,8 +267,8 @@ class TileProducts {
  private:
   // Finishes all 16 outputs of n pixels. One instruction rounds them, which takes `store` ten.
   AIGC_AMX_TARGET void write(const float* sums, int64_t n, int64_t o, bf16* y, const bf16* residual,
-                             const Finish<bf16>& finish) const {
-    const Finish<bf16> f = finish;
+                             const ConvFinish<bf16>& finish) const {
+    const ConvFinish<bf16> f = finish;
     for (int64_t p = 0; p < n; ++p) {
       const int64_t at = p * s_.out + o;
       Vec<float> v = f(load(sums + p * 16), o);

@@ -17,19 +17,19 @@
 namespace aigc_fast {
 namespace {
 
-// Keys of a unit that has up to kRows rows of a head.
+// Keys of a unit that has up to kUnitRows rows of a head.
 int64_t split_of(int64_t keys) { return std::clamp<int64_t>((keys / 4 + 63) / 64 * 64, 256, 512); }
 
 // Most rows of the heads of a unit.
 constexpr int64_t kRowsTogether = 128;
 
 template <class T, class P, class A>
-void run(const Shape& s, HeadRows<T> queries, const Attention<P>& attention,
+void run(const AttentionShape& s, HeadRows<T> queries, const Attention<P>& attention,
          const std::vector<int64_t>& lengths, T* out, A* lse) {
   constexpr int R = P::R;
-  const int64_t rows = s.rows(), chunks = (rows + kRows - 1) / kRows;
+  const int64_t rows = s.rows(), chunks = (rows + kUnitRows - 1) / kUnitRows;
   // More rows have longer splits: their results then take less memory than the cache itself.
-  const int64_t longer = std::max<int64_t>(1, rows / kRows);
+  const int64_t longer = std::max<int64_t>(1, rows / kUnitRows);
   std::vector<int64_t> splits(s.batch);
   int64_t all_splits = 0;
   for (int64_t b = 0; b < s.batch; ++b) {
@@ -39,7 +39,7 @@ void run(const Shape& s, HeadRows<T> queries, const Attention<P>& attention,
   }
   // Heads that lie side by side are walked together, so that memory is read as it lies, if that
   // leaves enough for every thread.
-  const bool together = attention.side_by_side() && rows <= kRows &&
+  const bool together = attention.side_by_side() && rows <= kUnitRows &&
                         rows * s.kv_heads <= kRowsTogether &&
                         all_splits >= 2 * torch::stable::get_num_threads();
   const int64_t heads = together ? s.kv_heads : 1;
@@ -50,13 +50,13 @@ void run(const Shape& s, HeadRows<T> queries, const Attention<P>& attention,
     do {
       const int64_t end = std::min(lengths[b], begin + splits[b]);
       for (int64_t h = 0; h < s.kv_heads; h += heads)
-        for (int64_t row = 0; row < rows; row += kRows)
-          units.push_back({b, h, heads, row, std::min(rows, row + kRows), begin, end});
+        for (int64_t row = 0; row < rows; row += kUnitRows)
+          units.push_back({b, h, heads, row, std::min(rows, row + kUnitRows), begin, end});
       begin = end;
     } while (begin < lengths[b]);
     first[b + 1] = units.size();
   }
-  const int64_t tiles = (std::min(rows, kRows) + R - 1) / R;
+  const int64_t tiles = (std::min(rows, kUnitRows) + R - 1) / R;
   const int64_t size = tiles * attention.result_size();
   struct Free {
     void operator()(A* p) const { std::free(p); }
@@ -85,7 +85,7 @@ void run(const Shape& s, HeadRows<T> queries, const Attention<P>& attention,
   torch::stable::parallel_for(0, s.batch * parts, 16, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
       const int64_t b = u / parts, h = u % parts / chunks, c = u % chunks;
-      const int64_t start = c * kRows, stop = std::min(rows, start + kRows);
+      const int64_t start = c * kUnitRows, stop = std::min(rows, start + kUnitRows);
       const A* results_of = results.get() + (first[b] * heads + u % parts) * size;
       for (int64_t row = start; row < stop; row += R)
         attention.merge(results_of + (row - start) / R * attention.result_size(),
@@ -99,7 +99,7 @@ Tensor with_contiguous_rows(const Tensor& x) {
   return x.size(3) == 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
 }
 
-std::vector<int64_t> read_lengths(const Tensor& lengths, const Shape& s) {
+std::vector<int64_t> read_lengths(const Tensor& lengths, const AttentionShape& s) {
   const auto type = lengths.scalar_type();
   require(type == ScalarType::Int || type == ScalarType::Long,
           "cache_lengths must be int32 or int64");
@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor> decode_attention_full(
   require(query_in.dim() == 4 && key_in.dim() == 4 && same_shape(key_in, value_in),
           "query and caches must have 4 dimensions, the caches the same shape");
   require(key_in.scalar_type() == value_in.scalar_type(), "the caches must have the same dtype");
-  Shape s{query_in.size(0), query_in.size(1), query_in.size(2),
-          key_in.size(2),   query_in.size(3), key_in.size(1)};
+  AttentionShape s{query_in.size(0), query_in.size(1), query_in.size(2),
+                   key_in.size(2),   query_in.size(3), key_in.size(1)};
   Pages pages;
   if (table) {
     pages = {*table, key_in, s.batch};

@@ -4,7 +4,7 @@
 namespace aigc_fast {
 namespace {
 
-std::vector<int64_t> read_positions(const Tensor& lengths, const Sizes& s) {
+std::vector<int64_t> read_positions(const Tensor& lengths, const DecoderSizes& s) {
   require(lengths.dim() == 1 && lengths.size(0) == s.batch && lengths.is_contiguous() &&
               lengths.scalar_type() == ScalarType::Int,
           "lengths must be int32 of shape (", s.batch, ",)");
@@ -43,7 +43,7 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
   const ScalarType dtype = hidden.scalar_type();
   require(dtype != ScalarType::Double, "hidden must be float32, bfloat16 or float16");
 
-  Sizes s{};
+  DecoderSizes s{};
   s.batch = hidden.size(0);
   s.hidden = hidden.size(1);
   const Tensor& cache = caches[0];
@@ -55,9 +55,9 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
   require(cache.scalar_type() != ScalarType::Double, "caches must be of 32, 16 or 8 bits");
   require(s.head_dim > 0 && s.head_dim % 2 == 0 && s.kv_heads > 0 && cache.stride(3) == 1,
           "caches must have an even, contiguous head_dim");
-  const int64_t attended = Weight(weights[2]).format.columns();
+  const int64_t attended = DecoderWeight(weights[2]).format.columns();
   s.heads = attended / s.head_dim;
-  s.inner = Weight(weights[5]).format.columns();
+  s.inner = DecoderWeight(weights[5]).format.columns();
   require(s.heads * s.head_dim == attended && s.heads % s.kv_heads == 0,
           "the output projection must take a multiple of the heads of the caches");
   for (const Tensor& t : caches)
@@ -96,15 +96,15 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
   std::vector<float> result;
   dispatch_cache(cache, [&]<class T>(T) {
     if constexpr (!std::is_same_v<T, double>) {
-      std::vector<Layer<T>> layers;
+      std::vector<DecoderLayer<T>> layers;
       for (size_t l = 0; l < num_layers; ++l) {
         const Tensor* w = &weights[kLayerTensors * l];
         const float* scale_of_keys = scales.data() + 2 * l * s.kv_heads;
-        const Layer<T>& layer = layers.emplace_back(
-            Layer<T>{norm(w[0]), Weight(w[1]), Weight(w[2]), norm(w[3]), Weight(w[4]), Weight(w[5]),
-                     mutable_data<T>(caches[2 * l]), mutable_data<T>(caches[2 * l + 1]),
-                     scale_of_keys, scale_of_keys + s.kv_heads});
-        auto fits = [](const Weight& weight, int64_t rows, int64_t columns) {
+        const DecoderLayer<T>& layer = layers.emplace_back(DecoderLayer<T>{
+            norm(w[0]), DecoderWeight(w[1]), DecoderWeight(w[2]), norm(w[3]), DecoderWeight(w[4]),
+            DecoderWeight(w[5]), mutable_data<T>(caches[2 * l]), mutable_data<T>(caches[2 * l + 1]),
+            scale_of_keys, scale_of_keys + s.kv_heads});
+        auto fits = [](const DecoderWeight& weight, int64_t rows, int64_t columns) {
           return weight.format.columns() == columns && weight.rows() - rows >= 0 &&
                  weight.rows() - rows < kTileRows;
         };
@@ -114,9 +114,10 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
                 "the weights of layer ", l, " do not fit together");
       }
       auto run = [&]<class P>(std::type_identity<P>) {
-        result = Step<P>(s, std::move(layers), positions, floats_of(hidden), data<float>(cos),
-                         data<float>(sin), eps, scale, quantize_activations)
-                     .run(norm(weights.back()));
+        result =
+            DecoderStep<P>(s, std::move(layers), positions, floats_of(hidden), data<float>(cos),
+                           data<float>(sin), eps, scale, quantize_activations)
+                .run(norm(weights.back()));
       };
 #if AIGC_AMX
       if constexpr (std::is_same_v<T, int8_t>)

@@ -13,20 +13,20 @@
 
 namespace aigc_fast {
 
-constexpr int64_t kKeys = 64;  // keys of an item of attention
+constexpr int64_t kKeysOfItem = 64;  // keys of an item of attention
 
 // P are the products of attention. Query and what attention gives have the type T of the caches
 // too, but not where it has one byte: they need no room.
 template <class P>
-class Step {
+class DecoderStep {
   using T = typename P::C;
   static constexpr int R = P::R;
   using Q = std::conditional_t<sizeof(T) == 1, float, T>;
 
  public:
-  Step(const Sizes& s, std::vector<Layer<T>> layers, std::vector<int64_t> positions,
-       std::vector<float> hidden, const float* cos, const float* sin, float eps, float scale,
-       bool as_codes)
+  DecoderStep(const DecoderSizes& s, std::vector<DecoderLayer<T>> layers,
+              std::vector<int64_t> positions, std::vector<float> hidden, const float* cos,
+              const float* sin, float eps, float scale, bool as_codes)
       : s_(s),
         layers_(std::move(layers)),
         positions_(std::move(positions)),
@@ -43,7 +43,7 @@ class Step {
         attended_(s.batch * s.heads * s.head_dim),
         inner_(s.batch * s.inner) {
     for (int64_t b = 0; b < s.batch; ++b) {
-      const int64_t splits = positions_[b] / kKeys + 1;
+      const int64_t splits = positions_[b] / kKeysOfItem + 1;
       for (int64_t h = 0; h < s.kv_heads; ++h)
         for (int64_t i = 0; i < splits; ++i) units_.push_back({b, h, i, splits});
       split_ = split_ || splits > 1;
@@ -53,7 +53,7 @@ class Step {
 
   // The last hidden states, (batch, hidden_size), normalised by `norm`.
   std::vector<float> run(const float* norm) {
-    Stages stages(kStages * layers_.size(), torch::stable::get_num_threads());
+    Stages stages(kLayerStages * layers_.size(), torch::stable::get_num_threads());
     // More parts than threads: each thread that comes gets at least one.
     torch::stable::parallel_for(0, items_, 1,
                                 [&](int64_t, int64_t) { Worker(*this, stages).run(); });
@@ -64,7 +64,7 @@ class Step {
 
  private:
   using Heads = Attention<P>;
-  Heads attention(const Layer<T>& layer, int64_t b, int64_t head) const {
+  Heads attention(const DecoderLayer<T>& layer, int64_t b, int64_t head) const {
     const int64_t at = (s_.pages.table ? 0 : b * s_.key_batch) + head * s_.key_head;
     return {{1, 1, s_.group(), 1, s_.head_dim, s_.capacity},
             {layer.keys + at, s_.key_batch, s_.key_seq, 0},
@@ -91,7 +91,7 @@ class Step {
   // What one thread needs beside what all share.
   class Worker {
    public:
-    Worker(Step& step, Stages& stages)
+    Worker(DecoderStep& step, Stages& stages)
         : step_(step),
           s_(step.s_),
           stages_(stages),
@@ -107,9 +107,9 @@ class Step {
     void run() {
       const size_t last = step_.layers_.size() - 1;
       for (size_t l = 0; l <= last; ++l) {
-        const Layer<T>& layer = step_.layers_[l];
-        const Weight& next = step_.layers_[std::min(l + 1, last)].qkv;
-        const int64_t first = kStages * l;
+        const DecoderLayer<T>& layer = step_.layers_[l];
+        const DecoderWeight& next = step_.layers_[std::min(l + 1, last)].qkv;
+        const int64_t first = kLayerStages * l;
         linear(
             first, layer.qkv, layer.output, layer.output.tiles,
             [&] { normed(layer.qkv, layer.attention_norm); },
@@ -142,8 +142,8 @@ class Step {
     // A product cut into items of consecutive tiles. `next` is the weight after it, of whose tiles
     // the first `next_tiles` are cut into shares.
     template <class Prepare, class Finish>
-    void linear(int64_t stage, const Weight& weight, const Weight& next, int64_t next_tiles,
-                Prepare&& prepare, Finish&& finish) {
+    void linear(int64_t stage, const DecoderWeight& weight, const DecoderWeight& next,
+                int64_t next_tiles, Prepare&& prepare, Finish&& finish) {
       const int64_t items = std::min(weight.tiles, step_.items_);
       stages_.run(
           stage, thread_, items, prepare,
@@ -163,14 +163,14 @@ class Step {
 
     // Asks for the beginnings of the tiles that this thread will multiply first: without it every
     // product starts with a few trips to memory.
-    void fetch(const Weight& weight, int64_t tiles) const {
+    void fetch(const DecoderWeight& weight, int64_t tiles) const {
       ask_for_tiles(weight.format, weight.blocks, stages_.first(thread_, tiles), tiles);
     }
 
     // silu(gate) * up; the gates are the first half of the tiles. A few tiles of one, then of the
     // other, for as many streams as a product takes.
-    void gated(int64_t stage, const Layer<T>& layer) {
-      const Weight& weight = layer.gate_up;
+    void gated(int64_t stage, const DecoderLayer<T>& layer) {
+      const DecoderWeight& weight = layer.gate_up;
       const int64_t tiles = weight.tiles / 2, threads = stages_.threads();
       // As many for each thread, none of more than kFew tiles.
       const int64_t items = (tiles + kFew * threads - 1) / (kFew * threads) * threads;
@@ -198,7 +198,7 @@ class Step {
           [&] { fetch(layer.down, layer.down.tiles); });
     }
 
-    void append(const Layer<T>& layer, int64_t b, int64_t head) {
+    void append(const DecoderLayer<T>& layer, int64_t b, int64_t head) {
       const int64_t dim = s_.head_dim;
       const float* packed = step_.packed_.data() + b * s_.packed();
       const int64_t at = s_.entry(b, step_.positions_[b]) + head * s_.key_head;
@@ -210,7 +210,7 @@ class Step {
       });
     }
 
-    void attend(const Layer<T>& layer, int64_t u) {
+    void attend(const DecoderLayer<T>& layer, int64_t u) {
       const auto [b, head, split, splits] = step_.units_[u];
       const int64_t position = step_.positions_[b], dim = s_.head_dim;
       const float* packed = step_.packed_.data() + b * s_.packed();
@@ -220,7 +220,7 @@ class Step {
       const Heads attention = step_.attention(layer, b, head);
       const HeadRows<Q> query(rotated_.data(), 0, 0, s_.head_dim);
       attention.load_queries(query, 0, 0, 0, s_.group(), aligned(query_));
-      const int64_t begin = split * kKeys, end = std::min(position + 1, begin + kKeys);
+      const int64_t begin = split * kKeysOfItem, end = std::min(position + 1, begin + kKeysOfItem);
       float* result =
           splits == 1 ? aligned(result_) : step_.results_.data() + u * step_.result_size();
       const AttentionUnit part{0, 0, 1, 0, s_.group(), begin, end};
@@ -228,9 +228,9 @@ class Step {
       if (splits == 1) write(attention, b, head, result, 1);
     }
 
-    void merge(const Layer<T>& layer, int64_t b, int64_t head) {
+    void merge(const DecoderLayer<T>& layer, int64_t b, int64_t head) {
       const auto unit = std::find_if(step_.units_.begin(), step_.units_.end(),
-                                     [&](const Unit& u) { return u.b == b && u.head == head; });
+                                     [&](const KeyShare& u) { return u.b == b && u.head == head; });
       if (unit->splits == 1) return;
       const int64_t first = unit - step_.units_.begin();
       write(step_.attention(layer, b, head), b, head,
@@ -258,7 +258,7 @@ class Step {
     }
 
     // The rows that the next product multiplies.
-    void normed(const Weight& weight, const float* norm) {
+    void normed(const DecoderWeight& weight, const float* norm) {
       activations_.reset(weight.format, s_.batch);
       for (int64_t b = 0; b < s_.batch; ++b) {
         step_.normalize(b, norm, normed_.data());
@@ -266,7 +266,7 @@ class Step {
       }
     }
     template <class X>
-    void given(const Weight& weight, const std::vector<X>& rows) {
+    void given(const DecoderWeight& weight, const std::vector<X>& rows) {
       const int64_t width = rows.size() / s_.batch;
       activations_.reset(weight.format, s_.batch);
       for (int64_t b = 0; b < s_.batch; ++b) activations_.set(b, rows.data() + b * width, width);
@@ -286,8 +286,8 @@ class Step {
       return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(v.data()) + 63) / 64 * 64);
     }
 
-    Step& step_;
-    const Sizes& s_;
+    DecoderStep& step_;
+    const DecoderSizes& s_;
     Stages& stages_;
     int64_t thread_;
     [[no_unique_address]] typename P::Thread products_;
@@ -297,14 +297,14 @@ class Step {
     std::vector<float> query_, result_, lse_;
   };
 
-  Sizes s_;
-  std::vector<Layer<T>> layers_;
+  DecoderSizes s_;
+  std::vector<DecoderLayer<T>> layers_;
   std::vector<int64_t> positions_;
   const float *cos_, *sin_;
   float eps_, scale_;
   bool as_codes_, shared_, split_ = false;
   int64_t items_;
-  std::vector<Unit> units_;
+  std::vector<KeyShare> units_;
   std::vector<float> residual_, packed_;
   std::vector<Q> attended_;
   std::vector<float> inner_, results_;

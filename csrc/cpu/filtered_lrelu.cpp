@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kWord = 32;  // pixels of a word of bits
 
 // The bits of a plane: [height][negative, clamped][words].
-struct Bits2 {
+struct PlaneBits {
   uint32_t* at = nullptr;
   int64_t words;
 
@@ -39,7 +39,7 @@ void activate_row(const A* from, int64_t size, A slope, A limit, A* to) {
 
 // The same, and its bits.
 template <class A>
-void activate_row(const A* from, int64_t size, A slope, A limit, A* to, const Bits2& bits,
+void activate_row(const A* from, int64_t size, A slope, A limit, A* to, const PlaneBits& bits,
                   int64_t number) {
   for (int64_t j = 0; j < size; j += kWord) {
     uint32_t negative = 0, clamped = 0;
@@ -58,7 +58,8 @@ void activate_row(const A* from, int64_t size, A slope, A limit, A* to, const Bi
 
 // to = from times the derivative of activate_row.
 template <class A>
-void apply_bits(const A* from, int64_t size, A slope, const Bits2& bits, int64_t number, A* to) {
+void apply_bits(const A* from, int64_t size, A slope, const PlaneBits& bits, int64_t number,
+                A* to) {
   for (int64_t j = 0; j < size; j += kWord) {
     const uint32_t negative = bits.negative(number)[j / kWord];
     const uint32_t clamped = bits.clamped(number)[j / kWord];
@@ -71,7 +72,7 @@ void apply_bits(const A* from, int64_t size, A slope, const Bits2& bits, int64_t
 }
 
 // What the operator and its derivative share: two filters, and something done to the rows between.
-struct Stages {
+struct TwoFilters {
   Axis first_x, first_y, second_x, second_y;
   int64_t planes;
 
@@ -79,8 +80,8 @@ struct Stages {
   int64_t width() const { return first_x.out; }
   int64_t words() const { return (width() + kWord - 1) / kWord; }
 
-  Stages(const Tensor& x, const Tensor& first, const Tensor& second,
-         const std::vector<int64_t>& g) {
+  TwoFilters(const Tensor& x, const Tensor& first, const Tensor& second,
+             const std::vector<int64_t>& g) {
     require(x.dim() == 4, "x must have 4 dimensions");
     require(x.size(2) > 0 && x.size(3) > 0, "x must have at least one pixel");
     check_filter(first, "up_filter");
@@ -157,7 +158,7 @@ std::tuple<Tensor, Tensor> filtered_lrelu(const Tensor& x_in, const Tensor& up_f
   require(!bias || bias->scalar_type() == x_in.scalar_type(), "bias must have the dtype of x");
   require(geometry.size() == 8 || geometry.size() == 12, "geometry must have 8 or 12 numbers");
   geometry.resize(12);  // the second filter has no padding
-  const Stages s(x_in, up_filter, down_filter, geometry);
+  const TwoFilters s(x_in, up_filter, down_filter, geometry);
   const Tensor x = as_contiguous(x_in);
   const int64_t n = x.size(0), c = x.size(1), height = s.height(), words = s.words();
   Tensor y = empty({n, c, s.second_y.out, s.second_x.out}, x.scalar_type());
@@ -172,7 +173,7 @@ std::tuple<Tensor, Tensor> filtered_lrelu(const Tensor& x_in, const Tensor& up_f
     const A limit = clamp ? A(*clamp) : std::numeric_limits<A>::infinity();
     s.run<T>(x, bias, up_filter, down_filter, flip, gain, y,
              [&](const A* from, int64_t plane, int64_t number, bool own, A* to) {
-               const Bits2 of_plane{bits + plane * height * 2 * words, words};
+               const PlaneBits of_plane{bits + plane * height * 2 * words, words};
                if (keep_mask && own) {
                  activate_row<A>(from, s.width(), A(slope), limit, to, of_plane, number);
                } else {
@@ -186,20 +187,20 @@ std::tuple<Tensor, Tensor> filtered_lrelu(const Tensor& x_in, const Tensor& up_f
 Tensor filtered_mask(const Tensor& x_in, const Tensor& mask_in, const Tensor& first,
                      const Tensor& second, std::vector<int64_t> geometry, bool flip, double gain,
                      double slope) {
-  const Stages s(x_in, first, second, geometry);
+  const TwoFilters s(x_in, first, second, geometry);
   const Tensor x = as_contiguous(x_in), mask = as_contiguous(mask_in);
   require(mask.scalar_type() == ScalarType::Int &&
               mask.numel() == s.planes * s.height() * 2 * s.words(),
           "mask must have two bits for each pixel between the filters");
   Tensor y = empty({x.size(0), x.size(1), s.second_y.out, s.second_x.out}, x.scalar_type());
   if (y.numel() == 0) return in_layout_of(x_in, y);
-  // Only read; const_cast because Bits2 serves both.
+  // Only read; const_cast because PlaneBits serves both.
   uint32_t* bits = static_cast<uint32_t*>(const_cast<void*>(mask.const_data_ptr()));
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
     s.run<T>(x, {}, first, second, flip, gain, y,
              [&](const A* from, int64_t plane, int64_t number, bool, A* to) {
-               const Bits2 of_plane{bits + plane * s.height() * 2 * s.words(), s.words()};
+               const PlaneBits of_plane{bits + plane * s.height() * 2 * s.words(), s.words()};
                apply_bits<A>(from, s.width(), A(slope), of_plane, number, to);
              });
   });

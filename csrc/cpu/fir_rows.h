@@ -32,7 +32,7 @@ AIGC_INLINE Vec<A> every_second(Vec<A> a, Vec<A> b, int first) {
 // Zeros that begin at a multiple of a vector: one that spans two lines of the cache takes twice as
 // long to load.
 template <class A>
-class Vectors {
+class AlignedBuffer {
  public:
   void resize(int64_t elements) { memory_.resize((elements + kLanes<A> - 1) / kLanes<A>); }
   A* data() { return reinterpret_cast<A*>(memory_.data()); }
@@ -58,7 +58,7 @@ class RowFilter {
         step_(fir.x.down / std::gcd(fir.x.up, fir.x.down)),
         columns_((fir.x.out + phases_ - 1) / phases_),
         stride_(whole(columns_)),
-        ring_((fir.y.taps - 1 + (kRows - 1) * fir.y.down) / fir.y.up + 1),
+        ring_((fir.y.taps - 1 + (kBlockRows - 1) * fir.y.down) / fir.y.up + 1),
         along_first_(fir.separable && fir.y.up > fir.y.down) {
     const Axis& x = fir.x;
     int64_t highest;
@@ -78,7 +78,7 @@ class RowFilter {
     }
     lines_.resize((ring_ + 1) * line_);  // the last stays zero, for rows beyond the plane
     sums_stride_ = std::max(line_, phases_ * stride_);
-    sums_.resize(kRows * sums_stride_);
+    sums_.resize(kBlockRows * sums_stride_);
     phase_.resize(phases_ * stride_), result_.resize(phases_ * stride_);
     blocks_.resize(fir.y.up);
     for (int64_t tap = 0; tap < fir.y.up; ++tap) blocks_[tap] = block_from(tap);
@@ -113,15 +113,15 @@ class RowFilter {
 
   // The block whose first row reads its first input row through `tap`; for `at`, how many rows
   // further each is.
-  Block block_from(int64_t tap) const {
+  RowBlock block_from(int64_t tap) const {
     const Axis& y = fir_.y;
     const int64_t weights = fir_.separable ? 1 : fir_.x.taps;  // of a row of the filter
-    Block block;
+    RowBlock block;
     block.step = y.down * weights;
     int kind = 0;
-    for (int64_t r = 0; tap < y.taps + (kRows - 1) * y.down; ++r, tap += y.up) {
+    for (int64_t r = 0; tap < y.taps + (kBlockRows - 1) * y.down; ++r, tap += y.up) {
       const int64_t first = tap < y.taps ? 0 : (tap - y.taps) / y.down + 1;
-      const int64_t beyond = std::min<int64_t>(kRows, tap / y.down + 1);
+      const int64_t beyond = std::min<int64_t>(kBlockRows, tap / y.down + 1);
       if (first >= beyond) continue;
       while (kReaders[kind] != std::pair<int, int>(first, beyond))
         block.ends[kind++] = block.rows.size();
@@ -145,7 +145,7 @@ class RowFilter {
       row.at = (!inside ? ring_ : in_ring < ring_ ? in_ring : in_ring - ring_) * line_;
       if (inside && i >= filled_) fill(i, lines_.data() + row.at, read), filled_ = i + 1;
     }
-    first_ = o, made_ = o + kRows;
+    first_ = o, made_ = o + kBlockRows;
     static const std::vector<Taps> kColumn{{{0, 0}}};
     const A* weights = fir_.separable ? fir_.vertical.data() : fir_.taps.data();
     A* to = sums_.data();
@@ -226,10 +226,10 @@ class RowFilter {
   // elements of a part; of a line: its size, and the elements that are summed.
   int64_t lowest_, before_, length_, line_, width_, sums_stride_;
   int64_t filled_ = 0, made_ = 0, first_ = 0;  // input rows so far; rows in sums_
-  Vectors<A> lines_, sums_, plain_, split_, phase_, result_;
-  std::vector<Block> blocks_;
+  AlignedBuffer<A> lines_, sums_, plain_, split_, phase_, result_;
+  std::vector<RowBlock> blocks_;
   std::vector<Taps> plan_;  // of each phase
-  Block now_;
+  RowBlock now_;
 };
 
 }  // namespace aigc_fast

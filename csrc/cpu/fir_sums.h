@@ -35,15 +35,15 @@ void sum_row(const A* from, const Taps& taps, const A* weights, int64_t size, A*
 }
 
 // Rows of the result that are made at a time: what is loaded for one serves the others.
-constexpr int kRows = 4;
+constexpr int kBlockRows = 4;
 // Which of them read a row: [first, beyond), in the order in which the rows come.
 constexpr std::pair<int, int> kReaders[] = {{0, 1}, {0, 2}, {0, 3}, {0, 4}, {1, 2},
                                             {1, 3}, {1, 4}, {2, 3}, {2, 4}, {3, 4}};
 constexpr int kKinds = std::size(kReaders);
 
-// The rows that a block of kRows reads, by their readers: those of kind k end at ends[k]. `weight`
-// is that of the block's first row, and of each further row `step` less.
-struct Block {
+// The rows that a block of kBlockRows reads, by their readers: those of kind k end at ends[k].
+// `weight` is that of the block's first row, and of each further row `step` less.
+struct RowBlock {
   Taps rows;
   int64_t ends[kKinds], step;
 };
@@ -51,10 +51,10 @@ struct Block {
 // N vectors of the block's rows, which are `stride` apart: the sums of
 // from[row.at + column.at] * weights[row.weight + column.weight].
 template <int N, class A>
-AIGC_INLINE void sum_block_tile(const A* from, const Block& block, const Taps& columns,
+AIGC_INLINE void sum_block_tile(const A* from, const RowBlock& block, const Taps& columns,
                                 const A* weights, A* to, int64_t stride) {
   constexpr int lanes = kLanes<A>;
-  Vec<A> sums[kRows][N] = {};
+  Vec<A> sums[kBlockRows][N] = {};
   int64_t r = 0;
   const auto add = [&]<int kind>(std::integral_constant<int, kind>) __attribute__((always_inline)) {
     for (; r < block.ends[kind]; ++r)
@@ -74,12 +74,12 @@ AIGC_INLINE void sum_block_tile(const A* from, const Block& block, const Taps& c
     (add(std::integral_constant<int, kind>{}), ...);
   }(std::make_integer_sequence<int, kKinds>{});
 #pragma GCC unroll 4
-  for (int m = 0; m < kRows; ++m)
+  for (int m = 0; m < kBlockRows; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) store(to + m * stride + n * lanes, sums[m][n]);
 }
 template <class A>
-void sum_block(const A* from, const Block& block, const Taps& columns, const A* weights,
+void sum_block(const A* from, const RowBlock& block, const Taps& columns, const A* weights,
                int64_t size, A* to, int64_t stride) {
   // Vectors at a time: with 32 registers there is room for the sums of four, else of two.
   constexpr int lanes = kLanes<A>, kBatch = kVectorBytes == 64 ? 4 : 2;

@@ -12,10 +12,10 @@
 namespace aigc_fast {
 
 // Elements of a piece, and fewest rows of one in channels_last.
-constexpr int64_t kPiece = 4096, kMinRows = 32;
+constexpr int64_t kGroupPiece = 4096, kMinPieceRows = 32;
 // Bytes of a group that stay in the L2 cache beside what is written, and the fewest groups that
 // are worth a unit each: with fewer, pieces of a group go to different threads.
-constexpr int64_t kCached = 512 << 10, kMinUnits = 16;
+constexpr int64_t kCachedBytes = 512 << 10, kMinGroups = 16;
 
 struct GroupShape {
   int64_t batch, channels, spatial, groups;
@@ -25,11 +25,12 @@ struct GroupShape {
   int64_t group_size() const { return width() * spatial; }  // elements of one
   int64_t units() const { return batch * groups; }
   int64_t rows() const {  // of a piece in channels_last
-    return std::max(kMinRows, 2 * kPiece / channels);
+    return std::max(kMinPieceRows, 2 * kGroupPiece / channels);
   }
   int64_t row_pieces() const { return (spatial + rows() - 1) / rows(); }
   bool cached(int64_t item) const {
-    return group_size() * item <= kCached && (units() >= kMinUnits || group_size() <= kPiece);
+    return group_size() * item <= kCachedBytes &&
+           (units() >= kMinGroups || group_size() <= kGroupPiece);
   }
 };
 

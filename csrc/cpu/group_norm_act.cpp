@@ -15,10 +15,11 @@ struct Forward : GroupNormCall<T> {
   T* y;
   double eps;
 
-  int64_t pieces() const { return (s.group_size() + kPiece - 1) / kPiece; }
+  int64_t pieces() const { return (s.group_size() + kGroupPiece - 1) / kGroupPiece; }
   Moments look(int64_t u, int64_t piece) const {
-    const int64_t begin = piece * kPiece;
-    return moments(this->x + u * s.group_size() + begin, std::min(kPiece, s.group_size() - begin));
+    const int64_t begin = piece * kGroupPiece;
+    return moments(this->x + u * s.group_size() + begin,
+                   std::min(kGroupPiece, s.group_size() - begin));
   }
   void conclude(int64_t u, const Moments& m) const {
     this->mean[u] = A(m.mean);
@@ -45,15 +46,15 @@ struct Forward : GroupNormCall<T> {
     }
     const int64_t n = pieces();
     std::vector<Moments> found(s.units() * n);
-    in_parallel(s.units() * n, kPiece, [&](int64_t i) { found[i] = look(i / n, i % n); });
+    in_parallel(s.units() * n, kGroupPiece, [&](int64_t i) { found[i] = look(i / n, i % n); });
     for (int64_t u = 0; u < s.units(); ++u) {
       Moments total = found[u * n];
       for (int64_t p = 1; p < n; ++p) total.add(found[u * n + p]);
       conclude(u, total);
     }
-    in_parallel(s.units() * n, kPiece, [&](int64_t i) {
-      const int64_t begin = i % n * kPiece;
-      write(i / n, begin, std::min(begin + kPiece, s.group_size()));
+    in_parallel(s.units() * n, kGroupPiece, [&](int64_t i) {
+      const int64_t begin = i % n * kGroupPiece;
+      write(i / n, begin, std::min(begin + kGroupPiece, s.group_size()));
     });
   }
   void channels_last() const {

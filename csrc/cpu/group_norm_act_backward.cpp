@@ -42,15 +42,15 @@ struct Backward : GroupNormCall<T> {
     for (int k = 0; k < 2; ++k) group_sums[k][u] = A(total[k] / s.group_size());
   }
   void contiguous() {
-    const int64_t n = (s.spatial + kPiece - 1) / kPiece, width = s.width();
+    const int64_t n = (s.spatial + kGroupPiece - 1) / kGroupPiece, width = s.width();
     partial.resize(2 * s.batch * s.channels * n);
     // Row r is a channel of a sample.
     auto look = [&](int64_t r, int64_t piece) {
-      const int64_t c = r % s.channels, u = r / width, begin = piece * kPiece;
+      const int64_t c = r % s.channels, u = r / width, begin = piece * kGroupPiece;
       const Vec<A> mean = broadcast(this->mean[u]), rstd = broadcast(this->rstd[u]);
       const Vec<A> weight = broadcast(this->weight[c]), bias = broadcast(this->bias[c]);
       const int64_t at = r * s.spatial + begin;
-      const auto found = sum_row<T, 2, 2>(std::min(kPiece, s.spatial - begin),
+      const auto found = sum_row<T, 2, 2>(std::min(kGroupPiece, s.spatial - begin),
                                           {this->x + at, dy + at}, 0, [=](auto& v, Vec<A>* to) {
                                             const Terms t =
                                                 terms(v[0], v[1], mean, rstd, weight, bias);
@@ -65,12 +65,12 @@ struct Backward : GroupNormCall<T> {
       conclude(u);
     };
     auto write = [&](int64_t r, int64_t piece) {
-      const int64_t c = r % s.channels, u = r / width, begin = piece * kPiece;
+      const int64_t c = r % s.channels, u = r / width, begin = piece * kGroupPiece;
       const Vec<A> mean = broadcast(this->mean[u]), rstd = broadcast(this->rstd[u]);
       const Vec<A> weight = broadcast(this->weight[c]), bias = broadcast(this->bias[c]);
       const A s1 = group_sums[0][u], s2 = group_sums[1][u];
       const int64_t at = r * s.spatial + begin;
-      map_row<T, 2>(std::min(kPiece, s.spatial - begin), {this->x + at, dy + at}, dx + at,
+      map_row<T, 2>(std::min(kGroupPiece, s.spatial - begin), {this->x + at, dy + at}, dx + at,
                     [=](auto& v) {
                       const Terms t = terms(v[0], v[1], mean, rstd, weight, bias);
                       return (t.grad * weight - s1 - t.normed * s2) * rstd;
@@ -83,7 +83,7 @@ struct Backward : GroupNormCall<T> {
         for (int64_t i = u * width * n; i < (u + 1) * width * n; ++i) write(i / n, i % n);
       });
     } else {
-      const int64_t all = s.batch * s.channels * n, size = std::min(kPiece, s.spatial);
+      const int64_t all = s.batch * s.channels * n, size = std::min(kGroupPiece, s.spatial);
       in_parallel(all, size, [&](int64_t i) { look(i / n, i % n); });
       in_parallel(s.units(), width * n, total);
       in_parallel(all, size, [&](int64_t i) { write(i / n, i % n); });

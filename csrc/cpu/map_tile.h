@@ -71,7 +71,7 @@ struct Places {
 
 // Two vectors of elements, and what they add to N sums.
 template <class T, int N, class Sum>
-struct Step {
+struct TilePair {
   static constexpr int64_t kPair = 2 * kLanes<Acc<T>>;
   Sum first[N + 1] = {}, second[N + 1] = {};
 
@@ -103,7 +103,7 @@ template <class T, int N, class Sum, int X, int Y, int V, class F>
 [[gnu::noinline]] void take_run(Places<T, X, Y> places, int64_t count, int64_t next,
                                 const Vectors<Acc<T>, V>& values, Wide<Acc<T>>* totals, F f) {
   using A = Acc<T>;
-  using S = Step<T, N, Sum>;
+  using S = TilePair<T, N, Sum>;
   // In fp64 there is no need of short chains.
   constexpr int64_t pair = S::kPair, chain = std::is_same_v<Sum, Vec<A>> ? kChainAlong : 64;
   constexpr int64_t ahead = kAhead<T>;
@@ -147,7 +147,7 @@ template <class T, int N, class Sum, int V, int X, int Y, class Count, class F>
   }
   const int64_t past = rows * pitch;
   for (int64_t i = 0; i < past;) {
-    Step<T, N, Sum> step;
+    TilePair<T, N, Sum> step;
     const bool all = N == 0 || !std::is_same_v<Sum, Vec<A>>;
     const int64_t end = all ? past : std::min(past, i + kChain * pitch);
     for (; i < end; i += pitch) step.take(places, i, n, p, q, past, f);
@@ -168,7 +168,7 @@ template <int N, class Sum, class T, int X, int Y, int V, class F>
 void map_tile(const Tile& tile, const Values<Acc<T>, V>& values, const Places<T, X, Y>& places,
               double* sums, int64_t columns, const F& f) {
   using A = Acc<T>;
-  constexpr int64_t pair = Step<T, N, Sum>::kPair;
+  constexpr int64_t pair = TilePair<T, N, Sum>::kPair;
   if (!tile.norms.across()) {
     for (int64_t j = 0; j < tile.width; ++j) {
       Vectors<A, V> p;

@@ -1,5 +1,6 @@
 // Numbers of one byte, as caches hold them: int8 and the two formats of fp8. Read as pairs of
-// vectors, the first half and the second (vector_pair.h), in units of kUnit; written as vectors.
+// vectors, the first half and the second (vector_pair.h), in units of kCacheUnit; written as
+// vectors.
 #pragma once
 
 #include <aigc_fast/vec.h>
@@ -15,7 +16,7 @@ struct e5m2 {
 
 // What a loaded number is to be multiplied by: a factor on a whole sum costs nothing.
 template <class T>
-constexpr float kUnit = std::is_same_v<T, e4m3> ? 256 : 1;
+constexpr float kCacheUnit = std::is_same_v<T, e4m3> ? 256 : 1;
 
 // The bits of an fp16 that is the number, for e4m3 times 2^-8: I is int16_t, or vectors of it, that
 // hold the byte with its sign extended.
@@ -34,7 +35,7 @@ AIGC_INLINE float half_value(int16_t bits) {
   return static_cast<float>(value);
 }
 
-// In units of kUnit<T>.
+// In units of kCacheUnit<T>.
 template <class T>
 AIGC_INLINE double to_double(T x) {
   if constexpr (std::is_same_v<T, int8_t>) {

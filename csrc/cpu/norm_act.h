@@ -40,7 +40,7 @@ inline ScalarType sums_type(const Tensor& x) {
 }
 
 // What every element needs of its norm. Further values of a direction follow.
-enum Value { kMean, kRstd, kScale, kBias, kValues };
+enum NormValue { kMean, kRstd, kScale, kBias, kValues };
 
 template <class A, int V>
 struct NormCall {

@@ -31,9 +31,9 @@ inline Norms norms_of_channels(const Tensor& x) {
 }
 
 // Elements of a tile of several norms, and norms of it at most where they lie side by side.
-constexpr int64_t kTile = 2048, kColumns = 256;
+constexpr int64_t kTileElements = 2048, kTileNorms = 256;
 // Elements that stay in the L2 cache between the sums and the writing.
-constexpr int64_t kUnit = 65536;
+constexpr int64_t kUnitElements = 65536;
 // Numbers of neighbouring norms are read in pairs of vectors: as many follow the last.
 constexpr int64_t kExcess = 32;
 
@@ -72,16 +72,16 @@ struct Cut {
 
   explicit Cut(const Norms& n) : norms(n) {
     if (n.across()) {
-      const int64_t fits = kUnit / std::max<int64_t>(1, n.rows) / 64 * 64;
-      width = fits < 64 ? kColumns : std::min(kColumns, fits);
+      const int64_t fits = kUnitElements / std::max<int64_t>(1, n.rows) / 64 * 64;
+      width = fits < 64 ? kTileNorms : std::min(kTileNorms, fits);
     } else {
-      width = kTile / std::max<int64_t>(1, n.count());
+      width = kTileElements / std::max<int64_t>(1, n.count());
     }
     width = std::max<int64_t>(1, std::min(n.channels, width));
     across = (n.channels + width - 1) / width;
     units = n.samples * across;
-    const bool cached = n.count() * width <= kUnit || (!n.across() && units >= 32);
-    piece = cached ? std::max<int64_t>(1, n.count()) : std::max<int64_t>(1, kUnit / width);
+    const bool cached = n.count() * width <= kUnitElements || (!n.across() && units >= 32);
+    piece = cached ? std::max<int64_t>(1, n.count()) : std::max<int64_t>(1, kUnitElements / width);
     pieces = std::max<int64_t>(1, (n.count() + piece - 1) / piece);
   }
   // Sums of a unit: how far those of one kind lie from the next.
@@ -97,7 +97,7 @@ struct Cut {
   template <class F>
   void for_tiles(Tile whole, F&& f) const {
     if (!norms.across()) return f(whole);
-    const int64_t height = kTile / std::max(kExcess, whole.width);
+    const int64_t height = kTileElements / std::max(kExcess, whole.width);
     for (int64_t e = whole.first; e < whole.last; e += height)
       f(Tile{norms, whole.sample, whole.channel, whole.width, e, std::min(whole.last, e + height)});
   }

@@ -203,7 +203,7 @@ constexpr int kRows = 8 / kParts;
 
 template <int bits, bool has_minimum, int group_size, bool as_codes>
 void multiply(const QuantizedFormat& f, const uint8_t* blocks, const Activations& x, int64_t rows,
-              int64_t tile, int64_t end, const Finish& finish) {
+              int64_t tile, int64_t end, const TileFinish& finish) {
   auto run = [&]<int N, int M>(int64_t first, std::integral_constant<int, N>,
                                std::integral_constant<int, M>) {
     alignas(64) float results[N * M * kTileRows];
@@ -286,7 +286,7 @@ void ask_for_tiles(const QuantizedFormat& f, const uint8_t* blocks, int64_t begi
 }
 
 void multiply_tiles(const QuantizedFormat& f, const uint8_t* blocks, const Activations& x,
-                    int64_t rows, int64_t begin, int64_t end, const Finish& finish) {
+                    int64_t rows, int64_t begin, int64_t end, const TileFinish& finish) {
   with_format(f, [&](auto bits, auto has_minimum, auto group_size) {
     auto* run = x.as_codes() ? &multiply<bits, has_minimum, group_size, true>
                              : &multiply<bits, has_minimum, group_size, false>;

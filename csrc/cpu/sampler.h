@@ -10,7 +10,7 @@
 namespace aigc_fast {
 
 // 128 k logits have 1002 blocks: enough for every usual top_k, and few to select from.
-constexpr int64_t kBlock = 128;
+constexpr int64_t kLogitBlock = 128;
 
 struct Settings {
   float temperature, top_k, top_p, min_p, typical_p, repetition, presence, frequency;
@@ -29,17 +29,18 @@ class Sampler {
   bool scan(const float* logits, int64_t size) {
     x = logits;
     vocab = size;
-    maxima.resize((size + kBlock - 1) / kBlock);
+    maxima.resize((size + kLogitBlock - 1) / kLogitBlock);
     Vec<int32_t> good = ~Vec<int32_t>{};
     F all = broadcast(-kInfinity);
     for (size_t b = 0; b < maxima.size(); ++b) {
-      const float* p = x + b * kBlock;
+      const float* p = x + b * kLogitBlock;
       F block = broadcast(-kInfinity);
-      for_vectors<float>(std::min(kBlock, size - int64_t(b) * kBlock), [&](int64_t i, auto n) {
-        const F v = load_or_inf(p + i, n);
-        good &= v < kInfinity;  // false for NaN
-        block = max<float>(block, v);
-      });
+      for_vectors<float>(std::min(kLogitBlock, size - int64_t(b) * kLogitBlock),
+                         [&](int64_t i, auto n) {
+                           const F v = load_or_inf(p + i, n);
+                           good &= v < kInfinity;  // false for NaN
+                           block = max<float>(block, v);
+                         });
       maxima[b] = max_lanes(block);
       all = max<float>(all, block);
     }
@@ -63,7 +64,7 @@ class Sampler {
 
   int64_t argmax() const {
     const int64_t block = std::find(maxima.begin(), maxima.end(), largest) - maxima.begin();
-    return std::find(x + block * kBlock, x + vocab, largest) - x;
+    return std::find(x + block * kLogitBlock, x + vocab, largest) - x;
   }
 
   int64_t sample(const Settings& s, uint64_t seed, uint64_t step) {
@@ -110,8 +111,8 @@ class Sampler {
     items.clear();
     for (size_t b = 0; b < maxima.size(); ++b) {
       if (!pass(broadcast(maxima[b]))[0]) continue;
-      const int64_t begin = b * kBlock;
-      for_vectors<float>(std::min(kBlock, vocab - begin), [&](int64_t i, auto n) {
+      const int64_t begin = b * kLogitBlock;
+      for_vectors<float>(std::min(kLogitBlock, vocab - begin), [&](int64_t i, auto n) {
         const F v = load_or_inf(x + begin + i, n);
         for (uint32_t lanes = bits_of(pass(v) & (v > -kInfinity)); lanes; lanes &= lanes - 1) {
           const int64_t token = begin + i + __builtin_ctz(lanes);
@@ -142,18 +143,19 @@ class Sampler {
     std::vector<int64_t> bins(count);
     for (size_t b = 0; b < maxima.size(); ++b) {
       if (!(scaled(maxima[b]) > kWeightless)) continue;
-      const float* p = x + b * kBlock;
-      for_vectors<float>(std::min(kBlock, vocab - int64_t(b) * kBlock), [&](int64_t i, auto n) {
-        const F y = max<float>(scaled(load_or_inf(p + i, n)), broadcast(kWeightless));
-        const gumbel::Weights w = gumbel::weights(y);
-        const Vec<int32_t> bin = __builtin_convertvector(y * float(-kBins), Vec<int32_t>);
-        int64_t weight[gumbel::kWidth];
-        int32_t to[gumbel::kWidth];  // GCC would write the vector out for each bin[j]
-        std::memcpy(weight, &w, sizeof weight);
-        std::memcpy(to, &bin, sizeof to);
+      const float* p = x + b * kLogitBlock;
+      for_vectors<float>(
+          std::min(kLogitBlock, vocab - int64_t(b) * kLogitBlock), [&](int64_t i, auto n) {
+            const F y = max<float>(scaled(load_or_inf(p + i, n)), broadcast(kWeightless));
+            const gumbel::Weights w = gumbel::weights(y);
+            const Vec<int32_t> bin = __builtin_convertvector(y * float(-kBins), Vec<int32_t>);
+            int64_t weight[gumbel::kWidth];
+            int32_t to[gumbel::kWidth];  // GCC would write the vector out for each bin[j]
+            std::memcpy(weight, &w, sizeof weight);
+            std::memcpy(to, &bin, sizeof to);
 #pragma GCC unroll 16
-        for (int j = 0; j < gumbel::kWidth; ++j) bins[to[j]] += weight[j];
-      });
+            for (int j = 0; j < gumbel::kWidth; ++j) bins[to[j]] += weight[j];
+          });
     }
     int64_t total = 0, sum = 0;
     for (int64_t mass : bins) total += mass;
@@ -213,13 +215,13 @@ class Sampler {
   }
 
   int64_t draw(uint64_t seed, uint64_t step) const {
-    Best best;
+    BestToken best;
     for_items(0, items.size(), [&](F y, U t) { best.offer(y, t, gumbel::noise(t, step, seed)); });
     return best.result();
   }
 
   int64_t draw_from_all(uint64_t seed, uint64_t step) const {
-    Best best;
+    BestToken best;
     U lane;
     for (int i = 0; i < gumbel::kWidth; ++i) lane[i] = i;
     float tail[64];

@@ -122,7 +122,7 @@ inline float reaching(std::vector<Near>& tokens, int64_t enough) {
 }
 
 // The largest y + noise, and of equal ones the lowest token.
-struct Best {
+struct BestToken {
   F score = broadcast(-kInfinity);
   U token = {};
 

@@ -18,7 +18,7 @@ void check_gradient(const Tensor& gradient, const Tensor& x) {
 }
 
 // What every element needs of its channel; b = 1 / (beta + eps). Further values may follow.
-enum Value { kAlpha, kB, kValues };
+enum ChannelValue { kAlpha, kB, kValues };
 
 template <class A, int V>
 Values<A, V> values_of(const Norms& channels, const Tensor& alpha,

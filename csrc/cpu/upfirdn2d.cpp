@@ -60,7 +60,7 @@ void contiguous_rows(const Job<T>& job, RowFilter<A>& filter, int64_t plane, int
 }
 
 template <class T, class A>
-struct Tap {
+struct PixelTap {
   const T* from;
   A weight;
 };
@@ -90,8 +90,8 @@ void channels_last_row(const Job<T>& job, int64_t n, int64_t o) {
       store(result.data() + j, sum, lanes);
     });
   };
-  std::vector<Tap<A, A>> mixed_taps;
-  std::vector<Tap<T, A>> taps;
+  std::vector<PixelTap<A, A>> mixed_taps;
+  std::vector<PixelTap<T, A>> taps;
   for (int64_t ox = 0; ox < x.out; ++ox) {
     mixed_taps.clear(), taps.clear();
     for (int64_t k = 0; k < x.taps; ++k) {

@@ -100,7 +100,7 @@ void meet(const A* x, const Panels<A>& panels, int64_t panel, Best<A>* best) {
 std::tuple<Tensor, Tensor, Tensor> vector_quantize(const Tensor& x_in, const Tensor& codebook_in) {
   check_codebook(x_in, codebook_in);
   const Tensor x = as_contiguous(x_in), codebook = as_contiguous(codebook_in);
-  const Vectors rows(x);
+  const FeatureVectors rows(x);
   const bool wide = x.scalar_type() == ScalarType::Double;
   Tensor quantized = empty_like_dense(x);
   Tensor distances = empty({rows.outer, rows.inner}, wide ? ScalarType::Double : ScalarType::Float);
@@ -110,12 +110,13 @@ std::tuple<Tensor, Tensor, Tensor> vector_quantize(const Tensor& x_in, const Ten
     using A = Acc<T>;
     const T *from = data<T>(x), *codes = data<T>(codebook);
     const Panels<A> panels(codes, codebook.size(0), rows.dim);
-    const int64_t blocks = (rows.count() + kBlock - 1) / kBlock, dim = rows.dim;
+    const int64_t blocks = (rows.count() + kVectorBlock - 1) / kVectorBlock, dim = rows.dim;
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      std::vector<A> block(kBlock * dim), nearest(kBlock * dim);
-      std::vector<Best<A>> best(kBlock);
+      std::vector<A> block(kVectorBlock * dim), nearest(kVectorBlock * dim);
+      std::vector<Best<A>> best(kVectorBlock);
       for (int64_t b = begin; b < end; ++b) {
-        const int64_t first = b * kBlock, count = std::min(kBlock, rows.count() - first);
+        const int64_t first = b * kVectorBlock,
+                      count = std::min(kVectorBlock, rows.count() - first);
         rows.gather(from, first, count, block.data());
         std::fill(best.begin(), best.end(), Best<A>{});
         for (int64_t panel = 0; panel < panels.count; ++panel)

@@ -20,7 +20,8 @@ AIGC_INLINE Vec<A> rounded(const Wide<A>& v) {
 
 // out[code] = sum of term(n, code, its features from i on, i, lanes) over the vectors n of a code.
 template <class T, class To, class F>
-void sum_codes(const Vectors& vectors, const Tensor& x, const Buckets& buckets, To* out, F&& term) {
+void sum_codes(const FeatureVectors& vectors, const Tensor& x, const Buckets& buckets, To* out,
+               F&& term) {
   using A = Acc<T>;
   const int64_t dim = vectors.dim, codes = buckets.starts.size() - 1;
   const int64_t work = dim * (1 + vectors.count() / codes);  // of a code
@@ -40,7 +41,7 @@ void sum_codes(const Vectors& vectors, const Tensor& x, const Buckets& buckets, 
   });
 }
 
-void check_indices(const Tensor& indices, const Vectors& vectors) {
+void check_indices(const Tensor& indices, const FeatureVectors& vectors) {
   require(indices.numel() == vectors.count() && indices.scalar_type() == ScalarType::Long,
           "indices must be int64 and as many as the vectors of x");
 }
@@ -56,7 +57,7 @@ std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_in,
   check_codebook(x_in, codebook_in);
   const Tensor x = as_contiguous(x_in), codebook = as_contiguous(codebook_in);
   const Tensor grad = as_contiguous(grad_in), indices = as_contiguous(indices_in);
-  const Vectors rows(x);
+  const FeatureVectors rows(x);
   const bool wide = x.scalar_type() == ScalarType::Double;
   require(grad.numel() == rows.count(), "grad_distances must have a number for each vector of x");
   require(grad.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
@@ -75,12 +76,13 @@ std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_in,
     const int64_t* code_of = data<int64_t>(indices);
     const T* book = data<T>(codebook);
     const A* g = data<A>(grad);
-    const int64_t blocks = (rows.count() + kBlock - 1) / kBlock;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (kBlock * dim));
+    const int64_t blocks = (rows.count() + kVectorBlock - 1) / kVectorBlock;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (kVectorBlock * dim));
     torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-      std::vector<A> block(kBlock * dim), added(passed_in ? kBlock * dim : 0);
+      std::vector<A> block(kVectorBlock * dim), added(passed_in ? kVectorBlock * dim : 0);
       for (int64_t b = begin; b < end; ++b) {
-        const int64_t first = b * kBlock, count = std::min(kBlock, rows.count() - first);
+        const int64_t first = b * kVectorBlock,
+                      count = std::min(kVectorBlock, rows.count() - first);
         rows.gather(data<T>(x), first, count, block.data());
         if (passed_in) rows.gather(data<T>(passed), first, count, added.data());
         for (int64_t row = 0; row < count; ++row) {
@@ -112,7 +114,7 @@ std::tuple<Tensor, Tensor> codebook_moments(const Tensor& x_in, const Tensor& in
   require(x_in.dim() == 3 && x_in.size(1) > 0, "x must have 3 dimensions and features");
   require(codes > 0, "num_codes must be at least 1, got ", codes);
   const Tensor x = as_contiguous(x_in), indices = as_contiguous(indices_in);
-  const Vectors vectors(x);
+  const FeatureVectors vectors(x);
   check_indices(indices, vectors);
   const Buckets buckets(data<int64_t>(indices), vectors.count(), codes);
   const bool wide = x.scalar_type() == ScalarType::Double;

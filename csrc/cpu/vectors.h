@@ -8,13 +8,13 @@
 namespace aigc_fast {
 
 // Vectors that are gathered at a time.
-constexpr int64_t kBlock = 64;
+constexpr int64_t kVectorBlock = 64;
 
 // Vectors of `dim` features in a contiguous tensor (outer, dim, inner).
-struct Vectors {
+struct FeatureVectors {
   int64_t outer, dim, inner;
 
-  explicit Vectors(const Tensor& x) : outer(x.size(0)), dim(x.size(1)), inner(x.size(2)) {}
+  explicit FeatureVectors(const Tensor& x) : outer(x.size(0)), dim(x.size(1)), inner(x.size(2)) {}
   int64_t count() const { return outer * inner; }
 
   // f(first element, row, rows) of every run of vectors [begin, begin + count) with one outer
