@@ -7,10 +7,10 @@ namespace {
 // The first result and, if has_velocity, the second. No noise stands for zeros, no rates for
 // (-sigma, alpha).
 template <bool has_velocity>
-std::pair<Tensor, Tensor> mix(const Tensor& sample_in, const std::optional<Tensor>& noise_in,
+std::pair<Tensor, Tensor> mix(const Tensor& sample_in, const MaybeTensor& noise_in,
                               const Tensor& alpha_in, const Tensor& sigma_in,
-                              const std::optional<Tensor>& alpha_rate_in = {},
-                              const std::optional<Tensor>& sigma_rate_in = {}) {
+                              const MaybeTensor& alpha_rate_in = {},
+                              const MaybeTensor& sigma_rate_in = {}) {
   const int64_t batch = sample_in.dim() ? sample_in.size(0) : -1;
   require(batch >= 0, "sample must have a batch dimension");
   const bool rated = alpha_rate_in.has_value();
@@ -21,9 +21,7 @@ std::pair<Tensor, Tensor> mix(const Tensor& sample_in, const std::optional<Tenso
   };
   check_scale(alpha_in), check_scale(sigma_in);
   if (rated) check_scale(*alpha_rate_in), check_scale(*sigma_rate_in);
-  if (noise_in)
-    require(same_shape(*noise_in, sample_in) && noise_in->scalar_type() == sample_in.scalar_type(),
-            "noise must have the shape and dtype of sample");
+  if (noise_in) check_like(*noise_in, sample_in, "noise", "sample");
   SampleRows rows(sample_in, true);
   Tensor noisy = rows.order(), velocity = has_velocity ? rows.like() : noisy;
   const Tensor sample = rows.arrange(sample_in);
@@ -62,11 +60,10 @@ Tensor add_noise(const Tensor& sample, const Tensor& noise, const Tensor& alpha,
   return mix<false>(sample, noise, alpha, sigma).first;
 }
 
-std::tuple<Tensor, Tensor> add_noise_velocity(const Tensor& sample,
-                                              const std::optional<Tensor>& noise,
+std::tuple<Tensor, Tensor> add_noise_velocity(const Tensor& sample, const MaybeTensor& noise,
                                               const Tensor& alpha, const Tensor& sigma,
-                                              const std::optional<Tensor>& alpha_rate,
-                                              const std::optional<Tensor>& sigma_rate) {
+                                              const MaybeTensor& alpha_rate,
+                                              const MaybeTensor& sigma_rate) {
   return mix<true>(sample, noise, alpha, sigma, alpha_rate, sigma_rate);
 }
 

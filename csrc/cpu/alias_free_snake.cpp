@@ -69,13 +69,11 @@ class Line {
     const int64_t end = std::min(time, first + size + kMargin);
     A* at = memory_.data() + kMargin - first;
     if constexpr (std::is_same_v<A, Acc<T>>) {
-      for_vectors<A>(end - begin, [&](int64_t i, auto lanes) {
-        store(at + begin + i, load(row + begin + i, lanes), lanes);
-      });
+      convert(row + begin, end - begin, at + begin);
     } else {
       std::copy(row + begin, row + end, at + begin);
     }
-    const auto beyond = [&](int64_t i) { return zeros ? A(0) : A(load_n(row + i, 1)[0]); };
+    const auto beyond = [&](int64_t i) { return zeros ? A(0) : A(load_one(row + i)); };
     std::fill(at + first - kMargin, at + begin, beyond(0));
     std::fill(at + end, at + first + size + kMargin, beyond(time - 1));
   }
@@ -182,8 +180,7 @@ struct Backward {
       end[-1] += take_sum<A>(end, end + kReach);
     }
     if constexpr (std::is_same_v<A, Acc<T>>) {
-      for_vectors<A>(t.size,
-                     [&](int64_t i, auto n) { store(dx + t.first + i, load(grad + i, n), n); });
+      convert(static_cast<const A*>(grad), t.size, dx + t.first);
     } else {
       std::copy_n(static_cast<A*>(grad), t.size, dx + t.first);
     }
@@ -217,8 +214,8 @@ struct Parameters {
 
   Parameters(const Shape& s, const Tensor& alpha_in, const Tensor& beta_in, const Tensor& up_filter,
              const Tensor& down_filter)
-      : alpha(s.channels), inverse_beta(inverse_of(beta_in, s.channels)) {
-    channel_values<A>(alpha_in, s.channels, "alpha", A(0), alpha.data());
+      : alpha(channel_values<A>(alpha_in, s.channels, "alpha", 0)),
+        inverse_beta(inverse_of(beta_in, s.channels)) {
     channel_values<A>(up_filter, kTaps, "up_filter", A(0), up);
     channel_values<A>(down_filter, kTaps, "down_filter", A(0), down);
     for (A& tap : up) tap *= 2;
@@ -226,7 +223,7 @@ struct Parameters {
 
   template <class Work, class F>
   void for_tiles(const Shape& s, F f) const {
-    const int64_t grain = std::max<int64_t>(1, kGrain / 4 / (s.time / s.pieces));
+    const int64_t grain = grain_of(4 * (s.time / s.pieces));
     torch::stable::parallel_for(0, s.rows * s.pieces, grain, [&](int64_t begin, int64_t end) {
       Work work;
       std::copy_n(up, kTaps, work.up);
@@ -261,8 +258,7 @@ std::tuple<Tensor, Tensor, Tensor> alias_free_snake_backward(
     const Tensor& dy_in, const Tensor& x_in, const Tensor& alpha, const Tensor& beta,
     const Tensor& up_filter, const Tensor& down_filter) {
   const Shape shape = check(x_in, alpha, beta);
-  require(same_shape(dy_in, x_in), "grad_output must have the shape of x");
-  require(dy_in.scalar_type() == x_in.scalar_type(), "grad_output must have the dtype of x");
+  check_like(dy_in, x_in, "grad_output");
   const Tensor x = as_contiguous(x_in), dy = as_contiguous(dy_in);
   Tensor dx = empty_like_dense(x);
   std::vector<double> parts(2 * shape.rows * shape.pieces);

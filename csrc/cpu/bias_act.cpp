@@ -18,7 +18,7 @@ struct Layout {
   int64_t size, channels, inner;
 };
 
-Layout layout_of(const Tensor& x, const std::optional<Tensor>& bias, int64_t dim) {
+Layout layout_of(const Tensor& x, const MaybeTensor& bias, int64_t dim) {
   const int64_t size = x.numel();
   if (!bias) return {size, 1, size};
   require(dim >= 0 && dim < x.dim(), "dim must be in [0, ", x.dim(), "), got ", dim);
@@ -39,7 +39,7 @@ void for_elements(Layout l, const T* bias, T* bias_grad, F f) {
     if (bias_grad) std::memset(static_cast<void*>(bias_grad), 0, l.channels * sizeof(T));
     return;
   }
-  std::vector<double> partial;  // [chunk][channel]
+  std::vector<double> partial;  // [block][channel]
   std::vector<double> totals(bias_grad ? l.channels : 0);
   if (bias && l.inner == 1) {
     const int64_t rows = l.size / l.channels;
@@ -60,34 +60,32 @@ void for_elements(Layout l, const T* bias, T* bias_grad, F f) {
       for (double& total : totals) total += *part++;
   } else {
     const int64_t rows = l.size / l.inner, pieces = (l.inner + kBlock - 1) / kBlock;
-    const int64_t grain = std::max<int64_t>(1, kBlock / l.inner);
     if (bias_grad) partial.resize(rows * pieces);
-    torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t row = u / pieces, start = u % pieces * kBlock;
-        const Vec<A> b = bias ? broadcast(load_n(bias + row % l.channels, 1)[0]) : Vec<A>{};
-        Wide<A> sum;
-        // Four terms meet in fp32, which costs the sum no digit that its terms have.
-        Vec<A> chain = {};
-        int terms = 0;
-        for_vectors<A>(std::min(kBlock, l.inner - start), [&](int64_t j, auto lanes) {
-          const Vec<A> v = f(row * l.inner + start + j, lanes, b);
-          if (!sums) return;
-          chain += v;
-          if (++terms % 4 == 0) sum += widen<A>(std::exchange(chain, Vec<A>{}));
+    torch::stable::parallel_for(
+        0, rows * pieces, grain_of(l.inner), [&](int64_t begin, int64_t end) {
+          for (int64_t u = begin; u < end; ++u) {
+            const int64_t row = u / pieces, start = u % pieces * kBlock;
+            const Vec<A> b = bias ? broadcast(load_one(bias + row % l.channels)) : Vec<A>{};
+            Wide<A> sum;
+            // Four terms meet in fp32, which costs the sum no digit that its terms have.
+            Vec<A> chain = {};
+            int terms = 0;
+            for_vectors<A>(std::min(kBlock, l.inner - start), [&](int64_t j, auto lanes) {
+              const Vec<A> v = f(row * l.inner + start + j, lanes, b);
+              if (!sums) return;
+              chain += v;
+              if (++terms % 4 == 0) sum += widen<A>(std::exchange(chain, Vec<A>{}));
+            });
+            if (sums) sum += widen<A>(chain);
+            if (bias_grad) partial[u] = sum.sum();
+          }
         });
-        if (sums) sum += widen<A>(chain);
-        if (bias_grad) partial[u] = sum.sum();
-      }
-    });
     for (auto part = partial.begin(); part != partial.end();)
       for (double& total : totals)
         for (int64_t p = 0; p < pieces; ++p) total += *part++;
   }
   const std::vector<A> narrow(totals.begin(), totals.end());
-  for_vectors<A>(narrow.size(), [&](int64_t c, auto lanes) {
-    store(bias_grad + c, load(narrow.data() + c, lanes), lanes);
-  });
+  convert(narrow.data(), narrow.size(), bias_grad);
 }
 
 template <class A>
@@ -113,7 +111,7 @@ AIGC_INLINE Vec<A> derivative(Vec<A> saved, bool from_output, Params<A> p) {
   return abs<A>(y) > p.limit ? zero : slope<act, A>(saved, p.alpha) * p.gain;
 }
 
-Tensor bias_act(const Tensor& x_in, const std::optional<Tensor>& bias_in, int64_t act, int64_t dim,
+Tensor bias_act(const Tensor& x_in, const MaybeTensor& bias_in, int64_t act, int64_t dim,
                 double gain, std::optional<double> clamp, double alpha) {
   const Tensor x = as_dense(x_in);
   const Layout l = layout_of(x, bias_in, dim);
@@ -121,7 +119,7 @@ Tensor bias_act(const Tensor& x_in, const std::optional<Tensor>& bias_in, int64_
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
     const Params<A> p{A(alpha), A(gain), limit_of<A>(clamp)};
-    std::optional<Tensor> bias;
+    MaybeTensor bias;
     if (bias_in) bias = as_contiguous(*bias_in);
     const T* in = data<T>(x);
     T* out = mutable_data<T>(y);
@@ -140,12 +138,11 @@ Tensor bias_act(const Tensor& x_in, const std::optional<Tensor>& bias_in, int64_
 
 // (dx, dbias): dx = dy * dy/dx; dbias = dx summed over all dimensions but `dim`, or empty.
 std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy_in, const Tensor& saved_in,
-                                             const std::optional<Tensor>& bias_in, int64_t act,
-                                             int64_t dim, double gain, std::optional<double> clamp,
-                                             double alpha, bool from_output) {
+                                             const MaybeTensor& bias_in, int64_t act, int64_t dim,
+                                             double gain, std::optional<double> clamp, double alpha,
+                                             bool from_output) {
   const Tensor saved = as_dense(saved_in);
-  require(same_shape(dy_in, saved), "grad_output must have the shape of the saved tensor");
-  require(dy_in.scalar_type() == saved.scalar_type(), "grad_output must have the dtype of x");
+  check_like(dy_in, saved, "grad_output");
   const Tensor dy = in_order_of(dy_in, saved);
   const Layout l = layout_of(saved, bias_in, dim);
   Tensor dx = empty_like_dense(saved);
@@ -154,9 +151,9 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy_in, const Tensor& 
     using A = Acc<T>;
     // Clamped outputs hold the limit as T rounds it.
     T rounded;
-    store_n(&rounded, broadcast(limit_of<A>(clamp)), 1);
-    const Params<A> p{A(alpha), A(gain), from_output ? load_n(&rounded, 1)[0] : limit_of<A>(clamp)};
-    std::optional<Tensor> bias;
+    store_one(&rounded, limit_of<A>(clamp));
+    const Params<A> p{A(alpha), A(gain), from_output ? load_one(&rounded) : limit_of<A>(clamp)};
+    MaybeTensor bias;
     if (bias_in) bias = as_contiguous(*bias_in);
     const T *grad = data<T>(dy), *s = data<T>(saved);
     T* out = mutable_data<T>(dx);
@@ -175,16 +172,12 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy_in, const Tensor& 
 }
 
 // dx is linear in dy: the gradient of <gg, dx> is (gg * dy/dx, gg * dy * d2y/dx2, its bias sum).
-std::tuple<Tensor, Tensor, Tensor> bias_act_double_backward(const Tensor& gg_in,
-                                                            const Tensor& dy_in, const Tensor& x_in,
-                                                            const std::optional<Tensor>& bias_in,
-                                                            int64_t act, int64_t dim, double gain,
-                                                            std::optional<double> clamp,
-                                                            double alpha) {
+std::tuple<Tensor, Tensor, Tensor> bias_act_double_backward(
+    const Tensor& gg_in, const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& bias_in,
+    int64_t act, int64_t dim, double gain, std::optional<double> clamp, double alpha) {
   const Tensor x = as_dense(x_in);
-  require(same_shape(dy_in, x) && same_shape(gg_in, x), "gradients must have the shape of x");
-  require(dy_in.scalar_type() == x.scalar_type() && gg_in.scalar_type() == x.scalar_type(),
-          "gradients must have the dtype of x");
+  check_like(dy_in, x, "grad_output");
+  check_like(gg_in, x, "grad_grad");
   const Tensor dy = in_order_of(dy_in, x), gg = in_order_of(gg_in, x);
   const Layout l = layout_of(x, bias_in, dim);
   Tensor grad_dy = empty_like_dense(x), grad_x = empty_like_dense(x);
@@ -192,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_double_backward(const Tensor& gg_in,
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
     const Params<A> p{A(alpha), A(gain), limit_of<A>(clamp)};
-    std::optional<Tensor> bias;
+    MaybeTensor bias;
     if (bias_in) bias = as_contiguous(*bias_in);
     const T *grad = data<T>(dy), *v = data<T>(gg), *in = data<T>(x);
     T *out = mutable_data<T>(grad_dy), *out_x = mutable_data<T>(grad_x);

@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include "channels.h"
 #include "narrow.h"
 #include "tensor.h"
 
@@ -44,14 +45,8 @@ struct Pages {
 
 // A number for each head, in the type of the arithmetic; empty if not given.
 template <class A>
-std::vector<A> of_heads(const std::optional<Tensor>& x, const char* name, int64_t heads) {
-  if (!x) return {};
-  require(x->dim() == 1 && x->size(0) == heads, name, " must have shape (", heads, ",)");
-  std::vector<A> values(heads);
-  dispatch(*x, name, [&]<class T>(T) {
-    for (int64_t h = 0; h < heads; ++h) values[h] = load_n(data<T>(*x) + h * x->stride(0), 1)[0];
-  });
-  return values;
+std::vector<A> of_heads(const MaybeTensor& x, const char* name, int64_t heads) {
+  return x ? channel_values<A>(x, heads, name, 0) : std::vector<A>();
 }
 
 // Calls f with a value of the C++ type of the caches.

@@ -7,33 +7,35 @@ namespace aigc_fast {
 
 // The parameter's values, or `missing` for each channel, in to[0, channels).
 template <class A>
-void channel_values(const std::optional<Tensor>& parameter, int64_t channels, const char* name,
-                    A missing, A* to) {
+void channel_values(const MaybeTensor& parameter, int64_t channels, const char* name, A missing,
+                    A* to) {
   if (!parameter) return std::fill(to, to + channels, missing), void();
   require(parameter->dim() == 1 && parameter->size(0) == channels, name, " must have shape (",
           channels, ",)");
   const Tensor dense = as_contiguous(*parameter);
   dispatch(dense, name, [&]<class T>(T) {
     const T* from = data<T>(dense);
-    for (int64_t c = 0; c < channels; ++c) {
-      if constexpr (std::is_same_v<T, double>) {
-        to[c] = static_cast<A>(from[c]);
-      } else {
-        to[c] = load_n(from + c, 1)[0];
-      }
-    }
+    for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<A>(load_one(from + c));
   });
 }
 
-// `values` as a tensor in the dtype of `parameter`; empty where there is none.
-inline Tensor like_parameter(const std::vector<double>& values,
-                             const std::optional<Tensor>& parameter, ScalarType missing) {
+// The same as a vector.
+template <class A>
+std::vector<A> channel_values(const MaybeTensor& parameter, int64_t channels, const char* name,
+                              A missing) {
+  std::vector<A> values(channels);
+  channel_values(parameter, channels, name, missing, values.data());
+  return values;
+}
+
+// `values` as a tensor like `parameter`; empty where there is none.
+inline Tensor like_parameter(const std::vector<double>& values, const MaybeTensor& parameter,
+                             ScalarType missing) {
   if (!parameter) return empty({0}, missing);
-  Tensor out = empty({static_cast<int64_t>(values.size())}, parameter->scalar_type());
+  Tensor out = empty_contiguous_like(*parameter);
   dispatch(out, "parameter", [&]<class T>(T) {
     T* to = mutable_data<T>(out);
-    for (size_t c = 0; c < values.size(); ++c)
-      store_n(to + c, broadcast(static_cast<Acc<T>>(values[c])), 1);
+    for (size_t c = 0; c < values.size(); ++c) store_one(to + c, static_cast<Acc<T>>(values[c]));
   });
   return out;
 }

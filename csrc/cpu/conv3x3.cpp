@@ -1,18 +1,17 @@
 // y = residual + gain * prelu(conv(x, weight) + bias): 3x3, a border of zeros, channels_last.
 #include "conv3x3.h"
 
+#include "channels.h"
+
 namespace aigc_fast {
 namespace {
 
 // `values`, or `missing` for every channel, padded to whole vectors of any width.
 template <class T>
-std::vector<Acc<T>> padded(const std::optional<Tensor>& values, const char* name, int64_t out,
+std::vector<Acc<T>> padded(const MaybeTensor& values, const char* name, int64_t out,
                            Acc<T> missing) {
   std::vector<Acc<T>> result(out + 2 * kLanes<Acc<T>>, missing);
-  if (values) {
-    require(values->dim() == 1 && values->size(0) == out, name, " must have shape (", out, ",)");
-    convert(result.data(), data<T>(as_contiguous(*values)), out);
-  }
+  channel_values(values, out, name, missing, result.data());
   return result;
 }
 
@@ -34,9 +33,8 @@ void convolve(const std::vector<ConvInput<T>>& sources, const ConvShape& s, cons
   });
 }
 
-Tensor conv3x3(const std::vector<Tensor>& xs, const Tensor& weight_in,
-               const std::optional<Tensor>& bias, const std::optional<Tensor>& slope,
-               const std::optional<Tensor>& residual_in, double gain) {
+Tensor conv3x3(const std::vector<Tensor>& xs, const Tensor& weight_in, const MaybeTensor& bias,
+               const MaybeTensor& slope, const MaybeTensor& residual_in, double gain) {
   const ScalarType dtype = weight_in.scalar_type();
   require(weight_in.dim() == 4 && weight_in.size(2) == 3 && weight_in.size(3) == 3,
           "weight must have shape (out, in, 3, 3)");
@@ -59,7 +57,7 @@ Tensor conv3x3(const std::vector<Tensor>& xs, const Tensor& weight_in,
   const std::vector<int64_t> sizes{s.batch, s.out, s.height, s.width};
   const std::vector<int64_t> strides{s.height * s.width * s.out, 1, s.width * s.out, s.out};
   Tensor y = empty_strided(sizes, strides, dtype);
-  std::optional<Tensor> residual;
+  MaybeTensor residual;
   if (residual_in) {
     require(same_shape(*residual_in, y), "residual must have the shape of the result");
     residual = in_order_of(*residual_in, y);

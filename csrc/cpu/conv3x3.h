@@ -26,13 +26,11 @@ struct ConvInput {
 };
 
 template <class S, class T>
-AIGC_INLINE void convert(S* to, const T* from, int64_t n) {
-  if constexpr (std::is_same_v<S, T>) {
+AIGC_INLINE void copy_channels(S* to, const T* from, int64_t n) {
+  if constexpr (std::is_same_v<S, T>)
     std::memcpy(static_cast<void*>(to), from, n * sizeof(T));
-  } else {
-    for_vectors<Acc<T>>(
-        n, [&](int64_t i, auto lanes) { store(to + i, load(from + i, lanes), lanes); });
-  }
+  else
+    convert(from, n, to);
 }
 
 // The last three rows of an image that were asked for, of `pixels` pixels of `depth` values.
@@ -65,10 +63,11 @@ class ImageRows {
       const T* from = source.data + n * source.batch_stride + y * source.row_stride;
       if (source.channel_stride == 1 && source.pixel_stride == depth_ &&
           source.channels == depth_) {
-        convert(to, from, s_.width * depth_);  // a call for each pixel would take as long again
+        copy_channels(to, from,
+                      s_.width * depth_);  // a call for each pixel would take as long again
       } else if (source.channel_stride == 1) {
         for (int64_t x = 0; x < s_.width; ++x)
-          convert(to + x * depth_, from + x * source.pixel_stride, source.channels);
+          copy_channels(to + x * depth_, from + x * source.pixel_stride, source.channels);
       } else {
         for (int64_t c = 0; c < source.channels; ++c)
           for (int64_t x = 0; x < s_.width; ++x)
@@ -83,7 +82,7 @@ class ImageRows {
     if constexpr (std::is_same_v<S, T>) {
       *to = *from;
     } else {
-      convert(to, from, 1);
+      copy_channels(to, from, 1);
     }
   }
 
@@ -146,8 +145,8 @@ class VectorProducts {
     for (int64_t o = 0; o < s.out; ++o)
       for (int64_t c = 0; c < s.in; ++c)
         for (int64_t tap = 0; tap < 9; ++tap)
-          convert(packed_.data() + ((o / kGroup * 9 + tap) * s.in + c) * kGroup + o % kGroup,
-                  weight + (o * s.in + c) * 9 + tap, 1);
+          copy_channels(packed_.data() + ((o / kGroup * 9 + tap) * s.in + c) * kGroup + o % kGroup,
+                        weight + (o * s.in + c) * 9 + tap, 1);
   }
 
   struct Session {};

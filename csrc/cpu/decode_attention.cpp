@@ -118,10 +118,9 @@ std::vector<int64_t> read_lengths(const Tensor& lengths, const AttentionShape& s
 std::tuple<Tensor, Tensor> decode_attention_full(
     const Tensor& query_in, const Tensor& key_in, const Tensor& value_in, const Tensor& lengths_in,
     std::optional<double> scale, std::optional<int64_t> window, std::optional<double> softcap,
-    const std::optional<Tensor>& table, const std::optional<Tensor>& sinks_in,
-    const std::optional<Tensor>& slopes_in, const std::optional<Tensor>& key_scale_in,
-    const std::optional<Tensor>& value_scale_in, std::optional<int64_t> fixed_split,
-    const std::optional<Tensor>& mask_in) {
+    const MaybeTensor& table, const MaybeTensor& sinks_in, const MaybeTensor& slopes_in,
+    const MaybeTensor& key_scale_in, const MaybeTensor& value_scale_in,
+    std::optional<int64_t> fixed_split, const MaybeTensor& mask_in) {
   require(query_in.dim() == 4 && key_in.dim() == 4 && same_shape(key_in, value_in),
           "query and caches must have 4 dimensions, the caches the same shape");
   require(key_in.scalar_type() == value_in.scalar_type(), "the caches must have the same dtype");
@@ -154,9 +153,8 @@ std::tuple<Tensor, Tensor> decode_attention_full(
   }
   const Tensor query = with_contiguous_rows(query_in), keys = with_contiguous_rows(key_in),
                values = with_contiguous_rows(value_in);
-  const bool wide = query.scalar_type() == ScalarType::Double;
   Tensor out = empty({s.batch, s.q_len, s.heads, s.head_dim}, query.scalar_type());
-  Tensor lse = empty({s.batch, s.q_len, s.heads}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor lse = empty({s.batch, s.q_len, s.heads}, acc_dtype(query));
   dispatch(query, "query", [&]<class T>(T) {
     using A = Acc<T>;
     const A factor = scale ? *scale : 1 / std::sqrt(static_cast<double>(s.head_dim));

@@ -20,10 +20,7 @@ std::vector<int64_t> read_positions(const Tensor& lengths, const DecoderSizes& s
 std::vector<float> floats_of(const Tensor& x) {
   std::vector<float> out(x.numel());
   dispatch(x, "hidden", [&]<class T>(T) {
-    if constexpr (!std::is_same_v<T, double>)
-      for_vectors<float>(out.size(), [&](int64_t i, auto n) {
-        store(out.data() + i, load(data<T>(x) + i, n), n);
-      });
+    if constexpr (!std::is_same_v<T, double>) convert(data<T>(x), out.size(), out.data());
   });
   return out;
 }
@@ -31,7 +28,7 @@ std::vector<float> floats_of(const Tensor& x) {
 Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
                     const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& cos_in,
                     const Tensor& sin_in, double eps, double scale, bool quantize_activations,
-                    const std::optional<Tensor>& table, const std::optional<Tensor>& scales_in) {
+                    const MaybeTensor& table, const MaybeTensor& scales_in) {
   require(hidden_in.dim() == 2 && hidden_in.size(1) > 0, "hidden must have 2 dimensions");
   require(weights.size() > kLayerTensors && weights.size() % kLayerTensors == 1,
           "weights must be 6 tensors a layer and the last norm");
@@ -134,9 +131,7 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
   });
   dispatch(out, "hidden", [&]<class T>(T) {
     if constexpr (!std::is_same_v<T, double>)
-      for_vectors<float>(result.size(), [&](int64_t i, auto n) {
-        store(mutable_data<T>(out) + i, load(result.data() + i, n), n);
-      });
+      convert(result.data(), result.size(), mutable_data<T>(out));
   });
   return out;
 }

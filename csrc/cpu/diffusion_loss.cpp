@@ -1,19 +1,16 @@
 // The mean over samples of weight * mean((model_output - target)^2), and its gradient.
 //
 // target = alpha * first - sigma * second; without a second it is first, without scales they are 1.
-#include "channels.h"
 #include "per_sample.h"
 #include "sums.h"
 
 namespace aigc_fast {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 // One value for each sample, 1 where there are none.
 class Scale {
  public:
-  Scale(const Maybe& x, const char* name, int64_t batch) {
+  Scale(const MaybeTensor& x, const char* name, int64_t batch) {
     if (!x) return;
     require(x->dim() == 1 && x->size(0) == batch, name, " must have shape (", batch, ",)");
     values_.emplace(*x, name);
@@ -27,8 +24,8 @@ class Scale {
 // The errors of one call, whatever is made of them.
 class Errors {
  public:
-  Errors(const Tensor& output, const Tensor& first, const Maybe& second, const Maybe& alpha,
-         const Maybe& sigma, const Maybe& weights)
+  Errors(const Tensor& output, const Tensor& first, const MaybeTensor& second,
+         const MaybeTensor& alpha, const MaybeTensor& sigma, const MaybeTensor& weights)
       : rows(output, true),
         alpha_(alpha, "alpha", rows_of(output)),
         sigma_(sigma, "sigma", rows_of(output)),
@@ -92,8 +89,9 @@ class Errors {
   bool paired_;
 };
 
-Tensor diffusion_loss(const Tensor& output, const Tensor& first, const Maybe& second,
-                      const Maybe& alpha, const Maybe& sigma, const Maybe& weights) {
+Tensor diffusion_loss(const Tensor& output, const Tensor& first, const MaybeTensor& second,
+                      const MaybeTensor& alpha, const MaybeTensor& sigma,
+                      const MaybeTensor& weights) {
   Errors errors(output, first, second, alpha, sigma, weights);
   SampleSums sums(errors.rows);
   errors.for_pieces(
@@ -109,8 +107,8 @@ Tensor diffusion_loss(const Tensor& output, const Tensor& first, const Maybe& se
 }
 
 Tensor diffusion_loss_backward(const Tensor& grad_in, const Tensor& output, const Tensor& first,
-                               const Maybe& second, const Maybe& alpha, const Maybe& sigma,
-                               const Maybe& weights) {
+                               const MaybeTensor& second, const MaybeTensor& alpha,
+                               const MaybeTensor& sigma, const MaybeTensor& weights) {
   require(grad_in.numel() == 1, "grad_output must be a scalar");
   Errors errors(output, first, second, alpha, sigma, weights);
   const double grad = 2 * Scalars(grad_in, "grad_output")[0] / static_cast<double>(output.numel());

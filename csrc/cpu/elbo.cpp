@@ -6,8 +6,6 @@
 namespace aigc_fast {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 // Bounds of the log-variance, as in aigc_fast/ops/elbo.py.
 constexpr double kLowest = -30, kHighest = 20;
 
@@ -51,9 +49,9 @@ Tensor half(const Tensor& parameters, int which) {
 struct Gaussian {
   SampleRows rows;
   Tensor mean, log_variance;
-  Maybe noise;
+  MaybeTensor noise;
 
-  Gaussian(const Tensor& parameters, const Maybe& noise_in)
+  Gaussian(const Tensor& parameters, const MaybeTensor& noise_in)
       : rows(half(parameters, 0), true),
         mean(rows.arrange(half(parameters, 0))),
         log_variance(rows.arrange(half(parameters, 1))) {
@@ -64,7 +62,7 @@ struct Gaussian {
   }
 };
 
-std::tuple<Tensor, Tensor> sample_gaussian(const Tensor& parameters, const Maybe& noise) {
+std::tuple<Tensor, Tensor> sample_gaussian(const Tensor& parameters, const MaybeTensor& noise) {
   Gaussian g(parameters, noise);
   SampleSums sums(g.rows);
   Tensor out = g.rows.order();
@@ -91,18 +89,17 @@ std::tuple<Tensor, Tensor> sample_gaussian(const Tensor& parameters, const Maybe
 }
 
 // (gradient of parameters, gradient of noise or empty)
-std::tuple<Tensor, Tensor> sample_gaussian_backward(const Maybe& grad_sample, const Maybe& grad_kl,
-                                                    const Tensor& parameters, const Maybe& noise_in,
-                                                    bool of_noise) {
+std::tuple<Tensor, Tensor> sample_gaussian_backward(const MaybeTensor& grad_sample,
+                                                    const MaybeTensor& grad_kl,
+                                                    const Tensor& parameters,
+                                                    const MaybeTensor& noise_in, bool of_noise) {
   Gaussian g(parameters, noise_in);
   SampleRows& rows = g.rows;
   require(!of_noise || (grad_sample && noise_in),
           "of_noise must be False without grad_sample and noise");
   Tensor grad = g.mean;  // read only where there is one
   if (grad_sample) {
-    require(
-        same_shape(*grad_sample, g.mean) && grad_sample->scalar_type() == parameters.scalar_type(),
-        "grad_sample must have the shape and dtype of the sample");
+    check_like(*grad_sample, g.mean, "grad_sample", "the sample");
     grad = rows.arrange(*grad_sample);
   }
   std::optional<Scalars> kl_scale;

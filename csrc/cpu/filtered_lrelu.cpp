@@ -97,19 +97,18 @@ struct TwoFilters {
   // between(from, plane, number, own, to) does it; a row that several units of work meet is one
   // unit's own.
   template <class T, class Between>
-  void run(const Tensor& x, const std::optional<Tensor>& bias_in, const Tensor& first,
-           const Tensor& second, bool flip, double gain, Tensor& out, Between between) const {
+  void run(const Tensor& x, const MaybeTensor& bias_in, const Tensor& first, const Tensor& second,
+           bool flip, double gain, Tensor& out, Between between) const {
     using A = Acc<T>;
     const Fir<A> up(first_y, first_x, first, flip, gain);
     const Fir<A> down(second_y, second_x, second, flip, 1.0);
     const int64_t channels = x.size(1);
-    std::vector<A> bias(channels);
-    channel_values<A>(bias_in, channels, "bias", A(0), bias.data());
+    const std::vector<A> bias = channel_values<A>(bias_in, channels, "bias", 0);
     const T* from = data<T>(x);
     T* to = mutable_data<T>(out);
     const int64_t rows = rows_of_unit(planes, second_y.out);
     const int64_t pieces = (second_y.out + rows - 1) / rows;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (width() * rows));
+    const int64_t grain = grain_of(width() * rows);
     torch::stable::parallel_for(0, planes * pieces, grain, [&](int64_t begin, int64_t end) {
       RowFilter<A> upper(up), lower(down);
       for (int64_t u = begin; u < end; ++u) {
@@ -150,8 +149,7 @@ Tensor in_layout_of(const Tensor& x, const Tensor& planes) {
 }
 
 std::tuple<Tensor, Tensor> filtered_lrelu(const Tensor& x_in, const Tensor& up_filter,
-                                          const Tensor& down_filter,
-                                          const std::optional<Tensor>& bias,
+                                          const Tensor& down_filter, const MaybeTensor& bias,
                                           std::vector<int64_t> geometry, bool flip, double gain,
                                           double slope, std::optional<double> clamp,
                                           bool keep_mask) {

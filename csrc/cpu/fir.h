@@ -42,10 +42,8 @@ struct Fir {
   Fir(const Axis& y, const Axis& x, const Tensor& filter, bool flip, double gain)
       : y(y), x(x), separable(filter.dim() == 1), taps(filter.numel()) {
     const Tensor dense = as_contiguous(filter);
-    dispatch(dense, "filter", [&]<class F>(F) {
-      for (int64_t i = 0; i < filter.numel(); ++i)
-        taps[i] = static_cast<A>(load_n(data<F>(dense) + i, 1)[0]);
-    });
+    for (size_t i = 0; i < taps.size(); ++i)
+      taps[i] = static_cast<A>(number_at(dense, i, "filter"));
     if (!flip) std::reverse(taps.begin(), taps.end());
     if (separable) vertical = taps;
     for (A& tap : separable ? vertical : taps) tap = static_cast<A>(tap * gain);

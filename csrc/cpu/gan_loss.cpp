@@ -2,7 +2,6 @@
 //
 // Every one of them is a mean of phi(offset + sign * x) over real logits, the same over generated
 // ones, or both; the relativistic one has for x the difference of a pair.
-#include "channels.h"
 #include "per_sample.h"
 #include "sums.h"
 
@@ -74,11 +73,11 @@ void with_phi(Phi phi, F&& f) {
 // The logits of a call, dense; those of a pair in one memory order.
 struct Logits {
   Tensor fake;
-  std::optional<Tensor> real;
+  MaybeTensor real;
   bool paired;
   Terms terms;
 
-  Logits(const std::optional<Tensor>& real_in, const Tensor& fake_in, int64_t loss, bool generator)
+  Logits(const MaybeTensor& real_in, const Tensor& fake_in, int64_t loss, bool generator)
       : fake(as_dense(fake_in)), paired(loss == static_cast<int64_t>(Loss::relativistic)) {
     require(loss >= 0 && loss < kNumLosses, "loss must be in [0, ", kNumLosses, ")");
     require(real_in || !paired, "real must be given");
@@ -98,27 +97,22 @@ constexpr int64_t kPart = 4096;
 template <class A, class F>
 double mean_of(int64_t size, F f) {
   std::vector<double> parts((size + kPart - 1) / kPart);
-  const int64_t grain = kGrain / kPart;
-  torch::stable::parallel_for(0, parts.size(), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t start = p * kPart;
-      const auto [sum] =
-          sums_over<A, 1>(std::min(kPart, size - start), [&](int64_t i, auto lanes, Vec<A>* sums) {
-            sums[0] += only<A>(f(start + i, lanes), lanes);
-          });
-      parts[p] = sum;
-    }
+  in_parallel(parts.size(), kPart, [&](int64_t p) {
+    const int64_t start = p * kPart;
+    const auto [sum] =
+        sums_over<A, 1>(std::min(kPart, size - start), [&](int64_t i, auto lanes, Vec<A>* sums) {
+          sums[0] += only<A>(f(start + i, lanes), lanes);
+        });
+    parts[p] = sum;
   });
   double total = 0;
   for (double part : parts) total += part;
   return total / static_cast<double>(size);
 }
 
-Tensor gan_loss(const std::optional<Tensor>& real_in, const Tensor& fake_in, int64_t loss,
-                bool generator) {
+Tensor gan_loss(const MaybeTensor& real_in, const Tensor& fake_in, int64_t loss, bool generator) {
   const Logits logits(real_in, fake_in, loss, generator);
-  const bool wide = fake_in.scalar_type() == ScalarType::Double;
-  Tensor out = empty({}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor out = empty({}, acc_dtype(fake_in));
   dispatch(fake_in, "fake", [&]<class T>(T) {
     using A = Acc<T>;
     const T *fake = data<T>(logits.fake), *real = logits.real ? data<T>(*logits.real) : nullptr;
@@ -140,14 +134,13 @@ Tensor gan_loss(const std::optional<Tensor>& real_in, const Tensor& fake_in, int
           return value<phi, A>(of_real - load(real + i, lanes));
         });
     });
-    *mutable_data<A>(out) = static_cast<A>(result);
+    set_number(out, 0, result);
   });
   return out;
 }
 
 // (gradient of real or empty, gradient of fake)
-std::tuple<Tensor, Tensor> gan_loss_backward(const Tensor& grad_in,
-                                             const std::optional<Tensor>& real_in,
+std::tuple<Tensor, Tensor> gan_loss_backward(const Tensor& grad_in, const MaybeTensor& real_in,
                                              const Tensor& fake_in, int64_t loss, bool generator) {
   const Logits logits(real_in, fake_in, loss, generator);
   require(grad_in.numel() == 1, "grad_output must be a scalar");
@@ -162,7 +155,7 @@ std::tuple<Tensor, Tensor> gan_loss_backward(const Tensor& grad_in,
     const A sign = A(logits.terms.fake_sign), scale = A(grad / logits.fake.numel());
     const A of_real = A(logits.terms.real_offset), of_fake = A(logits.terms.fake_offset);
     const auto for_all = [](int64_t size, auto f) {
-      torch::stable::parallel_for(0, (size + kPart - 1) / kPart, kGrain / kPart,
+      torch::stable::parallel_for(0, (size + kPart - 1) / kPart, grain_of(kPart),
                                   [&](int64_t begin, int64_t end) {
                                     const int64_t start = begin * kPart;
                                     for_vectors<A>(std::min(size, end * kPart) - start,

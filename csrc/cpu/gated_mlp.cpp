@@ -17,13 +17,9 @@ template <class F>
 void for_pieces(int64_t count, int64_t width, bool without_gaps, F&& f) {
   if (without_gaps) width *= std::exchange(count, 1);
   const int64_t pieces = (width + kPiece - 1) / kPiece;
-  const int64_t grain =
-      std::max<int64_t>(1, kGrain / std::max<int64_t>(1, std::min(width, kPiece)));
-  torch::stable::parallel_for(0, count * pieces, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) {
-      const int64_t column = u % pieces * kPiece;
-      f(u / pieces, column, std::min(kPiece, width - column));
-    }
+  in_parallel(count * pieces, std::min(width, kPiece), [&](int64_t u) {
+    const int64_t column = u % pieces * kPiece;
+    f(u / pieces, column, std::min(kPiece, width - column));
   });
 }
 

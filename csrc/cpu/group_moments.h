@@ -34,9 +34,8 @@ struct GroupShape {
   }
 };
 
-inline GroupShape group_shape_of(const Tensor& x, int64_t groups,
-                                 const std::optional<Tensor>& weight,
-                                 const std::optional<Tensor>& bias) {
+inline GroupShape group_shape_of(const Tensor& x, int64_t groups, const MaybeTensor& weight,
+                                 const MaybeTensor& bias) {
   require(x.dim() >= 2, "x must have at least 2 dimensions");
   const int64_t channels = x.size(1);
   require(groups > 0 && channels % groups == 0, "num_groups must divide the channels of x");

@@ -82,14 +82,13 @@ struct Forward : GroupNormCall<T> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x_in,
-                                                  const std::optional<Tensor>& weight,
-                                                  const std::optional<Tensor>& bias, int64_t groups,
+std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x_in, const MaybeTensor& weight,
+                                                  const MaybeTensor& bias, int64_t groups,
                                                   double eps, int64_t act) {
   const GroupShape s = group_shape_of(x_in, groups, weight, bias);
   const Tensor x = s.channels_last ? x_in : as_contiguous(x_in);
   Tensor y = empty_in_order(x, s.channels_last);
-  Tensor mean = empty({s.batch, groups}, statistics_type(x)), rstd = empty_like_dense(mean);
+  Tensor mean = empty({s.batch, groups}, acc_dtype(x)), rstd = empty_like_dense(mean);
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
     if (x.numel() == 0) {
@@ -98,8 +97,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x_in,
     }
     with_act(act, [&]<Smooth kind>() {
       const Forward<T, kind> forward{
-          {s, data<T>(x), values<T>(weight, s.channels, 1), values<T>(bias, s.channels, 0),
-           mutable_data<A>(mean), mutable_data<A>(rstd)},
+          {s, data<T>(x), channel_values<A>(weight, s.channels, "weight", 1),
+           channel_values<A>(bias, s.channels, "bias", 0), mutable_data<A>(mean),
+           mutable_data<A>(rstd)},
           mutable_data<T>(y),
           eps};
       s.channels_last ? forward.channels_last() : forward.contiguous();

@@ -1,21 +1,12 @@
 // What the two directions of group_norm_act have in common.
 #pragma once
 
+#include "channels.h"
 #include "group_moments.h"
 
 #include <aigc_fast/smooth_activation.h>
 
 namespace aigc_fast {
-
-// The values of weight or bias, or `missing` for each channel.
-template <class T>
-std::vector<Acc<T>> values(const std::optional<Tensor>& from, int64_t channels, Acc<T> missing) {
-  std::vector<Acc<T>> result(channels, missing);
-  if (!from) return result;
-  const Tensor x = as_contiguous(*from);
-  for (int64_t c = 0; c < channels; ++c) result[c] = load_n(data<T>(x) + c, 1)[0];
-  return result;
-}
 
 template <class F>
 void with_act(int64_t act, F&& body) {
@@ -23,15 +14,6 @@ void with_act(int64_t act, F&& body) {
   [&]<int64_t... ids>(std::integer_sequence<int64_t, ids...>) {
     ((act == ids ? body.template operator()<Smooth(ids)>() : void()), ...);
   }(std::make_integer_sequence<int64_t, kNumSmooth>{});
-}
-
-// f(i) for every i below count; each takes about so many elements.
-template <class F>
-void in_parallel(int64_t count, int64_t elements, F&& f) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
 }
 
 // What both directions know of a call: the statistics are (batch, groups).
@@ -70,9 +52,5 @@ struct GroupNormCall {
     return result;
   }
 };
-
-inline ScalarType statistics_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 }  // namespace aigc_fast

@@ -124,18 +124,14 @@ struct Backward : GroupNormCall<T> {
 };
 
 // (dx, dweight, dbias), the last two empty where there is no such parameter or it is not asked for.
-std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(const Tensor& dy_in, const Tensor& x_in,
-                                                           const Tensor& mean_in,
-                                                           const Tensor& rstd_in,
-                                                           const std::optional<Tensor>& weight,
-                                                           const std::optional<Tensor>& bias,
-                                                           int64_t groups, int64_t act) {
+std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
+    const Tensor& dy_in, const Tensor& x_in, const Tensor& mean_in, const Tensor& rstd_in,
+    const MaybeTensor& weight, const MaybeTensor& bias, int64_t groups, int64_t act) {
   const GroupShape s = group_shape_of(x_in, groups, weight, bias);
   const Tensor x = s.channels_last ? x_in : as_contiguous(x_in);
-  require(same_shape(dy_in, x), "grad_output must have the shape of x");
-  require(dy_in.scalar_type() == x.scalar_type(), "grad_output must have the dtype of x");
+  check_like(dy_in, x, "grad_output");
   for (const Tensor* t : {&mean_in, &rstd_in})
-    require(t->numel() == s.units() && t->scalar_type() == statistics_type(x),
+    require(t->numel() == s.units() && t->scalar_type() == acc_dtype(x),
             "mean and rstd must be those of group_norm_act");
   Tensor dx = empty_in_order(x, s.channels_last);
   const Tensor dy = in_order_of(dy_in, dx), mean = as_contiguous(mean_in);
@@ -148,8 +144,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(const Tensor& dy_in, 
     if (x.numel() > 0)
       with_act(act, [&]<Smooth kind>() {
         Backward<T, kind> backward{
-            {s, data<T>(x), values<T>(weight, s.channels, 1), values<T>(bias, s.channels, 0),
-             const_cast<A*>(data<A>(mean)), const_cast<A*>(data<A>(rstd))},
+            {s, data<T>(x), channel_values<A>(weight, s.channels, "weight", 1),
+             channel_values<A>(bias, s.channels, "bias", 0), const_cast<A*>(data<A>(mean)),
+             const_cast<A*>(data<A>(rstd))},
             data<T>(dy),
             mutable_data<T>(dx),
             {},
@@ -163,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(const Tensor& dy_in, 
       for (int64_t c = 0; c < out.numel(); ++c) {
         double total = 0;
         for (int64_t b = 0; b < s.batch; ++b) total += sums[2 * (b * s.channels + c) + k];
-        store_n(mutable_data<T>(out) + c, broadcast(A(total)), 1);
+        store_one(mutable_data<T>(out) + c, A(total));
       }
     }
   });

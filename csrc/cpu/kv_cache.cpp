@@ -60,8 +60,7 @@ struct Convert {
   int64_t heads, head_dim;
   std::vector<A> factors;
 
-  Convert(const Tensor& tokens, Tensor& cache, const std::optional<Tensor>& scale,
-          const char* scale_name)
+  Convert(const Tensor& tokens, Tensor& cache, const MaybeTensor& scale, const char* scale_name)
       : source(with_dense_rows(tokens)),
         from(data<T>(source)),
         to(mutable_data<C>(cache)),
@@ -99,8 +98,7 @@ struct Slots {
   Pages pages;
   int64_t capacity;
 
-  Slots(const Tensor& key, const Tensor& cache, const Tensor& positions,
-        const std::optional<Tensor>& table)
+  Slots(const Tensor& key, const Tensor& cache, const Tensor& positions, const MaybeTensor& table)
       : q_len_(key.size(1)),
         wide_(positions.scalar_type() == ScalarType::Long),
         positions_(positions.const_data_ptr()) {
@@ -158,19 +156,17 @@ void check(const Tensor& source, const Tensor& cache, const Tensor& like, const 
 }
 
 void append_kv_full(const Tensor& key, const Tensor& value, Tensor key_cache, Tensor value_cache,
-                    const Tensor& positions, const std::optional<Tensor>& table,
-                    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                    bool interleaved, const std::optional<Tensor>& key_scale,
-                    const std::optional<Tensor>& value_scale) {
+                    const Tensor& positions, const MaybeTensor& table, const MaybeTensor& cos,
+                    const MaybeTensor& sin, bool interleaved, const MaybeTensor& key_scale,
+                    const MaybeTensor& value_scale) {
   check(key, key_cache, key_cache, "key");
   check(value, value_cache, key_cache, "value");
-  require(same_shape(key, value) && key.scalar_type() == value.scalar_type(),
-          "value must have the shape and dtype of key");
+  check_like(value, key, "value", "key");
   require(cos.has_value() == sin.has_value(), "cos and sin must be given together");
   if (cos) check_angles(key, *cos, *sin);
   const Slots slots(key, key_cache, positions, table);
   const int64_t tokens = key.size(0) * key.size(1), token_size = key.size(2) * key.size(3);
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, token_size));
+  const int64_t grain = grain_of(token_size);
   dispatch(key, "key", [&]<class T>(T) {
     using A = Acc<T>;
     if (!cos && !key_scale && !value_scale && key_cache.scalar_type() == key.scalar_type()) {
@@ -182,9 +178,8 @@ void append_kv_full(const Tensor& key, const Tensor& value, Tensor key_cache, Te
         });
       });
     }
-    const auto wide_angles = [](const Tensor& x) {
-      const bool wide = std::is_same_v<A, double>;
-      return with_dense_rows(torch::stable::to(x, wide ? ScalarType::Double : ScalarType::Float));
+    const auto wide_angles = [&](const Tensor& x) {
+      return with_dense_rows(torch::stable::to(x, acc_dtype(key)));
     };
     const Tensor wide_cos = cos ? wide_angles(*cos) : key, wide_sin = cos ? wide_angles(*sin) : key;
     std::optional<Rotation<A, A>> rotation;

@@ -15,20 +15,13 @@ namespace {
 // blocks depend on the shape alone, so that sums come out the same for any number of threads.
 constexpr int64_t kMaxBlocks = 64, kMinBlockRows = 4;
 
-using MaybeTensor = std::optional<Tensor>;
-
-int64_t grain_of(int64_t elements) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
-}
-
 // A row for every row of the modulation: that of a tensor, or one constant row.
 Rows modulation_rows(const MaybeTensor& p, const Tensor& x, int64_t count, double missing) {
   if (p) return as_rows(*p);
   const int64_t width = x.size(x.dim() - 1);
   Tensor row = empty({width}, x.scalar_type());
   dispatch(x, "x", [&]<class T>(T) {
-    for (int64_t i = 0; i < width; ++i)
-      store_n(mutable_data<T>(row) + i, broadcast(Acc<T>(missing)), 1);
+    for (int64_t i = 0; i < width; ++i) store_one(mutable_data<T>(row) + i, Acc<T>(missing));
   });
   return {row, count, width, 0};
 }
@@ -55,10 +48,6 @@ int64_t count_modulation(const Tensor& x, std::initializer_list<const MaybeTenso
   return x.size(0) * frames;
 }
 
-void check_like(const Tensor& a, const Tensor& x, const char* name) {
-  require(same_shape(a, x) && a.scalar_type() == x.scalar_type(), name,
-          " must have the shape and dtype of x");
-}
 void check_affine(const MaybeTensor& p, const Tensor& x) {
   require(!p || (p->dim() == 1 && p->size(0) == x.size(x.dim() - 1) &&
                  p->scalar_type() == x.scalar_type()),

@@ -17,7 +17,7 @@ inline bool is_channels_last(const Tensor& x) {
 // A new tensor of x's shape, contiguous or channels_last.
 inline Tensor empty_in_order(const Tensor& x, bool channels_last) {
   const auto sizes = x.sizes();
-  if (!channels_last) return empty({sizes.begin(), sizes.end()}, x.scalar_type());
+  if (!channels_last) return empty_contiguous_like(x);
   std::vector<int64_t> strides(x.dim());
   int64_t stride = strides[1] = 1;
   stride *= sizes[1];

@@ -19,7 +19,7 @@ struct Deviations {
     const auto& [samples, rows, channels, inner] = norms;
     if (squares || norms.count() == 0) return;
     for (int64_t i = 0; i < norms.total(); ++i)
-      shift.row(0)[i] = load_n(x + (i / channels * rows * channels + i % channels) * inner, 1)[0];
+      shift.row(0)[i] = load_one(x + (i / channels * rows * channels + i % channels) * inner);
   }
   void operator()(const Tile& tile, double* sums, int64_t columns) const {
     const auto add_square = [](auto& x, auto&, auto&, Vec<A>* to)
@@ -49,7 +49,7 @@ struct Deviations {
 std::tuple<Tensor, Tensor> channel_moments(const Tensor& x_in) {
   const Tensor x = in_layout(x_in, kOfBatch);
   const Norms norms = norms_of(x, kOfBatch);
-  Tensor mean = empty({norms.total()}, sums_type(x)), var = empty({norms.total()}, sums_type(x));
+  Tensor mean = empty({norms.total()}, acc_dtype(x)), var = empty({norms.total()}, acc_dtype(x));
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
     const Deviations<T> sum(data<T>(x), norms);
@@ -65,25 +65,26 @@ std::tuple<Tensor, Tensor> channel_moments(const Tensor& x_in) {
 
 // (y, mean, var), with an entry for each norm: empty where they were given, the mean also of
 // pixels.
-std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_in, const Optional& running_mean,
-                                            const Optional& running_var, const Optional& weight,
-                                            const Optional& bias, int64_t statistics, double eps,
-                                            int64_t act, double gain, double alpha) {
+std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_in, const MaybeTensor& running_mean,
+                                            const MaybeTensor& running_var,
+                                            const MaybeTensor& weight, const MaybeTensor& bias,
+                                            int64_t statistics, double eps, int64_t act,
+                                            double gain, double alpha) {
   const Tensor x = in_layout(x_in, statistics);
   const bool given = statistics == kGiven;
   require(!given || (running_mean && running_var), "running_mean and running_var must be given");
   const Norms norms = norms_of(x, statistics);
-  for (const Optional* running : {&running_mean, &running_var})
+  for (const MaybeTensor* running : {&running_mean, &running_var})
     require(!*running || ((*running)->dim() == 1 && (*running)->size(0) == norms.total()),
             "running_mean and running_var must have shape (", norms.total(), ",)");
   require(given || norms.total() == 0 || norms.count() > (statistics == kOfPixel ? 0 : 1),
           "x must have 2 values for each mean");
   Tensor y = empty_like_dense(x);
-  Tensor mean = empty({given || statistics == kOfPixel ? 0 : norms.total()}, sums_type(x));
-  Tensor var = empty({given ? 0 : norms.total()}, sums_type(x));
+  Tensor mean = empty({given || statistics == kOfPixel ? 0 : norms.total()}, acc_dtype(x));
+  Tensor var = empty({given ? 0 : norms.total()}, acc_dtype(x));
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
-    const Optional none;
+    const MaybeTensor none;
     NormCall<A, kValues> call(x, given ? running_mean : none, given ? running_var : none, weight,
                               bias, statistics, eps);
     const Places<T, 1, 1> places{{data<T>(x)}, {mutable_data<T>(y)}};
@@ -115,12 +116,13 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_in, const Optional& 
 //   dbias = sum g, dweight = sum g n, dx = weight rstd (g - mean g - n mean(g n))
 // where the last terms are those of the statistics, and absent where these do not depend on x.
 std::tuple<Tensor, Tensor, Tensor> norm_act_backward(const Tensor& dy_in, const Tensor& x_in,
-                                                     const Optional& mean, const Tensor& var,
-                                                     const Optional& weight, const Optional& bias,
-                                                     int64_t statistics, double eps, int64_t act,
-                                                     double gain, double alpha) {
+                                                     const MaybeTensor& mean, const Tensor& var,
+                                                     const MaybeTensor& weight,
+                                                     const MaybeTensor& bias, int64_t statistics,
+                                                     double eps, int64_t act, double gain,
+                                                     double alpha) {
   const Tensor x = in_layout(x_in, statistics);
-  check_gradient(dy_in, x);
+  check_like(dy_in, x, "grad_output");
   const Tensor dy = in_order_of(dy_in, x);
   Tensor dx = empty_like_dense(x);
   std::vector<double> dweight, dbias;

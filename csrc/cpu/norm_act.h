@@ -10,8 +10,6 @@
 
 namespace aigc_fast {
 
-using Optional = std::optional<Tensor>;
-
 // The numbers are part of the schema: whose mean and variance.
 enum Statistics : int64_t { kGiven, kOfBatch, kOfSample, kOfPixel };
 
@@ -35,10 +33,6 @@ inline Norms norms_of(const Tensor& x, int64_t statistics) {
                    : Norms{batch, channels, positions, 1};
 }
 
-inline ScalarType sums_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // What every element needs of its norm. Further values of a direction follow.
 enum NormValue { kMean, kRstd, kScale, kBias, kValues };
 
@@ -51,8 +45,8 @@ struct NormCall {
   // given, and for the mean of pixels, which have none.
   double share, mean_share;
 
-  NormCall(const Tensor& x, const Optional& mean, const Optional& var, const Optional& weight_in,
-           const Optional& bias, int64_t statistics, double eps)
+  NormCall(const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var,
+           const MaybeTensor& weight_in, const MaybeTensor& bias, int64_t statistics, double eps)
       : norms(norms_of(x, statistics)),
         values(norms.total()),
         weight(norms.total()),
@@ -64,7 +58,7 @@ struct NormCall {
     channel_values<double>(weight_in, n, "weight", 1, weight.data());
     channel_values<double>(var, n, "var", 1, rstd.data());
     channel_values<A>(bias, n, "bias", 0, values.row(kBias));
-    torch::stable::parallel_for(0, n, kGrain / 8, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, n, grain_of(8), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         set(kMean, i, values.row(kMean)[i]);
         set(kBias, i, values.row(kBias)[i]);
@@ -92,10 +86,5 @@ struct Centred {
   AIGC_INLINE Centred(Vec<A> value, const P& at)
       : x(value - at[kMean]), z(x * at[kScale] + at[kBias]) {}
 };
-
-inline void check_gradient(const Tensor& grad, const Tensor& x) {
-  require(same_shape(grad, x), "gradients must have the shape of x");
-  require(grad.scalar_type() == x.scalar_type(), "gradients must have the dtype of x");
-}
 
 }  // namespace aigc_fast

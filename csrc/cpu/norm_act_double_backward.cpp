@@ -4,7 +4,8 @@
 namespace aigc_fast {
 namespace {
 
-// The gradient of <gg, dx> + <gg_weight, dweight> + <gg_bias, dbias>. With the names above,
+// The gradient of <gg, dx> + <gg_weight, dweight> + <gg_bias, dbias>. With the names of
+// norm_act_backward,
 //   u = d/dg = scale (gg - mean gg - n mean(gg n)) + gg_weight n + gg_bias     scale = weight rstd
 //   h = d/dz = u dy act''(z) gain
 //   v = d/dn = weight h - scale mean(g n) gg + (gg_weight - scale mean(gg n)) g
@@ -12,12 +13,13 @@ namespace {
 // grad_dy = u act'(z) gain, and grad_x takes v and d/dscale through the norm. Ten sums over the
 // norm, five where act'' = 0, decide all that the pass to write needs.
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_double_backward(
-    const Tensor& gg_in, const Optional& gg_weight, const Optional& gg_bias, const Tensor& dy_in,
-    const Tensor& x_in, const Optional& mean, const Tensor& var, const Optional& weight,
-    const Optional& bias, int64_t statistics, double eps, int64_t act, double gain, double alpha) {
+    const Tensor& gg_in, const MaybeTensor& gg_weight, const MaybeTensor& gg_bias,
+    const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& mean, const Tensor& var,
+    const MaybeTensor& weight, const MaybeTensor& bias, int64_t statistics, double eps, int64_t act,
+    double gain, double alpha) {
   const Tensor x = in_layout(x_in, statistics);
-  check_gradient(gg_in, x);
-  check_gradient(dy_in, x);
+  check_like(gg_in, x, "grad_grad");
+  check_like(dy_in, x, "grad_output");
   const Tensor gg = in_order_of(gg_in, x), dy = in_order_of(dy_in, x);
   Tensor grad_dy = empty_like_dense(x), grad_x = empty_like_dense(x);
   std::vector<double> grad_weight, grad_bias;

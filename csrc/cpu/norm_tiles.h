@@ -104,8 +104,8 @@ struct Cut {
   // f(first, last) for ranges of `count` things that take as long as a piece each.
   template <class F>
   void in_parallel(int64_t count, F&& f) const {
-    const int64_t elements = std::max<int64_t>(1, width * std::min(piece, norms.count()));
-    torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / elements), f);
+    const int64_t elements = width * std::min(piece, norms.count());
+    torch::stable::parallel_for(0, count, grain_of(elements), f);
   }
 };
 

@@ -14,7 +14,7 @@ template <class F>
 void for_units(const std::vector<Tensor>& tensors, F f) {
   std::vector<int64_t> first{0};  // unit of each tensor
   for (const Tensor& t : tensors) first.push_back(first.back() + (t.numel() + kUnit - 1) / kUnit);
-  torch::stable::parallel_for(0, first.back(), kGrain / kUnit, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, first.back(), grain_of(kUnit), [&](int64_t begin, int64_t end) {
     size_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t unit = begin; unit < end; ++unit) {
       while (unit >= first[t + 1]) ++t;
@@ -35,12 +35,6 @@ void require_dtype(const Tensor& x, const Tensor& like, const char* name) {
 }
 
 // Scalars and rates may have any floating dtype.
-double number_at(const Tensor& x, int64_t offset, const char* name) {
-  double value = 0;
-  dispatch(x, name, [&]<class T>(T) { value = load_n(data<T>(x) + offset, 1)[0]; });
-  return value;
-}
-
 double scalar_of(const Tensor& x, const char* name) {
   require(x.numel() == 1, name, " must be a scalar");
   return number_at(x, 0, name);
@@ -49,13 +43,11 @@ double scalar_of(const Tensor& x, const char* name) {
 // One more; the new number.
 double count_up(const Tensor& x, const char* name) {
   const double value = scalar_of(x, name) + 1;
-  dispatch(x, name, [&]<class T>(T) {
-    store_n(mutable_data<T>(x), broadcast(static_cast<Acc<T>>(value)), 1);
-  });
+  set_number(x, 0, value);
   return value;
 }
 
-Tensor gradient_norm(const std::vector<Tensor>& grads_in, const std::optional<Tensor>& loss) {
+Tensor gradient_norm(const std::vector<Tensor>& grads_in, const MaybeTensor& loss) {
   require(!grads_in.empty(), "grads must hold at least one tensor");
   std::vector<Tensor> grads;
   for (const Tensor& g : grads_in) {
@@ -78,12 +70,8 @@ Tensor gradient_norm(const std::vector<Tensor>& grads_in, const std::optional<Te
     norm = std::sqrt(norm);
   });
   if (loss && !std::isfinite(scalar_of(*loss, "loss"))) norm = NAN;
-  const bool wide = grads[0].scalar_type() == ScalarType::Double;
-  Tensor out = empty({}, wide ? ScalarType::Double : ScalarType::Float);
-  if (wide)
-    *mutable_data<double>(out) = norm;
-  else
-    *mutable_data<float>(out) = static_cast<float>(norm);
+  Tensor out = empty({}, acc_dtype(grads[0]));
+  set_number(out, 0, norm);
   return out;
 }
 
@@ -112,10 +100,9 @@ class InPlace {
 void adam_step(const std::vector<Tensor>& params_in, const std::vector<Tensor>& grads_in,
                const std::vector<Tensor>& exp_avgs_in, const std::vector<Tensor>& exp_avg_sqs_in,
                const std::vector<Tensor>& steps, const std::vector<Tensor>& averages_in,
-               const std::optional<Tensor>& norm, std::optional<Tensor> skipped, double lr,
-               double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-               double ema_decay, std::optional<double> max_norm,
-               const std::optional<Tensor>& rates) {
+               const MaybeTensor& norm, MaybeTensor skipped, double lr, double beta1, double beta2,
+               double eps, double weight_decay, bool decoupled, double ema_decay,
+               std::optional<double> max_norm, const MaybeTensor& rates) {
   const size_t count = params_in.size();
   if (count == 0) return;
   const bool averaged = !averages_in.empty();

@@ -10,19 +10,13 @@ namespace aigc_fast {
 // Reads one scalar of a floating tensor of any dtype on the fly: there are few of them.
 class Scalars {
  public:
-  Scalars(const Tensor& x, const char* name) : tensor_(as_contiguous(x)), dtype_(x.scalar_type()) {
+  Scalars(const Tensor& x, const char* name) : tensor_(as_contiguous(x)) {
     dispatch(x, name, [](auto) {});  // refuses what is not floating
   }
-  double operator[](int64_t i) const {
-    if (dtype_ == ScalarType::Float) return data<float>(tensor_)[i];
-    if (dtype_ == ScalarType::Double) return data<double>(tensor_)[i];
-    if (dtype_ == ScalarType::Half) return load_n(data<fp16>(tensor_) + i, 1)[0];
-    return load_n(data<bf16>(tensor_) + i, 1)[0];
-  }
+  double operator[](int64_t i) const { return number_at(tensor_, i, "scalars"); }
 
  private:
   Tensor tensor_;
-  ScalarType dtype_;
 };
 
 template <class T>
@@ -46,7 +40,7 @@ class SampleRows {
     const int64_t batch = sample.dim() ? sample.size(0) : 1;
     outermost_ = batch <= 1 || size == 0 || out_.stride(0) == size / batch;
     if (!outermost_ && per_sample) {
-      order_ = empty({sample.sizes().begin(), sample.sizes().end()}, sample.scalar_type());
+      order_ = empty_contiguous_like(sample);
       outermost_ = true;
     }
     rows = outermost_ ? std::max<int64_t>(batch, 1) : 1;
@@ -87,12 +81,9 @@ class SampleRows {
     // With the same coefficients everywhere, rows without gaps are one long row.
     if (!per_sample_ && !gaps_) inner *= rows, rows = 1;
     const int64_t pieces = (inner + kPiece - 1) / kPiece;
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::min(inner, kPiece));
-    torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t start = u % pieces * kPiece;
-        f(u / pieces, start, std::min(kPiece, inner - start));
-      }
+    in_parallel(rows * pieces, std::min(inner, kPiece), [&](int64_t u) {
+      const int64_t start = u % pieces * kPiece;
+      f(u / pieces, start, std::min(kPiece, inner - start));
     });
   }
 
@@ -132,16 +123,12 @@ class SampleSums {
  private:
   Tensor added(const Tensor& x, const std::vector<int64_t>& shape, int64_t count,
                double factor) const {
-    const bool wide = x.scalar_type() == ScalarType::Double;
-    Tensor out = empty(shape, wide ? ScalarType::Double : ScalarType::Float);
+    Tensor out = empty(shape, acc_dtype(x));
     const double* sums = sums_.data();
     for (int64_t i = 0; i < out.numel(); ++i, sums += count) {
       double total = 0;
       for (int64_t p = 0; p < count; ++p) total += sums[p];
-      if (wide)
-        mutable_data<double>(out)[i] = factor * total;
-      else
-        mutable_data<float>(out)[i] = static_cast<float>(factor * total);
+      set_number(out, i, factor * total);
     }
     return out;
   }

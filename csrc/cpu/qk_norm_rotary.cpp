@@ -35,9 +35,6 @@ struct Sizes {
     require(num_heads >= 0 && num_heads <= heads, "num_heads must be in [0, ", heads, "]");
   }
   int64_t token_size() const { return heads * head_dim; }
-  int64_t grain() const {
-    return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, token_size()));
-  }
   template <class A>
   A factor(A squares) const {
     return 1 / std::sqrt(squares / head_dim + static_cast<A>(eps));
@@ -64,40 +61,41 @@ Tensor qk_norm_rotary(const Tensor& x_in, const Tensor& query_weight_in,
   const Tensor cos = with_dense_rows(cos_in), sin = with_dense_rows(sin_in);
   const Tensor query_weight = as_contiguous(query_weight_in);
   const Tensor key_weight = as_contiguous(key_weight_in);
-  const auto sizes = x.sizes();
-  Tensor y = empty({sizes.begin(), sizes.end()}, x.scalar_type());
+  Tensor y = empty_contiguous_like(x);
   dispatch_angles(x, cos, sin, interleaved, false, [&]<class T>(T, const auto& rotation) {
     using A = Acc<T>;
     const Heads<T> heads(x);
     const T *query = data<T>(query_weight), *key = data<T>(key_weight);
     T* out = mutable_data<T>(y);
-    torch::stable::parallel_for(0, s.tokens, s.grain(), [&](int64_t begin, int64_t end) {
-      auto turns = rotation;
-      const int64_t turned = turns.width();
-      std::vector<A> row(s.head_dim);
-      A* normed = row.data();
-      for (int64_t i = begin; i < end; ++i) {
-        turns.at(i / s.seq, i % s.seq, [&](const auto& turn) {
-          const T* from = heads.at(i / s.seq, i % s.seq);
-          T* to = out + i * s.token_size();
-          for (int64_t h = 0; h < s.heads; ++h, from += heads.head, to += s.head_dim) {
-            const auto [squares] = sums_over<A, 1>(s.head_dim, [&](int64_t j, auto n, Vec<A>* sum) {
-              const Vec<A> v = load(from + j, n);
-              sum[0] += v * v;
-            });
-            const A factor = s.factor(squares);
-            const T* weight = h < s.num_heads ? query : key;
-            for_vectors<A>(s.head_dim, [&](int64_t j, auto n) {
-              store(normed + j, load(from + j, n) * factor * load(weight + j, n), n);
-            });
-            turn(normed, to);
-            for_vectors<A>(s.head_dim - turned, [&](int64_t j, auto n) {
-              store(to + turned + j, load(normed + turned + j, n), n);
+    torch::stable::parallel_for(
+        0, s.tokens, grain_of(s.token_size()), [&](int64_t begin, int64_t end) {
+          auto turns = rotation;
+          const int64_t turned = turns.width();
+          std::vector<A> row(s.head_dim);
+          A* normed = row.data();
+          for (int64_t i = begin; i < end; ++i) {
+            turns.at(i / s.seq, i % s.seq, [&](const auto& turn) {
+              const T* from = heads.at(i / s.seq, i % s.seq);
+              T* to = out + i * s.token_size();
+              for (int64_t h = 0; h < s.heads; ++h, from += heads.head, to += s.head_dim) {
+                const auto [squares] =
+                    sums_over<A, 1>(s.head_dim, [&](int64_t j, auto n, Vec<A>* sum) {
+                      const Vec<A> v = load(from + j, n);
+                      sum[0] += v * v;
+                    });
+                const A factor = s.factor(squares);
+                const T* weight = h < s.num_heads ? query : key;
+                for_vectors<A>(s.head_dim, [&](int64_t j, auto n) {
+                  store(normed + j, load(from + j, n) * factor * load(weight + j, n), n);
+                });
+                turn(normed, to);
+                for_vectors<A>(s.head_dim - turned, [&](int64_t j, auto n) {
+                  store(to + turned + j, load(normed + turned + j, n), n);
+                });
+              }
             });
           }
         });
-      }
-    });
   });
   return y;
 }
@@ -110,17 +108,15 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     const Tensor& key_weight_in, const Tensor& cos_in, const Tensor& sin_in, int64_t num_heads,
     double eps, bool interleaved, bool weight_grad) {
   const Sizes s(x_in, query_weight_in, key_weight_in, cos_in, sin_in, num_heads, eps);
-  require(same_shape(dy_in, x_in) && dy_in.scalar_type() == x_in.scalar_type(),
-          "grad_output must have the shape and dtype of query_key");
+  check_like(dy_in, x_in, "grad_output", "query_key");
   const Tensor x = with_dense_rows(x_in), dy = with_dense_rows(dy_in);
   const Tensor cos = with_dense_rows(cos_in), sin = with_dense_rows(sin_in);
   const Tensor query_weight = as_contiguous(query_weight_in);
   const Tensor key_weight = as_contiguous(key_weight_in);
-  const auto sizes = x.sizes();
   const int64_t dim = s.head_dim,
                 block = std::max<int64_t>(1, (s.tokens + kMaxBlocks - 1) / kMaxBlocks);
   const int64_t blocks = (s.tokens + block - 1) / block;
-  Tensor dx = empty({sizes.begin(), sizes.end()}, x.scalar_type());
+  Tensor dx = empty_contiguous_like(x);
   Tensor query_grad = empty({weight_grad ? dim : 0}, x.scalar_type());
   Tensor key_grad = empty({weight_grad ? dim : 0}, x.scalar_type());
   dispatch_angles(x, cos, sin, interleaved, true, [&]<class T>(T, const auto& rotation) {
@@ -129,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     const T *query = data<T>(query_weight), *key = data<T>(key_weight);
     T* out = mutable_data<T>(dx);
     std::vector<double> partial(weight_grad ? blocks * 2 * dim : 0);  // [block][query, key][dim]
-    const int64_t grain = std::max<int64_t>(1, s.grain() / block);
+    const int64_t grain = grain_of(s.token_size() * block);
     torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
       auto turns = rotation;
       const int64_t turned = turns.width();

@@ -52,7 +52,7 @@ void dense_linear(const Tensor& x, const QuantizedFormat& f, const uint8_t* bloc
   const int64_t in_features = x.size(-1), rows = x.numel() / in_features;
   const int64_t tiles = (out_features + kTileRows - 1) / kTileRows;
   const int64_t some = std::max<int64_t>(1, kDenseSize / (in_features * kTileRows));
-  const int64_t grain = std::max<int64_t>(1, kGrain / (in_features * kTileRows));
+  const int64_t grain = grain_of(in_features * kTileRows);
   for (int64_t tile = 0; tile < tiles; tile += some) {
     const int64_t first = tile * kTileRows, count = std::min(some, tiles - tile);
     const int64_t width = std::min(count * kTileRows, out_features - first);
@@ -76,16 +76,16 @@ void dense_linear(const Tensor& x, const QuantizedFormat& f, const uint8_t* bloc
   }
 }
 
-Tensor quantized_linear(const Tensor& x_in, const Tensor& weight_in,
-                        const std::optional<Tensor>& bias_in, int64_t bits, int64_t group_size,
-                        int64_t out_features, bool quantize_activations) {
+Tensor quantized_linear(const Tensor& x_in, const Tensor& weight_in, const MaybeTensor& bias_in,
+                        int64_t bits, int64_t group_size, int64_t out_features,
+                        bool quantize_activations) {
   const QuantizedFormat f = format_of(weight_in, bits, group_size, out_features);
   require(x_in.dim() > 0, "x must have at least 1 dimension");
   const int64_t in_features = x_in.size(-1);
   require(in_features > f.columns() - group_size && in_features <= f.columns(),
           "x must have in_features of weight, at most ", f.columns(), ", got ", in_features);
   const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
-  std::optional<Tensor> bias;
+  MaybeTensor bias;
   if (bias_in) {
     require(bias_in->dim() == 1 && bias_in->size(0) == out_features &&
                 bias_in->scalar_type() == x.scalar_type(),
@@ -99,7 +99,7 @@ Tensor quantized_linear(const Tensor& x_in, const Tensor& weight_in,
   if (rows == 0) return y;
 
   const int64_t tiles = weight.size(0);
-  const int64_t grain = std::max<int64_t>(1, 4 * kGrain / (f.columns() * kTileRows * rows));
+  const int64_t grain = grain_of(f.columns() * kTileRows * rows / 4);
   const auto* blocks = data<uint8_t>(weight);
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
@@ -130,10 +130,8 @@ Tensor quantized_linear(const Tensor& x_in, const Tensor& weight_in,
     } else {
       Activations activations(quantize_activations);
       activations.reset(f, rows);
-      const int64_t some_rows = std::max<int64_t>(1, kGrain / f.columns());
-      torch::stable::parallel_for(0, rows, some_rows, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) activations.set(r, in + r * in_features, in_features);
-      });
+      in_parallel(rows, f.columns(),
+                  [&](int64_t r) { activations.set(r, in + r * in_features, in_features); });
       torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
         multiply_tiles(f, blocks, activations, rows, begin, end, finish);
       });

@@ -14,10 +14,6 @@ namespace {
 // on the shape alone, so that the sum comes out the same for any number of threads.
 constexpr int64_t kMaxBlocks = 64, kMinBlockRows = 16;
 
-int64_t grain_of(int64_t width) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
-}
-
 void check(const Tensor& x, const Tensor& weight) {
   require(x.dim() > 0, "x must have at least 1 dimension");
   require(weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1), "weight must have shape (",
@@ -66,8 +62,7 @@ Tensor rms_norm(const Tensor& x_in, const Tensor& weight_in, double eps) {
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x_in, const Tensor& residual_in,
                                         const Tensor& weight_in, double eps) {
   check(x_in, weight_in);
-  require(same_shape(x_in, residual_in), "residual must have the shape of x");
-  require(residual_in.scalar_type() == x_in.scalar_type(), "residual must have the dtype of x");
+  check_like(residual_in, x_in, "residual");
   const Rows x = as_rows(x_in), residual = as_rows(residual_in);
   const Tensor weight = as_contiguous(weight_in);
   Tensor y = empty_like_rows(x_in), sum = empty_like_rows(x_in);
@@ -91,15 +86,12 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x_in, const Tensor& residu
 // With n = x / rms(x) and g = dy * weight:
 //   dx = (g - n * mean(g * n)) / rms(x) + what arrives for x itself (new_residual of add_rms_norm)
 //   dweight = sum over rows of dy * n, or empty where it is not asked for
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in,
-                                             const std::optional<Tensor>& dsum_in,
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const MaybeTensor& dsum_in,
                                              const Tensor& x_in, const Tensor& weight_in,
                                              double eps, bool weight_grad) {
   check(x_in, weight_in);
-  for (const Tensor* grad : {&dy_in, dsum_in ? &*dsum_in : &dy_in}) {
-    require(same_shape(*grad, x_in), "gradients must have the shape of x");
-    require(grad->scalar_type() == x_in.scalar_type(), "gradients must have the dtype of x");
-  }
+  check_like(dy_in, x_in, "grad_output");
+  if (dsum_in) check_like(*dsum_in, x_in, "grad_residual");
   const Rows x = as_rows(x_in), dy = as_rows(dy_in);
   const Rows dsum = dsum_in ? as_rows(*dsum_in) : Rows{dy.tensor, 0, 0, 0};
   const Tensor weight = as_contiguous(weight_in);
@@ -112,7 +104,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in,
     const T* w = data<T>(weight);
     T* out = mutable_data<T>(dx);
     std::vector<A> partial(weight_grad ? blocks * width : 0);
-    const int64_t grain = std::max<int64_t>(1, grain_of(width) / block);
+    const int64_t grain = grain_of(width * block);
     torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin * block; r < std::min(x.count, end * block); ++r) {
         const T *in = x.at<T>(r), *grad = dy.at<T>(r), *added = dsum_in ? dsum.at<T>(r) : nullptr;

@@ -37,9 +37,7 @@ inline Rows as_rows(const Tensor& x) {
 
 // A new contiguous tensor of the shape and dtype of x.
 inline Tensor empty_like_rows(const Tensor& x) {
-  if (x.is_contiguous()) return empty_like_dense(x);
-  const auto sizes = x.sizes();
-  return empty({sizes.begin(), sizes.end()}, x.scalar_type());
+  return x.is_contiguous() ? empty_like_dense(x) : empty_contiguous_like(x);
 }
 
 }  // namespace aigc_fast

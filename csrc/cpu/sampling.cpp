@@ -40,10 +40,9 @@ void process(float* x, int64_t vocab, const Settings& s, const int32_t* counts, 
 }
 
 std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits_in, std::vector<double> settings,
-                                         const std::optional<Tensor>& rows_in,
-                                         const std::optional<Tensor>& counts_in,
-                                         const std::optional<Tensor>& allowed_in,
-                                         const Tensor& seeds_in, const Tensor& steps_in) {
+                                         const MaybeTensor& rows_in, const MaybeTensor& counts_in,
+                                         const MaybeTensor& allowed_in, const Tensor& seeds_in,
+                                         const Tensor& steps_in) {
   require(logits_in.dim() == 2, "logits must have 2 dimensions");
   const int64_t batch = logits_in.size(0), vocab = logits_in.size(1);
   require(vocab > 0 && vocab <= 1 << 22, "logits must have from 1 to 2^22 columns");
@@ -96,8 +95,7 @@ std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits_in, std::vector<do
           if constexpr (std::is_same_v<T, double>)
             std::copy_n(raw, vocab, copy.data());
           else
-            for_vectors<float>(
-                vocab, [&](int64_t i, auto n) { store(copy.data() + i, load(raw + i, n), n); });
+            convert(raw, vocab, copy.data());
         }
         token_out[r] = -1;
         if (!sampler.scan(x, vocab)) continue;
@@ -110,11 +108,7 @@ std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits_in, std::vector<do
         }
         const int64_t token =
             sampler.sample(each[r], data<int64_t>(seeds)[r], data<int64_t>(steps)[r]);
-        float own;
-        if constexpr (std::is_same_v<T, double>)
-          own = static_cast<float>(raw[token]);
-        else
-          own = load_n(raw + token, 1)[0];
+        const float own = static_cast<float>(load_one(raw + token));
         token_out[r] = token;
         logprob_out[r] = (own - top) - log_sum;
       }

@@ -4,13 +4,12 @@
 // x is (batch, channels, pixels). A contiguous one is rows of pixels that share scale and bias, and
 // meet one row of the noise; with channels_last every pixel is a row of channels, and its noise one
 // number. All derivatives compute z anew from x, which the gradient of scale needs in any case.
+#include "channels.h"
 #include "memory_order.h"
 #include "sums.h"
 
 namespace aigc_fast {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
 
 // Elements of a unit of work; units depend on the shape alone, so that sums come out the same for
 // any number of threads.
@@ -24,34 +23,20 @@ std::vector<A> values(const Tensor& parameter, const char* name) {
   std::vector<A> result(parameter.numel());
   const Tensor dense = as_contiguous(parameter);
   dispatch(dense, name, [&]<class P>(P) {
-    if constexpr (std::is_same_v<Acc<P>, A>) {
-      const P* from = data<P>(dense);
-      for_vectors<A>(result.size(), [&](int64_t i, auto lanes) {
-        store(result.data() + i, load(from + i, lanes), lanes);
-      });
-    } else {
+    if constexpr (std::is_same_v<Acc<P>, A>)
+      convert(data<P>(dense), result.size(), result.data());
+    else
       require(false, name, " must be float64 if x is, and only then");
-    }
   });
   return result;
 }
 
 // `totals` times gain, added up to the size of the parameter (which divides theirs), in its dtype.
-Tensor like_parameter(const std::vector<double>& totals, double gain,
-                      const MaybeTensor& parameter) {
-  if (!parameter) return empty({0}, ScalarType::Float);
-  const auto sizes = parameter->sizes();
-  Tensor result = empty({sizes.begin(), sizes.end()}, parameter->scalar_type());
-  const int64_t size = result.numel();
-  std::vector<double> sums(size);
-  for (int64_t i = 0; size && i < static_cast<int64_t>(totals.size()); ++i)
-    sums[i % size] += totals[i];
-  dispatch(result, "parameter", [&]<class P>(P) {
-    P* to = mutable_data<P>(result);
-    for (int64_t i = 0; i < size; ++i)
-      store_n(to + i, broadcast(static_cast<Acc<P>>(sums[i] * gain)), 1);
-  });
-  return result;
+Tensor gradient_of(const MaybeTensor& parameter, const std::vector<double>& totals, double gain) {
+  std::vector<double> sums(parameter ? parameter->numel() : 0);
+  for (size_t i = 0; !sums.empty() && i < totals.size(); ++i) sums[i % sums.size()] += totals[i];
+  for (double& sum : sums) sum *= gain;
+  return like_parameter(sums, parameter, ScalarType::Float);
 }
 
 // What the three directions know of a call.
@@ -134,23 +119,25 @@ struct Call {
   template <int N, int V, class F>
   void by_channels(std::array<const A*, V> arrays, std::vector<double>* totals, F f) const {
     const int64_t rows = batch * channels, pieces = (pixels + kUnit - 1) / kUnit;
-    const int64_t grain = std::max<int64_t>(1, kGrain / pixels);
     std::vector<double> parts(N * rows * pieces);
-    torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
-      const F own = f;  // in registers, whatever the stores may alias
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t row = u / pieces, start = u % pieces * kUnit, first = row * pixels + start;
-        const A* of_row = noise_of(row / channels);
-        Vec<A> at[V];
-        Wide<A> sums[N + 1];
-        for (int v = 0; v < V; ++v) at[v] = broadcast(arrays[v][row]);
-        for_vectors<A>(std::min(kUnit, pixels - start), [&](int64_t j, auto lanes) {
-          const Vec<A> n = of_row ? load(of_row + start + j, lanes) : Vec<A>{};
-          own(first + j, lanes, at, n, sums);
+    torch::stable::parallel_for(
+        0, rows * pieces, grain_of(pixels), [&](int64_t begin, int64_t end) {
+          const F own = f;  // in registers, whatever the stores may alias
+          for (int64_t u = begin; u < end; ++u) {
+            const int64_t row = u / pieces, start = u % pieces * kUnit,
+                          first = row * pixels + start;
+            const A* of_row = noise_of(row / channels);
+            Vec<A> at[V];
+            Wide<A> sums[N + 1];
+            for (int v = 0; v < V; ++v) at[v] = broadcast(arrays[v][row]);
+            for_vectors<A>(std::min(kUnit, pixels - start), [&](int64_t j, auto lanes) {
+              const Vec<A> n = of_row ? load(of_row + start + j, lanes) : Vec<A>{};
+              own(first + j, lanes, at, n, sums);
+            });
+            for (int s = 0; s < N; ++s)
+              parts[(s * rows + row) * pieces + u % pieces] = sums[s].sum();
+          }
         });
-        for (int s = 0; s < N; ++s) parts[(s * rows + row) * pieces + u % pieces] = sums[s].sum();
-      }
-    });
     for (size_t i = 0; i < parts.size(); ++i) (*totals)[i / pieces] += parts[i];
   }
 
@@ -158,7 +145,7 @@ struct Call {
   void by_pixels(std::array<const A*, V> arrays, std::vector<double>* totals, F f) const {
     const int64_t height = std::max(kMinPixels, kUnit / channels);
     const int64_t pieces = (pixels + height - 1) / height;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(height, pixels) * channels));
+    const int64_t grain = grain_of(std::min(height, pixels) * channels);
     std::vector<double> parts(N * batch * pieces * channels);
     torch::stable::parallel_for(0, batch * pieces, grain, [&](int64_t begin, int64_t end) {
       const F own = f;
@@ -189,11 +176,6 @@ struct Call {
 Tensor in_memory_order(const Tensor& x) {
   require(x.dim() >= 2, "x must have at least 2 dimensions");
   return is_channels_last(x) ? x : as_contiguous(x);
-}
-
-void check_like(const Tensor& a, const Tensor& x, const char* name) {
-  require(same_shape(a, x) && a.scalar_type() == x.scalar_type(), name,
-          " must have the shape and dtype of x");
 }
 
 Tensor scale_bias_act(const Tensor& x_in, const MaybeTensor& scale, const MaybeTensor& noise,
@@ -262,9 +244,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bias_act_backward(
         });
   });
   const auto second = totals.begin() + totals.size() / 3, third = second + totals.size() / 3;
-  return {dx, like_parameter({totals.begin(), second}, gain, scale),
-          like_parameter({second, third}, gain, strength),
-          like_parameter({third, totals.end()}, gain, bias)};
+  return {dx, gradient_of(scale, {totals.begin(), second}, gain),
+          gradient_of(strength, {second, third}, gain),
+          gradient_of(bias, {third, totals.end()}, gain)};
 }
 
 // The results of backward are the derivative of sum(g u), where u = gg_x * scale + x * gg_scale +
@@ -302,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_bias_act_double_backward(
           sums[0] += widen<A>(g) * widen<A>(v);
         });
   });
-  return {grad_dy, grad_x, like_parameter(totals, gain, scale)};
+  return {grad_dy, grad_x, gradient_of(scale, totals, gain)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {

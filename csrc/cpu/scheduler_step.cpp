@@ -44,16 +44,16 @@ struct Row {
 
 struct Call {
   const Tensor &sample, &output, &coefficients;
-  const std::optional<Tensor>& uncond;
+  const MaybeTensor& uncond;
   double scale;
   bool per_sample, has_second;
   int64_t columns;
 
   Call(const Tensor& sample, const Tensor& output, const Tensor& coefficients,
-       const std::optional<Tensor>& uncond, double scale, double rescale, int64_t num_history)
+       const MaybeTensor& uncond, double scale, double rescale, int64_t num_history)
       : sample(sample), output(output), coefficients(coefficients), uncond(uncond), scale(scale) {
-    check_like(output, "model_output");
-    if (uncond) check_like(*uncond, "uncond_output");
+    check(output, "model_output");
+    if (uncond) check(*uncond, "uncond_output");
     require(uncond || (scale == 1 && rescale == 0), "uncond_output must be given for guidance");
     const int64_t dim = coefficients.dim();
     require(num_history >= 0 && num_history <= kMaxHistory, "history must hold at most 5 tensors");
@@ -78,10 +78,7 @@ struct Call {
       rows.emplace_back(numbers, columns, num_history, i, has_noise);
     return rows;
   }
-  void check_like(const Tensor& x, const char* name) const {
-    require(same_shape(x, sample) && x.scalar_type() == sample.scalar_type(), name,
-            " must have the shape and dtype of sample");
-  }
+  void check(const Tensor& x, const char* name) const { check_like(x, sample, name, "sample"); }
 };
 
 // Count, mean and sum of squared deviations, joined as Chan et al. (1979) do.
@@ -145,20 +142,19 @@ std::vector<Acc<T>> rescale_factors(SampleRows& rows, RowPointer<const T> cond,
 // [prev], then x0 if asked for, then the second result if the row has one
 std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& output_in,
                                         const Tensor& coefficients, std::vector<Tensor> history,
-                                        const std::optional<Tensor>& noise,
-                                        const std::optional<Tensor>& uncond_in, double scale,
-                                        double rescale, bool return_x0) {
+                                        const MaybeTensor& noise, const MaybeTensor& uncond_in,
+                                        double scale, double rescale, bool return_x0) {
   const int64_t num_history = history.size();
   const Call call(sample_in, output_in, coefficients, uncond_in, scale, rescale, num_history);
   if (noise) {
-    call.check_like(*noise, "noise");
+    call.check(*noise, "noise");
     history.insert(history.begin(), *noise);
   }
   SampleRows rows(sample_in, call.per_sample || rescale != 0);
   const Tensor sample = rows.arrange(sample_in), output = rows.arrange(output_in);
   const Tensor uncond = uncond_in ? rows.arrange(*uncond_in) : output;
   for (Tensor& h : history) {
-    call.check_like(h, "history");
+    call.check(h, "history");
     h = rows.arrange(h);
   }
   const int extras = history.size();
@@ -218,24 +214,23 @@ std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& o
 }
 
 Tensor scheduler_step(const Tensor& sample, const Tensor& output, const Tensor& coefficients,
-                      const std::optional<Tensor>& noise) {
+                      const MaybeTensor& noise) {
   auto results = scheduler_step_full(sample, output, coefficients, {}, noise, {}, 1, 0, false);
   require(results.size() == 1, "coefficients must be a row of one result");
   return results[0];
 }
 
 // Gradients of sample, model_output, uncond_output (if given), noise (if has_noise), history.
-std::vector<Tensor> scheduler_step_backward(const Tensor& grad_in,
-                                            const std::optional<Tensor>& grad_x0_in,
-                                            const std::optional<Tensor>& grad_second_in,
+std::vector<Tensor> scheduler_step_backward(const Tensor& grad_in, const MaybeTensor& grad_x0_in,
+                                            const MaybeTensor& grad_second_in,
                                             const Tensor& sample_in, const Tensor& output_in,
                                             const Tensor& coefficients,
-                                            const std::optional<Tensor>& uncond_in, double scale,
+                                            const MaybeTensor& uncond_in, double scale,
                                             bool has_noise, int64_t num_history) {
   const Call call(sample_in, output_in, coefficients, uncond_in, scale, 0, num_history);
-  call.check_like(grad_in, "grad_output");
-  if (grad_x0_in) call.check_like(*grad_x0_in, "grad_output");
-  if (grad_second_in) call.check_like(*grad_second_in, "grad_output");
+  call.check(grad_in, "grad_output");
+  if (grad_x0_in) call.check(*grad_x0_in, "grad_output");
+  if (grad_second_in) call.check(*grad_second_in, "grad_output");
   SampleRows rows(sample_in, call.per_sample);
   const Tensor sample = rows.arrange(sample_in), output = rows.arrange(output_in);
   const Tensor uncond = uncond_in ? rows.arrange(*uncond_in) : output;

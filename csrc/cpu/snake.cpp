@@ -12,11 +12,6 @@ void check(const Tensor& x, const Tensor& alpha, const Tensor& beta) {
   require(beta.scalar_type() == x.scalar_type(), "beta must have the dtype of x");
 }
 
-void check_gradient(const Tensor& gradient, const Tensor& x) {
-  require(same_shape(gradient, x), "gradients must have the shape of x");
-  require(gradient.scalar_type() == x.scalar_type(), "gradients must have the dtype of x");
-}
-
 // What every element needs of its channel; b = 1 / (beta + eps). Further values may follow.
 enum ChannelValue { kAlpha, kB, kValues };
 
@@ -51,7 +46,7 @@ Tensor snake(const Tensor& x_in, const Tensor& alpha, const Tensor& beta) {
 std::tuple<Tensor, Tensor, Tensor> snake_backward(const Tensor& dy_in, const Tensor& x_in,
                                                   const Tensor& alpha, const Tensor& beta) {
   check(x_in, alpha, beta);
-  check_gradient(dy_in, x_in);
+  check_like(dy_in, x_in, "grad_output");
   const Tensor x = as_dense(x_in), dy = in_order_of(dy_in, x);
   const Norms channels = norms_of_channels(x);
   Tensor dx = empty_like_dense(x);
@@ -87,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> snake_double_backward(
     const Tensor& gg_in, const Tensor& gg_alpha, const Tensor& gg_beta, const Tensor& dy_in,
     const Tensor& x_in, const Tensor& alpha, const Tensor& beta) {
   check(x_in, alpha, beta);
-  check_gradient(dy_in, x_in);
-  check_gradient(gg_in, x_in);
+  check_like(dy_in, x_in, "grad_output");
+  check_like(gg_in, x_in, "grad_grad");
   const Tensor x = as_dense(x_in), dy = in_order_of(dy_in, x), gg = in_order_of(gg_in, x);
   const Norms channels = norms_of_channels(x);
   Tensor grad_dy = empty_like_dense(x), grad_x = empty_like_dense(x);

@@ -9,8 +9,7 @@ namespace aigc_fast {
 
 // 1 / (beta + eps) of each channel; fp32 would round a gradient that has its square twice.
 inline std::vector<double> inverse_of(const Tensor& beta, int64_t channels) {
-  std::vector<double> inverse(channels);
-  channel_values<double>(beta, channels, "beta", 0.0, inverse.data());
+  std::vector<double> inverse = channel_values<double>(beta, channels, "beta", 0);
   for (double& b : inverse) b = 1 / (b + kSnakeEps);
   return inverse;
 }

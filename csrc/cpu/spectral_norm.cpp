@@ -92,18 +92,9 @@ std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors, const Shapes&
 
 template <class T>
 std::vector<Acc<T>> values(const T* from, int64_t size) {
-  using A = Acc<T>;
-  std::vector<A> result(size);
-  for_vectors<A>(
-      size, [&](int64_t i, auto lanes) { store(result.data() + i, load(from + i, lanes), lanes); });
+  std::vector<Acc<T>> result(size);
+  convert(from, size, result.data());
   return result;
-}
-
-template <class T>
-void copy_values(const std::vector<Acc<T>>& values, T* to) {
-  for_vectors<Acc<T>>(values.size(), [&](int64_t i, auto lanes) {
-    store(to + i, load(values.data() + i, lanes), lanes);
-  });
 }
 
 template <class T, class A>
@@ -203,9 +194,9 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> spectral_norm(std::vector<Tensor
           store(out + first + i, load(w + first + i, lanes) * factor, lanes);
         });
       });
-      copy_values(u, vectors_at + s.u_at[l]);
-      copy_values(v, vectors_at + s.v_at[l]);
-      store_n(sigma_at + l, broadcast(static_cast<A>(found)), 1);
+      convert(u.data(), rows, vectors_at + s.u_at[l]);
+      convert(v.data(), columns, vectors_at + s.v_at[l]);
+      store_one(sigma_at + l, static_cast<A>(found));
     });
   });
   return {normal, sigma, vectors};

@@ -111,7 +111,7 @@ void add_partial_sums(const P* partial, int64_t count, int64_t stride, int64_t w
     for (; j < width; ++j) total[j] += partial[j];
   }
   const std::vector<A> rounded(total.begin(), total.end());
-  for_vectors<A>(width, [&](int64_t j, auto n) { store(out + j, load(rounded.data() + j, n), n); });
+  convert(rounded.data(), width, out);
 }
 
 }  // namespace aigc_fast

@@ -1,6 +1,7 @@
 // What every CPU kernel needs of a torch tensor, through LibTorch's stable ABI.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -17,6 +18,7 @@ namespace aigc_fast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
 // Refuses a call. Python turns the message into ValueError or TypeError (ops/_registry.py).
 template <class... Args>
@@ -38,6 +40,12 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
 }
 
+inline void check_like(const Tensor& x, const Tensor& like, const char* name,
+                       const char* name_of_like = "x") {
+  require(same_shape(x, like) && x.scalar_type() == like.scalar_type(), name,
+          " must have the shape and dtype of ", name_of_like);
+}
+
 // A new CPU tensor; the C shim costs half of what the dispatcher takes for torch.empty.
 template <class Sizes, class Strides>
 Tensor empty_strided(const Sizes& sizes, const Strides& strides, ScalarType dtype) {
@@ -53,6 +61,10 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1))
     strides[i] = stride;
   return empty_strided(sizes, strides, dtype);
+}
+inline Tensor empty_contiguous_like(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return empty({sizes.begin(), sizes.end()}, x.scalar_type());
 }
 // Same sizes and strides: only for a dense tensor, one that fills its memory without gaps.
 inline Tensor empty_like_dense(const Tensor& x) {
@@ -113,8 +125,37 @@ void dispatch(const Tensor& x, const char* name, F&& f) {
   }
 }
 
+// The dtype of Acc<T> where the elements of x are T.
+inline ScalarType acc_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The number `offset` elements behind the first of a tensor of any floating dtype.
+inline double number_at(const Tensor& x, int64_t offset, const char* name) {
+  double value = 0;
+  dispatch(x, name, [&]<class T>(T) { value = load_one(data<T>(x) + offset); });
+  return value;
+}
+
+inline void set_number(const Tensor& x, int64_t offset, double value) {
+  dispatch(x, "x",
+           [&]<class T>(T) { store_one(mutable_data<T>(x) + offset, static_cast<Acc<T>>(value)); });
+}
+
 // Elements a thread should get at least: below this a second thread costs more than it saves
 // (waking it takes about 4 us).
 constexpr int64_t kGrain = 16384;
+
+// Items a thread should get at least, of so many elements each.
+inline int64_t grain_of(int64_t elements) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
+}
+// f(i) for every i below count; each takes about so many elements.
+template <class F>
+void in_parallel(int64_t count, int64_t elements, F&& f) {
+  torch::stable::parallel_for(0, count, grain_of(elements), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
 
 }  // namespace aigc_fast

@@ -74,18 +74,8 @@ void check(const Tensor& timesteps, int64_t dim, double shift) {
           "dim must be positive and downscale_freq_shift less than half of it");
 }
 
-ScalarType result_type(const Tensor& timesteps) {
-  return timesteps.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// f(row) in parallel; each takes `half` sines and cosines.
-template <class F>
-void for_rows(int64_t rows, int64_t half, F&& f) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / 4 / std::max<int64_t>(1, half));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) f(row);
-  });
-}
+// A sine and a cosine take as long as so many elements.
+constexpr int64_t kSinCosElements = 4;
 
 Tensor timestep_embedding(const Tensor& timesteps, int64_t dim, bool flip, double shift,
                           double scale, double period) {
@@ -93,11 +83,11 @@ Tensor timestep_embedding(const Tensor& timesteps, int64_t dim, bool flip, doubl
   const Frequencies frequencies(dim, shift, scale, period);
   const Scalars t(timesteps, "timesteps");
   const int64_t rows = timesteps.size(0), half = dim / 2;
-  Tensor out = empty({rows, dim}, result_type(timesteps));
+  Tensor out = empty({rows, dim}, acc_dtype(timesteps));
   dispatch(out, "timesteps", [&]<class T>(T) {
     if constexpr (std::is_same_v<T, Acc<T>>) {
       T* y = mutable_data<T>(out);
-      for_rows(rows, half, [&, y](int64_t row) {
+      in_parallel(rows, half * kSinCosElements, [&, y](int64_t row) {
         T *sines = y + row * dim + (flip ? half : 0), *cosines = y + row * dim + (flip ? 0 : half);
         const double step = t[row];
         for_vectors<double>(half, [&](int64_t i, auto n) {
@@ -117,7 +107,7 @@ Tensor timestep_embedding_backward(const Tensor& grad_in, const Tensor& timestep
   const int64_t rows = grad_in.dim() == 2 ? grad_in.size(0) : -1;
   const int64_t dim = rows < 0 ? 0 : grad_in.size(1), half = dim / 2;
   check(timesteps, dim, shift);
-  require(rows == timesteps.size(0) && grad_in.scalar_type() == result_type(timesteps),
+  require(rows == timesteps.size(0) && grad_in.scalar_type() == acc_dtype(timesteps),
           "grad_output must be of the embedding's shape and dtype");
   const Tensor grad = as_contiguous(grad_in);
   const Frequencies frequencies(dim, shift, scale, period);
@@ -127,7 +117,7 @@ Tensor timestep_embedding_backward(const Tensor& grad_in, const Tensor& timestep
   dispatch(grad, "grad_output", [&]<class T>(T) {
     if constexpr (std::is_same_v<T, Acc<T>>) {
       const T* dy = data<T>(grad);
-      for_rows(rows, half, [&, dy](int64_t row) {
+      in_parallel(rows, half * kSinCosElements, [&, dy](int64_t row) {
         const T* of_sin = dy + row * dim + (flip ? half : 0);
         const T* of_cos = dy + row * dim + (flip ? 0 : half);
         const double step = t[row];
@@ -141,10 +131,7 @@ Tensor timestep_embedding_backward(const Tensor& grad_in, const Tensor& timestep
       });
     }
   });
-  dispatch(out, "timesteps", [&]<class T>(T) {
-    T* to = mutable_data<T>(out);
-    for (int64_t row = 0; row < rows; ++row) store_n(to + row, broadcast(Acc<T>(sums[row])), 1);
-  });
+  for (int64_t row = 0; row < rows; ++row) set_number(out, row, sums[row]);
   return out;
 }
 

@@ -116,7 +116,7 @@ void channels_last_row(const Job<T>& job, int64_t n, int64_t o) {
 }
 
 Tensor upfirdn2d(const Tensor& x_in, const Tensor& filter, std::vector<int64_t> geometry, bool flip,
-                 double gain, const std::optional<Tensor>& bias, int64_t act, double act_gain,
+                 double gain, const MaybeTensor& bias, int64_t act, double act_gain,
                  std::optional<double> clamp, double alpha) {
   require(x_in.dim() == 4, "x must have 4 dimensions");
   check_filter(filter, "filter");
@@ -138,19 +138,10 @@ Tensor upfirdn2d(const Tensor& x_in, const Tensor& filter, std::vector<int64_t> 
     using A = Acc<T>;
     const Epilogue<A> epilogue{A(alpha), A(act_gain),
                                clamp ? A(*clamp) : std::numeric_limits<A>::infinity()};
-    Job<T> job{Fir<A>(y, x, filter, flip, gain),
-               c,
-               {},
-               data<T>(source),
-               mutable_data<T>(out),
-               {},
-               {},
-               epilogue};
-    job.bias.resize(c);
-    channel_values<A>(bias, c, "bias", 0, job.bias.data());
+    Job<T> job{
+        Fir<A>(y, x, filter, flip, gain),      c,  {},      data<T>(source), mutable_data<T>(out),
+        channel_values<A>(bias, c, "bias", 0), {}, epilogue};
     with_act(act, [&]<Act a>(std::integral_constant<Act, a>) { job.write = &write_row<T, a>; });
-    const int64_t rows = last ? 1 : rows_of_unit(n * c, y.out);
-    const int64_t grain = std::max<int64_t>(1, kGrain / (x.out * (last ? c : rows)));
     if (last) {
       for (int64_t o = 0; o < x.out; ++o)
         for (int64_t k = 0; k < x.taps; ++k) {
@@ -158,11 +149,11 @@ Tensor upfirdn2d(const Tensor& x_in, const Tensor& filter, std::vector<int64_t> 
           const bool found = x.source(o, k, &i) && i >= 0 && i < x.in;
           job.columns.push_back(found ? i : -1);
         }
-      torch::stable::parallel_for(0, n * y.out, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t u = begin; u < end; ++u) channels_last_row(job, u / y.out, u % y.out);
-      });
+      in_parallel(n * y.out, x.out * c,
+                  [&](int64_t u) { channels_last_row(job, u / y.out, u % y.out); });
     } else {
-      const int64_t pieces = (y.out + rows - 1) / rows;
+      const int64_t rows = rows_of_unit(n * c, y.out), pieces = (y.out + rows - 1) / rows;
+      const int64_t grain = grain_of(x.out * rows);
       torch::stable::parallel_for(0, n * c * pieces, grain, [&](int64_t begin, int64_t end) {
         RowFilter<A> filter(job.fir);
         for (int64_t u = begin; u < end; ++u) {

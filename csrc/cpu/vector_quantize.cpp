@@ -30,7 +30,7 @@ struct Panels {
         count((codes + kCodes<A> - 1) / kCodes<A>),
         values(count * dim * kCodes<A>),
         starts(count * kCodes<A>, -std::numeric_limits<A>::infinity()) {
-    const int64_t grain = std::max<int64_t>(1, kGrain / (dim * kCodes<A>));
+    const int64_t grain = grain_of(dim * kCodes<A>);
     torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t code = begin * kCodes<A>; code < std::min(codes, end * kCodes<A>); ++code) {
         const int64_t panel = code / kCodes<A>, lane = code % kCodes<A>;
@@ -101,9 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> vector_quantize(const Tensor& x_in, const Ten
   check_codebook(x_in, codebook_in);
   const Tensor x = as_contiguous(x_in), codebook = as_contiguous(codebook_in);
   const FeatureVectors rows(x);
-  const bool wide = x.scalar_type() == ScalarType::Double;
   Tensor quantized = empty_like_dense(x);
-  Tensor distances = empty({rows.outer, rows.inner}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor distances = empty({rows.outer, rows.inner}, acc_dtype(x));
   Tensor indices = empty({rows.outer, rows.inner}, ScalarType::Long);
   if (rows.count() == 0) return {quantized, distances, indices};
   dispatch(x, "x", [&]<class T>(T) {

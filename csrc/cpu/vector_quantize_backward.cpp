@@ -27,8 +27,7 @@ void sum_codes(const FeatureVectors& vectors, const Tensor& x, const Buckets& bu
   const int64_t work = dim * (1 + vectors.count() / codes);  // of a code
   const Tensor rows = as_contiguous(torch::stable::transpose(x, 1, 2));
   const T* from = data<T>(rows);
-  const int64_t grain = std::max<int64_t>(1, kGrain / work);
-  torch::stable::parallel_for(0, codes, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, codes, grain_of(work), [&](int64_t begin, int64_t end) {
     for (int64_t code = begin; code < end; ++code)
       for_vectors<A>(dim, [&](int64_t i, auto lanes) {
         Wide<A> sum;
@@ -50,7 +49,7 @@ void check_indices(const Tensor& indices, const FeatureVectors& vectors) {
 //   dx = grad_quantized + beta * g * off
 //   dcodebook[k] = -sum of g * off over the vectors of code k, or empty where it is not asked for
 std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_in,
-                                                    const std::optional<Tensor>& passed_in,
+                                                    const MaybeTensor& passed_in,
                                                     const Tensor& x_in, const Tensor& codebook_in,
                                                     const Tensor& indices_in, double beta,
                                                     bool codebook_grad) {
@@ -58,14 +57,10 @@ std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_in,
   const Tensor x = as_contiguous(x_in), codebook = as_contiguous(codebook_in);
   const Tensor grad = as_contiguous(grad_in), indices = as_contiguous(indices_in);
   const FeatureVectors rows(x);
-  const bool wide = x.scalar_type() == ScalarType::Double;
   require(grad.numel() == rows.count(), "grad_distances must have a number for each vector of x");
-  require(grad.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-          "grad_distances must be float32, or float64 with x");
+  require(grad.scalar_type() == acc_dtype(x), "grad_distances must be float32, or float64 with x");
   check_indices(indices, rows);
-  if (passed_in)
-    require(same_shape(*passed_in, x) && passed_in->scalar_type() == x.scalar_type(),
-            "grad_quantized must have the shape and dtype of x");
+  if (passed_in) check_like(*passed_in, x, "grad_quantized");
   const Tensor passed = passed_in ? as_contiguous(*passed_in) : x;
   const int64_t codes = codebook.size(0), dim = rows.dim;
   const Buckets buckets(data<int64_t>(indices), rows.count(), codes);
@@ -77,7 +72,7 @@ std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_in,
     const T* book = data<T>(codebook);
     const A* g = data<A>(grad);
     const int64_t blocks = (rows.count() + kVectorBlock - 1) / kVectorBlock;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (kVectorBlock * dim));
+    const int64_t grain = grain_of(kVectorBlock * dim);
     torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
       std::vector<A> block(kVectorBlock * dim), added(passed_in ? kVectorBlock * dim : 0);
       for (int64_t b = begin; b < end; ++b) {
@@ -117,9 +112,8 @@ std::tuple<Tensor, Tensor> codebook_moments(const Tensor& x_in, const Tensor& in
   const FeatureVectors vectors(x);
   check_indices(indices, vectors);
   const Buckets buckets(data<int64_t>(indices), vectors.count(), codes);
-  const bool wide = x.scalar_type() == ScalarType::Double;
   Tensor counts = empty({codes}, ScalarType::Long);
-  Tensor sums = empty({codes, vectors.dim}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor sums = empty({codes, vectors.dim}, acc_dtype(x));
   for (int64_t code = 0; code < codes; ++code)
     mutable_data<int64_t>(counts)[code] = buckets.starts[code + 1] - buckets.starts[code];
   dispatch(x, "x", [&]<class T>(T) {

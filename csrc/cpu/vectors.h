@@ -33,11 +33,7 @@ struct FeatureVectors {
   template <class T>
   void gather(const T* from, int64_t begin, int64_t count, Acc<T>* to) const {
     using A = Acc<T>;
-    if (inner == 1) {
-      from += begin * dim;
-      return for_vectors<A>(count * dim,
-                            [&](int64_t i, auto n) { store(to + i, load(from + i, n), n); });
-    }
+    if (inner == 1) return convert(from + begin * dim, count * dim, to);
     for_runs(begin, count, [&](int64_t at, int64_t row, int64_t rows) {
       for (int64_t d = 0; d < dim; ++d)
         for_vectors<A>(rows, [&](int64_t i, auto n) {
@@ -49,11 +45,7 @@ struct FeatureVectors {
   template <class T>
   void scatter(const Acc<T>* from, int64_t begin, int64_t count, T* to) const {
     using A = Acc<T>;
-    if (inner == 1) {
-      to += begin * dim;
-      return for_vectors<A>(count * dim,
-                            [&](int64_t i, auto n) { store(to + i, load(from + i, n), n); });
-    }
+    if (inner == 1) return convert(from, count * dim, to + begin * dim);
     for_runs(begin, count, [&](int64_t at, int64_t row, int64_t rows) {
       for (int64_t d = 0; d < dim; ++d)
         for_vectors<A>(rows, [&](int64_t i, auto n) {

@@ -131,6 +131,16 @@ AIGC_INLINE void store_n(T* p, Vec<Acc<T>> v, int64_t n) {
   std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
 }
 
+// One element.
+template <class T>
+AIGC_INLINE Acc<T> load_one(const T* p) {
+  return load_n(p, 1)[0];
+}
+template <class T>
+AIGC_INLINE void store_one(T* p, Acc<T> value) {
+  store_n(p, broadcast(value), 1);
+}
+
 // f(i, n) for each vector of [0, size): n is the number of lanes, all of them but for the last.
 // In whole vectors n is a compile-time constant, so that only the tail pays for masking.
 template <class A, class F>
@@ -156,6 +166,12 @@ AIGC_INLINE void store(T* p, Vec<Acc<T>> v, N n) {
   } else {
     store(p, v);
   }
+}
+
+// to[i] = from[i] for i < size, where one of the two types is that of the other's arithmetic.
+template <class From, class To>
+AIGC_INLINE void convert(const From* from, int64_t size, To* to) {
+  for_vectors<Acc<From>>(size, [&](int64_t i, auto n) { store(to + i, load(from + i, n), n); });
 }
 
 template <class I, I... i>
