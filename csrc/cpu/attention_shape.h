@@ -4,18 +4,9 @@
 #include <algorithm>
 
 #include "cache.h"
+#include "rows.h"
 
 namespace aigc_fast {
-
-template <class T>
-struct HeadRows {  // a tensor (batch, seq, head, head_dim) with its last dimension contiguous
-  const T* data;
-  int64_t batch, seq, head;
-  HeadRows(const T* rows, int64_t batch, int64_t seq, int64_t head)
-      : data(rows), batch(batch), seq(seq), head(head) {}
-  explicit HeadRows(const Tensor& x)
-      : data(aigc_fast::data<T>(x)), batch(x.stride(0)), seq(x.stride(1)), head(x.stride(2)) {}
-};
 
 struct AttentionShape {
   int64_t batch, q_len, heads, kv_heads, head_dim, capacity;

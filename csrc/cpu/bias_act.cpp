@@ -5,8 +5,8 @@
 // channels_last are one case each: rows of `inner` elements that share a bias value, or (inner
 // == 1) rows of `channels` elements with one value each.
 #include "act_dispatch.h"
+#include "clamp.h"
 #include "sums.h"
-#include "tensor.h"
 
 namespace aigc_fast {
 namespace {
@@ -93,11 +93,6 @@ struct Params {
   A alpha, gain, limit;
 };
 
-template <class A>
-A limit_of(const std::optional<double>& clamp) {
-  return clamp ? A(*clamp) : std::numeric_limits<A>::infinity();
-}
-
 // Where |y| passes the limit the derivative is zero. `saved` is y itself (whose values at the
 // limit were clamped) or x + bias.
 template <Act act, class A>
@@ -127,7 +122,7 @@ Tensor bias_act(const Tensor& x_in, const MaybeTensor& bias_in, int64_t act, int
       for_elements<T, false>(l, bias ? data<T>(*bias) : nullptr, nullptr,
                              [=](int64_t i, auto lanes, Vec<A> b) {
                                Vec<A> v = activate<a, A>(load(in + i, lanes) + b, p.alpha) * p.gain;
-                               v = max<A>(min<A>(v, broadcast(p.limit)), broadcast(-p.limit));
+                               v = clamp_to<A>(v, p.limit);
                                store(out + i, v, lanes);
                                return v;
                              });

@@ -2,6 +2,7 @@
 #include "conv3x3.h"
 
 #include "channels.h"
+#include "memory_order.h"
 
 namespace aigc_fast {
 namespace {
@@ -54,9 +55,7 @@ Tensor conv3x3(const std::vector<Tensor>& xs, const Tensor& weight_in, const May
   for (const auto& p : {bias, slope, residual_in})
     require(!p || p->scalar_type() == dtype, "bias, slope and residual must have the dtype of x");
 
-  const std::vector<int64_t> sizes{s.batch, s.out, s.height, s.width};
-  const std::vector<int64_t> strides{s.height * s.width * s.out, 1, s.width * s.out, s.out};
-  Tensor y = empty_strided(sizes, strides, dtype);
+  Tensor y = empty_in_order({s.batch, s.out, s.height, s.width}, dtype, true);
   MaybeTensor residual;
   if (residual_in) {
     require(same_shape(*residual_in, y), "residual must have the shape of the result");

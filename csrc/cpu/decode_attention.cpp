@@ -95,10 +95,6 @@ void run(const AttentionShape& s, HeadRows<T> queries, const Attention<P>& atten
   });
 }
 
-Tensor with_contiguous_rows(const Tensor& x) {
-  return x.size(3) == 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
-}
-
 std::vector<int64_t> read_lengths(const Tensor& lengths, const AttentionShape& s) {
   const auto type = lengths.scalar_type();
   require(type == ScalarType::Int || type == ScalarType::Long,
@@ -151,8 +147,8 @@ std::tuple<Tensor, Tensor> decode_attention_full(
                 mask.size(dims - 1) == s.q_len,
             "mask must be bool and have shape (q_len, q_len) or (batch, q_len, q_len)");
   }
-  const Tensor query = with_contiguous_rows(query_in), keys = with_contiguous_rows(key_in),
-               values = with_contiguous_rows(value_in);
+  const Tensor query = with_dense_rows(query_in), keys = with_dense_rows(key_in),
+               values = with_dense_rows(value_in);
   Tensor out = empty({s.batch, s.q_len, s.heads, s.head_dim}, query.scalar_type());
   Tensor lse = empty({s.batch, s.q_len, s.heads}, acc_dtype(query));
   dispatch(query, "query", [&]<class T>(T) {

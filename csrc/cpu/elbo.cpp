@@ -1,5 +1,6 @@
 // The two terms of a VAE's bound: a draw of a diagonal Gaussian with its divergence from the
 // standard normal, and the likelihood of the data; and their gradients.
+#include "enum_dispatch.h"
 #include "per_sample.h"
 #include "sums.h"
 
@@ -194,10 +195,7 @@ class Pairs {
               [=](int64_t i, auto n) { return load(ts + i, n); });
         });
       };
-      using enum Likelihood;
-      if (kind_ == 0) return run(std::integral_constant<Likelihood, bernoulli>{});
-      if (kind_ == 1) return run(std::integral_constant<Likelihood, gaussian>{});
-      run(std::integral_constant<Likelihood, laplace>{});
+      with_enum<Likelihood, kNumLikelihoods>(kind_, "kind", run);
     });
   }
 

@@ -1,12 +1,12 @@
 // Bias, upsampling FIR filter, leaky ReLU, clamp and downsampling FIR filter in one pass: of the
 // upsampled plane a few rows exist at a time (fir_rows.h), and for backward two bits a pixel, which
 // say whether it was at most 0 and whether it was clamped.
+#include "channels.h"
+#include "clamp.h"
 #include "fir_rows.h"
 #include "memory_order.h"
 
 #include <aigc_fast/lane_bits.h>
-
-#include "channels.h"
 
 namespace aigc_fast {
 namespace {
@@ -24,8 +24,7 @@ struct PlaneBits {
 
 template <class A>
 AIGC_INLINE Vec<A> activated(Vec<A> v, Vec<Bits<A>> low, A slope, A limit) {
-  v = low ? v * slope : v;
-  return max<A>(min<A>(v, broadcast(limit)), broadcast(-limit));
+  return clamp_to<A>(low ? v * slope : v, limit);
 }
 
 // to = clamp(lrelu(from)). Whole vectors are read and written; so below.
@@ -141,9 +140,7 @@ struct TwoFilters {
 // The result in the memory order of x, which was read as planes.
 Tensor in_layout_of(const Tensor& x, const Tensor& planes) {
   if (!is_channels_last(x)) return planes;
-  const int64_t c = planes.size(1), h = planes.size(2), w = planes.size(3);
-  const std::vector<int64_t> sizes{planes.size(0), c, h, w}, strides{h * w * c, 1, w * c, c};
-  Tensor out = empty_strided(sizes, strides, planes.scalar_type());
+  Tensor out = empty_in_order(planes, true);
   torch::stable::copy_(out, planes);
   return out;
 }
@@ -168,7 +165,7 @@ std::tuple<Tensor, Tensor> filtered_lrelu(const Tensor& x_in, const Tensor& up_f
   if (y.numel() == 0) return {in_layout_of(x_in, y), mask};
   dispatch(x, "x", [&]<class T>(T) {
     using A = Acc<T>;
-    const A limit = clamp ? A(*clamp) : std::numeric_limits<A>::infinity();
+    const A limit = limit_of<A>(clamp);
     s.run<T>(x, bias, up_filter, down_filter, flip, gain, y,
              [&](const A* from, int64_t plane, int64_t number, bool own, A* to) {
                const PlaneBits of_plane{bits + plane * height * 2 * words, words};

@@ -16,17 +16,14 @@ namespace aigc_fast {
 template <class A>
 AIGC_INLINE Vec<A> zip(Vec<A> a, Vec<A> b, int half) {
   constexpr int lanes = kLanes<A>;
-  Vec<Bits<A>> order;
-  for (int k = 0; k < lanes; ++k) order[k] = half * lanes / 2 + k / 2 + k % 2 * lanes;
-  return __builtin_shuffle(a, b, order);
+  return __builtin_shuffle(
+      a, b, lane_numbers<A>([=](int k) { return half * lanes / 2 + k / 2 + k % 2 * lanes; }));
 }
 
 // Every second lane of a, then of b, from lane `first`.
 template <class A>
 AIGC_INLINE Vec<A> every_second(Vec<A> a, Vec<A> b, int first) {
-  Vec<Bits<A>> order;
-  for (int k = 0; k < kLanes<A>; ++k) order[k] = 2 * k + first;
-  return __builtin_shuffle(a, b, order);
+  return __builtin_shuffle(a, b, lane_numbers<A>([=](int k) { return 2 * k + first; }));
 }
 
 // Zeros that begin at a multiple of a vector: one that spans two lines of the cache takes twice as

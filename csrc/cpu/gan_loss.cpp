@@ -2,6 +2,7 @@
 //
 // Every one of them is a mean of phi(offset + sign * x) over real logits, the same over generated
 // ones, or both; the relativistic one has for x the difference of a pair.
+#include "enum_dispatch.h"
 #include "per_sample.h"
 #include "sums.h"
 
@@ -13,6 +14,7 @@ enum class Loss : int64_t { non_saturating, least_squares, hinge, wasserstein, r
 constexpr int64_t kNumLosses = 5;
 
 enum class Phi { softplus, half_square, relu, identity };
+constexpr int64_t kNumPhis = 4;
 
 template <Phi phi, class A>
 AIGC_INLINE Vec<A> value(Vec<A> u) {
@@ -58,16 +60,7 @@ Terms terms_of(Loss loss, bool generator) {
 
 template <class F>
 void with_phi(Phi phi, F&& f) {
-  switch (phi) {
-    case Phi::softplus:
-      return f(std::integral_constant<Phi, Phi::softplus>{});
-    case Phi::half_square:
-      return f(std::integral_constant<Phi, Phi::half_square>{});
-    case Phi::relu:
-      return f(std::integral_constant<Phi, Phi::relu>{});
-    case Phi::identity:
-      return f(std::integral_constant<Phi, Phi::identity>{});
-  }
+  with_enum<Phi, kNumPhis>(static_cast<int64_t>(phi), "phi", f);
 }
 
 // The logits of a call, dense; those of a pair in one memory order.

@@ -43,9 +43,7 @@ inline GroupShape group_shape_of(const Tensor& x, int64_t groups, const MaybeTen
     require(!*p || ((*p)->dim() == 1 && (*p)->size(0) == channels &&
                     (*p)->scalar_type() == x.scalar_type()),
             "weight and bias must have shape (", channels, ",) and the dtype of x");
-  int64_t spatial = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) spatial *= x.size(d);
-  return {x.size(0), channels, spatial, groups, is_channels_last(x)};
+  return {x.size(0), channels, positions_of(x), groups, is_channels_last(x)};
 }
 
 // Mean of `count` elements and the sum of their squared differences from it; two of them merge by

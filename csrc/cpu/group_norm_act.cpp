@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x_in, const Mayb
                                                   const MaybeTensor& bias, int64_t groups,
                                                   double eps, int64_t act) {
   const GroupShape s = group_shape_of(x_in, groups, weight, bias);
-  const Tensor x = s.channels_last ? x_in : as_contiguous(x_in);
+  const Tensor x = in_memory_order(x_in);
   Tensor y = empty_in_order(x, s.channels_last);
   Tensor mean = empty({s.batch, groups}, acc_dtype(x)), rstd = empty_like_dense(mean);
   dispatch(x, "x", [&]<class T>(T) {
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x_in, const Mayb
       for (Tensor* t : {&mean, &rstd}) std::fill_n(mutable_data<A>(*t), s.units(), A(0));
       return;
     }
-    with_act(act, [&]<Smooth kind>() {
+    with_smooth(act, [&]<Smooth kind>(std::integral_constant<Smooth, kind>) {
       const Forward<T, kind> forward{
           {s, data<T>(x), channel_values<A>(weight, s.channels, "weight", 1),
            channel_values<A>(bias, s.channels, "bias", 0), mutable_data<A>(mean),

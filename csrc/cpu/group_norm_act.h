@@ -2,6 +2,7 @@
 #pragma once
 
 #include "channels.h"
+#include "enum_dispatch.h"
 #include "group_moments.h"
 
 #include <aigc_fast/smooth_activation.h>
@@ -9,11 +10,8 @@
 namespace aigc_fast {
 
 template <class F>
-void with_act(int64_t act, F&& body) {
-  require(act >= 0 && act < kNumSmooth, "activation must be in [0, ", kNumSmooth, "), got ", act);
-  [&]<int64_t... ids>(std::integer_sequence<int64_t, ids...>) {
-    ((act == ids ? body.template operator()<Smooth(ids)>() : void()), ...);
-  }(std::make_integer_sequence<int64_t, kNumSmooth>{});
+void with_smooth(int64_t act, F&& body) {
+  with_enum<Smooth, kNumSmooth>(act, "activation", body);
 }
 
 // What both directions know of a call: the statistics are (batch, groups).

@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
     const Tensor& dy_in, const Tensor& x_in, const Tensor& mean_in, const Tensor& rstd_in,
     const MaybeTensor& weight, const MaybeTensor& bias, int64_t groups, int64_t act) {
   const GroupShape s = group_shape_of(x_in, groups, weight, bias);
-  const Tensor x = s.channels_last ? x_in : as_contiguous(x_in);
+  const Tensor x = in_memory_order(x_in);
   check_like(dy_in, x, "grad_output");
   for (const Tensor* t : {&mean_in, &rstd_in})
     require(t->numel() == s.units() && t->scalar_type() == acc_dtype(x),
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
     using A = Acc<T>;
     std::vector<double> sums(2 * s.batch * s.channels);
     if (x.numel() > 0)
-      with_act(act, [&]<Smooth kind>() {
+      with_smooth(act, [&]<Smooth kind>(std::integral_constant<Smooth, kind>) {
         Backward<T, kind> backward{
             {s, data<T>(x), channel_values<A>(weight, s.channels, "weight", 1),
              channel_values<A>(bias, s.channels, "bias", 0), const_cast<A*>(data<A>(mean)),

@@ -14,16 +14,31 @@ inline bool is_channels_last(const Tensor& x) {
   return x.size(0) == 1 || x.stride(0) == expected;
 }
 
-// A new tensor of x's shape, contiguous or channels_last.
+// x as it is where it lies in one of the two, else contiguous.
+inline Tensor in_memory_order(const Tensor& x) {
+  return is_channels_last(x) ? x : as_contiguous(x);
+}
+
+// Elements of a channel of a sample.
+inline int64_t positions_of(const Tensor& x) {
+  int64_t positions = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
+  return positions;
+}
+
+inline Tensor empty_in_order(const std::vector<int64_t>& sizes, ScalarType dtype,
+                             bool channels_last) {
+  if (!channels_last) return empty(sizes, dtype);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = sizes[1];
+  strides[1] = 1;
+  for (size_t d = sizes.size() - 1; d >= 2; stride *= sizes[d--]) strides[d] = stride;
+  strides[0] = stride;
+  return empty_strided(sizes, strides, dtype);
+}
 inline Tensor empty_in_order(const Tensor& x, bool channels_last) {
   const auto sizes = x.sizes();
-  if (!channels_last) return empty_contiguous_like(x);
-  std::vector<int64_t> strides(x.dim());
-  int64_t stride = strides[1] = 1;
-  stride *= sizes[1];
-  for (int64_t d = x.dim() - 1; d >= 2; stride *= sizes[d--]) strides[d] = stride;
-  strides[0] = stride;
-  return empty_strided(sizes, strides, x.scalar_type());
+  return empty_in_order({sizes.begin(), sizes.end()}, x.scalar_type(), channels_last);
 }
 
 }  // namespace aigc_fast

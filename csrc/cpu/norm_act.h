@@ -17,14 +17,12 @@ inline Tensor in_layout(const Tensor& x, int64_t statistics) {
   require(statistics >= kGiven && statistics <= kOfPixel, "statistics must be in [0, 3]");
   require(x.dim() >= 2, "x must have at least 2 dimensions");
   if (statistics <= kOfBatch) return as_dense(x);
-  return is_channels_last(x) ? x : as_contiguous(x);
+  return in_memory_order(x);
 }
 
 inline Norms norms_of(const Tensor& x, int64_t statistics) {
   if (statistics <= kOfBatch) return norms_of_channels(x);
-  const int64_t channels = x.size(1), batch = x.size(0);
-  int64_t positions = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
+  const int64_t channels = x.size(1), batch = x.size(0), positions = positions_of(x);
   const bool innermost = positions == 1 || is_channels_last(x);
   if (statistics == kOfSample)
     return innermost ? Norms{batch, positions, channels, 1}

@@ -9,16 +9,6 @@ namespace {
 // so that the sum comes out the same for any number of threads.
 constexpr int64_t kMaxBlocks = 64;
 
-// One head after another of (batch, seq, heads, head_dim), of any strides but the last.
-template <class T>
-struct Heads {
-  const T* data;
-  int64_t batch, token, head;
-  explicit Heads(const Tensor& x)
-      : data(aigc_fast::data<T>(x)), batch(x.stride(0)), token(x.stride(1)), head(x.stride(2)) {}
-  const T* at(int64_t b, int64_t t) const { return data + b * batch + t * token; }
-};
-
 struct Sizes {
   int64_t seq, heads, head_dim, num_heads, tokens;
   double eps;
@@ -64,7 +54,7 @@ Tensor qk_norm_rotary(const Tensor& x_in, const Tensor& query_weight_in,
   Tensor y = empty_contiguous_like(x);
   dispatch_angles(x, cos, sin, interleaved, false, [&]<class T>(T, const auto& rotation) {
     using A = Acc<T>;
-    const Heads<T> heads(x);
+    const HeadRows<T> heads(x);
     const T *query = data<T>(query_weight), *key = data<T>(key_weight);
     T* out = mutable_data<T>(y);
     torch::stable::parallel_for(
@@ -121,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rotary_backward(
   Tensor key_grad = empty({weight_grad ? dim : 0}, x.scalar_type());
   dispatch_angles(x, cos, sin, interleaved, true, [&]<class T>(T, const auto& rotation) {
     using A = Acc<T>;
-    const Heads<T> heads(x), grads(dy);
+    const HeadRows<T> heads(x), grads(dy);
     const T *query = data<T>(query_weight), *key = data<T>(key_weight);
     T* out = mutable_data<T>(dx);
     std::vector<double> partial(weight_grad ? blocks * 2 * dim : 0);  // [block][query, key][dim]

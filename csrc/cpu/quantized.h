@@ -105,7 +105,7 @@ class Activations {
       store_codes(out + i, code, n);
     });
     std::fill(out + count, out + format_.group_size, 0);
-    const int32_t sum = add_lanes(sums);
+    const int32_t sum = sum_lanes<int32_t>(sums);
     const int64_t at = row * format_.groups + g;
     scales_[at] = largest / 127;
     sums_[at] = scales_[at] * static_cast<float>(sum);
@@ -132,15 +132,6 @@ class Activations {
     int32_t top = v[0];
     for (int i = 1; i < kLanes<float>; ++i) top = std::max(top, v[i]);
     return top;
-#endif
-  }
-  static int32_t add_lanes(Vec<int32_t> v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_epi32((__m512i)v);
-#else
-    int32_t sum = 0;
-    for (int i = 0; i < kLanes<float>; ++i) sum += v[i];
-    return sum;
 #endif
   }
 

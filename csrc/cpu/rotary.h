@@ -5,15 +5,14 @@
 
 #include <vector>
 
-#include "tensor.h"
+#include "rows.h"
 #include "two_vectors.h"
 
 namespace aigc_fast {
 
-// Inlined by force: a call for each head would cost 15%.
-
 // (first, second) -> (first c - second s, second c + first s) with the halves of a head as the
-// two; `sign` is -1 to turn back.
+// two; `sign` is -1 to turn back. Inlined by force, as its counterpart below: a call for each head
+// would cost 15%.
 template <class T, class Y, class C>
 AIGC_INLINE void rotate_halves(const T* x, Y* y, const C* cos, const C* sin, Acc<T> sign,
                                int64_t half) {
@@ -38,13 +37,6 @@ AIGC_INLINE void rotate_halves(const T* x, Y* y, const C* cos, const C* sin, Acc
     store(y + i, first * c - second * s, lanes);
     store(y + half + i, second * c + first * s, lanes);
   });
-}
-
-template <class A, class F>
-constexpr Vec<Bits<A>> lane_numbers(F f) {
-  Vec<Bits<A>> numbers = {};
-  for (int i = 0; i < kLanes<A>; ++i) numbers[i] = f(i);
-  return numbers;
 }
 
 // table[2i] = sign_even * p[i] * sign, table[2i + 1] = p[i] * sign; writes whole vectors.
@@ -137,10 +129,5 @@ class Rotation {
   A sign_;
   std::vector<A> table_;  // of interleaved pairs, empty otherwise
 };
-
-inline Tensor with_dense_rows(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return x.size(last) == 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
-}
 
 }  // namespace aigc_fast

@@ -40,4 +40,24 @@ inline Tensor empty_like_rows(const Tensor& x) {
   return x.is_contiguous() ? empty_like_dense(x) : empty_contiguous_like(x);
 }
 
+// x, or a copy of it whose last dimension is contiguous.
+inline Tensor with_dense_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) == 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// A tensor (batch, seq, head, head_dim) with dense rows, by their strides.
+template <class T>
+struct HeadRows {
+  const T* data;
+  int64_t batch, seq, head;
+
+  HeadRows(const T* rows, int64_t batch, int64_t seq, int64_t head)
+      : data(rows), batch(batch), seq(seq), head(head) {}
+  explicit HeadRows(const Tensor& x)
+      : data(aigc_fast::data<T>(x)), batch(x.stride(0)), seq(x.stride(1)), head(x.stride(2)) {}
+  // The first head of a token.
+  const T* at(int64_t b, int64_t token) const { return data + b * batch + token * seq; }
+};
+
 }  // namespace aigc_fast

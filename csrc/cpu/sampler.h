@@ -4,8 +4,9 @@
 // gumbel.h.
 #pragma once
 
-#include "rows.h"
 #include "sampler_items.h"
+
+#include <aigc_fast/lane_bits.h>
 
 namespace aigc_fast {
 
@@ -20,10 +21,7 @@ constexpr int kSettings = 8;
 // One row at a time; a thread keeps its sampler, and so the memory.
 class Sampler {
  public:
-  // x: the logits in fp32; `overwritable` if they may be changed.
-  int64_t vocab;
-  const float* x;
-  float rate, largest;
+  float largest;  // logit of the row that was scanned last
 
   // Finds the maxima of the blocks; false if there is NaN or +inf, or nothing finite.
   bool scan(const float* logits, int64_t size) {
@@ -58,7 +56,7 @@ class Sampler {
       sum[0] += w.low;
       sum[1] += w.high;
     });
-    const int64_t rest = sum_lanes(sum[0] + sum[1]) - kOne;
+    const int64_t rest = sum_lanes<int64_t>(sum[0] + sum[1]) - kOne;
     return gumbel::log1p(broadcast(float(rest) * 0x1p-40f))[0];
   }
 
@@ -96,6 +94,9 @@ class Sampler {
   }
 
  private:
+  const float* x;
+  int64_t vocab;
+  float rate;
   std::vector<float> maxima, order;
   std::vector<Item> items;  // what survives, once something does not
 
@@ -114,7 +115,8 @@ class Sampler {
       const int64_t begin = b * kLogitBlock;
       for_vectors<float>(std::min(kLogitBlock, vocab - begin), [&](int64_t i, auto n) {
         const F v = load_or_inf(x + begin + i, n);
-        for (uint32_t lanes = bits_of(pass(v) & (v > -kInfinity)); lanes; lanes &= lanes - 1) {
+        for (uint32_t lanes = lane_bits<float>(pass(v) & (v > -kInfinity)); lanes;
+             lanes &= lanes - 1) {
           const int64_t token = begin + i + __builtin_ctz(lanes);
           items.push_back(item(x[token], token));
         }
@@ -189,7 +191,7 @@ class Sampler {
       const gumbel::Weights w = gumbel::weights(y);
       sum += w.low + w.high;
     });
-    return sum_lanes(sum);
+    return sum_lanes<int64_t>(sum);
   }
 
   // Keeps the items whose y is nearest to its mean and whose mass reaches typical_p, and all that
@@ -222,8 +224,7 @@ class Sampler {
 
   int64_t draw_from_all(uint64_t seed, uint64_t step) const {
     BestToken best;
-    U lane;
-    for (int i = 0; i < gumbel::kWidth; ++i) lane[i] = i;
+    const U lane = (U)lane_numbers<float>([](int i) { return i; });
     float tail[64];
     for (int64_t begin = 0; begin < vocab; begin += 64) {
       const float* p = x + begin;

@@ -53,26 +53,6 @@ inline float max_lanes(F v) {
   for (int i = 1; i < gumbel::kWidth; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
-inline int64_t sum_lanes(I64 v) {
-  int64_t sum = 0;
-  for (int i = 0; i < kLanes<double>; ++i) sum += v[i];
-  return sum;
-}
-
-// One bit for each lane of a comparison's result.
-AIGC_INLINE uint32_t bits_of(Vec<int32_t> lanes) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)lanes);
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)lanes);
-#elif defined(__SSE2__)
-  return _mm_movemask_ps((__m128)lanes);
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < gumbel::kWidth; ++i) bits |= (lanes[i] & 1u) << i;
-  return bits;
-#endif
-}
 
 // How many of the items, in order, it takes for their mass to reach `enough`; these come first.
 // Each round halves the range in which the last of them lies. mass(begin, end) is that of a range.

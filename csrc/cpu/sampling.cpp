@@ -1,6 +1,7 @@
 // The next token of each row of logits: what the operator does around sampler.h.
 #pragma GCC optimize("fp-contract=off")  // see gumbel.h; before anything is included
 
+#include "rows.h"
 #include "sampler.h"
 
 namespace aigc_fast {

@@ -5,6 +5,7 @@
 // meet one row of the noise; with channels_last every pixel is a row of channels, and its noise one
 // number. All derivatives compute z anew from x, which the gradient of scale needs in any case.
 #include "channels.h"
+#include "clamp.h"
 #include "memory_order.h"
 #include "sums.h"
 
@@ -55,14 +56,13 @@ struct Call {
        std::optional<double> clamp)
       : batch(x.size(0)),
         channels(x.size(1)),
-        pixels(1),
+        pixels(positions_of(x)),
         last(is_channels_last(x)),
         strength(1),
         alpha(A(alpha)),
         gain(A(gain)),
-        limit(clamp ? A(*clamp) : std::numeric_limits<A>::infinity()),
+        limit(limit_of<A>(clamp)),
         only_scale(!noise_in && !bias_in && alpha == 1 && gain == 1 && !clamp) {
-    for (int64_t d = 2; d < x.dim(); ++d) pixels *= x.size(d);
     scale = of_channels(scale_in, "scale", batch, 1);
     bias = of_channels(bias_in, "bias", 1, 0);
     if (noise_in) {
@@ -173,15 +173,15 @@ struct Call {
   }
 };
 
-Tensor in_memory_order(const Tensor& x) {
+Tensor arranged(const Tensor& x) {
   require(x.dim() >= 2, "x must have at least 2 dimensions");
-  return is_channels_last(x) ? x : as_contiguous(x);
+  return in_memory_order(x);
 }
 
 Tensor scale_bias_act(const Tensor& x_in, const MaybeTensor& scale, const MaybeTensor& noise,
                       const MaybeTensor& strength, const MaybeTensor& bias, double alpha,
                       double gain, std::optional<double> clamp) {
-  const Tensor x = in_memory_order(x_in);
+  const Tensor x = arranged(x_in);
   Tensor y = empty_like_dense(x);
   dispatch(x, "x", [&]<class T>(T) {
     const Call<T> call(x, scale, noise, strength, bias, alpha, gain, clamp);
@@ -198,8 +198,7 @@ Tensor scale_bias_act(const Tensor& x_in, const MaybeTensor& scale, const MaybeT
         {call.scale.data(), call.bias.data()}, nullptr,
         [&, in, out](int64_t i, auto lanes, const V* at, V n, Wide<Acc<T>>*) {
           const V y = call.activate(call.before_act(load(in + i, lanes), at[0], n, at[1]));
-          const V limit = broadcast(call.limit);
-          store(out + i, max<Acc<T>>(min<Acc<T>>(y, limit), -limit), lanes);
+          store(out + i, clamp_to<Acc<T>>(y, call.limit), lanes);
         });
   });
   return y;
@@ -211,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_bias_act_backward(
     const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& scale, const MaybeTensor& noise,
     const MaybeTensor& strength, const MaybeTensor& bias, double alpha, double gain,
     std::optional<double> clamp) {
-  const Tensor x = in_memory_order(x_in);
+  const Tensor x = arranged(x_in);
   check_like(dy_in, x, "grad_output");
   const Tensor dy = in_order_of(dy_in, x);
   Tensor dx = empty_like_dense(x);
@@ -257,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_bias_act_double_backward(
     const MaybeTensor& gg_bias, const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& scale,
     const MaybeTensor& noise, const MaybeTensor& strength, const MaybeTensor& bias, double alpha,
     double gain, std::optional<double> clamp) {
-  const Tensor x = in_memory_order(x_in);
+  const Tensor x = arranged(x_in);
   check_like(dy_in, x, "grad_output");
   if (gg_x_in) check_like(*gg_x_in, x, "grad_grad");
   const Tensor dy = in_order_of(dy_in, x), gg_x = gg_x_in ? in_order_of(*gg_x_in, x) : x;

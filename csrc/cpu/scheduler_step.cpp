@@ -2,6 +2,7 @@
 // prev = P * x0 + Q * sample + R * m + N * noise + sum_k H_k * history_k; maybe a second such
 // combination of the same tensors; and the backward.
 // m is the model's output, or of two outputs uncond + scale * (cond - uncond) times a factor.
+#include "clamp.h"
 #include "per_sample.h"
 #include "two_vectors.h"
 
@@ -186,8 +187,7 @@ std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& o
           const Vec<A> xi = at(xs);
           Vec<A> m = at(cs);
           if constexpr (guided) m = guide<A>(m, at(us), s) * factor;
-          Vec<A> zi = xi * k.x0_sample + m * k.x0_output;
-          zi = max<A>(min<A>(zi, broadcast(k.clip)), broadcast(-k.clip));
+          const Vec<A> zi = clamp_to<A>(xi * k.x0_sample + m * k.x0_output, k.clip);
           Vec<A> y = zi * k.prev.x0 + xi * k.prev.sample + m * k.prev.output;
           Vec<A> w = {};
           if (ss) w = zi * k.second.x0 + xi * k.second.sample + m * k.second.output;

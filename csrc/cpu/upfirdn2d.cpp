@@ -5,6 +5,7 @@
 // vectors, and nothing need be rearranged.
 #include "act_dispatch.h"
 #include "channels.h"
+#include "clamp.h"
 #include "fir_rows.h"
 #include "memory_order.h"
 
@@ -22,10 +23,8 @@ void write_row(T* out, int64_t size, const Acc<T>* row, const Acc<T>* bias, bool
                Epilogue<Acc<T>> p) {
   using A = Acc<T>;
   for_vectors<A>(size, [&](int64_t o, auto lanes) __attribute__((always_inline)) {
-    Vec<A> v = load(row + o) + (per_element ? load(bias + o, lanes) : broadcast(bias[0]));
-    v = activate<act, A>(v, p.alpha) * p.gain;
-    v = max<A>(min<A>(v, broadcast(p.limit)), broadcast(-p.limit));
-    store(out + o, v, lanes);
+    const Vec<A> v = load(row + o) + (per_element ? load(bias + o, lanes) : broadcast(bias[0]));
+    store(out + o, clamp_to<A>(activate<act, A>(v, p.alpha) * p.gain, p.limit), lanes);
   });
 }
 
@@ -128,16 +127,12 @@ Tensor upfirdn2d(const Tensor& x_in, const Tensor& filter, std::vector<int64_t> 
   const Axis x = axis_of(g[0], g[2], g[4], g[5], filter.size(filter.dim() - 1), x_in.size(3));
   const Axis y = axis_of(g[1], g[3], g[6], g[7], filter.size(0), x_in.size(2));
   const bool last = is_channels_last(x_in);
-  const Tensor source = last ? x_in : as_contiguous(x_in);
-  const std::vector<int64_t> sizes{n, c, y.out, x.out};
-  const std::vector<int64_t> strides{y.out * x.out * c, 1, x.out * c, c};
-  Tensor out =
-      last ? empty_strided(sizes, strides, x_in.scalar_type()) : empty(sizes, x_in.scalar_type());
+  const Tensor source = in_memory_order(x_in);
+  Tensor out = empty_in_order({n, c, y.out, x.out}, x_in.scalar_type(), last);
   if (out.numel() == 0) return out;
   dispatch(source, "x", [&]<class T>(T) {
     using A = Acc<T>;
-    const Epilogue<A> epilogue{A(alpha), A(act_gain),
-                               clamp ? A(*clamp) : std::numeric_limits<A>::infinity()};
+    const Epilogue<A> epilogue{A(alpha), A(act_gain), limit_of<A>(clamp)};
     Job<T> job{
         Fir<A>(y, x, filter, flip, gain),      c,  {},      data<T>(source), mutable_data<T>(out),
         channel_values<A>(bias, c, "bias", 0), {}, epilogue};

@@ -27,9 +27,7 @@ AIGC_INLINE uint32_t lane_bits(Vec<Bits<A>> mask) {
 // True in the lanes k whose bit k is set.
 template <class A>
 AIGC_INLINE Vec<Bits<A>> mask_of(uint32_t bits) {
-  Vec<Bits<A>> lane;
-  for (int k = 0; k < kLanes<A>; ++k) lane[k] = Bits<A>(1) << k;
-  return (lane & static_cast<Bits<A>>(bits)) != 0;
+  return (lane_numbers<A>([](int k) { return 1 << k; }) & static_cast<Bits<A>>(bits)) != 0;
 }
 
 }  // namespace aigc_fast

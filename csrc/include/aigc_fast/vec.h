@@ -174,18 +174,21 @@ AIGC_INLINE void convert(const From* from, int64_t size, To* to) {
   for_vectors<Acc<From>>(size, [&](int64_t i, auto n) { store(to + i, load(from + i, n), n); });
 }
 
-template <class I, I... i>
-AIGC_INLINE Vec<I> lane_numbers(std::integer_sequence<I, i...>) {
-  return Vec<I>{i...};
+template <class A, class F, int... i>
+AIGC_INLINE Vec<Bits<A>> lane_numbers(F f, std::integer_sequence<int, i...>) {
+  return Vec<Bits<A>>{static_cast<Bits<A>>(f(i))...};
+}
+// f(i) in lane i. Written out: an element with a variable number would keep the vector in memory.
+template <class A, class F>
+AIGC_INLINE Vec<Bits<A>> lane_numbers(F f) {
+  return lane_numbers<A>(f, std::make_integer_sequence<int, kLanes<A>>{});
 }
 
 // The lanes of v that hold elements, zero in the others.
 template <class A, class N>
 AIGC_INLINE Vec<A> only(Vec<A> v, N lanes) {
   if constexpr (!std::is_same_v<N, int>) return v;
-  // By comparison: an element with a variable number would keep v in memory.
-  using I = Bits<A>;
-  return lane_numbers(std::make_integer_sequence<I, kLanes<A>>{}) < I(lanes) ? v : Vec<A>{};
+  return lane_numbers<A>([](int i) { return i; }) < Bits<A>(lanes) ? v : Vec<A>{};
 }
 
 // ---- reductions over lanes, in a fixed order ---------------------------------------------
