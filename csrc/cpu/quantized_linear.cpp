@@ -1,4 +1,4 @@
-// y = x @ weight.T + bias for weights of 4- or 8-bit codes (quantized.h has the layout).
+// y = x @ weight.T + bias for weights of 4- or 8-bit codes (quantized_format.h has the layout).
 //
 // Each tile of 16 rows of the weight is read once for all the rows of x. With few rows the cost is
 // reading the weight; the products of codes take a third of that time. Many rows of 16 bits meet a
@@ -80,19 +80,11 @@ Tensor quantized_linear(const Tensor& x_in, const Tensor& weight_in, const Maybe
                         int64_t bits, int64_t group_size, int64_t out_features,
                         bool quantize_activations) {
   const QuantizedFormat f = format_of(weight_in, bits, group_size, out_features);
-  require(x_in.dim() > 0, "x must have at least 1 dimension");
-  const int64_t in_features = x_in.size(-1);
-  require(in_features > f.columns() - group_size && in_features <= f.columns(),
-          "x must have in_features of weight, at most ", f.columns(), ", got ", in_features);
+  check_operands(f, x_in, bias_in, out_features);
   const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
   MaybeTensor bias;
-  if (bias_in) {
-    require(bias_in->dim() == 1 && bias_in->size(0) == out_features &&
-                bias_in->scalar_type() == x.scalar_type(),
-            "bias must have shape (", out_features, ",) and the dtype of x");
-    bias = as_contiguous(*bias_in);
-  }
-  const int64_t rows = x.numel() / in_features;
+  if (bias_in) bias = as_contiguous(*bias_in);
+  const int64_t in_features = x.size(-1), rows = x.numel() / in_features;
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = out_features;
   Tensor y = empty(sizes, x.scalar_type());

@@ -1,35 +1,14 @@
-// What every CPU kernel needs of a torch tensor, through LibTorch's stable ABI.
+// What every CPU kernel needs of a torch tensor.
 #pragma once
 
 #include <algorithm>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+#include <aigc_fast/torch.h>
 #include <aigc_fast/vec.h>
 
 namespace aigc_fast {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-// Refuses a call. Python turns the message into ValueError or TypeError (ops/_registry.py).
-template <class... Args>
-void require(bool condition, const Args&... message) {
-  if (__builtin_expect(!condition, 0)) {
-    std::ostringstream text;
-    text << "ValueError: ";
-    (text << ... << message);
-    throw std::runtime_error(text.str());
-  }
-}
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
   const auto x = a.sizes(), y = b.sizes();

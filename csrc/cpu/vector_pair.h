@@ -1,5 +1,5 @@
 // Vectors in pairs, sums over the lanes of many vectors at once, and exp of what is not positive:
-// the arithmetic under attention.h.
+// the arithmetic under two_vectors.h and attention.h.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace aigc_fast {
 
-// 2 * lanes elements from p, in the order that takes the fewest instructions: query, keys and
-// values all come this way, and store_pair restores the order. For bf16: even, then odd elements.
+// 2 * lanes elements from p, in the order that takes the fewest instructions; store_pair restores
+// the order. For bf16: even, then odd elements.
 template <class T, class V = Vec<Acc<T>>>
 AIGC_INLINE void load_pair(const T* p, V& a, V& b) {
   if constexpr (std::is_same_v<T, bf16>) {

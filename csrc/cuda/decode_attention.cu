@@ -1,6 +1,8 @@
 // The operator around the kernels of decode_attention.cuh.
 #include "decode_attention.cuh"
 
+#include <cmath>
+
 #include "tensor.h"
 
 namespace aigc_fast {
@@ -56,7 +58,7 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& query, const Tensor& k
   p.lengths_are_long = length_type == ScalarType::Long;
   p.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(head_dim));
   p.splits = choose_splits(batch * kv_heads, capacity, device.processors());
-  std::optional<Tensor> parts, parts_lse;
+  MaybeTensor parts, parts_lse;
   if (p.splits > 1) {
     parts = torch::stable::new_empty(query, {lse.numel(), p.splits, head_dim}, ScalarType::Float);
     parts_lse = torch::stable::new_empty(query, {lse.numel(), p.splits}, ScalarType::Float);

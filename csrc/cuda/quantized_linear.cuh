@@ -1,5 +1,5 @@
 // y = x @ weight.T + bias for up to 8 rows of x and a weight of 4- or 8-bit codes, which lie as
-// csrc/cpu/quantized.h has them.
+// quantized_format.h has them.
 //
 // Tensor cores multiply, so that 8 rows of x take the instructions of one, and a row gets the same
 // bits among any others. Codes less the middle of their range are exact in bf16, fp16 and int8, and

@@ -1,36 +1,19 @@
-// What every CUDA operator needs of torch, through LibTorch's stable ABI.
+// What every CUDA operator needs of a tensor's device.
 #pragma once
 
-#include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 
 #include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+
+#include <aigc_fast/torch.h>
 
 // Weak: a torch without CUDA lacks it, and the library must load there all the same.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace aigc_fast {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Refuses a call. Python turns the message into ValueError or TypeError (ops/_registry.py).
-template <class... Args>
-void require(bool condition, const Args&... message) {
-  if (condition) return;
-  std::ostringstream text;
-  text << "ValueError: ";
-  (text << ... << message);
-  throw std::runtime_error(text.str());
-}
 
 inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));

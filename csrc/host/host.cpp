@@ -1,10 +1,4 @@
 // aigc_fast._host: what the Python side asks of the machine and of this build. No torch here.
-#include <cstdint>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

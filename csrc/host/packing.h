@@ -1,8 +1,8 @@
 // Quantised weights as rows of 4-bit codes, two to a byte, in and out of numpy arrays.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
 #include <pybind11/numpy.h>
