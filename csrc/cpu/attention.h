@@ -1,4 +1,5 @@
-// Attention of a few query rows to a few keys: one unit of work of decode_attention.cpp.
+// Attention of a few query rows to a few keys: one unit of work of decode_attention.cpp and of
+// decoder_step.h.
 #pragma once
 
 #include <algorithm>

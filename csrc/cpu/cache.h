@@ -1,7 +1,6 @@
 // Caches of keys and values: their pages, the types they hold, and the scales of their heads.
 #pragma once
 
-#include <optional>
 #include <vector>
 
 #include "channels.h"

@@ -4,7 +4,7 @@
 #include <limits>
 #include <optional>
 
-#include <aigc_fast/vec.h>
+#include <aigc_fast/vec_math.h>
 
 namespace aigc_fast {
 

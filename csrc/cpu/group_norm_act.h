@@ -33,7 +33,7 @@ struct GroupNormCall {
       begin = stop;
     }
   }
-  // f(sample, first row, rows) for pieces of channels_last samples.
+  // f(piece, sample, first row, rows) for pieces of channels_last samples.
   template <class F>
   void for_row_pieces(F&& f) const {
     const int64_t pieces = s.row_pieces(), rows = s.rows();

@@ -3,7 +3,7 @@
 // vectors.
 #pragma once
 
-#include <aigc_fast/vec.h>
+#include <aigc_fast/vec_math.h>
 
 namespace aigc_fast {
 

@@ -119,25 +119,23 @@ struct Call {
   template <int N, int V, class F>
   void by_channels(std::array<const A*, V> arrays, std::vector<double>* totals, F f) const {
     const int64_t rows = batch * channels, pieces = (pixels + kUnit - 1) / kUnit;
+    const int64_t grain = grain_of(pixels);
     std::vector<double> parts(N * rows * pieces);
-    torch::stable::parallel_for(
-        0, rows * pieces, grain_of(pixels), [&](int64_t begin, int64_t end) {
-          const F own = f;  // in registers, whatever the stores may alias
-          for (int64_t u = begin; u < end; ++u) {
-            const int64_t row = u / pieces, start = u % pieces * kUnit,
-                          first = row * pixels + start;
-            const A* of_row = noise_of(row / channels);
-            Vec<A> at[V];
-            Wide<A> sums[N + 1];
-            for (int v = 0; v < V; ++v) at[v] = broadcast(arrays[v][row]);
-            for_vectors<A>(std::min(kUnit, pixels - start), [&](int64_t j, auto lanes) {
-              const Vec<A> n = of_row ? load(of_row + start + j, lanes) : Vec<A>{};
-              own(first + j, lanes, at, n, sums);
-            });
-            for (int s = 0; s < N; ++s)
-              parts[(s * rows + row) * pieces + u % pieces] = sums[s].sum();
-          }
+    torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
+      const F own = f;  // in registers, whatever the stores may alias
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t row = u / pieces, start = u % pieces * kUnit, first = row * pixels + start;
+        const A* of_row = noise_of(row / channels);
+        Vec<A> at[V];
+        Wide<A> sums[N + 1];
+        for (int v = 0; v < V; ++v) at[v] = broadcast(arrays[v][row]);
+        for_vectors<A>(std::min(kUnit, pixels - start), [&](int64_t j, auto lanes) {
+          const Vec<A> n = of_row ? load(of_row + start + j, lanes) : Vec<A>{};
+          own(first + j, lanes, at, n, sums);
         });
+        for (int s = 0; s < N; ++s) parts[(s * rows + row) * pieces + u % pieces] = sums[s].sum();
+      }
+    });
     for (size_t i = 0; i < parts.size(); ++i) (*totals)[i / pieces] += parts[i];
   }
 

@@ -1,6 +1,7 @@
 // Sums along a row, and sums in fp64.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <vector>
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include <aigc_fast/torch.h>
-#include <aigc_fast/vec.h>
+#include <aigc_fast/vec_math.h>
 
 namespace aigc_fast {
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <utility>
 
-#include <aigc_fast/vec.h>
+#include <aigc_fast/vec_math.h>
 
 namespace aigc_fast {
 

@@ -1,7 +1,7 @@
 // The nine activations of bias_act with their first and second derivatives, element by element.
 #pragma once
 
-#include <aigc_fast/vec.h>
+#include <aigc_fast/vec_math.h>
 
 namespace aigc_fast {
 

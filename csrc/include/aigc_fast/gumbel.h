@@ -3,7 +3,7 @@
 // multiply-add would round differently.
 #pragma once
 
-#include <aigc_fast/vec.h>
+#include <aigc_fast/vec_math.h>
 
 namespace aigc_fast::gumbel {
 

@@ -1,7 +1,7 @@
 // The smooth activations that follow a norm or open a gate: silu and the two gelus.
 #pragma once
 
-#include <aigc_fast/vec.h>
+#include <aigc_fast/vec_math.h>
 
 namespace aigc_fast {
 

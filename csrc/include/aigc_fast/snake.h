@@ -2,6 +2,7 @@
 #pragma once
 
 #include <aigc_fast/lane_bits.h>
+#include <aigc_fast/vec_math.h>
 
 namespace aigc_fast {
 
