@@ -11,7 +11,7 @@ namespace {
 // Logits whose sums meet before they join the others, in fp64.
 constexpr int64_t kPart = 4096;
 
-struct Options {
+struct LossOptions {
   int64_t ignore_index;
   double smoothing, softcap, z_loss;  // a softcap of 0 is none
 
@@ -22,11 +22,11 @@ struct Options {
   }
 };
 
-struct Calls {
+struct RowsWithTargets {
   Rows logits;
   Tensor target;
 
-  Calls(const Tensor& logits_in, const Tensor& target_in, const Options& options)
+  RowsWithTargets(const Tensor& logits_in, const Tensor& target_in, const LossOptions& options)
       : logits(rows_of(logits_in)), target(target_in) {
     options.check();
     require(target_in.scalar_type() == ScalarType::Long, "target must be int64");
@@ -44,10 +44,8 @@ struct Calls {
   // f(row, target) for every row, in parallel.
   template <class F>
   void for_each(F f) const {
-    const int64_t grain = std::max<int64_t>(1, kGrain / logits.width);
-    torch::stable::parallel_for(0, logits.count, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) f(row, data<int64_t>(target)[row]);
-    });
+    in_parallel(logits.count, logits.width,
+                [&](int64_t row) { f(row, data<int64_t>(target)[row]); });
   }
 
  private:
@@ -65,11 +63,6 @@ AIGC_INLINE Vec<A> cap(Vec<A> x, A softcap) {
 }
 
 template <class T>
-Acc<T> element(const T* p) {
-  return load_n(p, 1)[0];
-}
-
-template <class T>
 Acc<T> largest(const T* x, int64_t width) {
   using A = Acc<T>;
   constexpr int lanes = kLanes<A>;
@@ -80,7 +73,7 @@ Acc<T> largest(const T* x, int64_t width) {
     other = max<A>(other, load(x + i + lanes));
   }
   top = max<A>(top, other);
-  for (; i < width; ++i) top = max<A>(top, broadcast(element(x + i)));
+  for (; i < width; ++i) top = max<A>(top, broadcast(load_one(x + i)));
   A result = top[0];
   for (int lane = 1; lane < lanes; ++lane) result = std::max(result, A(top[lane]));
   return result;
@@ -89,7 +82,7 @@ Acc<T> largest(const T* x, int64_t width) {
 // (loss, log of the sum of exponentials) of one row.
 template <bool capped, class T>
 std::pair<double, double> row_loss(const T* x, int64_t width, int64_t target,
-                                   const Options& options) {
+                                   const LossOptions& options) {
   using A = Acc<T>;
   const A softcap = A(options.softcap);
   A top = cap<capped, A>(broadcast(largest(x, width)), softcap)[0];
@@ -107,7 +100,7 @@ std::pair<double, double> row_loss(const T* x, int64_t width, int64_t target,
   }
   const double lse = top + std::log(exponentials);
   if (target == options.ignore_index) return {0, lse};
-  const double chosen = cap<capped, A>(broadcast(element(x + target)), softcap)[0];
+  const double chosen = cap<capped, A>(broadcast(load_one(x + target)), softcap)[0];
   double loss = lse - chosen;
   // Products with zero would make NaN of infinite logits.
   if (options.smoothing != 0) loss += options.smoothing * (chosen - logits / width);
@@ -116,8 +109,8 @@ std::pair<double, double> row_loss(const T* x, int64_t width, int64_t target,
 }
 
 template <bool capped, class T, class A = Acc<T>>
-void row_gradient(const T* x, int64_t width, int64_t target, A grad, A lse, const Options& options,
-                  T* to) {
+void row_gradient(const T* x, int64_t width, int64_t target, A grad, A lse,
+                  const LossOptions& options, T* to) {
   if (target == options.ignore_index) {
     std::memset(static_cast<void*>(to), 0, width * sizeof(T));
     return;
@@ -133,11 +126,11 @@ void row_gradient(const T* x, int64_t width, int64_t target, A grad, A lse, cons
   };
   // Before `to`, which may be x, is written.
   const Vec<A> of_target =
-      gradient(broadcast(element(x + target)), grad * A(1 - options.smoothing));
+      gradient(broadcast(load_one(x + target)), grad * A(1 - options.smoothing));
   for_vectors<A>(width, [&](int64_t i, auto lanes) {
     store(to + i, gradient(load(x + i, lanes), A(0)), lanes);
   });
-  store_n(to + target, of_target, 1);
+  store_one(to + target, of_target[0]);
 }
 
 template <class F>
@@ -149,12 +142,10 @@ void with_softcap(double softcap, F f) {
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target,
                                          int64_t ignore_index, double smoothing, double softcap,
                                          double z_loss) {
-  const Options options{ignore_index, smoothing, softcap, z_loss};
-  const Calls calls(logits, target, options);
-  const bool wide = logits.scalar_type() == ScalarType::Double;
+  const LossOptions options{ignore_index, smoothing, softcap, z_loss};
+  const RowsWithTargets calls(logits, target, options);
   const auto sizes = target.sizes();
-  Tensor losses =
-      empty({sizes.begin(), sizes.end()}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor losses = empty({sizes.begin(), sizes.end()}, acc_dtype(logits));
   Tensor lses = empty_like_dense(losses);
   dispatch(logits, "input", [&]<class T>(T) {
     using A = Acc<T>;
@@ -171,14 +162,12 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
   return {losses, lses};
 }
 
-void write_gradient(const Tensor& grad, const Calls& calls, const Tensor& lse,
-                    const Options& options, const Tensor& out) {
-  const bool wide = out.scalar_type() == ScalarType::Double;
-  for (const Tensor* x : {&grad, &lse}) {
-    require(same_shape(*x, calls.target), "grad_losses and lse must have the shape of target");
-    require(x->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-            "grad_losses and lse must be float32, or float64 for float64");
-  }
+void write_gradient(const Tensor& grad, const RowsWithTargets& calls, const Tensor& lse,
+                    const LossOptions& options, const Tensor& out) {
+  for (const Tensor* x : {&grad, &lse})
+    require(same_shape(*x, calls.target) && x->scalar_type() == acc_dtype(out),
+            "grad_losses and lse must have the shape of target and be float32, or float64 for "
+            "float64");
   const Tensor grads = as_contiguous(grad), lses = as_contiguous(lse);
   dispatch(out, "input", [&]<class T>(T) {
     using A = Acc<T>;
@@ -195,8 +184,8 @@ void write_gradient(const Tensor& grad, const Calls& calls, const Tensor& lse,
 Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
                               const Tensor& lse, int64_t ignore_index, double smoothing,
                               double softcap, double z_loss) {
-  const Options options{ignore_index, smoothing, softcap, z_loss};
-  const Calls calls(logits, target, options);
+  const LossOptions options{ignore_index, smoothing, softcap, z_loss};
+  const RowsWithTargets calls(logits, target, options);
   const Tensor out = empty_like_rows(logits);
   write_gradient(grad, calls, lse, options, out);
   return out;
@@ -207,8 +196,8 @@ void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Ten
                              const Tensor& lse, int64_t ignore_index, double smoothing,
                              double softcap, double z_loss) {
   require(logits.is_contiguous(), "logits must be contiguous");
-  const Options options{ignore_index, smoothing, softcap, z_loss};
-  write_gradient(grad, Calls(logits, target, options), lse, options, logits);
+  const LossOptions options{ignore_index, smoothing, softcap, z_loss};
+  write_gradient(grad, RowsWithTargets(logits, target, options), lse, options, logits);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {

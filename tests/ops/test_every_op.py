@@ -242,7 +242,7 @@ def test_is_made_of_what_list_ops_says(op) -> None:
             op.function(*cast(sample.args, torch.float32), **cast(sample.kwargs, torch.float32))
         run |= {inner.name for inner, _ in calls}
     assert all(any(name.startswith(part) for part in listed) for name in run)
-    assert set(listed) <= run
+    assert {part for part in listed if part != "torch"} <= run
 
 
 @pytest.mark.parametrize(("implementation", "device"), [("reference", "cpu"), *IMPLEMENTATIONS])
