@@ -1,4 +1,4 @@
-"""Tensors seen as rows, one for each sample of the batch: the launchers' side of csrc's Rows."""
+"""Tensors seen as rows, one for each sample of the batch: the launchers' SampleRows of csrc."""
 
 import torch
 import triton
