@@ -6,11 +6,9 @@
 #pragma once
 
 #include "attention_products.h"
+#include "bf16_dot.h"
 
-#if defined(__AVX512BW__)
-#define AIGC_BF16_DOT 1
-#include <aigc_fast/cpu_features.h>
-
+#if AIGC_BF16_DOT
 namespace aigc_fast {
 
 template <int rows>
@@ -19,11 +17,6 @@ struct Bf16DotProducts : Products<float, bf16, rows> {
   using Base::head_dim, Base::L, Base::K, Base::R;
   using typename Base::V;
   static constexpr int64_t kStep = 2 * L;  // numbers of a key in a vector
-
-  static bool fits() {
-    static const bool has = cpu_features()["avx512bf16"];
-    return has;
-  }
 
   // From [number / 32][even, odd][R][16] to [number / 32][R][32], in place.
   void prepare(float* query) const {

@@ -73,13 +73,18 @@ Tensor conv3x3(const std::vector<Tensor>& xs, const Tensor& weight_in, const May
     const std::vector<A> slopes = padded<T>(slope, "slope", s.out, 1);
     const ConvFinish<T> finish{biases.data(), slopes.data(), A(gain), s.out};
     const T* beside = residual ? data<T>(*residual) : nullptr;
+    const auto run = [&]<class P>(std::type_identity<P>) {
+      convolve<P>(sources, s, data<T>(weight), finish, beside, mutable_data<T>(y));
+    };
+    if constexpr (std::is_same_v<T, bf16>) {
 #if AIGC_AMX
-    if constexpr (std::is_same_v<T, bf16>)
-      if (has_amx_bf16())
-        return convolve<TileProducts>(sources, s, data<T>(weight), finish, beside,
-                                      mutable_data<T>(y));
+      if (has_amx_bf16()) return run(std::type_identity<TileProducts>{});
 #endif
-    convolve<VectorProducts<T>>(sources, s, data<T>(weight), finish, beside, mutable_data<T>(y));
+#if AIGC_BF16_DOT
+      if (has_bf16_dot()) return run(std::type_identity<VectorProducts<T, Bf16Dot>>{});
+#endif
+    }
+    run(std::type_identity<VectorProducts<T, MultiplyAdd<T>>>{});
   });
   return y;
 }

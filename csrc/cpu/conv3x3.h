@@ -2,6 +2,7 @@
 #pragma once
 
 #include "amx.h"
+#include "bf16_dot.h"
 #include "conv3x3_rows.h"
 
 namespace aigc_fast {
@@ -35,90 +36,182 @@ struct ConvFinish {
   }
 };
 
-// ---- products by fused multiply-add -------------------------------------------------------------
+#if AIGC_BF16_DOT
+// Finishes 16 outputs, from o on, of n pixels whose sums lie `pitch` apart. One instruction rounds
+// them, which takes `store` ten.
+__attribute__((target("avx512bf16"), noinline)) inline void write_pixels(
+    const float* sums, int64_t pitch, int64_t n, int64_t o, bf16* y, const bf16* residual,
+    const ConvFinish<bf16>& finish) {
+  const ConvFinish<bf16> f = finish;
+  for (int64_t p = 0; p < n; ++p) {
+    const int64_t at = p * f.out + o;
+    Vec<float> v = f(load(sums + p * pitch), o);
+    if (residual) v += load(residual + at);
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(static_cast<void*>(y + at), &rounded, sizeof rounded);
+  }
+}
+#endif
 
-// Sums of kPixels pixels and kOuts vectors of channels stay in registers.
+// ---- products in registers ----------------------------------------------------------------------
+
+constexpr int kConvPixels = kVectorBytes == 64 ? 12 : 6, kConvOuts = 2;
+
+// Sums of kConvPixels pixels and kConvOuts vectors of channels.
+template <class A>
+struct ConvSums {
+  Vec<A> of[kConvPixels][kConvOuts] = {};
+};
+
+// totals += the sums of the first P pixels. Unrolled, like every loop over them: else the sums
+// stay in memory.
+template <int P, class A>
+AIGC_INLINE void add_sums(const Vec<A> (&sums)[P][kConvOuts], ConvSums<A>& totals) {
+#pragma GCC unroll 12
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+    for (int v = 0; v < kConvOuts; ++v) totals.of[p][v] += sums[p][v];
+}
+
+// By fused multiply-add, an input at a time.
 template <class T>
-class VectorProducts {
- public:
+struct MultiplyAdd {
   using A = Acc<T>;
   using S = A;
-  static constexpr int kOuts = 2, kPixels = kVectorBytes == 64 ? 12 : 6;
-  static constexpr int64_t kGroup = kOuts * kLanes<A>;
-  // Pixels * blocks that meet the same kChain inputs' weights, which then come from the first
-  // cache.
+  static constexpr int64_t kStep = 1;
+  // Terms of a sum that meet before they join the others: short chains of additions round less.
+  static constexpr int64_t kChain = 96;
+
+  template <int P>
+  static void add(const S* from, int64_t pitch, const S* w, int64_t count, ConvSums<A>& totals) {
+    Vec<A> sums[P][kConvOuts] = {};
+    for (int64_t c = 0; c < count; ++c, w += kConvOuts * kLanes<A>) {
+      Vec<A> weights[kConvOuts];
+      for (int v = 0; v < kConvOuts; ++v) weights[v] = load(w + v * kLanes<A>);
+#pragma GCC unroll 12
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+        for (int v = 0; v < kConvOuts; ++v) sums[p][v] += from[p * pitch + c] * weights[v];
+    }
+    add_sums<P, A>(sums, totals);
+  }
+};
+
+#if AIGC_BF16_DOT
+// By the instruction that adds two products of bf16 at once. Subnormal numbers count as zero.
+struct Bf16Dot {
+  using A = float;
+  using S = bf16;
+  static constexpr int64_t kStep = 2, kChain = 192;
+
+  template <int P>
+  __attribute__((target("avx512bf16"), noinline)) static void add(const S* from, int64_t pitch,
+                                                                  const S* w, int64_t count,
+                                                                  ConvSums<A>& totals) {
+    Vec<A> sums[P][kConvOuts] = {};
+    for (int64_t c = 0; c < count; c += kStep, w += kStep * kConvOuts * kLanes<A>) {
+      __m512i weights[kConvOuts];
+      for (int v = 0; v < kConvOuts; ++v)
+        weights[v] = _mm512_loadu_si512(w + v * kStep * kLanes<A>);
+#pragma GCC unroll 12
+      for (int p = 0; p < P; ++p) {
+        int32_t pair;
+        std::memcpy(&pair, from + p * pitch + c, sizeof pair);
+        const __m512bh pixel = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+        for (int v = 0; v < kConvOuts; ++v)
+          sums[p][v] = (Vec<A>)_mm512_dpbf16_ps((__m512)sums[p][v], (__m512bh)weights[v], pixel);
+      }
+    }
+    add_sums<P, A>(sums, totals);
+  }
+};
+#endif
+
+// How is MultiplyAdd or Bf16Dot.
+template <class T, class How>
+class VectorProducts {
+ public:
+  using A = typename How::A;
+  using S = typename How::S;
+  static constexpr int64_t kGroup = kConvOuts * kLanes<A>, kPixels = kConvPixels;
+  // Blocks of pixels that meet the same weights, which then come from the first cache.
   static constexpr int64_t kBlocks = 4;
 
-  static int64_t depth(const ConvShape& s) { return s.in; }
+  static int64_t depth(const ConvShape& s) {
+    return (s.in + How::kStep - 1) / How::kStep * How::kStep;
+  }
   static int64_t pixels(const ConvShape& s) { return (s.width + kPixels - 1) / kPixels * kPixels; }
 
-  // [group][tap][input][kGroup], zero beyond the last output.
+  // [group][tap][input / kStep][kGroup][input % kStep], zero beyond the last output and input.
   VectorProducts(const T* weight, const ConvShape& s)
-      : s_(s), packed_((s.out + kGroup - 1) / kGroup * 9 * s.in * kGroup) {
+      : s_(s), depth_(depth(s)), packed_((s.out + kGroup - 1) / kGroup * 9 * depth_ * kGroup) {
+    constexpr int64_t step = How::kStep;
     for (int64_t o = 0; o < s.out; ++o)
       for (int64_t c = 0; c < s.in; ++c)
-        for (int64_t tap = 0; tap < 9; ++tap)
-          copy_channels(packed_.data() + ((o / kGroup * 9 + tap) * s.in + c) * kGroup + o % kGroup,
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          const int64_t first = (o / kGroup * 9 + tap) * depth_ + c / step * step;
+          copy_channels(packed_.data() + first * kGroup + o % kGroup * step + c % step,
                         weight + (o * s.in + c) * 9 + tap, 1);
+        }
   }
 
   struct Session {};
 
   void row(const std::array<const S*, 3>& rows, T* y, const T* residual,
            const ConvFinish<T>& finish) const {
+    // Three taps of one row of the image read on where the first ends: where they are short they
+    // are one run.
+    const bool by_rows = 3 * depth_ <= How::kChain;
+    const int64_t runs = by_rows ? 3 : 9, length = by_rows ? 3 * depth_ : depth_;
     for (int64_t o = 0; o < s_.out; o += kGroup)
       for (int64_t x = 0; x < s_.width; x += kBlocks * kPixels) {
         const int64_t left = std::min(kBlocks * kPixels, s_.width - x);
-        Vec<A> totals[kBlocks][kPixels][kOuts] = {};
-        const A* w = packed_.data() + o * 9 * s_.in;
-        // The nine taps of some inputs follow one another: these then come from the first cache.
-        for (int64_t c = 0; c < s_.in; c += kChain)
-          for (int tap = 0; tap < 9; ++tap) {
-            const S* from = rows[tap / 3] + (x + tap % 3) * s_.in + c;
+        ConvSums<A> totals[kBlocks];
+        const S* w = packed_.data() + o * 9 * depth_;
+        // All runs of some inputs follow one another: these then come from the first cache.
+        for (int64_t c = 0; c < length; c += How::kChain)
+          for (int64_t run = 0; run < runs; ++run) {
+            const S* from = by_rows ? rows[run] : rows[run / 3] + run % 3 * depth_;
+            from += x * depth_ + c;
             for (int64_t b = 0; b * kPixels < left; ++b)
-              add_block(left - b * kPixels, from + b * kPixels * s_.in,
-                        w + (tap * s_.in + c) * kGroup, std::min(kChain, s_.in - c), totals[b]);
+              add_block(left - b * kPixels, from + b * kPixels * depth_,
+                        w + (run * length + c) * kGroup, std::min(How::kChain, length - c),
+                        totals[b]);
           }
-        for (int64_t p = 0; p < left; ++p)
-          for (int v = 0; v < kOuts; ++v) {
-            const int64_t at = (x + p) * s_.out;
-            finish.write(y + at, residual ? residual + at : nullptr, o + v * kLanes<A>,
-                         totals[p / kPixels][p % kPixels][v]);
-          }
+        T* to = y + x * s_.out;
+        const T* beside = residual ? residual + x * s_.out : nullptr;
+        const A* sums = reinterpret_cast<const A*>(totals);  // [pixel][kGroup]
+        for (int64_t first = o; first < std::min(o + kGroup, s_.out);
+             first += kLanes<A>, sums += kLanes<A>) {
+#if AIGC_BF16_DOT
+          if constexpr (std::is_same_v<How, Bf16Dot>)
+            if (s_.out - first >= kLanes<A>) {
+              write_pixels(sums, kGroup, left, first, to, beside, finish);
+              continue;
+            }
+#endif
+          for (int64_t p = 0; p < left; ++p)
+            finish.write(to + p * s_.out, beside ? beside + p * s_.out : nullptr, first,
+                         load(sums + p * kGroup));
+        }
       }
   }
 
  private:
-  // Terms of a sum that meet before they join the others: short chains of additions round less.
-  static constexpr int64_t kChain = 64;
-
   // Adds the products of `count` inputs with up to kPixels pixels, of which the first `left`
   // matter.
-  AIGC_INLINE void add_block(int64_t left, const S* from, const A* w, int64_t count,
-                             Vec<A> (&totals)[kPixels][kOuts]) const {
-    if (left > kPixels * 2 / 3) return add<kPixels>(from, w, count, totals);
-    if (left > kPixels / 3) return add<kPixels * 2 / 3>(from, w, count, totals);
-    add<kPixels / 3>(from, w, count, totals);
-  }
-  template <int P>
-  void add(const S* from, const A* w, int64_t count, Vec<A> (&totals)[kPixels][kOuts]) const {
-    Vec<A> sums[P][kOuts] = {};
-    for (int64_t c = 0; c < count; ++c, w += kGroup) {
-      Vec<A> weights[kOuts];
-      for (int v = 0; v < kOuts; ++v) weights[v] = load(w + v * kLanes<A>);
-#pragma GCC unroll 12  // else the sums stay in memory
-      for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-        for (int v = 0; v < kOuts; ++v) sums[p][v] += from[p * s_.in + c] * weights[v];
-    }
-#pragma GCC unroll 12
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-      for (int v = 0; v < kOuts; ++v) totals[p][v] += sums[p][v];
+  AIGC_INLINE void add_block(int64_t left, const S* from, const S* w, int64_t count,
+                             ConvSums<A>& totals) const {
+    if (left > kPixels * 2 / 3) return How::template add<kPixels>(from, depth_, w, count, totals);
+    if (left > kPixels / 3)
+      return How::template add<kPixels * 2 / 3>(from, depth_, w, count, totals);
+    How::template add<kPixels / 3>(from, depth_, w, count, totals);
   }
 
   const ConvShape s_;
-  std::vector<A> packed_;
+  const int64_t depth_;
+  std::vector<S> packed_;
 };
 
 // ---- products in tiles --------------------------------------------------------------------------
@@ -166,7 +259,7 @@ class TileProducts {
           multiply<1>(rows, x, w, sums);
         }
         if (s_.out - o >= 16) {
-          write(sums, n, o, to, beside, finish);
+          write_pixels(sums, 16, n, o, to, beside, finish);
         } else {
           for (int64_t p = 0; p < n; ++p)
             finish.write(to + p * s_.out, beside ? beside + p * s_.out : nullptr, o,
@@ -177,19 +270,6 @@ class TileProducts {
   }
 
  private:
-  // Finishes all 16 outputs of n pixels. One instruction rounds them, which takes `store` ten.
-  AIGC_AMX_TARGET void write(const float* sums, int64_t n, int64_t o, bf16* y, const bf16* residual,
-                             const ConvFinish<bf16>& finish) const {
-    const ConvFinish<bf16> f = finish;
-    for (int64_t p = 0; p < n; ++p) {
-      const int64_t at = p * s_.out + o;
-      Vec<float> v = f(load(sums + p * 16), o);
-      if (residual) v += load(residual + at);
-      const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
-      std::memcpy(static_cast<void*>(y + at), &rounded, sizeof rounded);
-    }
-  }
-
   // The sums of 16 * M pixels from x on, [pixel][output].
   template <int M>
   AIGC_AMX_TARGET void multiply(const std::array<const S*, 3>& rows, int64_t x, const bf16* w,

@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor> decode_attention_full(
       const auto of_rows = [&]<int R>(std::integral_constant<int, R>) {
 #if AIGC_BF16_DOT
         if constexpr (std::is_same_v<T, bf16> && std::is_same_v<C, bf16>)
-          if (Bf16DotProducts<R>::fits()) return with(std::type_identity<Bf16DotProducts<R>>{});
+          if (has_bf16_dot()) return with(std::type_identity<Bf16DotProducts<R>>{});
 #endif
         with(std::type_identity<Products<A, C, R>>{});
       };

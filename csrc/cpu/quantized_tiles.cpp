@@ -1,6 +1,8 @@
 // The product of quantized.h: one kernel for each format and number of rows.
 #include "quantized.h"
 
+#include <aigc_fast/cpu_features.h>
+
 namespace aigc_fast {
 namespace {
 
@@ -40,12 +42,8 @@ AIGC_INLINE void load_bytes(const uint8_t* p, I32* v) {
 // 35 GB/s by four, 41 by one that asks 8 KB ahead, 33 by one that asks 2 KB ahead.
 constexpr int64_t kAhead = 8192;
 bool likes_many_streams() {
-#if defined(__x86_64__)
-  static const bool intel = __builtin_cpu_is("intel");
+  static const bool intel = cpu_features()["intel"];
   return intel;
-#else
-  return true;
-#endif
 }
 
 // 16 outputs of N tiles for each of the M rows from `first` on: out[(n * M + m) * 16 + i].
