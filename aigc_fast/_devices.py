@@ -2,8 +2,15 @@
 
 import torch
 
+from aigc_fast import _libraries
+
 
 def has_fast_bfloat16(device: torch.device | str) -> bool:
     """Whether bfloat16 products are many times as fast as float32's: on GPUs and on CPUs with AMX,
     whose matrix unit does 16 times as many a cycle as AVX-512 does in float32."""
     return torch.device(device).type != "cpu" or torch.cpu._is_amx_tile_supported()
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether this CPU multiplies bfloat16 without turning it into float32 first."""
+    return _libraries.features().get("avx512bf16", False)

@@ -42,9 +42,11 @@ def reading(path: Path, what: str) -> Iterator[None]:
     """Makes a ValueError of whatever a file of another kind leads to, as that may be anything."""
     try:
         yield
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except KeyError as error:
         raise ValueError(f"{path}: not {what}: it has no {error}") from error
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is no verdict on the file
+            raise
         raise ValueError(f"{path}: not {what}: {error}") from error

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from aigc_fast import ops
 from aigc_fast.integrations import diffusers_blocks as blocks
 from aigc_fast.integrations._patching import Assignment, Replacement, Unfit, become
+from aigc_fast.nn._replacing import runs_as_written
 from aigc_fast.nn.group_norm_act import modulated_group_norm_act
 
 
@@ -173,7 +174,7 @@ def _is_plain(conv: Any) -> bool:
         and (conv.padding, conv.stride, conv.dilation, conv.groups) == (same, (1, 1), (1, 1), 1)
         and all(size % 2 for size in conv.kernel_size)
         and conv.padding_mode == "zeros"
-        and not (conv._forward_hooks or conv._forward_pre_hooks or "forward" in vars(conv))
+        and runs_as_written(conv)
     )
 
 

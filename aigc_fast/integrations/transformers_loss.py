@@ -6,12 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+    CausalLMOutputWithPast,
+)
 
 from aigc_fast import ops
 from aigc_fast.integrations._patching import Replacement, stock_class
+from aigc_fast.nn._replacing import runs_as_written
 
-_IGNORED = -100  # transformers' and torch's own
+#: what ForCausalLMLoss takes of a model's arguments
+_OF_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 class CausalLM(Replacement):
@@ -32,15 +38,12 @@ class CausalLM(Replacement):
             labels,  # type: ignore[arg-type]  # _can_fuse
             bias=self.lm_head.bias,
             softcap=getattr(self.config, "final_logit_softcapping", None),
-            num_items_in_batch=kwargs.get("num_items_in_batch"),
-            shift_labels=kwargs.get("shift_labels"),
+            **{name: kwargs[name] for name in _OF_LOSS if name in kwargs},
         )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-        )
+        kept = {k: v for k, v in out.items() if k != "last_hidden_state"}
+        crosses = isinstance(out, BaseModelOutputWithPastAndCrossAttentions)
+        stock = CausalLMOutputWithCrossAttentions if crosses else CausalLMOutputWithPast
+        return stock(loss=loss, **kept)
 
     def _can_fuse(self, args: tuple, labels: Tensor | None, kwargs: dict) -> bool:
         head = self.lm_head
@@ -53,8 +56,7 @@ class CausalLM(Replacement):
             and self.loss_function is ForCausalLMLoss
             # Adapters, hooks and sharded weights have work to do in the head's own forward.
             and stock_class(head) is nn.Linear
-            and "forward" not in head.__dict__
-            and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
+            and runs_as_written(head)
             and type(head.weight) in (nn.Parameter, Tensor)
         )
 
@@ -67,23 +69,25 @@ def causal_lm_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
     shift_labels: Tensor | None = None,
 ) -> Tensor:
     """transformers' ForCausalLMLoss of the logits softcap * tanh((hidden @ weight.T + bias) /
     softcap), which are never all there: each position's label is the token after it.
 
-    hidden: (batch, seq, features); weight: (vocab, features); labels: (batch, seq), -100 where
-    there is none; num_items_in_batch: what the sum of the losses is divided by, or None for its
-    mean; shift_labels: the labels moved already.
+    hidden: (batch, seq, features); weight: (vocab, features); labels: (batch, seq), ignore_index
+    where there is none; num_items_in_batch: what the sum of the losses is divided by, or None for
+    their mean; shift_labels: the labels moved already.
     """
     if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     loss = ops.linear_cross_entropy(
         hidden,
         weight,
         shift_labels.to(hidden.device),
         linear_bias=bias,
         reduction="mean" if num_items_in_batch is None else "sum",
+        ignore_index=ignore_index,
         softcap=softcap,
     )
     if num_items_in_batch is None:

@@ -44,7 +44,9 @@ def load_images(folder: str | os.PathLike[str], size: int) -> tuple[Tensor, Tens
     files = sorted(
         p
         for p in Path(folder).rglob("*")
-        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and not p.is_dir()
+        if p.suffix.lower() in SUFFIXES
+        and not p.is_dir()
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
     )
     if not files:
         raise ValueError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")

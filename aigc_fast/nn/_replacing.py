@@ -120,3 +120,15 @@ class PatchReport:
             lines += [f"  {title}"] if rows else []
             lines += [f"    {name:{width}}  {n:4d}  {text}" for name, (n, text) in rows.items()]
         return "\n".join(lines)
+
+
+def runs_as_written(module: nn.Module) -> bool:
+    """Whether a call of the module is the forward of its class and nothing else: no hooks, and no
+    forward on the object."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return not any(hooks) and "forward" not in module.__dict__

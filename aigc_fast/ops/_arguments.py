@@ -27,7 +27,7 @@ def check_types(function: Callable[..., Any], arguments: Mapping[str, object]) -
     for name, value in arguments.items():
         problem = _misfit(name, value, parameters[name].annotation)
         if problem:
-            raise TypeError(problem) from None
+            raise TypeError(problem)
 
 
 def _misfit(name: str, value: object, annotation: Any) -> str:
@@ -44,6 +44,8 @@ def _misfit(name: str, value: object, annotation: Any) -> str:
 
 def _misfit_of(name: str, value: object, kind: Any) -> str:
     problem = f"{name} must be {_words(kind)}, got {type(value).__name__}"
+    if kind in (int, float) and isinstance(value, Tensor) and value.dim() == 0:
+        return ""  # torch takes it for a number
     if kind in _TYPES:
         return "" if isinstance(value, _TYPES[kind][1]) else problem
     if get_origin(kind) is None:  # Any

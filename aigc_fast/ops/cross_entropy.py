@@ -8,6 +8,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import can_look, check_tensor
+from aigc_fast.ops._layout import wide, wide_dtype
 from aigc_fast.ops._registry import define
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -82,12 +83,8 @@ def _reduced(losses: Tensor, scale: Tensor | None) -> Tensor:
     return losses if scale is None else losses.sum() * scale
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _logits(x: Tensor, softcap: float) -> Tensor:
-    x = x.to(_wide(x))
+    x = wide(x)
     return torch.tanh(x / softcap) * softcap if softcap else x
 
 
@@ -153,7 +150,13 @@ def _check_backward(
 ) -> None:
     _check(input, target, *options)
     for name, value in (("grad_losses", grad_losses), ("lse", lse)):
-        check_tensor(name, value, dtypes=(_wide(input),), shape=target.shape)
+        check_tensor(name, value, dtypes=(wide_dtype(input.dtype),), shape=target.shape)
+
+
+def _check_backward_(grad_losses: Tensor, input: Tensor, *args: Any) -> None:
+    _check_backward(grad_losses, input, *args)
+    if not input.is_contiguous():
+        raise ValueError("input must be contiguous")
 
 
 _OPTIONS = "int ignore_index, float label_smoothing, float softcap, float z_loss"
@@ -174,7 +177,7 @@ _backward_ = define(
     "cross_entropy_backward_(Tensor grad_losses, Tensor(a!) input, Tensor target, Tensor lse,"
     f" {_OPTIONS}) -> ()",
     _reference_backward_,
-    _check_backward,
+    _check_backward_,
     stem="cross_entropy",
 )
 

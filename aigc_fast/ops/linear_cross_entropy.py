@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction, transforming
-from aigc_fast.ops._checks import can_look, check_tensor
+from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops.cross_entropy import (
     _backward_,
     _forward,
@@ -15,7 +16,6 @@ from aigc_fast.ops.cross_entropy import (
     _reduced,
     _reference,
     _scale,
-    _wide,
 )
 from aigc_fast.ops.linear import linear
 
@@ -55,7 +55,8 @@ def linear_cross_entropy(
     """
     options = _options(reduction, ignore_index, label_smoothing, softcap, z_loss)
     device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    under = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if under and input.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(dtype)
@@ -73,7 +74,7 @@ def _linear_cross_entropy(
     _check_linear(input, weight, bias, target)
     shape, target = target.shape, target.reshape(-1)
     parameters = input.reshape(-1, input.shape[-1]), weight, bias
-    scale = _scale(target, reduction, options[0], _wide(input))
+    scale = _scale(target, reduction, options[0], wide_dtype(input.dtype))
     needs = tuple(t is not None and t.requires_grad for t in parameters)
     if transforming():
         losses, _ = _forward(F.linear(*parameters), target, *options)
@@ -89,7 +90,7 @@ def _linear_cross_entropy(
 def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
     check_tensor("input", input)
     check_tensor("linear_weight", weight, like=("input", input), ndim=2)
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1] or len(weight) == 0:
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1] or weight.numel() == 0:
         raise ValueError(
             "input must be (..., features) and linear_weight (classes, features), got shapes "
             f"{tuple(input.shape)} and {tuple(weight.shape)}"
@@ -121,20 +122,26 @@ def _in_chunks(
         if needs[1]:
             grad_weight = _added(grad_weight, linear(logits.t(), x[part].t()))
         if needs[2]:
-            grad_bias = _added(grad_bias, logits.sum(0, dtype=_wide(x)))
+            grad_bias = _added(grad_bias, logits.sum(0, dtype=wide_dtype(x.dtype)))
     return torch.cat(losses), [grad_x, grad_weight, grad_bias]
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:
     if total is None:
         return part
-    return total.add_(part) if total.dtype == _wide(part) else total.to(_wide(part)).add_(part)
+    return (
+        total.add_(part)
+        if total.dtype == wide_dtype(part.dtype)
+        else total.to(wide_dtype(part.dtype)).add_(part)
+    )
 
 
 def _second(ctx: Any, grad_losses: Tensor) -> list[Tensor | None]:
     """The gradients of x, weight and bias, to be differentiated again: torch's own."""
-    parameters, target = ctx.saved_tensors[:3], ctx.saved_tensors[3]
+    target = ctx.saved_tensors[3]
     with torch.enable_grad():
+        # Views: where one of them came from another, the way there is not theirs to go.
+        parameters: Any = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[:3]]
         losses, _ = _reference(F.linear(*parameters), target, *ctx.options)
         wanted = [t for t, need in zip(parameters, ctx.needs, strict=True) if need]
         found = iter(torch.autograd.grad(losses, wanted, grad_losses, create_graph=True))
@@ -180,6 +187,5 @@ class _ScaledLinearCrossEntropy(OpFunction):
         (grad,), (x, _, _, target, scale, *found) = grads, ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_second(ctx, (grad * scale).expand(len(target))), *[None] * 4
-        as_it_is = can_look(grad) and grad.item() == 1
-        found = [None if g is None else (g if as_it_is else g * grad).to(x.dtype) for g in found]
-        return *found, *[None] * 4
+        # New tensors, for the next backward needs these.
+        return *(None if g is None else (g * grad).to(x.dtype) for g in found), *[None] * 4

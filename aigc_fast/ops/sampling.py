@@ -10,7 +10,7 @@ from aigc_fast.ops._checks import can_look, check_tensor
 from aigc_fast.ops._registry import define
 
 #: parameter: (least, greatest), in the order of the schema
-_LIMITS = {
+LIMITS = {
     "temperature": (0.0, math.inf),
     "top_k": (0.0, math.inf),
     "top_p": (0.0, 1.0),
@@ -106,7 +106,7 @@ def sample_tokens(
 def _per_row(logits: Tensor, values: tuple) -> Tensor:
     """The parameters as float32 (batch, 8)."""
     columns = []
-    for name, value in zip(_LIMITS, values, strict=True):
+    for name, value in zip(LIMITS, values, strict=True):
         if isinstance(value, Tensor):
             if tuple(value.shape) != tuple(logits.shape[:1]):
                 shape = tuple(logits.shape[:1])
@@ -200,11 +200,12 @@ def _check_values(rows: Tensor) -> None:
     if not can_look(rows):
         return
     for row, values in enumerate(rows.tolist()):
-        _check_settings(values, f" in row {row}")
+        check_settings(values, f" in row {row}")
 
 
-def _check_settings(values: list[float], where: str = "") -> None:
-    for (name, (least, greatest)), value in zip(_LIMITS.items(), values, strict=True):
+def check_settings(values: list[float], where: str = "") -> None:
+    """ValueError for the first of the parameters, in the order of LIMITS, that is out of range."""
+    for (name, (least, greatest)), value in zip(LIMITS.items(), values, strict=True):
         if not (least <= value <= greatest and math.isfinite(value)):
             raise ValueError(f"{name} must be from {least:g} to {greatest:g}, got {value:g}{where}")
 
@@ -227,9 +228,9 @@ def _check(
     if not 1 <= vocab <= 2**22:
         raise ValueError(f"logits must have from 1 to {2**22} columns, got {vocab}")
     if rows is None:
-        _check_settings(settings)
+        check_settings(settings)
     else:
-        check_tensor("rows", rows, dtypes=(torch.float32,), shape=(batch, len(_LIMITS)))
+        check_tensor("rows", rows, dtypes=(torch.float32,), shape=(batch, len(LIMITS)))
     for name, numbers in (("seeds", seeds), ("steps", steps)):
         check_tensor(name, numbers, dtypes=(torch.int64,), shape=(batch,))
     if token_counts is not None:

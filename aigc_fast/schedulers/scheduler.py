@@ -2,9 +2,9 @@
 
 import json
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Self
@@ -93,10 +93,12 @@ class Scheduler:
     ) -> None:
         """Lays out the schedule. `custom` is what the class of diffusers takes beside the number
         of steps: timesteps, sigmas, mu, original_inference_steps, strength."""
-        if num_inference_steps is not None and not isinstance(num_inference_steps, Integral):
-            raise TypeError(
-                f"num_inference_steps must be an integer, got {type(num_inference_steps).__name__}"
-            )
+        if num_inference_steps is not None:
+            try:
+                num_inference_steps = operator.index(num_inference_steps)
+            except TypeError:
+                kind = type(num_inference_steps).__name__
+                raise TypeError(f"num_inference_steps must be an integer, got {kind}") from None
         if num_inference_steps is not None and not (
             0 < num_inference_steps <= self.num_train_timesteps
         ):

@@ -13,6 +13,7 @@ from .denoising import PREDICTIONS, Denoising
 from .ema import EMA
 from .gradient_checkpointing import checkpoint_blocks
 from .optim import AdamW
+from .statistics import keep_statistics
 from .trainer import Trainer, check_not_negative, warm_up_and_cosine
 
 
@@ -118,10 +119,11 @@ class DiffusionTrainer(Trainer):
         """One update on a batch; returns the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr * warm_up_and_cosine(self.share_done)
+        restore = keep_statistics(self.model)
         loss = self.loss(samples, labels)
         self.optimizer.zero_grad()
         loss.backward()
-        self.statistics.restore()
+        restore()
         self.ema.update_buffers(self.model)
         self.optimizer.step(loss=loss)  # moves the averaged weights too
         self.steps_done += 1

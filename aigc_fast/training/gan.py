@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from aigc_fast.ops.gan_loss import LOSSES
 from .ema import EMA
 from .optim import Adam
 from .penalties import gradient_penalty, r1_penalty, r2_penalty
+from .statistics import keep_statistics
 from .trainer import Trainer, check_not_negative
 
 PENALTIES = ("gradient", "r1", "r2", "r1+r2")
@@ -63,7 +65,7 @@ class GANRecipe:
             raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, got {self.penalty!r}")
         for name in ("penalty_interval", "n_critic"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value}")
         check_not_negative(self, "penalty_weight", "g_lr", "d_lr", "instance_noise")
         if not 0 <= self.lr_falls_from <= 1:
@@ -226,6 +228,7 @@ class GANTrainer(Trainer):
         rates: (2, 2), of the generator's and the discriminator's optimizer, as for `Adam.step`;
             None for the numbers that these hold. With them, gradients keep their memory.
         """
+        restore = keep_statistics(*self.networks.values())
         with torch.set_grad_enabled(of_generator):
             fake = self._run(self.generator, self.latents(len(real)), labels)
         d_loss = self._discriminator_loss(real, fake.detach(), labels)
@@ -242,7 +245,7 @@ class GANTrainer(Trainer):
                 for parameter in self.d_parameters:
                     parameter.clamp_(-self.recipe.weight_clip, self.recipe.weight_clip)
         if not of_generator:
-            self.statistics.restore()
+            restore()
             return (d_loss.detach(),)
         fake_logits = self._judge(fake, labels)
         paired = self.recipe.loss == "relativistic"
@@ -252,7 +255,7 @@ class GANTrainer(Trainer):
         self.g_optimizer.zero_grad(set_to_none=rates is None)
         # The discriminator's own gradients are not wanted here, so they are not computed.
         g_loss.backward(inputs=self.g_parameters)
-        self.statistics.restore()
+        restore()
         self.ema.update_buffers(self.generator, None if g_rates is None else g_rates[1])
         self.g_optimizer.step(loss=g_loss, rates=g_rates)  # moves the averaged weights too
         return d_loss.detach(), g_loss.detach()

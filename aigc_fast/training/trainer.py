@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .batches import epochs_of_batches, steps_of_epoch
 from .ema import EMA
 from .optim import Adam
-from .statistics import FiniteStatistics
 
 
 class Trainer(ABC):
@@ -37,7 +36,6 @@ class Trainer(ABC):
         self.recipe, self.networks, self.optimizers, self.ema = recipe, networks, optimizers, ema
         self.done, self.seed, self.steps_done = done, seed, 0
         self.device = next(ema.model.parameters()).device
-        self.statistics = FiniteStatistics(*networks.values())
         self.random = torch.Generator(self.device).manual_seed(seed)
 
     @property

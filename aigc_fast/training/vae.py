@@ -13,6 +13,7 @@ from aigc_fast.ops.elbo import HIGHEST, LIKELIHOODS, LOWEST
 
 from .ema import EMA
 from .optim import AdamW
+from .statistics import keep_statistics
 from .trainer import Trainer, check_not_negative, warm_up_and_cosine
 
 #: nats of an element that `ops.reconstruction_loss` leaves out
@@ -133,12 +134,13 @@ class VAETrainer(Trainer):
         recipe, done = self.recipe, self.share_done
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * warm_up_and_cosine(done)
+        restore = keep_statistics(self.model)
         reconstruction, kl = self.terms(images, labels)
         priced = kl.clamp(min=recipe.free_bits) if recipe.free_bits else kl
         loss = (reconstruction + recipe.weight(done) * priced).mean()
         self.optimizer.zero_grad()
         loss.backward()
-        self.statistics.restore()
+        restore()
         self.ema.update_buffers(self.model)
         self.optimizer.step(loss=loss)  # moves the averaged weights too
         self.steps_done += 1

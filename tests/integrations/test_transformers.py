@@ -489,12 +489,13 @@ def test_a_fused_loss_takes_the_trainers_arguments(name) -> None:
         dict(labels=ids, num_items_in_batch=17),
         dict(labels=ids, num_items_in_batch=torch.tensor(17)),
         dict(labels=ids, shift_labels=shifted),
+        dict(labels=ids, ignore_index=int(ids[0, 3])),
     ):
-        _, want = loss_and_gradients(model, ids, **options)
+        stock, want = loss_and_gradients(model, ids, **options)
         aigc_fast.patch(model, fuse_loss=True)
         out, got = loss_and_gradients(model, ids, **options)
         aigc_fast.unpatch(model)
-        assert out.logits is None
+        assert out.logits is None and type(out) is type(stock)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
@@ -536,6 +537,10 @@ def test_a_loss_is_fused_on_request() -> None:
     model.train(False)
     assert snapshot(model) == before
     aigc_fast.patch(model, fuse_loss=True)
-    model.lm_head.register_forward_hook(lambda *_: None)
+    for hook in ("forward_hook", "forward_pre_hook", "full_backward_hook"):
+        handle = getattr(model.lm_head, f"register_{hook}")(lambda *_: None)
+        out, _ = loss_and_gradients(model, ids, labels=ids)
+        assert out.logits is not None
+        handle.remove()
     out, _ = loss_and_gradients(model, ids, labels=ids)
-    assert out.logits is not None
+    assert out.logits is None

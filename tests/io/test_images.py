@@ -24,6 +24,7 @@ def test_images_are_squares_of_their_classes(tmp_path):
     save(tmp_path / "b" / "1.png", (7,))
     save(tmp_path / "b" / "2.PNG", (1, 2, 3), size=(1, 1))
     (tmp_path / "notes.txt").write_text("no image")
+    save(tmp_path / ".trash" / "1.png", (9,))
     images, labels = load_images(tmp_path, 4)
     assert images.shape == (3, 3, 4, 4) and labels.tolist() == [0, 1, 1]
     assert images[:, :, 0, 0].tolist() == [[255, 0, 0], [7, 7, 7], [1, 2, 3]]

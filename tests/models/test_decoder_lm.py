@@ -282,11 +282,23 @@ def test_loss_of_an_adapted_head_and_of_bad_labels():
     expected = model.loss(token_ids)
     model.lm_head = nn.Sequential(model.lm_head)
     torch.testing.assert_close(model.loss(token_ids), expected)
+    model.lm_head = nn.Linear(TINY.hidden_size, TINY.vocab_size, dtype=torch.float64)
+    logits = model(token_ids)[:, :-1].flatten(0, 1)
+    of_logits = F.cross_entropy(logits, token_ids[:, 1:].flatten())
+    torch.testing.assert_close(model.loss(token_ids), of_logits)  # with its bias
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    of_logits = F.cross_entropy(2 * logits, token_ids[:, 1:].flatten())
+    torch.testing.assert_close(model.loss(token_ids), of_logits)
+    handle.remove()
     for ids, labels in [(token_ids, token_ids[:, 1:]), (token_ids[:, :1], None)]:
         with pytest.raises(ValueError, match="labels must have the shape of token_ids"):
             model.loss(ids, labels)
     with pytest.raises(TypeError, match="target must be int64"):
         model.loss(token_ids, token_ids.int())
+    with pytest.raises(TypeError, match="labels must be a Tensor"):
+        model.loss(token_ids, token_ids.tolist())
+    with pytest.raises(TypeError, match="softcap is the model's own"):
+        model.loss(token_ids, softcap=3.0)
 
 
 def test_casting_the_model_leaves_its_angles_exact():

@@ -3,9 +3,11 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
+import aigc_fast
 from aigc_fast.models.autoregressive import (
     DecoderLM,
     Engine,
@@ -537,6 +539,19 @@ def test_prompts_and_stop_tokens_of_every_natural_kind(model):
     first = expected[0][: expected[0].index(stop) + 1]
     for stops in (stop, [stop], {stop}, torch.tensor(stop), torch.tensor([stop])):
         assert generate(model, ids[0], 5, stop_tokens=stops)[0].tokens == first
+
+
+def test_arrays_of_texts_are_prompts_of_their_own(model):
+    texts, letters = ["bcd", "efgh"], Letters()
+    expected = [answer.tokens for answer in generate(model, texts, 5, tokenizer=letters)]
+    for array in (np.array(texts), np.array(texts, dtype=object)):
+        answers = generate(model, array, 5, tokenizer=letters)
+        assert [answer.tokens for answer in answers] == expected
+
+
+def test_a_sampling_can_be_made_where_an_implementation_is_forced():
+    with aigc_fast.backend("triton"):
+        assert Sampling(temperature=0.7, seed=1).temperature == 0.7
 
 
 def test_an_engine_cancels_only_its_own_requests(model):

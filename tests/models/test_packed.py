@@ -1,6 +1,7 @@
 """Models whose matrices stay the codes of their GGUF file."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -111,6 +112,10 @@ EXCHANGES = {
     ),
     "fewer layers": lambda m: setattr(m, "layers", m.layers[:-1]),
     "the last norm": lambda m: setattr(m, "norm", copy.deepcopy(m.layers[0].mlp_norm)),
+    "a layer more": lambda m: m.layers.append(copy.deepcopy(m.layers[0])),
+    "a softcap": lambda m: setattr(m.layers[0].attention, "softcap", 1e-3),
+    "a forward": lambda m: setattr(m.layers[0].mlp, "forward", lambda x: 3 * x),
+    "a hook": lambda m: m.layers[0].mlp.register_forward_hook(lambda module, args, out: 3 * out),
 }
 
 
@@ -133,6 +138,22 @@ def test_an_exchanged_part_is_looked_at_again(exchange, tmp_path, monkeypatch):
     monkeypatch.setattr(DecoderLM, "_fused_step", lambda *_: None)
     torch.testing.assert_close(after, step(), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(after, before, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_looked_at_by_itself(way, tmp_path, monkeypatch):
+    model = DecoderLM.from_pretrained(written(tmp_path, "llama", "Q8_0"), packed=True)
+    token = torch.tensor([[3]])
+    with torch.no_grad():
+        model(token, model.new_cache(1, 4))
+        copied = way(model)
+        for module in copied.modules():
+            if isinstance(module, QuantizedLinear):
+                module.quantize_activations = True
+        after = copied(token, copied.new_cache(1, 4))
+        monkeypatch.setattr(DecoderLM, "_fused_step", lambda *_: None)
+        torch.testing.assert_close(after, copied(token, copied.new_cache(1, 4)))
+        assert not torch.equal(after, model(token, model.new_cache(1, 4)))
 
 
 def test_only_files_stay_packed(tmp_path):

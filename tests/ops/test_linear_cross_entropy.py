@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast import ops
+from aigc_fast.ops._registry import OPS
 from tests.op_samples.cross_entropy import targets
 from tests.op_samples.sample import rand
 
@@ -84,14 +85,45 @@ def test_a_frozen_parameter_costs_and_gets_nothing(frozen) -> None:
             torch.testing.assert_close(parameter.grad, expected[1 + i])
 
 
-def test_backward_twice() -> None:
+def test_backward_as_often_as_one_likes() -> None:
+    """What it hands out is the caller's own, to be added to, cleared or overwritten."""
     parameters, target = case()
     x, weight, bias = parameters
     loss = ops.linear_cross_entropy(x, weight, target, linear_bias=bias)
-    loss.backward(retain_graph=True)
-    first = [p.grad.clone() for p in parameters]
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close([p.grad for p in parameters], [times * g for g in kept])
+    for p in parameters:
+        p.grad.zero_()
     loss.backward()
-    torch.testing.assert_close([p.grad for p in parameters], [2 * g for g in first])
+    torch.testing.assert_close([p.grad for p in parameters], kept)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_weight_that_the_input_comes_from_counts_once(reduction) -> None:
+    """Tied embeddings; under create_graph too, and in the gradient of that gradient."""
+    weight = rand(13, 5).requires_grad_()
+    ids, target = targets(9, classes=13, ignored=0), targets(9, classes=13)
+
+    def gradients(loss_of, create_graph: bool) -> list[Tensor]:
+        loss = loss_of(weight[ids].tanh(), weight).sum()
+        (grad,) = torch.autograd.grad(loss, weight, create_graph=create_graph)
+        if not create_graph:
+            return [grad]
+        return [grad, *torch.autograd.grad(grad.square().sum(), weight)]
+
+    def plain(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w), target, reduction=reduction)
+
+    def ours(x: Tensor, w: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(x, w, target, reduction=reduction)
+
+    for create_graph in (False, True):
+        torch.testing.assert_close(gradients(ours, create_graph), gradients(plain, create_graph))
 
 
 def test_float16_gradients_survive_a_small_mean() -> None:
@@ -137,3 +169,18 @@ def test_a_perfect_row_has_no_loss_and_no_gradient() -> None:
     loss = ops.cross_entropy(logits, target)
     loss.backward()
     assert loss == 0 and not logits.grad.any()
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    parameters, target = case(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = run(parameters, target)
+    torch.testing.assert_close(under, run(parameters, target), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_a_gradient_takes_no_strided_place(backend) -> None:
+    logits, target = rand(3, 8).float()[:, :5], torch.tensor([0, 4, 2])
+    args = torch.ones(3), logits, target, torch.ones(3), -100, 0.0, 0.0, 0.0
+    with pytest.raises(ValueError, match="input must be contiguous"):
+        OPS["cross_entropy_backward_"].call(backend, *args)

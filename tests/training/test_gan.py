@@ -195,6 +195,18 @@ def test_a_batch_with_nan_does_not_stay_in_batch_norms():
     assert not any(torch.equal(a, b) for a, b in zip(before, running, strict=True))
 
 
+def test_a_batch_with_nan_right_after_a_checkpoint_leaves_its_statistics():
+    before, after = trainer(GANRecipe()), trainer(GANRecipe())
+    for _ in range(3):
+        before.step(SAMPLES[:4])
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    after.step(SAMPLES[:4] * torch.nan)
+    for name, network in after.networks.items():
+        for key, value in network.named_buffers():
+            if "running" in key and name == "discriminator":
+                torch.testing.assert_close(value, before.networks[name].get_buffer(key))
+
+
 @pytest.mark.parametrize("penalty", [None, "r1"])
 def test_frozen_layers_stay_and_the_others_learn(penalty):
     """As FreezeD does (arXiv:2002.10964)."""

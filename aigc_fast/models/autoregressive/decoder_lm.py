@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn import Linear, QuantizedLinear
+from aigc_fast.nn._replacing import runs_as_written
 
 from .arguments import check_class, check_token_ids
 from .cache import KVCache
@@ -135,6 +136,10 @@ class DecoderLM(nn.Module):
             scales=scales,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's modules are others than those that the step has looked at.
+        return {**self.__dict__, "_fused": None}
+
     def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Scores of the next token after each of the given ones.
 
@@ -173,7 +178,10 @@ class DecoderLM(nn.Module):
             TypeError, ValueError: as `forward`, or for labels of another shape or dtype.
         """
         check_token_ids(token_ids, self.config)
+        if "softcap" in options:
+            raise TypeError("softcap is the model's own, config.logit_softcap")
         labels = token_ids.long() if labels is None else labels
+        check_class("labels", labels, Tensor)
         if labels.shape != token_ids.shape or labels.shape[1] < 2:
             raise ValueError(
                 "labels must have the shape of token_ids, (batch, seq) with at least 2 tokens, "
@@ -181,11 +189,14 @@ class DecoderLM(nn.Module):
             )
         hidden, labels = self.hidden_states(token_ids)[:, :-1], labels[:, 1:]
         head: Any = self.embed_tokens if self.lm_head is None else self.lm_head
-        if type(head) not in (nn.Embedding, nn.Linear, Linear):  # packed, or with an adapter
-            return ops.cross_entropy(self.logits(hidden), labels, **options)
-        return ops.linear_cross_entropy(
-            hidden, head.weight, labels, softcap=self.config.logit_softcap, **options
+        plain = head is self.embed_tokens or (
+            type(head) in (nn.Linear, Linear) and runs_as_written(head)
         )
+        if not plain:  # packed, with an adapter, with hooks
+            return ops.cross_entropy(self.logits(hidden), labels, **options)
+        options["softcap"] = self.config.logit_softcap
+        bias = getattr(head, "bias", None)
+        return ops.linear_cross_entropy(hidden, head.weight, labels, linear_bias=bias, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output projection, (..., hidden_size) to (..., vocab_size)."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn import QuantizedLinear
+from aigc_fast.nn._replacing import runs_as_written
 
 from .cache import KVCache
 from .layers import MLP, Attention, DecoderLayer, Norm
@@ -31,6 +32,9 @@ class FusedStep:
         self.weights: list[Tensor] = []
         self._tables, self._names = zip(*_looked_at(model), strict=True)
         self._found = [*map(dict.get, self._tables, self._names)]
+        modules = (norm, *model.layers.modules())
+        self._sized = [t for m in modules for t in (m._modules, m.__dict__, *_hooks(m))]
+        self._size = sum(map(len, self._sized))
         self._weight, self._dtype = norm.weight, norm.weight.dtype
         self._eps, self._scale = config.rms_norm_eps, config.attention_scale
         layers = [layer for i, layer in enumerate(model.layers) if _is_plain(layer, i)]
@@ -41,6 +45,7 @@ class FusedStep:
             not len(layers) == len(model.layers) == config.num_layers
             or any(len(of_layer) < 4 for of_layer in linears)
             or len(rounding) > 1
+            or not all(map(runs_as_written, modules))
             or type(norm) is not Norm
             or norm.weight.device.type != "cpu"
             or norm.weight.dtype == torch.float64
@@ -55,11 +60,16 @@ class FusedStep:
         self.weights.append(norm.weight)
 
     def is_current(self) -> bool:
-        """Whether the model still holds the very modules and weights that were looked at."""
-        # Past nn.Module's attribute lookup: so it is 20 us a token for 30 layers. The dtype, since
+        """Whether the model still holds the very modules and weights that were looked at, no more
+        of them, and no hook or forward of an object besides."""
+        # Past nn.Module's attribute lookup, which would take many times as long. The dtype, since
         # `.to` casts a parameter inside its object.
         found = map(dict.get, self._tables, self._names)
-        return self._weight.dtype == self._dtype and all(map(is_, found, self._found))
+        return (
+            self._weight.dtype == self._dtype
+            and sum(map(len, self._sized)) == self._size
+            and all(map(is_, found, self._found))
+        )
 
     def __call__(self, hidden: Tensor, cache: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
         """The normalised states after the last layer.
@@ -83,6 +93,18 @@ class FusedStep:
         )
 
 
+#: attributes that decide what a module computes
+_SETTINGS: dict[type, tuple[str, ...]] = {
+    QuantizedLinear: ("quantize_activations",),
+    Attention: ("softcap", "window"),
+    MLP: ("activation",),
+}
+
+
+def _hooks(module: nn.Module) -> tuple[dict, dict]:
+    return module._forward_hooks, module._forward_pre_hooks
+
+
 def _looked_at(model: DecoderLM) -> Iterator[tuple[dict[str, Any], str]]:
     """Where a step's parts are kept: a dictionary and a name in it, for each."""
     yield model._modules, "layers"
@@ -90,8 +112,8 @@ def _looked_at(model: DecoderLM) -> Iterator[tuple[dict[str, Any], str]]:
     for module in (model.norm, *model.layers.modules()):
         for table in (module._modules, module._parameters, module._buffers):
             yield from ((table, name) for name in table)
-        if isinstance(module, QuantizedLinear):
-            yield module.__dict__, "quantize_activations"
+        for name in _SETTINGS.get(type(module), ()):
+            yield module.__dict__, name
 
 
 def _linears(layer: DecoderLayer) -> tuple[nn.Module, ...]:

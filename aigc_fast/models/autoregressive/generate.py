@@ -130,9 +130,14 @@ def _prompts(prompts: Any, tokenizer: TextTokenizer | None) -> list[list[int]]:
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
     shape = getattr(prompts, "shape", None)
-    if shape is not None and len(shape) < 2:
+    if shape is not None and len(shape) < 2 and _holds_numbers(prompts):
         prompts = [prompts]
     found = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     if not found:
         raise ValueError("prompts must hold at least one prompt")
     return found
+
+
+def _holds_numbers(array: Any) -> bool:
+    """Whether a tensor or array holds numbers, and not texts or lists."""
+    return getattr(array.dtype, "kind", "i") in "biuf"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast import ops
+from aigc_fast.ops.sampling import LIMITS, check_settings
 
 from .arguments import check_fields
 
@@ -36,12 +37,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must fit in int64, got {self.seed}")
         # Here and not in the step of a batch, where one request's mistake would end all.
         check_fields(self)
-        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "seed"}
-        ops.sample_tokens(torch.zeros(1, 1, device="cpu"), seeds=0, **numbers)
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit in int64, got {self.seed}")
+        check_settings([float(getattr(self, name)) for name in LIMITS])
 
     @property
     def has_penalties(self) -> bool:

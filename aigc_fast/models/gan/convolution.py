@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aigc_fast import _libraries, ops
+from aigc_fast import ops
+from aigc_fast._devices import has_bfloat16_instructions
 
 
 def convolve(
@@ -25,9 +26,7 @@ def convolve(
     tensors = (*xs, conv.weight, conv.bias, slope, residual)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     dtype = conv.weight.dtype
-    fast = dtype.itemsize > 2 or (
-        dtype == torch.bfloat16 and _libraries.features().get("avx512bf16", False)
-    )
+    fast = dtype.itemsize > 2 or (dtype == torch.bfloat16 and has_bfloat16_instructions())
     if not wanted and fast and xs[0].device.type == "cpu":
         return ops.conv3x3(xs, conv.weight, conv.bias, slope, residual, gain)
     together = xs[0] if len(xs) == 1 else torch.cat(xs, 1)

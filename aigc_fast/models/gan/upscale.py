@@ -47,7 +47,7 @@ def _to_multiples(image: Tensor, fold: int) -> Tensor:
     for dim in (1, 2):
         size = image.shape[dim]
         if size % fold:
-            places = torch.arange(size + -size % fold).clamp(max=size - 1)
+            places = torch.arange(size + -size % fold, device=image.device).clamp(max=size - 1)
             image = image.index_select(dim, places)
     return image
 
