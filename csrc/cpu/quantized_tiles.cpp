@@ -39,8 +39,9 @@ AIGC_INLINE void load_bytes(const uint8_t* p, I32* v) {
 
 // What a core gets from memory depends on how it asks. Intel's (Sapphire Rapids): 16 GB/s by four
 // streams and what comes after them asked for early, 12 by one that asks 2 KB ahead. AMD's (Zen 5):
-// 35 GB/s by four, 41 by one that asks 8 KB ahead, 33 by one that asks 2 KB ahead.
-constexpr int64_t kAhead = 8192;
+// 35 GB/s by four, 41 by one that asks 8 KB ahead, 33 by one that asks 2 KB ahead. With several
+// rows, and what is left of a share, tiles come one at a time and 8 KB ahead on either.
+constexpr int64_t kBytesAhead = 8192;
 bool likes_many_streams() {
   static const bool intel = cpu_features()["intel"];
   return intel;
@@ -69,7 +70,7 @@ void tiles_times_codes(const QuantizedFormat& f, const uint8_t* block, const Act
         const uint8_t* p = block + n * tile_bytes + at;
         I32 raw[kParts];
         load_bytes(p, raw);
-        __builtin_prefetch(p + (N == 1 ? kAhead : N * tile_bytes), 0, 2);
+        __builtin_prefetch(p + (N == 1 ? kBytesAhead : N * tile_bytes), 0, 2);
 #pragma GCC unroll 4
         for (int i = 0; i < kParts; ++i) {
           const I32 low = bits == 4 ? raw[i] & 0x0f0f0f0f : raw[i];
@@ -90,7 +91,7 @@ void tiles_times_codes(const QuantizedFormat& f, const uint8_t* block, const Act
       const uint8_t* p = block + n * tile_bytes + code_bytes;
       Vec<float> scale[kParts], minimum[kParts];
       load_halves(p, scale);
-      __builtin_prefetch(p + (N == 1 ? kAhead : N * tile_bytes), 0, 2);
+      __builtin_prefetch(p + (N == 1 ? kBytesAhead : N * tile_bytes), 0, 2);
       if constexpr (has_minimum) load_halves(p + 2 * kTileRows, minimum);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
@@ -140,7 +141,7 @@ void tiles_times_floats(const QuantizedFormat& f, const uint8_t* block,
         const uint8_t* p = block + n * tile_bytes + at;
         I32 raw[kParts];
         load_bytes(p, raw);
-        __builtin_prefetch(p + (N == 1 ? kAhead : N * tile_bytes), 0, 2);
+        __builtin_prefetch(p + (N == 1 ? kBytesAhead : N * tile_bytes), 0, 2);
 #pragma GCC unroll 8
         for (int k = 0; k < 32 / bits; ++k) {
           const int shift = bits == 8 ? 8 * k : 8 * (k % 4) + k / 4 * 4;
@@ -278,7 +279,7 @@ void ask_for_tiles(const QuantizedFormat& f, const uint8_t* blocks, int64_t begi
   const int64_t tiles = many ? std::min<int64_t>(kCodeStreams, end - begin) : 1;
   const int64_t size = f.tile_bytes();
   const int64_t each =
-      many ? std::min<int64_t>(1024, size) : std::min(kAhead, (end - begin) * size);
+      many ? std::min<int64_t>(1024, size) : std::min(kBytesAhead, (end - begin) * size);
   for (int64_t tile = begin; tile < begin + tiles; ++tile)
     for (int64_t at = 0; at < each; at += 64) __builtin_prefetch(blocks + tile * size + at, 0, 2);
 }
