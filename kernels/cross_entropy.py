@@ -13,7 +13,7 @@ from .math import fp32, tanh
 from .rows import as_rows
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
-BUDGET = {"_forward": (64, 1024), "_backward": (64, 0)}
+BUDGET = {"_forward": (64, 1024), "_backward": (80, 0)}
 
 _BLOCK = 4096
 

@@ -127,13 +127,7 @@ def _in_chunks(
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    if total is None:
-        return part
-    return (
-        total.add_(part)
-        if total.dtype == wide_dtype(part.dtype)
-        else total.to(wide_dtype(part.dtype)).add_(part)
-    )
+    return part if total is None else total.to(wide_dtype(part.dtype)).add_(part)
 
 
 def _second(ctx: Any, grad_losses: Tensor) -> list[Tensor | None]:
