@@ -52,6 +52,7 @@ class DecoderLM(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._fused: FusedStep | None = None
+        self._looked_at_layers = False
 
     @classmethod
     def from_pretrained(
@@ -232,14 +233,22 @@ class DecoderLM(nn.Module):
 
     def _fused_step(self, token_ids: Tensor, cache: KVCache | None) -> FusedStep | None:
         """All layers in one operator, where layers and call are such as it takes."""
-        if cache is None or token_ids.shape[1] != 1:
+        if cache is None:
+            return None
+        # Looking at all layers takes a tenth of a step, whose weights have driven them out of the
+        # processor's caches. So that is done once after a prompt.
+        if token_ids.shape[1] != 1 or cache.used == 0:
+            self._looked_at_layers = False
+        if token_ids.shape[1] != 1:
             return None
         scaling = self.config.rope_scaling
         if scaling is not None and scaling.stretches(cache.used + 1):
             return None
-        if self._fused is None or not self._fused.is_current():
-            self._fused = FusedStep(self)
-        return self._fused if self._fused.weights else None
+        looked, self._looked_at_layers = self._looked_at_layers, True
+        fused = self._fused
+        if fused is None or not fused.has_its_dtype() or not (looked or fused.is_current()):
+            self._fused = fused = FusedStep(self)
+        return fused if fused.weights else None
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         hidden = self.embed_tokens(token_ids)

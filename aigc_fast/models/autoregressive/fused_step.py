@@ -62,14 +62,14 @@ class FusedStep:
     def is_current(self) -> bool:
         """Whether the model still holds the very modules and weights that were looked at, no more
         of them, and no hook or forward of an object besides."""
-        # Past nn.Module's attribute lookup, which would take many times as long. The dtype, since
-        # `.to` casts a parameter inside its object.
+        # Past nn.Module's attribute lookup, which would take many times as long.
         found = map(dict.get, self._tables, self._names)
-        return (
-            self._weight.dtype == self._dtype
-            and sum(map(len, self._sized)) == self._size
-            and all(map(is_, found, self._found))
-        )
+        return sum(map(len, self._sized)) == self._size and all(map(is_, found, self._found))
+
+    def has_its_dtype(self) -> bool:
+        """Whether the model's is still the one it was made for: `.to` casts a parameter inside its
+        object."""
+        return self._weight.dtype == self._dtype
 
     def __call__(self, hidden: Tensor, cache: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
         """The normalised states after the last layer.
