@@ -133,6 +133,17 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "codebook_moments": lambda x: ops.codebook_moments(
         x.constant(6, 33), x.int32(3, 0, 1, 3, 3, 1).long(), 5
     )[1],
+    "conv1d": lambda x: ops.conv1d(
+        x.constant(2, 35, 61),
+        x.constant(24, 35, 5),
+        x.constant(24),
+        padding=4,
+        dilation=2,
+        slope=0.1,
+    ),
+    "conv_transpose1d": lambda x: ops.conv_transpose1d(
+        x.constant(2, 35, 21), x.constant(35, 24, 8), x.constant(24), stride=4, padding=2, slope=0.1
+    ),
     "conv3x3": lambda x: ops.conv3x3(
         x.constant(2, 35, 5, 19), x.constant(24, 35, 3, 3), x.constant(24), x.constant(24)
     ),

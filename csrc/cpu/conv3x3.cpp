@@ -1,35 +1,27 @@
 // y = residual + gain * prelu(conv(x, weight) + bias): 3x3, a border of zeros, channels_last.
-#include "conv3x3.h"
-
-#include "channels.h"
+#include "conv3x3_rows.h"
+#include "conv_products.h"
 #include "memory_order.h"
 
 namespace aigc_fast {
 namespace {
 
-// `values`, or `missing` for every channel, padded to whole vectors of any width.
-template <class T>
-std::vector<Acc<T>> padded(const MaybeTensor& values, const char* name, int64_t out,
-                           Acc<T> missing) {
-  std::vector<Acc<T>> result(out + 2 * kLanes<Acc<T>>, missing);
-  channel_values(values, out, name, missing, result.data());
-  return result;
-}
-
 template <class Products, class T>
-void convolve(const std::vector<ConvInput<T>>& sources, const ConvShape& s, const T* weight,
-              const ConvFinish<T>& finish, const T* residual, T* y) {
-  const Products products(weight, s);
-  const int64_t rows = s.batch * s.height;
+void convolve(const std::vector<ConvInput<T>>& sources, const ConvShape& s,
+              const ConvWeight<T>& weight, const ConvFinish<T>& finish, const T* residual, T* y) {
+  const Products products(weight, {s.in, s.out, 9});
+  const int64_t rows = s.batch * s.height, depth = Products::depth(s.in);
   // A thread's first row costs three rows of input.
   const int64_t grain = std::max<int64_t>(4, (1 << 18) / (s.width * s.in * s.out * 9) + 1);
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    ImageRows<typename Products::S, T> image(sources, s, Products::depth(s), Products::pixels(s));
+    ImageRows<typename Products::S, T> image(sources, s, depth, Products::pixels(s.width));
     [[maybe_unused]] const typename Products::Session session;
     for (int64_t r = begin; r < end; ++r) {
+      const auto around = image.around(r / s.height, r % s.height);
+      const typename Products::S* taps[9];
+      for (int tap = 0; tap < 9; ++tap) taps[tap] = around[tap / 3] + tap % 3 * depth;
       const int64_t at = r * s.width * s.out;
-      products.row(image.around(r / s.height, r % s.height), y + at,
-                   residual ? residual + at : nullptr, finish);
+      products.run(taps, s.width, {y + at, s.out, {residual ? residual + at : nullptr}}, finish);
     }
   });
 }
@@ -69,22 +61,13 @@ Tensor conv3x3(const std::vector<Tensor>& xs, const Tensor& weight_in, const May
       sources.push_back({data<T>(x), x.size(1), x.stride(0), x.size(1) == 1 ? 1 : x.stride(1),
                          x.stride(2), x.stride(3)});
     using A = Acc<T>;
-    const std::vector<A> biases = padded<T>(bias, "bias", s.out, 0);
-    const std::vector<A> slopes = padded<T>(slope, "slope", s.out, 1);
-    const ConvFinish<T> finish{biases.data(), slopes.data(), A(gain), s.out};
-    const T* beside = residual ? data<T>(*residual) : nullptr;
-    const auto run = [&]<class P>(std::type_identity<P>) {
-      convolve<P>(sources, s, data<T>(weight), finish, beside, mutable_data<T>(y));
-    };
-    if constexpr (std::is_same_v<T, bf16>) {
-#if AIGC_AMX
-      if (has_amx_bf16()) return run(std::type_identity<TileProducts>{});
-#endif
-#if AIGC_BF16_DOT
-      if (has_bf16_dot()) return run(std::type_identity<VectorProducts<T, Bf16Dot>>{});
-#endif
-    }
-    run(std::type_identity<VectorProducts<T, MultiplyAdd<T>>>{});
+    const std::vector<A> biases = padded_channels<T>(bias, "bias", s.out, 0);
+    const std::vector<A> slopes = padded_channels<T>(slope, "slope", s.out, 1);
+    with_products<T>(s.out, [&]<class Products>(std::type_identity<Products>) {
+      convolve<Products, T>(sources, s, {data<T>(weight), s.in * 9, 9, 1},
+                            {biases.data(), slopes.data(), A(gain), 1, s.out},
+                            residual ? data<T>(*residual) : nullptr, mutable_data<T>(y));
+    });
   });
   return y;
 }

@@ -5,9 +5,7 @@
 // type cost one pass over each row.
 #pragma once
 
-#include <array>
-
-#include "tensor.h"
+#include "conv_finish.h"
 
 namespace aigc_fast {
 
@@ -21,14 +19,6 @@ struct ConvInput {
   const T* data;
   int64_t channels, batch_stride, channel_stride, row_stride, pixel_stride;
 };
-
-template <class S, class T>
-AIGC_INLINE void copy_channels(S* to, const T* from, int64_t n) {
-  if constexpr (std::is_same_v<S, T>)
-    std::memcpy(static_cast<void*>(to), from, n * sizeof(T));
-  else
-    convert(from, n, to);
-}
 
 // The last three rows of an image that were asked for, of `pixels` pixels of `depth` values.
 template <class S, class T>
@@ -68,18 +58,10 @@ class ImageRows {
       } else {
         for (int64_t c = 0; c < source.channels; ++c)
           for (int64_t x = 0; x < s_.width; ++x)
-            convert_one(to + x * depth_ + c,
-                        from + c * source.channel_stride + x * source.pixel_stride);
+            copy_channel(to + x * depth_ + c,
+                         from + c * source.channel_stride + x * source.pixel_stride);
       }
       to += source.channels;
-    }
-  }
-
-  static AIGC_INLINE void convert_one(S* to, const T* from) {
-    if constexpr (std::is_same_v<S, T>) {
-      *to = *from;
-    } else {
-      copy_channels(to, from, 1);
     }
   }
 

@@ -7,6 +7,7 @@ from tests.op_samples import (
     add_noise,
     alias_free_snake,
     bias_act,
+    conv1d,
     conv3x3,
     cross_entropy,
     decode_attention,
@@ -37,6 +38,7 @@ from tests.op_samples.sample import OpSamples, Refusal, Sample, channels_last, r
 
 OPS: dict[str, OpSamples] = {
     **bias_act.OPS,
+    **conv1d.OPS,
     **conv3x3.OPS,
     **upfirdn2d.OPS,
     **scale_bias_act.OPS,

@@ -1,0 +1,207 @@
+// Convolutions along time, channels innermost: y = gain * (conv(leaky_relu(x)) + bias + residuals),
+// and the transposed convolution, whose every stride-th output is a convolution of its own.
+#include <limits>
+
+#include "conv_products.h"
+#include "memory_order.h"
+
+namespace aigc_fast {
+namespace {
+
+// Outputs first, first + stride, ... of a sequence: a convolution whose tap j, of output i, reads
+// input i + begin + j * step.
+template <class T>
+struct Phase {
+  ConvWeight<T> weight;
+  int64_t taps, begin, step, first;
+
+  int64_t end() const { return begin + (taps - 1) * step; }  // what the last tap adds to i
+};
+
+struct Sequences {
+  int64_t batch, in, time, out, length, stride;  // length: outputs of a sequence
+};
+
+// x as it lies; strides of batch, channel and time.
+template <class T>
+struct Source {
+  const T* data;
+  int64_t batch_stride, channel_stride, time_stride;
+  Acc<T> slope;
+
+  // Channels of `count` steps from t on, which all exist, into to[step][depth].
+  template <class S>
+  void copy(int64_t n, int64_t t, int64_t count, int64_t channels, S* to, int64_t depth) const {
+    const T* from = data + n * batch_stride + t * time_stride;
+    if (channel_stride == 1) {
+      for (int64_t i = 0; i < count; ++i) {
+        copy_channels(to + i * depth, from + i * time_stride, channels);
+        if (slope != 1) bend(to + i * depth, channels);
+      }
+      return;
+    }
+    constexpr int64_t kSteps = 16;  // of a channel at a time: a line of memory or two
+    for (int64_t i = 0; i < count; i += kSteps)
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t j = i; j < std::min(count, i + kSteps); ++j)
+          copy_channel(to + j * depth + c, from + c * channel_stride + j * time_stride);
+    if (slope != 1)
+      for (int64_t i = 0; i < count; ++i) bend(to + i * depth, channels);
+  }
+
+ private:
+  // leaky_relu in place.
+  template <class S>
+  AIGC_INLINE void bend(S* x, int64_t n) const {
+    using A = Acc<S>;
+    for (int64_t c = 0; c < n; c += kLanes<A>) {
+      const int64_t left = std::min<int64_t>(n - c, kLanes<A>);
+      const Vec<A> v = left == kLanes<A> ? load(x + c) : load_n(x + c, left);
+      const Vec<A> bent = v > 0 ? v : v * static_cast<A>(slope);
+      left == kLanes<A> ? store(x + c, bent) : store_n(x + c, bent, left);
+    }
+  }
+};
+
+template <class Products, class T>
+void convolve(const Source<T>& x, const Sequences& s, const std::vector<Phase<T>>& phases,
+              const ConvFinish<T>& finish, const ConvTarget<T>& y) {
+  using S = typename Products::S;
+  std::vector<Products> products;
+  int64_t begin = std::numeric_limits<int64_t>::max(), end = -begin, work = 0;
+  for (const Phase<T>& phase : phases) {
+    products.emplace_back(phase.weight, ConvSize{s.in, s.out, phase.taps});
+    if (phase.taps > 0) begin = std::min(begin, phase.begin), end = std::max(end, phase.end());
+    work += phase.taps * s.in * s.out;
+  }
+  if (begin > end) begin = end = 0;  // no phase has a tap
+  // The inputs of a tile stay in the second cache; enough tiles keep all threads busy.
+  constexpr int64_t kTileBytes = 1 << 17, kTiles = 16;
+  const int64_t depth = Products::depth(s.in), steps = (s.length + s.stride - 1) / s.stride;
+  const int64_t most = std::max<int64_t>(48, kTileBytes / (depth * sizeof(S)));
+  const int64_t tile = std::clamp<int64_t>(round_up(steps / kTiles, 48), 48, most);
+  const int64_t tiles = (steps + tile - 1) / tile;
+  const int64_t grain = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, tile * work));
+  torch::stable::parallel_for(0, s.batch * tiles, grain, [&](int64_t from, int64_t to) {
+    std::vector<S> scratch((Products::pixels(tile) + end - begin) * depth);
+    std::vector<const S*> taps;
+    [[maybe_unused]] const typename Products::Session session;
+    for (int64_t index = from; index < to; ++index) {
+      const int64_t n = index / tiles, t = index % tiles * tile;
+      const int64_t width = std::min(tile, steps - t);
+      // Steps [t + begin, t + width + end) of the input, with zeros where there are none.
+      const int64_t first = t + begin, last = t + width + end;
+      const int64_t some = std::clamp<int64_t>(first, 0, s.time);
+      const int64_t none = std::clamp<int64_t>(last, some, s.time);
+      const auto clear = [&](int64_t a, int64_t b) {
+        if (a < b)
+          std::memset(static_cast<void*>(scratch.data() + (a - first) * depth), 0,
+                      (b - a) * depth * sizeof(S));
+      };
+      clear(first, std::min(some, last));
+      x.copy(n, some, none - some, s.in, scratch.data() + (some - first) * depth, depth);
+      clear(std::max(none, first), last);
+      for (size_t p = 0; p < phases.size(); ++p) {
+        const Phase<T>& phase = phases[p];
+        taps.clear();
+        for (int64_t tap = 0; tap < phase.taps; ++tap)
+          taps.push_back(scratch.data() + (phase.begin + tap * phase.step - begin) * depth);
+        const int64_t count = std::min(width, (s.length - phase.first - 1) / s.stride + 1 - t);
+        ConvTarget<T> target = y.at(n * s.length + t * s.stride + phase.first);
+        target.pitch *= s.stride;
+        products[p].run(taps.data(), count, target, finish);
+      }
+    }
+  });
+}
+
+template <class T>
+void run(const Tensor& x, const Sequences& s, const std::vector<Phase<T>>& phases,
+         const MaybeTensor& bias, const std::vector<Tensor>& residuals, double slope, double gain,
+         const Tensor& y) {
+  using A = Acc<T>;
+  const std::vector<A> biases = padded_channels<T>(bias, "bias", s.out, 0);
+  const std::vector<A> slopes = padded_channels<T>({}, "slope", s.out, 1);
+  const ConvFinish<T> finish{biases.data(), slopes.data(), 1, A(gain), s.out};
+  ConvTarget<T> target{mutable_data<T>(y), s.out};
+  for (size_t i = 0; i < residuals.size(); ++i) target.residuals[i] = data<T>(residuals[i]);
+  const Source<T> source{data<T>(x), x.stride(0), s.in == 1 ? 1 : x.stride(1), x.stride(2),
+                         A(slope)};
+  with_products<T>(s.out, [&]<class Products>(std::type_identity<Products>) {
+    convolve<Products>(source, s, phases, finish, target);
+  });
+}
+
+void check_input(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  require(x.dim() == 3, "x must have 3 dimensions");
+  require(weight.dim() == 3, "weight must have 3 dimensions");
+  require(x.scalar_type() == weight.scalar_type(), "x must have the dtype of weight");
+  require(!bias || bias->scalar_type() == weight.scalar_type(), "bias must have the dtype of x");
+  require(weight.size(0) > 0 && weight.size(1) > 0 && weight.size(2) > 0,
+          "weight must have outputs, inputs and taps");
+}
+
+Tensor conv1d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+              const std::vector<Tensor>& residuals_in, int64_t padding, int64_t dilation,
+              double slope, double gain) {
+  check_input(x, weight, bias);
+  const int64_t taps = weight.size(2);
+  require(x.size(1) == weight.size(1), "weight must have the channels of x, ", x.size(1));
+  require(padding >= 0 && padding < (1 << 30), "padding must not be negative");
+  require(dilation >= 1 && dilation < (1 << 30) / taps, "dilation must be positive");
+  const int64_t length = x.size(2) + 2 * padding - dilation * (taps - 1);
+  require(x.size(2) > 0 && length > 0, "x must be as long as the filter");
+  const Sequences s{x.size(0), x.size(1), x.size(2), weight.size(0), length, 1};
+  Tensor y = empty_in_order({s.batch, s.out, s.length}, x.scalar_type(), true);
+  require(residuals_in.size() <= kConvResiduals, "residuals must be at most 3");
+  std::vector<Tensor> residuals;
+  for (const Tensor& residual : residuals_in) {
+    check_like(residual, y, "residuals", "the result");
+    residuals.push_back(in_order_of(residual, y));
+  }
+  if (y.numel() == 0) return y;
+  dispatch(x, "x", [&]<class T>(T) {
+    const ConvWeight<T> w{data<T>(weight), weight.stride(0), weight.stride(1), weight.stride(2)};
+    run<T>(x, s, {{w, taps, -padding, dilation, 0}}, bias, residuals, slope, gain, y);
+  });
+  return y;
+}
+
+Tensor conv_transpose1d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                        int64_t stride, int64_t padding, double slope) {
+  check_input(x, weight, bias);
+  const int64_t taps = weight.size(2);
+  require(x.size(1) == weight.size(0), "weight must have the channels of x, ", x.size(1));
+  require(stride >= 1 && stride < (1 << 20), "stride must be positive");
+  require(padding >= 0 && padding < (1 << 30), "padding must not be negative");
+  const int64_t length = (x.size(2) - 1) * stride + taps - 2 * padding;
+  require(x.size(2) > 0 && length > 0, "x must be longer than the padding");
+  const Sequences s{x.size(0), x.size(1), x.size(2), weight.size(1), length, stride};
+  Tensor y = empty_in_order({s.batch, s.out, s.length}, x.scalar_type(), true);
+  if (y.numel() == 0) return y;
+  dispatch(x, "x", [&]<class T>(T) {
+    // Output t * stride + first is the sum over m of input t + ahead - m by tap nearest + m *
+    // stride.
+    std::vector<Phase<T>> phases;
+    for (int64_t first = 0; first < std::min(stride, length); ++first) {
+      const int64_t ahead = (first + padding) / stride, nearest = (first + padding) % stride;
+      const int64_t count = nearest < taps ? (taps - nearest - 1) / stride + 1 : 0;
+      const T* last = data<T>(weight) + (nearest + (count - 1) * stride) * weight.stride(2);
+      phases.push_back({{last, weight.stride(1), weight.stride(0), -stride * weight.stride(2)},
+                        count,
+                        ahead - (count - 1),
+                        1,
+                        first});
+    }
+    run<T>(x, s, phases, bias, {}, slope, 1, y);
+  });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
+  m.impl("conv1d", TORCH_BOX(&conv1d));
+  m.impl("conv_transpose1d", TORCH_BOX(&conv_transpose1d));
+}
+
+}  // namespace
+}  // namespace aigc_fast

@@ -1,0 +1,120 @@
+// What a convolution is made of: its sizes and weights, and what becomes of its sums.
+#pragma once
+
+#include <array>
+
+#include "bf16_dot.h"
+#include "channels.h"
+
+namespace aigc_fast {
+
+struct ConvSize {
+  int64_t in, out, taps;
+};
+
+template <class T>
+struct ConvWeight {
+  const T* data;
+  int64_t out_stride, in_stride, tap_stride;
+
+  AIGC_INLINE const T* at(int64_t o, int64_t c, int64_t tap) const {
+    return data + o * out_stride + c * in_stride + tap * tap_stride;
+  }
+};
+
+template <class S, class T>
+AIGC_INLINE void copy_channels(S* to, const T* from, int64_t n) {
+  if constexpr (std::is_same_v<S, T>)
+    std::memcpy(static_cast<void*>(to), from, n * sizeof(T));
+  else
+    convert(from, n, to);
+}
+
+template <class S, class T>
+AIGC_INLINE void copy_channel(S* to, const T* from) {
+  if constexpr (std::is_same_v<S, T>)
+    *to = *from;
+  else
+    copy_channels(to, from, 1);
+}
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+constexpr int kConvResiduals = 3;
+
+// Where the outputs of neighbouring pixels go, `pitch` apart, and what is added to them: as many
+// tensors of the same memory order as are not null.
+template <class T>
+struct ConvTarget {
+  T* y;
+  int64_t pitch;
+  std::array<const T*, kConvResiduals> residuals = {};
+
+  AIGC_INLINE ConvTarget at(int64_t pixel) const {
+    ConvTarget moved = *this;
+    moved.y += pixel * pitch;
+    for (const T*& residual : moved.residuals)
+      if (residual) residual += pixel * pitch;
+    return moved;
+  }
+};
+
+// y = total_gain * (gain * prelu(sum + bias) + residuals); bias and slope are padded to whole
+// vectors.
+template <class T>
+struct ConvFinish {
+  using A = Acc<T>;
+  const A *bias, *slope;
+  A gain, total_gain;
+  int64_t out;
+
+  AIGC_INLINE Vec<A> operator()(Vec<A> sum, int64_t o) const {
+    const Vec<A> v = sum + load(bias + o);
+    return (v > 0 ? v : v * load(slope + o)) * gain;
+  }
+
+  // Writes channels o, o + 1, ... of the target's first pixel.
+  AIGC_INLINE void write(const ConvTarget<T>& to, int64_t o, Vec<A> sum) const {
+    Vec<A> result = (*this)(sum, o);
+    const int64_t n = std::min<int64_t>(out - o, kLanes<A>);
+    if (n <= 0) return;
+    for (const T* residual : to.residuals)
+      if (residual) result += n == kLanes<A> ? load(residual + o) : load_n(residual + o, n);
+    result *= total_gain;
+    n == kLanes<A> ? store(to.y + o, result) : store_n(to.y + o, result, n);
+  }
+
+  // Outputs o, o + 1, ... of n pixels, whose sums lie `pitch` apart.
+  AIGC_INLINE void write_pixels(const ConvTarget<T>& to, int64_t n, int64_t o, const A* sums,
+                                int64_t pitch) const {
+    for (int64_t p = 0; p < n; ++p) write(to.at(p), o, load(sums + p * pitch));
+  }
+};
+
+#if AIGC_BF16_DOT
+// The same for 16 outputs in bf16. One instruction rounds them, which takes `store` ten.
+__attribute__((target("avx512bf16"), noinline)) inline void round_pixels(
+    const ConvFinish<bf16>& finish, const ConvTarget<bf16>& to, int64_t n, int64_t o,
+    const float* sums, int64_t pitch) {
+  const ConvFinish<bf16> f = finish;
+  for (int64_t p = 0; p < n; ++p) {
+    const int64_t at = p * to.pitch + o;
+    Vec<float> v = f(load(sums + p * pitch), o);
+    for (const bf16* residual : to.residuals)
+      if (residual) v += load(residual + at);
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)(v * f.total_gain));
+    std::memcpy(static_cast<void*>(to.y + at), &rounded, sizeof rounded);
+  }
+}
+#endif
+
+// `values`, or `missing` for every channel, padded to whole vectors of any width.
+template <class T>
+std::vector<Acc<T>> padded_channels(const MaybeTensor& values, const char* name, int64_t out,
+                                    Acc<T> missing) {
+  std::vector<Acc<T>> result(out + 2 * kLanes<Acc<T>>, missing);
+  channel_values(values, out, name, missing, result.data());
+  return result;
+}
+
+}  // namespace aigc_fast

@@ -1,0 +1,131 @@
+import torch
+
+from aigc_fast import ops
+from tests.op_samples.sample import OpSamples, Refusal, Sample, rand
+
+
+def weight(first: int, second: int, taps: int) -> torch.Tensor:
+    return rand(first, second, taps, seed=1, scale=(second * taps) ** -0.5)
+
+
+def innermost(x: torch.Tensor) -> torch.Tensor:
+    """The same values with channels innermost in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _special() -> torch.Tensor:
+    x = rand(1, 2, 12)
+    x[0, 0, 1], x[0, 1, 5], x[0, 0, 9] = torch.inf, torch.nan, -torch.inf
+    return x
+
+
+def _conv1d() -> list[Sample]:
+    y = rand(2, 4, 17, seed=2)
+    three = [y, innermost(rand(2, 4, 17, seed=3)), rand(2, 17, 4, seed=4).transpose(1, 2)]
+    last = {"padding": 1, "slope": 0.1, "gain": 1 / 3}
+    long, wide = innermost(rand(1, 32, 900)), innermost(rand(1, 128, 70))
+    return [
+        Sample("all", (rand(2, 3, 17), weight(4, 3, 3), rand(4), three), last),
+        Sample("plain", (rand(1, 2, 9), weight(3, 2, 2))),
+        Sample("one", (rand(1, 1, 1), weight(1, 1, 1), None, [rand(1, 1, 1)])),
+        Sample("empty", (rand(0, 2, 5), weight(2, 2, 3), rand(2))),
+        Sample("far_apart", (rand(1, 3, 8), weight(12, 3, 5)), {"padding": 40, "dilation": 17}),
+        Sample("tiles", (long, weight(32, 32, 7), rand(32), [long]), {"padding": 3, "slope": 0.1}),
+        Sample("dilated", (long, weight(32, 32, 5)), {"padding": 24, "dilation": 12, "slope": 0.2}),
+        Sample("deep", (wide, weight(70, 128, 3), rand(70)), {"padding": 1, "slope": 0.0}),
+        Sample("few_outputs", (long, weight(1, 32, 7), rand(1)), {"padding": 3, "slope": 0.01}),
+        Sample("odd", (rand(2, 33, 50), weight(17, 33, 4), rand(17)), {"padding": 2, "gain": -1.5}),
+        Sample("permuted_weight", (wide, innermost(weight(48, 128, 5)).permute(0, 1, 2))),
+        Sample("special", (_special(), weight(9, 2, 3)), {"padding": 1, "slope": 0.5}),
+    ]
+
+
+def _conv_transpose1d() -> list[Sample]:
+    long = innermost(rand(1, 64, 150))
+    return [
+        Sample("all", (rand(2, 3, 9), weight(3, 4, 4), rand(4), 2, 1, 0.1)),
+        Sample("plain", (rand(1, 2, 5), weight(2, 3, 2))),
+        Sample("one", (rand(1, 1, 1), weight(1, 1, 1))),
+        Sample("empty", (rand(0, 2, 5), weight(2, 2, 4), rand(2), 2, 1)),
+        Sample("gaps", (rand(1, 3, 6), weight(3, 5, 2), rand(5)), {"stride": 5}),
+        Sample("part_of_a_stride", (rand(1, 3, 7), weight(3, 12, 7), rand(12), 3, 4)),
+        Sample("short", (rand(1, 3, 1), weight(3, 12, 3), rand(12), 5)),
+        Sample("vocoder", (long, weight(64, 32, 8), rand(32), 4, 2, 0.1)),
+        Sample("one_output", (rand(2, 16, 40), weight(16, 1, 16), rand(1), 8, 4, 0.1)),
+        Sample("special", (_special(), weight(2, 10, 4)), {"stride": 2, "slope": 0.5}),
+    ]
+
+
+def _refusals(transposed: bool) -> list[Refusal]:
+    x, w = rand(1, 2, 8), weight(2, 2, 3)
+    other = rand(1, 3, 8)
+    place = {"stride": 0} if transposed else {"dilation": 0}
+    least = "stride must be at least 1" if transposed else "dilation must be at least 1"
+    return [
+        Refusal("shape", (x[0], w), ValueError, "x must have 3 dimensions"),
+        Refusal("weight", (x, w[0]), ValueError, "weight must have 3 dimensions"),
+        Refusal(
+            "no_taps", (x, w[..., :0]), ValueError, "weight must have outputs, inputs and taps"
+        ),
+        Refusal("channels", (other, w), ValueError, "weight must have shape"),
+        Refusal("dtype", (x.float(), w), TypeError, "x must have the dtype of weight"),
+        Refusal("int", (x.int(), w.int()), TypeError, "weight must be float64"),
+        Refusal("bias", (x, w, rand(3)), ValueError, r"bias must have shape \(2,\)"),
+        Refusal("least", (x, w), ValueError, least, place),
+        Refusal("padding", (x, w), ValueError, "padding must be at least 0", {"padding": -1}),
+    ]
+
+
+def _conv1d_refusals() -> list[Refusal]:
+    x, w = rand(1, 2, 8), weight(2, 2, 3)
+    return [
+        *_refusals(transposed=False),
+        Refusal("length", (x[..., :2], w), ValueError, "x must be as long as the filter"),
+        Refusal(
+            "residual", (x, w, None, [x]), ValueError, r"residuals must have shape \(1, 2, 6\)"
+        ),
+        Refusal("many", (x, w, None, [x] * 4, 1), ValueError, "residuals must be at most 3"),
+    ]
+
+
+def _transpose_refusals() -> list[Refusal]:
+    x, w = rand(1, 2, 8), weight(2, 2, 3)
+    longer = "x must be longer than the padding"
+    return [
+        *_refusals(transposed=True),
+        Refusal("length", (x, w), ValueError, longer, {"padding": 5}),
+        Refusal("none", (x[..., :0], w), ValueError, longer, {"stride": 4}),
+    ]
+
+
+def _large() -> list[Sample]:
+    last, middle = innermost(rand(1, 32, 102400)), innermost(rand(1, 128, 3200))
+    return [
+        Sample(
+            "32x102400_k7_d3",
+            (last, weight(32, 32, 7), rand(32), [last]),
+            {"padding": 9, "dilation": 3, "slope": 0.1},
+        ),
+        Sample(
+            "128x3200_k7",
+            (middle, weight(128, 128, 7), rand(128), [middle]),
+            {"padding": 3, "slope": 0.1},
+        ),
+    ]
+
+
+def _large_transpose() -> list[Sample]:
+    x = innermost(rand(1, 256, 400))
+    return [Sample("256x400_k16_s8", (x, weight(256, 128, 16), rand(128), 8, 4, 0.1))]
+
+
+OPS = {
+    "conv1d": OpSamples(ops.conv1d, _conv1d, _conv1d_refusals, derivatives=0, large=_large),
+    "conv_transpose1d": OpSamples(
+        ops.conv_transpose1d,
+        _conv_transpose1d,
+        _transpose_refusals,
+        derivatives=0,
+        large=_large_transpose,
+    ),
+}
