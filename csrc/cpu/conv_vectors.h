@@ -10,17 +10,18 @@ constexpr int kConvPixels = kVectorBytes == 64 ? 12 : 6, kConvOuts = 2;
 // Sums of kConvPixels pixels and kConvOuts vectors of channels.
 template <class A>
 struct ConvSums {
-  Vec<A> of[kConvPixels][kConvOuts] = {};
+  Vec<A> of[kConvPixels][kConvOuts];
 };
 
-// totals += the sums of the first P pixels. Unrolled, like every loop over them: else the sums
-// stay in memory.
+// The totals of the first P pixels become these sums, or have them added. Unrolled, like every
+// loop over them: else the sums stay in memory.
 template <int P, class A>
-AIGC_INLINE void add_sums(const Vec<A> (&sums)[P][kConvOuts], ConvSums<A>& totals) {
+AIGC_INLINE void keep_sums(const Vec<A> (&sums)[P][kConvOuts], bool add, ConvSums<A>& totals) {
 #pragma GCC unroll 12
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
-    for (int v = 0; v < kConvOuts; ++v) totals.of[p][v] += sums[p][v];
+    for (int v = 0; v < kConvOuts; ++v)
+      totals.of[p][v] = add ? totals.of[p][v] + sums[p][v] : sums[p][v];
 }
 
 // By fused multiply-add, an input at a time.
@@ -33,8 +34,8 @@ struct MultiplyAdd {
   static constexpr int64_t kChain = 96;
 
   template <int P>
-  static void add(const S* const* taps, int64_t count, int64_t at, int64_t pitch, const S* w,
-                  int64_t depth, ConvSums<A>& totals) {
+  static void sum(const S* const* taps, int64_t count, int64_t at, int64_t pitch, const S* w,
+                  int64_t depth, bool more, ConvSums<A>& totals) {
     Vec<A> sums[P][kConvOuts] = {};
     for (int64_t tap = 0; tap < count; ++tap) {
       const S* from = taps[tap] + at;
@@ -47,7 +48,7 @@ struct MultiplyAdd {
           for (int v = 0; v < kConvOuts; ++v) sums[p][v] += from[p * pitch + c] * weights[v];
       }
     }
-    add_sums<P, A>(sums, totals);
+    keep_sums<P, A>(sums, more, totals);
   }
 };
 
@@ -59,10 +60,10 @@ struct Bf16Dot {
   static constexpr int64_t kStep = 2, kChain = 192;
 
   template <int P>
-  __attribute__((target("avx512bf16"), noinline)) static void add(const S* const* taps,
+  __attribute__((target("avx512bf16"), noinline)) static void sum(const S* const* taps,
                                                                   int64_t count, int64_t at,
                                                                   int64_t pitch, const S* w,
-                                                                  int64_t depth,
+                                                                  int64_t depth, bool more,
                                                                   ConvSums<A>& totals) {
     Vec<A> sums[P][kConvOuts] = {};
     for (int64_t tap = 0; tap < count; ++tap) {
@@ -82,10 +83,20 @@ struct Bf16Dot {
         }
       }
     }
-    add_sums<P, A>(sums, totals);
+    keep_sums<P, A>(sums, more, totals);
   }
 };
 #endif
+
+// n values, `stride` apart, to places `kApart` apart.
+template <int64_t kApart, class S, class T>
+void copy_apart(S* to, const T* from, int64_t stride, int64_t n) {
+  if (kApart == 1 && stride == 1) return copy_channels(to, from, n);
+  if (stride == 1)
+    for (int64_t i = 0; i < n; ++i) copy_channel(to + i * kApart, from + i);
+  else
+    for (int64_t i = 0; i < n; ++i) copy_channel(to + i * kApart, from + i * stride);
+}
 
 // How is MultiplyAdd or Bf16Dot.
 template <class T, class How>
@@ -109,17 +120,12 @@ class VectorProducts {
         packed_(round_up(size.out, kGroup) * size.taps * depth_) {
     in_parallel((size.out + kGroup - 1) / kGroup, size.taps * depth_ * kGroup, [&](int64_t group) {
       const int64_t first = group * kGroup, n = std::min(kGroup, size.out - first);
+      S* to = packed_.data() + group * size.taps * depth_ * kGroup;
       for (int64_t tap = 0; tap < size.taps; ++tap)
-        for (int64_t c = 0; c < size.in; ++c) {
-          const int64_t row = (group * size.taps + tap) * depth_ + c / How::kStep * How::kStep;
-          S* to = packed_.data() + row * kGroup + c % How::kStep;
-          if (How::kStep == 1 && weight.out_stride == 1) {
-            copy_channels(to, weight.at(first, c, tap), n);
-          } else {
-            for (int64_t o = 0; o < n; ++o)
-              copy_channel(to + o * How::kStep, weight.at(first + o, c, tap));
-          }
-        }
+        for (int64_t c = 0; c < depth_; c += How::kStep, to += kGroup * How::kStep)
+          for (int64_t step = 0; step < std::min(How::kStep, size.in - c); ++step)
+            copy_apart<How::kStep>(to + step, weight.at(first, c + step, tap), weight.out_stride,
+                                   n);
     });
   }
 
@@ -137,9 +143,9 @@ class VectorProducts {
         for (int64_t c = 0; c < depth_; c += How::kChain)
           for (int64_t tap = 0; tap < size_.taps; tap += together)
             for (int64_t b = 0; b * kPixels < left; ++b)
-              add_block(left - b * kPixels, taps + tap, std::min(together, size_.taps - tap),
+              sum_block(left - b * kPixels, taps + tap, std::min(together, size_.taps - tap),
                         (x + b * kPixels) * depth_ + c, w + (tap * depth_ + c) * kGroup,
-                        std::min(How::kChain, depth_ - c), totals[b]);
+                        std::min(How::kChain, depth_ - c), c + tap > 0, totals[b]);
         const A* sums = reinterpret_cast<const A*>(totals);  // [pixel][kGroup]
         for (int64_t first = o; first < std::min(o + kGroup, size_.out);
              first += kLanes<A>, sums += kLanes<A>) {
@@ -156,15 +162,15 @@ class VectorProducts {
   }
 
  private:
-  // Adds the products of `depth` inputs of `count` taps with up to kPixels pixels, of which the
-  // first `left` matter.
-  AIGC_INLINE void add_block(int64_t left, const S* const* taps, int64_t count, int64_t at,
-                             const S* w, int64_t depth, ConvSums<A>& totals) const {
+  // The products of `depth` inputs of `count` taps with up to kPixels pixels, of which the first
+  // `left` matter.
+  AIGC_INLINE void sum_block(int64_t left, const S* const* taps, int64_t count, int64_t at,
+                             const S* w, int64_t depth, bool more, ConvSums<A>& totals) const {
     if (left > kPixels * 2 / 3)
-      return How::template add<kPixels>(taps, count, at, depth_, w, depth, totals);
+      return How::template sum<kPixels>(taps, count, at, depth_, w, depth, more, totals);
     if (left > kPixels / 3)
-      return How::template add<kPixels * 2 / 3>(taps, count, at, depth_, w, depth, totals);
-    How::template add<kPixels / 3>(taps, count, at, depth_, w, depth, totals);
+      return How::template sum<kPixels * 2 / 3>(taps, count, at, depth_, w, depth, more, totals);
+    How::template sum<kPixels / 3>(taps, count, at, depth_, w, depth, more, totals);
   }
 
   const ConvSize size_;
