@@ -29,15 +29,14 @@ struct Source {
   int64_t batch_stride, channel_stride, time_stride;
   Acc<T> slope;
 
-  // Channels of `count` steps from t on, which all exist, into to[step][depth].
+  // leaky_relu of the channels of `count` steps from t on, which all exist, into to[step][depth].
   template <class S>
-  void copy(int64_t n, int64_t t, int64_t count, int64_t channels, S* to, int64_t depth) const {
+  void read(int64_t n, int64_t t, int64_t count, int64_t channels, S* to, int64_t depth) const {
     const T* from = data + n * batch_stride + t * time_stride;
+    if (channel_stride == 1 && time_stride == depth && channels == depth)
+      return bend(from, count * depth, to);
     if (channel_stride == 1) {
-      for (int64_t i = 0; i < count; ++i) {
-        copy_channels(to + i * depth, from + i * time_stride, channels);
-        if (slope != 1) bend(to + i * depth, channels);
-      }
+      for (int64_t i = 0; i < count; ++i) bend(from + i * time_stride, channels, to + i * depth);
       return;
     }
     constexpr int64_t kSteps = 16;  // of a channel at a time: a line of memory or two
@@ -46,20 +45,23 @@ struct Source {
         for (int64_t j = i; j < std::min(count, i + kSteps); ++j)
           copy_channel(to + j * depth + c, from + c * channel_stride + j * time_stride);
     if (slope != 1)
-      for (int64_t i = 0; i < count; ++i) bend(to + i * depth, channels);
+      for (int64_t i = 0; i < count; ++i) bend(to + i * depth, channels, to + i * depth);
   }
 
  private:
-  // leaky_relu in place.
-  template <class S>
-  AIGC_INLINE void bend(S* x, int64_t n) const {
-    using A = Acc<S>;
-    for (int64_t c = 0; c < n; c += kLanes<A>) {
-      const int64_t left = std::min<int64_t>(n - c, kLanes<A>);
-      const Vec<A> v = left == kLanes<A> ? load(x + c) : load_n(x + c, left);
-      const Vec<A> bent = v > 0 ? v : v * static_cast<A>(slope);
-      left == kLanes<A> ? store(x + c, bent) : store_n(x + c, bent, left);
+  template <class From, class S>
+  AIGC_INLINE void bend(const From* from, int64_t n, S* to) const {
+    using A = Acc<T>;
+    if (slope == 1) return copy_channels(to, from, n);
+    const A below = slope;
+    int64_t i = 0;
+    for (; i + kLanes<A> <= n; i += kLanes<A>) {
+      const Vec<A> v = load(from + i);
+      store(to + i, v > 0 ? v : v * below);
     }
+    if (i == n) return;
+    const Vec<A> v = load_n(from + i, n - i);
+    store_n(to + i, v > 0 ? v : v * below, n - i);
   }
 };
 
@@ -99,7 +101,7 @@ void convolve(const Source<T>& x, const Sequences& s, const std::vector<Phase<T>
                       (b - a) * depth * sizeof(S));
       };
       clear(first, std::min(some, last));
-      x.copy(n, some, none - some, s.in, scratch.data() + (some - first) * depth, depth);
+      x.read(n, some, none - some, s.in, scratch.data() + (some - first) * depth, depth);
       clear(std::max(none, first), last);
       for (size_t p = 0; p < phases.size(); ++p) {
         const Phase<T>& phase = phases[p];

@@ -68,43 +68,50 @@ struct ConvFinish {
   A gain, total_gain;
   int64_t out;
 
-  AIGC_INLINE Vec<A> operator()(Vec<A> sum, int64_t o) const {
-    const Vec<A> v = sum + load(bias + o);
-    return (v > 0 ? v : v * load(slope + o)) * gain;
-  }
-
-  // Writes channels o, o + 1, ... of the target's first pixel.
-  AIGC_INLINE void write(const ConvTarget<T>& to, int64_t o, Vec<A> sum) const {
-    Vec<A> result = (*this)(sum, o);
-    const int64_t n = std::min<int64_t>(out - o, kLanes<A>);
-    if (n <= 0) return;
-    for (const T* residual : to.residuals)
-      if (residual) result += n == kLanes<A> ? load(residual + o) : load_n(residual + o, n);
-    result *= total_gain;
-    n == kLanes<A> ? store(to.y + o, result) : store_n(to.y + o, result, n);
-  }
-
   // Outputs o, o + 1, ... of n pixels, whose sums lie `pitch` apart.
-  AIGC_INLINE void write_pixels(const ConvTarget<T>& to, int64_t n, int64_t o, const A* sums,
-                                int64_t pitch) const {
-    for (int64_t p = 0; p < n; ++p) write(to.at(p), o, load(sums + p * pitch));
+  AIGC_INLINE void write(const ConvTarget<T>& to, int64_t n, int64_t o, const A* sums,
+                         int64_t pitch) const {
+    const int64_t lanes = std::min<int64_t>(out - o, kLanes<A>);
+    if (lanes == kLanes<A>) {
+      finished(
+          to, n, o, sums, pitch, [](const T* from) { return load(from); },
+          [](T* at, Vec<A> v) { store(at, v); });
+    } else if (lanes > 0) {
+      finished(
+          to, n, o, sums, pitch, [&](const T* from) { return load_n(from, lanes); },
+          [&](T* at, Vec<A> v) { store_n(at, v, lanes); });
+    }
+  }
+
+  // Calls put with the address and the values of each pixel.
+  template <class Get, class Put>
+  AIGC_INLINE void finished(const ConvTarget<T>& to, int64_t n, int64_t o, const A* sums,
+                            int64_t pitch, Get&& get, Put&& put) const {
+    const Vec<A> offset = load(bias + o), below = load(slope + o);
+    const auto [first, second, third] = to.residuals;
+    for (int64_t p = 0; p < n; ++p) {
+      const int64_t at = p * to.pitch + o;
+      const Vec<A> sum = load(sums + p * pitch) + offset;
+      Vec<A> v = (sum > 0 ? sum : sum * below) * gain;
+      if (first) v += get(first + at);
+      if (second) v += get(second + at);
+      if (third) v += get(third + at);
+      put(to.y + at, v * total_gain);
+    }
   }
 };
 
 #if AIGC_BF16_DOT
 // The same for 16 outputs in bf16. One instruction rounds them, which takes `store` ten.
-__attribute__((target("avx512bf16"), noinline)) inline void round_pixels(
+__attribute__((target("avx512bf16"), noinline)) inline void write_rounded(
     const ConvFinish<bf16>& finish, const ConvTarget<bf16>& to, int64_t n, int64_t o,
     const float* sums, int64_t pitch) {
-  const ConvFinish<bf16> f = finish;
-  for (int64_t p = 0; p < n; ++p) {
-    const int64_t at = p * to.pitch + o;
-    Vec<float> v = f(load(sums + p * pitch), o);
-    for (const bf16* residual : to.residuals)
-      if (residual) v += load(residual + at);
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)(v * f.total_gain));
-    std::memcpy(static_cast<void*>(to.y + at), &rounded, sizeof rounded);
-  }
+  finish.finished(
+      to, n, o, sums, pitch, [](const bf16* from) { return load(from); },
+      [](bf16* at, Vec<float> v) __attribute__((target("avx512bf16"))) {
+        const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+        std::memcpy(static_cast<void*>(at), &rounded, sizeof rounded);
+      });
 }
 #endif
 

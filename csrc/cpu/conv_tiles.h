@@ -51,9 +51,9 @@ class TileProducts {
           multiply<1>(taps, x, w, sums);
         }
         if (size_.out - o >= 16) {
-          round_pixels(finish, to.at(x), n, o, sums, 16);
+          write_rounded(finish, to.at(x), n, o, sums, 16);
         } else {
-          finish.write_pixels(to.at(x), n, o, sums, 16);
+          finish.write(to.at(x), n, o, sums, 16);
         }
       }
     }

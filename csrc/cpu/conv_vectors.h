@@ -152,11 +152,11 @@ class VectorProducts {
 #if AIGC_BF16_DOT
           if constexpr (std::is_same_v<How, Bf16Dot>)
             if (size_.out - first >= kLanes<A>) {
-              round_pixels(finish, to.at(x), left, first, sums, kGroup);
+              write_rounded(finish, to.at(x), left, first, sums, kGroup);
               continue;
             }
 #endif
-          finish.write_pixels(to.at(x), left, first, sums, kGroup);
+          finish.write(to.at(x), left, first, sums, kGroup);
         }
       }
   }
@@ -211,7 +211,7 @@ class DotProducts {
             sum += load(taps[tap] + x * depth_ + c) * load(w + c);
         sums[o] = sum_lanes<A>(sum);
       }
-      for (int64_t o = 0; o < size_.out; o += kLanes<A>) finish.write(to.at(x), o, load(sums + o));
+      for (int64_t o = 0; o < size_.out; o += kLanes<A>) finish.write(to.at(x), 1, o, sums + o, 0);
     }
   }
 
