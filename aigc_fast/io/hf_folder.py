@@ -69,7 +69,7 @@ def read_hf_folder(path: str | os.PathLike[str], stem: str = "model") -> HFFolde
                 f"code; there must be a {single} (save_pretrained writes one)"
             )
         raise ValueError(f"{folder}: there is neither {single} nor {index}")
-    return HFFolder(str(folder), config, _open(folder / single))
+    return HFFolder(str(folder), config, open_safetensors(folder / single))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _open_shards(folder: Path, name: str) -> dict[str, Any]:
     for shard in sorted(set(names)):
         if not (folder / shard).is_file():
             raise ValueError(f"{index}: the shard {shard!r} is missing")
-        opened = _open(folder / shard)
+        opened = open_safetensors(folder / shard)
         if twice := tensors.keys() & opened.keys():
             raise ValueError(f"{folder / shard}: tensor {min(twice)!r} is in another shard too")
         for tensor, file in weight_map.items():
@@ -114,7 +114,8 @@ def _check_shard_name(index: Path, shard: object) -> None:
         )
 
 
-def _open(path: Path) -> dict[str, Any]:
+def open_safetensors(path: Path) -> dict[str, Any]:
+    """Name -> the open file, for every tensor of one safetensors file; errors as above."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:

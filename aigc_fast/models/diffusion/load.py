@@ -3,14 +3,13 @@
 import os
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aigc_fast.io.hf_folder import read_hf_folder
-
-Model = TypeVar("Model", bound=nn.Module)
+from aigc_fast.models.state import Fetch, Model, assign_state, fetch_from
 
 
 def resolve(
@@ -66,15 +65,7 @@ class DiffusersModel(nn.Module):
 
         ValueError names the first tensor that is missing, has another shape, or has no use.
         """
-
-        def fetch(name: str, shape: tuple[int, ...]) -> Tensor:
-            if name not in state_dict:
-                raise ValueError(f"state: tensor {name!r} is missing")
-            if tuple(state_dict[name].shape) != shape:
-                found = tuple(state_dict[name].shape)
-                raise ValueError(f"state: tensor {name!r} must have shape {shape}, got {found}")
-            return state_dict[name].detach()
-
+        fetch = fetch_from(state_dict, "state")
         return _load(cls, config, set(state_dict), fetch, "state")
 
     @classmethod
@@ -112,7 +103,7 @@ def _load(
     build: Callable[[Mapping[str, Any]], Model],
     config: Mapping[str, Any],
     names: set[str],
-    fetch: Callable[[str, tuple[int, ...]], Tensor],
+    fetch: Fetch,
     source: str,
 ) -> Model:
     try:
@@ -120,13 +111,9 @@ def _load(
             model = build(config)
     except ValueError as error:
         raise ValueError(f"{source}: config: {error}") from None
-    state, unread = {}, set(names)
-    for key, like in model.state_dict().items():
+
+    def rename(key: str) -> str:
         early = early_name(key)
-        name = early if key not in names and early in names else key
-        unread.discard(name)
-        state[key] = fetch(name, tuple(like.shape))
-    if unread:
-        raise ValueError(f"{source}: no use is known for tensor {min(unread)!r}")
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+        return early if key not in names and early in names else key
+
+    return assign_state(model, names, fetch, source, rename)
