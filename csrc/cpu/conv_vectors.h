@@ -31,7 +31,7 @@ struct MultiplyAdd {
   using S = A;
   static constexpr int64_t kStep = 1;
   // Terms of a sum that meet before they join the others: short chains of additions round less.
-  static constexpr int64_t kChain = 96;
+  static constexpr int64_t kChain = 64;
 
   template <int P>
   static void sum(const S* const* taps, int64_t count, int64_t at, int64_t pitch, const S* w,

@@ -99,18 +99,15 @@ def _transpose_refusals() -> list[Refusal]:
 
 
 def _large() -> list[Sample]:
-    last, middle = innermost(rand(1, 32, 102400)), innermost(rand(1, 128, 3200))
+    def sample(name: str, x: torch.Tensor, dilation: int) -> Sample:
+        channels = x.shape[1]
+        near = {"padding": 3 * dilation, "dilation": dilation, "slope": 0.1}
+        return Sample(name, (x, weight(channels, channels, 7), rand(channels), [x]), near)
+
     return [
-        Sample(
-            "32x102400_k7_d3",
-            (last, weight(32, 32, 7), rand(32), [last]),
-            {"padding": 9, "dilation": 3, "slope": 0.1},
-        ),
-        Sample(
-            "128x3200_k7",
-            (middle, weight(128, 128, 7), rand(128), [middle]),
-            {"padding": 3, "slope": 0.1},
-        ),
+        sample("32x102400_k7_d3", innermost(rand(1, 32, 102400)), 3),
+        sample("32x102400_k7_d3_contiguous", rand(1, 32, 102400), 3),
+        sample("128x3200_k7", innermost(rand(1, 128, 3200)), 1),
     ]
 
 

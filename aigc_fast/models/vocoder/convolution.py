@@ -1,7 +1,7 @@
 """The convolutions of the family, fused where no gradient is wanted.
 
-For training they are chains of torch's operations; on a GPU too, whose convolutions are cuDNN's, and
-on a CPU in 16 bits for which it has no products.
+For training they are chains of torch's operations; on a GPU too, whose convolutions are cuDNN's,
+and on a CPU in 16 bits for which it has no products.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def convolve(
     residuals: tensors of the shape of the result.
     """
     assert isinstance(conv, nn.Conv1d)
-    if _is_fused(conv, x, *residuals) and conv.stride == (1,):
+    if is_fused(conv, x, *residuals) and conv.stride == (1,):
         while len(residuals) > 3:  # the operator adds three
             residuals = [*residuals[:-2], residuals[-2] + residuals[-1]]
         padding, dilation = int(conv.padding[0]), conv.dilation[0]
@@ -46,13 +46,14 @@ def upsample(x: Tensor, conv: nn.Module, slope: float = 1.0) -> Tensor:
     x and slope are as for `convolve`.
     """
     assert isinstance(conv, nn.ConvTranspose1d)
-    if _is_fused(conv, x):
+    if is_fused(conv, x):
         stride, padding = conv.stride[0], int(conv.padding[0])
         return ops.conv_transpose1d(x, conv.weight, conv.bias, stride, padding, slope)
     return conv(_bent(x, slope))
 
 
-def _is_fused(conv: nn.Conv1d | nn.ConvTranspose1d, *tensors: Tensor) -> bool:
+def is_fused(conv: nn.Conv1d | nn.ConvTranspose1d, *tensors: Tensor) -> bool:
+    """Whether a compiled operator computes it: where no gradient is wanted, on a CPU."""
     if conv.groups > 1 or conv.weight.device.type != "cpu":
         return False
     used = (*tensors, conv.weight, conv.bias)

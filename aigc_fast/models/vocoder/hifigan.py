@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ from aigc_fast.io.hf_folder import read_json
 from aigc_fast.models.state import assign_state, fetch_from
 
 from .checkpoint import read_state
-from .convolution import convolve, upsample
+from .convolution import convolve, is_fused, upsample
 
 SLOPE = 0.1
 #: before the last convolution: leaky_relu's default
 LAST_SLOPE = 0.01
+#: bytes of an activation that a CPU computes at a time
+PART = 1 << 21
 #: no size of a vocoder is larger; a file that says so is not sound
 LARGEST = 1 << 16
 
@@ -32,6 +34,11 @@ class ResBlock1(nn.Module):
         super().__init__()
         self.convs1 = nn.ModuleList(same_conv(channels, kernel_size, d) for d in dilations)
         self.convs2 = nn.ModuleList(same_conv(channels, kernel_size) for _ in dilations)
+
+    @property
+    def reach(self) -> int:
+        """Steps to either side that a result depends on."""
+        return _reach(*self.convs1, *self.convs2)
 
     def forward(self, x: Tensor, residuals: Sequence[Tensor] = (), gain: float = 1.0) -> Tensor:
         """gain * (block(x) + sum(residuals))."""
@@ -49,6 +56,11 @@ class ResBlock2(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(same_conv(channels, kernel_size, d) for d in dilations)
 
+    @property
+    def reach(self) -> int:
+        """Steps to either side that a result depends on."""
+        return _reach(*self.convs)
+
     def forward(self, x: Tensor, residuals: Sequence[Tensor] = (), gain: float = 1.0) -> Tensor:
         """gain * (block(x) + sum(residuals))."""
         last = len(self.convs) - 1
@@ -62,6 +74,10 @@ def _with(
 ) -> tuple[Sequence[Tensor], float]:
     """What is added to a convolution of a block, and its gain: others' only to the last."""
     return ((x, *residuals), gain) if last else ((x,), 1.0)
+
+
+def _reach(*convs: nn.Module) -> int:
+    return sum(int(cast(nn.Conv1d, conv).padding[0]) for conv in convs)
 
 
 def same_conv(channels: int, kernel_size: int, dilation: int = 1) -> nn.Conv1d:
@@ -138,12 +154,39 @@ class HiFiGANGenerator(nn.Module):
         x = convolve(x, self.conv_pre)
         if speaker is not None and self.cond is not None:
             x = x + convolve(speaker, self.cond)
-        per_stage = len(self.resblocks) // len(self.ups)
-        for i, up in enumerate(self.ups):
-            x = upsample(x, up, SLOPE)
-            *others, last = self.resblocks[i * per_stage : (i + 1) * per_stage]
-            x = last(x, [block(x) for block in others], 1 / per_stage)  # the mean of the blocks
+        for i in range(len(self.ups)):
+            x = self._in_parts(x, i) if is_fused(self.conv_post, x) else self._stage(x, i)
+        return x
+
+    def _stage(self, x: Tensor, i: int) -> Tensor:
+        """The i-th upsampling and its blocks; with the last of them, the waveform."""
+        x = upsample(x, self.ups[i], SLOPE)
+        *others, last = self._blocks(i)
+        x = last(x, [block(x) for block in others], 1 / (len(others) + 1))  # the blocks' mean
+        if i < len(self.ups) - 1:
+            return x
         return torch.tanh(convolve(x, self.conv_post, LAST_SLOPE))
+
+    def _in_parts(self, x: Tensor, i: int) -> Tensor:
+        """The same from parts of x so small that what lies between stays in the caches.
+
+        Parts overlap by what a result can depend on, so that it is the same to the bit.
+        """
+        up = cast(nn.ConvTranspose1d, self.ups[i])
+        (rate,), (kernel,) = up.stride, up.kernel_size
+        samples = max(block.reach for block in self._blocks(i)) + self.conv_post.kernel_size[0] // 2
+        overlap = -(-samples // rate) + -(-kernel // rate)
+        size = max(4 * overlap, PART // (up.out_channels * rate * x.element_size()))
+        parts = []
+        for start in range(0, x.shape[2], size):
+            first = max(0, start - overlap)
+            y = self._stage(x[..., first : start + size + overlap], i)
+            parts.append(y[..., (start - first) * rate :][..., : size * rate])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _blocks(self, i: int) -> list[ResBlock1 | ResBlock2]:
+        each = len(self.resblocks) // len(self.ups)
+        return [cast(ResBlock1, block) for block in self.resblocks[i * each : (i + 1) * each]]
 
     @classmethod
     def from_pretrained(
