@@ -1,5 +1,5 @@
-"""A vocoder's convolutions along time with leaky ReLU before and a residual after: of sequences with
-channels innermost and, as torch has them, contiguous."""
+"""A vocoder's convolutions along time with leaky ReLU before and a residual after: of sequences
+with channels innermost and, as torch has them, contiguous."""
 
 import pytest
 import torch

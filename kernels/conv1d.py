@@ -21,11 +21,11 @@ _STEPS = 64
 @triton.jit
 def _conv(
     x_ptr, weight_ptr, bias_ptr, first_ptr, second_ptr, third_ptr, y_ptr, time, length, channels,
-    outputs, taps, stride, padding, dilation, slope, gain, TRANSPOSED: tl.constexpr,
+    outputs, taps, apart, stride, padding, dilation, slope, gain, TRANSPOSED: tl.constexpr,
     IN_FP32: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # Outputs phase, phase + stride, ...: one convolution. Without TRANSPOSED stride is 1.
-    blocks = tl.cdiv(tl.cdiv(length, stride), BLOCK_T)
+    # Outputs phase, phase + apart, ... are one convolution; apart is 1 but where it is TRANSPOSED.
+    blocks = tl.cdiv(tl.cdiv(length, apart), BLOCK_T)
     phase = tl.program_id(0) // blocks
     step = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     output = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -34,13 +34,13 @@ def _conv(
     sums = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     first, own_taps = 0, taps
     if TRANSPOSED:
-        first = (phase + padding) % stride
-        own_taps = (taps - first + stride - 1) // stride
+        first = (phase + padding) % apart
+        own_taps = (taps - first + apart - 1) // apart
     for i in range(own_taps):
         if TRANSPOSED:
-            tap, at = first + i * stride, step + (phase + padding) // stride - i
+            tap, at = first + i * apart, step + (phase + padding) // apart - i
         else:
-            tap, at = i, step - padding + i * dilation
+            tap, at = i, step * stride - padding + i * dilation
         inside = (at >= 0) & (at < time)
         row = (batch * time + at) * channels
         for start in range(0, channels, BLOCK_C):
@@ -62,7 +62,7 @@ def _conv(
             sums = tl.dot(bent, weight, sums, input_precision="ieee")
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + output, is_output, 0.0).to(tl.float32)[None, :]
-    position = phase + step * stride
+    position = phase + step * apart
     to = (batch * length + position)[:, None] * outputs + output[None, :]
     mask = (position < length)[:, None] & is_output[None, :]
     if first_ptr is not None:
@@ -74,15 +74,15 @@ def _conv(
     tl.store(y_ptr + to, (sums * fp32(gain)).to(y_ptr.dtype.element_ty), mask)
 
 
-def conv1d(x, weight, bias, residuals, padding, dilation, slope, gain) -> Tensor:
-    length = x.shape[2] + 2 * padding - dilation * (weight.shape[2] - 1)
-    places = (1, padding, dilation, slope, gain)
+def conv1d(x, weight, bias, residuals, stride, padding, dilation, slope, gain) -> Tensor:
+    length = (x.shape[2] + 2 * padding - dilation * (weight.shape[2] - 1) - 1) // stride + 1
+    places = (1, stride, padding, dilation, slope, gain)
     return _launch(x, weight.permute(2, 1, 0), bias, residuals, length, places, transposed=False)
 
 
 def conv_transpose1d(x, weight, bias, stride, padding, slope) -> Tensor:
     length = (x.shape[2] - 1) * stride + weight.shape[2] - 2 * padding
-    places = (stride, padding, 1, slope, 1.0)
+    places = (stride, 1, padding, 1, slope, 1.0)
     return _launch(x, weight.permute(2, 0, 1), bias, [], length, places, transposed=True)
 
 
@@ -93,15 +93,15 @@ def _launch(x, weight, bias, residuals, length, places, transposed) -> Tensor:
     taps, _channels, outputs = weight.shape
     y = x.new_empty(batch, length, outputs)
     if y.numel():
-        stride, padding, dilation, slope, gain = places
+        apart, stride, padding, dilation, slope, gain = places
         block_o = max(16, min(64, triton.next_power_of_2(outputs)))
         block_c = 16 if channels <= 16 else 32
         optional = [_innermost(residual) for residual in residuals] + [None] * 3
-        blocks = triton.cdiv(triton.cdiv(length, stride), _STEPS)
+        blocks = triton.cdiv(triton.cdiv(length, apart), _STEPS)
         in_fp32 = INTERPRETED or x.dtype == torch.float32
-        grid = (blocks * min(stride, length), triton.cdiv(outputs, block_o), batch)
+        grid = (blocks * min(apart, length), triton.cdiv(outputs, block_o), batch)
         _conv[grid](x, weight, None if bias is None else bias.contiguous(), *optional[:3], y, time,
-                    length, channels, outputs, taps, stride, padding, dilation, float(slope),
+                    length, channels, outputs, taps, apart, stride, padding, dilation, float(slope),
                     float(gain), TRANSPOSED=transposed, IN_FP32=in_fp32, BLOCK_T=_STEPS,
                     BLOCK_O=block_o, BLOCK_C=block_c)  # fmt: skip
     return y.transpose(1, 2)

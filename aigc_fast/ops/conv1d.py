@@ -18,23 +18,26 @@ def conv1d(
     weight: Tensor,
     bias: Tensor | None = None,
     residuals: Sequence[Tensor] = (),
+    stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
     slope: float = 1.0,
     gain: float = 1.0,
 ) -> Tensor:
-    """y = gain * (conv(leaky_relu(x, slope), weight) + bias + sum of residuals), with stride 1.
+    """y = gain * (conv(leaky_relu(x, slope), weight) + bias + sum of residuals).
 
     x:         (batch, in, time), float64/32/16 or bfloat16, of any strides; read fastest where
                channels are innermost, as in the result.
     weight:    (out, in, taps), dtype of x, of any strides.
     bias:      (out,), dtype of x, or None.
     residuals: up to three tensors of the result's shape and dtype.
+    stride:    steps of x between two steps of the result.
     padding:   zeros before and after every sequence.
     dilation:  steps between two taps.
     slope:     what negative values of x are multiplied by: 1 leaves them, 0 is a ReLU.
 
-    Returns (batch, out, time + 2 * padding - dilation * (taps - 1)), channels innermost in memory.
+    Returns (batch, out, (time + 2 * padding - dilation * (taps - 1) - 1) // stride + 1), channels
+    innermost in memory.
     Computes in fp32 (fp64 for fp64) and rounds once; bfloat16 on a CPU is rounded once more between
     leaky_relu and the products. Bytes that must move: x, residuals and y once.
 
@@ -45,7 +48,7 @@ def conv1d(
     """
     residuals = list(residuals)
     _refuse_gradients("conv1d", x, weight, bias, *residuals)
-    return _conv1d(x, weight, bias, residuals, padding, dilation, slope, gain)
+    return _conv1d(x, weight, bias, residuals, stride, padding, dilation, slope, gain)
 
 
 def conv_transpose1d(
@@ -81,12 +84,13 @@ def _reference(
     weight: Tensor,
     bias: Tensor | None,
     residuals: list[Tensor],
+    stride: int,
     padding: int,
     dilation: int,
     slope: float,
     gain: float,
 ) -> Tensor:
-    y = F.conv1d(_bent(x, slope), weight, bias, padding=padding, dilation=dilation)
+    y = F.conv1d(_bent(x, slope), weight, bias, stride, padding, dilation)
     for residual in residuals:
         y = y + residual
     return _channels_innermost(y * gain if gain != 1 else y)
@@ -112,14 +116,16 @@ def _check(
     weight: Tensor,
     bias: Tensor | None,
     residuals: list[Tensor],
+    stride: int,
     padding: int,
     dilation: int,
     *_: Any,
 ) -> None:
     out, taps = _check_input(x, weight, bias, channels_at=1)
+    _check_at_least("stride", stride, 1)
     _check_at_least("padding", padding, 0)
     _check_at_least("dilation", dilation, 1)
-    length = x.shape[2] + 2 * padding - dilation * (taps - 1)
+    length = (x.shape[2] + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
     if x.shape[2] < 1 or length < 1:
         raise ValueError(
             f"x must be as long as the filter, got {x.shape[2]} steps and padding {padding} for "
@@ -168,8 +174,8 @@ def _check_at_least(name: str, value: int, least: int) -> None:
 
 
 _conv1d = define(
-    "conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor[] residuals, int padding, int dilation, "
-    "float slope, float gain) -> Tensor",
+    "conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor[] residuals, int stride, int padding, "
+    "int dilation, float slope, float gain) -> Tensor",
     _reference,
     _check,
     stem="conv1d",

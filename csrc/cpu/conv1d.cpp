@@ -8,18 +8,19 @@
 namespace aigc_fast {
 namespace {
 
-// Outputs first, first + stride, ... of a sequence: a convolution whose tap j, of output i, reads
-// input i + begin + j * step.
+// Outputs first, first + apart, ... of a sequence: a convolution whose tap j, of the i-th of them,
+// reads input i * stride + begin + j * step.
 template <class T>
 struct Phase {
   ConvWeight<T> weight;
   int64_t taps, begin, step, first;
 
-  int64_t end() const { return begin + (taps - 1) * step; }  // what the last tap adds to i
+  int64_t end() const { return begin + (taps - 1) * step; }  // where the last tap reads
 };
 
 struct Sequences {
-  int64_t batch, in, time, out, length, stride;  // length: outputs of a sequence
+  int64_t batch, in, time, out, length;  // length: outputs of a sequence
+  int64_t apart, stride;                 // outputs of a phase are apart, their inputs a stride
 };
 
 // x as it lies; strides of batch, channel and time.
@@ -79,20 +80,20 @@ void convolve(const Source<T>& x, const Sequences& s, const std::vector<Phase<T>
   if (begin > end) begin = end = 0;  // no phase has a tap
   // The inputs of a tile stay in the second cache; enough tiles keep all threads busy.
   constexpr int64_t kTileBytes = 1 << 17, kTiles = 16;
-  const int64_t depth = Products::depth(s.in), steps = (s.length + s.stride - 1) / s.stride;
-  const int64_t most = std::max<int64_t>(48, kTileBytes / (depth * sizeof(S)));
+  const int64_t depth = Products::depth(s.in), steps = (s.length + s.apart - 1) / s.apart;
+  const int64_t most = std::max<int64_t>(48, kTileBytes / (depth * s.stride * sizeof(S)));
   const int64_t tile = std::clamp<int64_t>(round_up(steps / kTiles, 48), 48, most);
   const int64_t tiles = (steps + tile - 1) / tile;
   const int64_t grain = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, tile * work));
   torch::stable::parallel_for(0, s.batch * tiles, grain, [&](int64_t from, int64_t to) {
-    std::vector<S> scratch((Products::pixels(tile) + end - begin) * depth);
+    std::vector<S> scratch((Products::pixels(tile) * s.stride + end - begin) * depth);
     std::vector<const S*> taps;
     [[maybe_unused]] const typename Products::Session session;
     for (int64_t index = from; index < to; ++index) {
       const int64_t n = index / tiles, t = index % tiles * tile;
       const int64_t width = std::min(tile, steps - t);
-      // Steps [t + begin, t + width + end) of the input, with zeros where there are none.
-      const int64_t first = t + begin, last = t + width + end;
+      // Steps [first, last) of the input, with zeros where there are none.
+      const int64_t first = t * s.stride + begin, last = (t + width - 1) * s.stride + end + 1;
       const int64_t some = std::clamp<int64_t>(first, 0, s.time);
       const int64_t none = std::clamp<int64_t>(last, some, s.time);
       const auto clear = [&](int64_t a, int64_t b) {
@@ -108,10 +109,10 @@ void convolve(const Source<T>& x, const Sequences& s, const std::vector<Phase<T>
         taps.clear();
         for (int64_t tap = 0; tap < phase.taps; ++tap)
           taps.push_back(scratch.data() + (phase.begin + tap * phase.step - begin) * depth);
-        const int64_t count = std::min(width, (s.length - phase.first - 1) / s.stride + 1 - t);
-        ConvTarget<T> target = y.at(n * s.length + t * s.stride + phase.first);
-        target.pitch *= s.stride;
-        products[p].run(taps.data(), count, target, finish);
+        const int64_t count = std::min(width, (s.length - phase.first - 1) / s.apart + 1 - t);
+        ConvTarget<T> target = y.at(n * s.length + t * s.apart + phase.first);
+        target.pitch *= s.apart;
+        products[p].run(taps.data(), s.stride * depth, count, target, finish);
       }
     }
   });
@@ -144,16 +145,18 @@ void check_input(const Tensor& x, const Tensor& weight, const MaybeTensor& bias)
 }
 
 Tensor conv1d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
-              const std::vector<Tensor>& residuals_in, int64_t padding, int64_t dilation,
-              double slope, double gain) {
+              const std::vector<Tensor>& residuals_in, int64_t stride, int64_t padding,
+              int64_t dilation, double slope, double gain) {
   check_input(x, weight, bias);
   const int64_t taps = weight.size(2);
   require(x.size(1) == weight.size(1), "weight must have the channels of x, ", x.size(1));
   require(padding >= 0 && padding < (1 << 30), "padding must not be negative");
   require(dilation >= 1 && dilation < (1 << 30) / taps, "dilation must be positive");
-  const int64_t length = x.size(2) + 2 * padding - dilation * (taps - 1);
-  require(x.size(2) > 0 && length > 0, "x must be as long as the filter");
-  const Sequences s{x.size(0), x.size(1), x.size(2), weight.size(0), length, 1};
+  require(stride >= 1 && stride < (1 << 20), "stride must be positive");
+  const int64_t beyond_first = x.size(2) + 2 * padding - dilation * (taps - 1) - 1;
+  require(x.size(2) > 0 && beyond_first >= 0, "x must be as long as the filter");
+  const int64_t length = beyond_first / stride + 1;
+  const Sequences s{x.size(0), x.size(1), x.size(2), weight.size(0), length, 1, stride};
   Tensor y = empty_in_order({s.batch, s.out, s.length}, x.scalar_type(), true);
   require(residuals_in.size() <= kConvResiduals, "residuals must be at most 3");
   std::vector<Tensor> residuals;
@@ -178,7 +181,7 @@ Tensor conv_transpose1d(const Tensor& x, const Tensor& weight, const MaybeTensor
   require(padding >= 0 && padding < (1 << 30), "padding must not be negative");
   const int64_t length = (x.size(2) - 1) * stride + taps - 2 * padding;
   require(x.size(2) > 0 && length > 0, "x must be longer than the padding");
-  const Sequences s{x.size(0), x.size(1), x.size(2), weight.size(1), length, stride};
+  const Sequences s{x.size(0), x.size(1), x.size(2), weight.size(1), length, stride, 1};
   Tensor y = empty_in_order({s.batch, s.out, s.length}, x.scalar_type(), true);
   if (y.numel() == 0) return y;
   dispatch(x, "x", [&]<class T>(T) {

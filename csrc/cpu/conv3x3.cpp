@@ -21,7 +21,8 @@ void convolve(const std::vector<ConvInput<T>>& sources, const ConvShape& s,
       const typename Products::S* taps[9];
       for (int tap = 0; tap < 9; ++tap) taps[tap] = around[tap / 3] + tap % 3 * depth;
       const int64_t at = r * s.width * s.out;
-      products.run(taps, s.width, {y + at, s.out, {residual ? residual + at : nullptr}}, finish);
+      products.run(taps, depth, s.width, {y + at, s.out, {residual ? residual + at : nullptr}},
+                   finish);
     }
   });
 }

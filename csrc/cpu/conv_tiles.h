@@ -34,7 +34,7 @@ class TileProducts {
     });
   }
 
-  void run(const S* const* taps, int64_t width, const ConvTarget<bf16>& to,
+  void run(const S* const* taps, int64_t pitch, int64_t width, const ConvTarget<bf16>& to,
            const ConvFinish<bf16>& finish) const {
     alignas(64) float sums[64 * 16];
     for (int64_t x = 0; x < width; x += 64) {
@@ -42,13 +42,13 @@ class TileProducts {
       for (int64_t o = 0; o < size_.out; o += 16) {
         const bf16* w = packed_.data() + o / 16 * group_;
         if (n > 48) {
-          multiply<4>(taps, x, w, sums);
+          multiply<4>(taps, x, pitch, w, sums);
         } else if (n > 32) {
-          multiply<3>(taps, x, w, sums);
+          multiply<3>(taps, x, pitch, w, sums);
         } else if (n > 16) {
-          multiply<2>(taps, x, w, sums);
+          multiply<2>(taps, x, pitch, w, sums);
         } else {
-          multiply<1>(taps, x, w, sums);
+          multiply<1>(taps, x, pitch, w, sums);
         }
         if (size_.out - o >= 16) {
           write_rounded(finish, to.at(x), n, o, sums, 16);
@@ -62,28 +62,29 @@ class TileProducts {
  private:
   // The sums of 16 * M pixels from x on, [pixel][output].
   template <int M>
-  AIGC_AMX_TARGET void multiply(const S* const* taps, int64_t x, const bf16* w, float* sums) const {
-    const int64_t d = depth_, stride = d * sizeof(bf16);
+  AIGC_AMX_TARGET void multiply(const S* const* taps, int64_t x, int64_t pitch, const bf16* w,
+                                float* sums) const {
+    const int64_t stride = pitch * sizeof(bf16);
     _tile_zero(0);
     if constexpr (M > 1) _tile_zero(1);
     if constexpr (M > 2) _tile_zero(2);
     if constexpr (M > 3) _tile_zero(3);
     for (int64_t tap = 0; tap < size_.taps; ++tap) {
-      const bf16* from = taps[tap] + x * d;
-      for (int64_t c = 0; c < d; c += kStep, from += kStep, w += kTile) {
+      const bf16* from = taps[tap] + x * pitch;
+      for (int64_t c = 0; c < depth_; c += kStep, from += kStep, w += kTile) {
         _tile_loadd(7, w, 64);
         _tile_loadd(4, from, stride);
         _tile_dpbf16ps(0, 4, 7);
         if constexpr (M > 1) {
-          _tile_loadd(5, from + 16 * d, stride);
+          _tile_loadd(5, from + 16 * pitch, stride);
           _tile_dpbf16ps(1, 5, 7);
         }
         if constexpr (M > 2) {
-          _tile_loadd(6, from + 32 * d, stride);
+          _tile_loadd(6, from + 32 * pitch, stride);
           _tile_dpbf16ps(2, 6, 7);
         }
         if constexpr (M > 3) {
-          _tile_loadd(4, from + 48 * d, stride);
+          _tile_loadd(4, from + 48 * pitch, stride);
           _tile_dpbf16ps(3, 4, 7);
         }
       }

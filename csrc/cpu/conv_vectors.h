@@ -34,7 +34,7 @@ struct MultiplyAdd {
   static constexpr int64_t kChain = 64;
 
   template <int P>
-  static void sum(const S* const* taps, int64_t count, int64_t at, int64_t pitch, const S* w,
+  static void sum(const S* const* taps, int64_t count, int64_t pitch, int64_t at, const S* w,
                   int64_t depth, bool more, ConvSums<A>& totals) {
     Vec<A> sums[P][kConvOuts] = {};
     for (int64_t tap = 0; tap < count; ++tap) {
@@ -61,8 +61,8 @@ struct Bf16Dot {
 
   template <int P>
   __attribute__((target("avx512bf16"), noinline)) static void sum(const S* const* taps,
-                                                                  int64_t count, int64_t at,
-                                                                  int64_t pitch, const S* w,
+                                                                  int64_t count, int64_t pitch,
+                                                                  int64_t at, const S* w,
                                                                   int64_t depth, bool more,
                                                                   ConvSums<A>& totals) {
     Vec<A> sums[P][kConvOuts] = {};
@@ -129,8 +129,9 @@ class VectorProducts {
     });
   }
 
-  // The outputs of `width` pixels; taps has the first pixel's input of each tap.
-  void run(const S* const* taps, int64_t width, const ConvTarget<T>& to,
+  // The outputs of `width` pixels; taps has the first pixel's input of each tap, the next pixel's
+  // lies `pitch` behind it.
+  void run(const S* const* taps, int64_t pitch, int64_t width, const ConvTarget<T>& to,
            const ConvFinish<T>& finish) const {
     // Where pixels are short, the products of several taps make one chain.
     const int64_t together = std::max<int64_t>(1, How::kChain / depth_);
@@ -143,8 +144,8 @@ class VectorProducts {
         for (int64_t c = 0; c < depth_; c += How::kChain)
           for (int64_t tap = 0; tap < size_.taps; tap += together)
             for (int64_t b = 0; b * kPixels < left; ++b)
-              sum_block(left - b * kPixels, taps + tap, std::min(together, size_.taps - tap),
-                        (x + b * kPixels) * depth_ + c, w + (tap * depth_ + c) * kGroup,
+              sum_block(left - b * kPixels, taps + tap, std::min(together, size_.taps - tap), pitch,
+                        (x + b * kPixels) * pitch + c, w + (tap * depth_ + c) * kGroup,
                         std::min(How::kChain, depth_ - c), c + tap > 0, totals[b]);
         const A* sums = reinterpret_cast<const A*>(totals);  // [pixel][kGroup]
         for (int64_t first = o; first < std::min(o + kGroup, size_.out);
@@ -164,13 +165,14 @@ class VectorProducts {
  private:
   // The products of `depth` inputs of `count` taps with up to kPixels pixels, of which the first
   // `left` matter.
-  AIGC_INLINE void sum_block(int64_t left, const S* const* taps, int64_t count, int64_t at,
-                             const S* w, int64_t depth, bool more, ConvSums<A>& totals) const {
+  AIGC_INLINE static void sum_block(int64_t left, const S* const* taps, int64_t count,
+                                    int64_t pitch, int64_t at, const S* w, int64_t depth, bool more,
+                                    ConvSums<A>& totals) {
     if (left > kPixels * 2 / 3)
-      return How::template sum<kPixels>(taps, count, at, depth_, w, depth, more, totals);
+      return How::template sum<kPixels>(taps, count, pitch, at, w, depth, more, totals);
     if (left > kPixels / 3)
-      return How::template sum<kPixels * 2 / 3>(taps, count, at, depth_, w, depth, more, totals);
-    How::template sum<kPixels / 3>(taps, count, at, depth_, w, depth, more, totals);
+      return How::template sum<kPixels * 2 / 3>(taps, count, pitch, at, w, depth, more, totals);
+    How::template sum<kPixels / 3>(taps, count, pitch, at, w, depth, more, totals);
   }
 
   const ConvSize size_;
@@ -199,7 +201,7 @@ class DotProducts {
         for (int64_t c = 0; c < size.in; ++c) copy_channel(to + c, weight.at(o, c, tap));
   }
 
-  void run(const S* const* taps, int64_t width, const ConvTarget<T>& to,
+  void run(const S* const* taps, int64_t pitch, int64_t width, const ConvTarget<T>& to,
            const ConvFinish<T>& finish) const {
     A sums[std::max<int64_t>(kMaxOutputs, kLanes<A>)] = {};
     for (int64_t x = 0; x < width; ++x) {
@@ -208,7 +210,7 @@ class DotProducts {
         Vec<A> sum = {};
         for (int64_t tap = 0; tap < size_.taps; ++tap, w += depth_)
           for (int64_t c = 0; c < depth_; c += kLanes<A>)
-            sum += load(taps[tap] + x * depth_ + c) * load(w + c);
+            sum += load(taps[tap] + x * pitch + c) * load(w + c);
         sums[o] = sum_lanes<A>(sum);
       }
       for (int64_t o = 0; o < size_.out; o += kLanes<A>) finish.write(to.at(x), 1, o, sums + o, 0);

@@ -37,6 +37,10 @@ def _conv1d() -> list[Sample]:
         Sample("odd", (rand(2, 33, 50), weight(17, 33, 4), rand(17)), {"padding": 2, "gain": -1.5}),
         Sample("permuted_weight", (wide, innermost(weight(48, 128, 5)).permute(0, 1, 2))),
         Sample("special", (_special(), weight(9, 2, 3)), {"padding": 1, "slope": 0.5}),
+        Sample("stride", (rand(2, 5, 31), weight(9, 5, 4), rand(9), [rand(2, 9, 15)], 2, 1)),
+        Sample("codec", (long, weight(64, 32, 16), rand(64)), {"stride": 8, "padding": 4}),
+        Sample("strided_dot", (long, weight(3, 32, 5)), {"stride": 3, "dilation": 2}),
+        Sample("beyond", (rand(1, 3, 5), weight(12, 3, 2)), {"stride": 9, "padding": 2}),
     ]
 
 
@@ -56,11 +60,9 @@ def _conv_transpose1d() -> list[Sample]:
     ]
 
 
-def _refusals(transposed: bool) -> list[Refusal]:
+def _refusals() -> list[Refusal]:
     x, w = rand(1, 2, 8), weight(2, 2, 3)
     other = rand(1, 3, 8)
-    place = {"stride": 0} if transposed else {"dilation": 0}
-    least = "stride must be at least 1" if transposed else "dilation must be at least 1"
     return [
         Refusal("shape", (x[0], w), ValueError, "x must have 3 dimensions"),
         Refusal("weight", (x, w[0]), ValueError, "weight must have 3 dimensions"),
@@ -71,7 +73,7 @@ def _refusals(transposed: bool) -> list[Refusal]:
         Refusal("dtype", (x.float(), w), TypeError, "x must have the dtype of weight"),
         Refusal("int", (x.int(), w.int()), TypeError, "weight must be float64"),
         Refusal("bias", (x, w, rand(3)), ValueError, r"bias must have shape \(2,\)"),
-        Refusal("least", (x, w), ValueError, least, place),
+        Refusal("stride", (x, w), ValueError, "stride must be at least 1", {"stride": 0}),
         Refusal("padding", (x, w), ValueError, "padding must be at least 0", {"padding": -1}),
     ]
 
@@ -79,12 +81,13 @@ def _refusals(transposed: bool) -> list[Refusal]:
 def _conv1d_refusals() -> list[Refusal]:
     x, w = rand(1, 2, 8), weight(2, 2, 3)
     return [
-        *_refusals(transposed=False),
+        *_refusals(),
+        Refusal("dilation", (x, w), ValueError, "dilation must be at least 1", {"dilation": 0}),
         Refusal("length", (x[..., :2], w), ValueError, "x must be as long as the filter"),
         Refusal(
             "residual", (x, w, None, [x]), ValueError, r"residuals must have shape \(1, 2, 6\)"
         ),
-        Refusal("many", (x, w, None, [x] * 4, 1), ValueError, "residuals must be at most 3"),
+        Refusal("many", (x, w, None, [x] * 4, 1, 1), ValueError, "residuals must be at most 3"),
     ]
 
 
@@ -92,7 +95,7 @@ def _transpose_refusals() -> list[Refusal]:
     x, w = rand(1, 2, 8), weight(2, 2, 3)
     longer = "x must be longer than the padding"
     return [
-        *_refusals(transposed=True),
+        *_refusals(),
         Refusal("length", (x, w), ValueError, longer, {"padding": 5}),
         Refusal("none", (x[..., :0], w), ValueError, longer, {"stride": 4}),
     ]

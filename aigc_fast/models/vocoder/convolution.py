@@ -29,11 +29,11 @@ def convolve(
     residuals: tensors of the shape of the result.
     """
     assert isinstance(conv, nn.Conv1d)
-    if is_fused(conv, x, *residuals) and conv.stride == (1,):
+    if is_fused(conv, x, *residuals):
         while len(residuals) > 3:  # the operator adds three
             residuals = [*residuals[:-2], residuals[-2] + residuals[-1]]
-        padding, dilation = int(conv.padding[0]), conv.dilation[0]
-        return ops.conv1d(x, conv.weight, conv.bias, residuals, padding, dilation, slope, gain)
+        places = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
+        return ops.conv1d(x, conv.weight, conv.bias, residuals, *places, slope, gain)
     y = conv(_bent(x, slope))
     for residual in residuals:
         y = y + residual
