@@ -6,6 +6,7 @@ from .hf_folder import HFFolder, read_hf_folder
 from .images import load_images
 from .moving_digits import load_moving_digits
 from .ncnn import NcnnLayer, NcnnNetwork, find_realesrgan, read_ncnn
+from .onnx import OnnxFile, OnnxNode, read_onnx
 from .quantized import pack_gguf
 from .tokenizer import TextTokenizer, load_tokenizer
 
@@ -15,6 +16,8 @@ __all__ = [
     "HFFolder",
     "NcnnLayer",
     "NcnnNetwork",
+    "OnnxFile",
+    "OnnxNode",
     "TextTokenizer",
     "find_realesrgan",
     "load_digits",
@@ -25,4 +28,5 @@ __all__ = [
     "read_gguf",
     "read_hf_folder",
     "read_ncnn",
+    "read_onnx",
 ]

@@ -1,5 +1,6 @@
 """Speech: vocoders, and text to speech on top of them."""
 
 from .hifigan import HiFiGANGenerator
+from .vits import VITS, VITSConfig
 
-__all__ = ["HiFiGANGenerator"]
+__all__ = ["VITS", "HiFiGANGenerator", "VITSConfig"]

@@ -63,5 +63,14 @@ def is_fused(conv: nn.Conv1d | nn.ConvTranspose1d, *tensors: Tensor) -> bool:
     return dtype.itemsize > 2 or (dtype == torch.bfloat16 and has_bfloat16_instructions())
 
 
+def same_conv(
+    channels: int, kernel_size: int, dilation: int = 1, outputs: int | None = None, groups: int = 1
+) -> nn.Conv1d:
+    """A convolution whose result is as long as what it reads, of an odd kernel; outputs: None for
+    as many channels as it reads."""
+    padding = dilation * (kernel_size - 1) // 2
+    return nn.Conv1d(channels, outputs or channels, kernel_size, 1, padding, dilation, groups)
+
+
 def _bent(x: Tensor, slope: float) -> Tensor:
     return x if slope == 1 else F.leaky_relu(x, slope)

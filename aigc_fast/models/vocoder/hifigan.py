@@ -16,7 +16,7 @@ from aigc_fast.io.hf_folder import read_json
 from aigc_fast.models.state import assign_state, fetch_from
 
 from .checkpoint import read_state
-from .convolution import convolve, is_fused, upsample
+from .convolution import convolve, is_fused, same_conv, upsample
 
 SLOPE = 0.1
 #: before the last convolution: leaky_relu's default
@@ -78,12 +78,6 @@ def _with(
 
 def _reach(*convs: nn.Module) -> int:
     return sum(int(cast(nn.Conv1d, conv).padding[0]) for conv in convs)
-
-
-def same_conv(channels: int, kernel_size: int, dilation: int = 1) -> nn.Conv1d:
-    """A convolution whose result is as long as what it reads."""
-    padding = dilation * (kernel_size - 1) // 2
-    return nn.Conv1d(channels, channels, kernel_size, padding=padding, dilation=dilation)
 
 
 class HiFiGANGenerator(nn.Module):
@@ -228,8 +222,8 @@ def check_size(name: str, value: Any, at_least: int = 1) -> int:
 
 
 def _check_sizes(name: str, values: Any) -> None:
-    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-        raise ValueError(f"{name} must be a sequence that is not empty, got {values!r}")
+    if not isinstance(values, Sequence) or isinstance(values, str) or not 1 <= len(values) <= 64:
+        raise ValueError(f"{name} must be a sequence of 1 to 64 sizes, got {values!r:.80}")
     for value in values:
         check_size(f"{name}, each", value)
 

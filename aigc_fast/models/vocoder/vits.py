@@ -1,0 +1,290 @@
+"""VITS: text to speech in one network."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .duration import DurationPredictor, StochasticDurationPredictor
+from .flow import ResidualCouplingFlow
+from .hifigan import HiFiGANGenerator, check_size
+from .layers import length_mask
+from .text_encoder import TextEncoder
+
+#: frames of one row that are not refused: 12 minutes of 22.05 kHz with a hop of 256
+LONGEST = 1 << 16
+
+#: options that count layers or bins: a hostile file must not make us build them by the thousand
+_COUNTS = (
+    "num_layers", "flow_couplings", "wavenet_layers", "duration_layers", "duration_bins",
+    "duration_flows",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VITSConfig:
+    """Sizes of a VITS, and how its voice is meant to be used.
+
+    Attributes:
+        vocab_size: phonemes or characters.
+        decoder: arguments of `HiFiGANGenerator`, without the channels that come from here.
+        stochastic_duration: whether durations are drawn, or are their mean.
+        duration_channels: of the predictor without noise; the other one has hidden_channels.
+        num_speakers, speaker_channels: 1 and 0 for one voice.
+        sample_rate: samples a second.
+        noise_scale, length_scale, noise_scale_duration: defaults of `VITS.synthesize`.
+
+    ValueError names a size that will not do.
+    """
+
+    vocab_size: int
+    decoder: dict[str, Any] = field(hash=False)
+    latent_channels: int = 192
+    hidden_channels: int = 192
+    filter_channels: int = 768
+    num_heads: int = 2
+    num_layers: int = 6
+    kernel_size: int = 3
+    window: int = 4
+    flow_couplings: int = 4
+    wavenet_kernel_size: int = 5
+    wavenet_dilation_rate: int = 1
+    wavenet_layers: int = 4
+    stochastic_duration: bool = True
+    duration_channels: int = 256
+    duration_kernel_size: int = 3
+    duration_layers: int = 3
+    duration_bins: int = 10
+    duration_flows: int = 4
+    num_speakers: int = 1
+    speaker_channels: int = 0
+    sample_rate: int = 22050
+    noise_scale: float = 0.667
+    length_scale: float = 1.0
+    noise_scale_duration: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "sample_rate":
+                if type(value) is not int or not 1 <= value < 1 << 32:
+                    raise ValueError(f"sample_rate must be a positive integer, got {value!r}")
+            elif name == "stochastic_duration":
+                if type(value) is not bool:
+                    raise ValueError(f"stochastic_duration must be true or false, got {value!r}")
+            elif type(getattr(VITSConfig, name, 1)) is int and name != "decoder":
+                check_size(name, value, at_least=0 if name == "speaker_channels" else 1)
+        for name in _COUNTS:
+            if (value := getattr(self, name)) > 64:
+                raise ValueError(f"{name} must be at most 64, got {value}")
+        for name in ("kernel_size", "wavenet_kernel_size", "duration_kernel_size"):
+            if getattr(self, name) % 2 == 0:
+                raise ValueError(f"{name} must be odd, got {getattr(self, name)}")
+        check_size("wavenet_dilation_rate", self.wavenet_dilation_rate ** (self.wavenet_layers - 1))
+        check_size("duration_kernel_size", self.duration_kernel_size ** (self.duration_layers - 1))
+        if self.hidden_channels % self.num_heads:
+            raise ValueError(
+                f"num_heads must divide hidden_channels ({self.hidden_channels}), "
+                f"got {self.num_heads}"
+            )
+        if self.latent_channels % 2:
+            raise ValueError(f"latent_channels must be even, got {self.latent_channels}")
+        if (self.num_speakers > 1) != (self.speaker_channels > 0):
+            raise ValueError(
+                "speaker_channels must be positive for several speakers and 0 for one, got "
+                f"{self.speaker_channels} for {self.num_speakers}"
+            )
+        for name in ("noise_scale", "length_scale", "noise_scale_duration"):
+            check_scale(name, getattr(self, name))
+
+
+def check_scale(name: str, value: Any) -> float:
+    """The value, if it is a finite number, not negative, and for lengths not 0."""
+    number = type(value) in (int, float) and 0 <= value < inf
+    if not number or (name == "length_scale" and not value):
+        kind = "positive" if name == "length_scale" else "at least 0"
+        raise ValueError(f"{name} must be finite and {kind}, got {value!r}")
+    return float(value)
+
+
+class VITS(nn.Module):
+    """Phonemes, or characters, to waveforms. For inference: it has no posterior encoder.
+
+    Names of the state dict are the original's. Attributes: `config`, `hop` (samples of a frame).
+
+    >>> model = VITS.from_pretrained("en_US-joe-medium.onnx")
+    >>> waveform, lengths = model.synthesize(torch.tensor([[1, 20, 59, 24, 120, 27, 10, 2]]))
+
+    Source: Kim et al. 2021, arXiv:2106.06103.
+    """
+
+    def __init__(self, config: VITSConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.enc_p = TextEncoder(
+            c.vocab_size, c.latent_channels, c.hidden_channels, c.filter_channels, c.num_heads,
+            c.num_layers, c.kernel_size, c.window,
+        )  # fmt: skip
+        self.dp: StochasticDurationPredictor | DurationPredictor
+        if c.stochastic_duration:
+            self.dp = StochasticDurationPredictor(
+                c.hidden_channels, c.duration_kernel_size, c.duration_layers, c.duration_bins,
+                c.duration_flows, c.speaker_channels,
+            )  # fmt: skip
+        else:
+            self.dp = DurationPredictor(
+                c.hidden_channels, c.duration_channels, c.duration_kernel_size, c.speaker_channels
+            )
+        self.flow = ResidualCouplingFlow(
+            c.flow_couplings, c.latent_channels, c.hidden_channels, c.wavenet_kernel_size,
+            c.wavenet_dilation_rate, c.wavenet_layers, c.speaker_channels,
+        )  # fmt: skip
+        channels = dict(in_channels=c.latent_channels, speaker_channels=c.speaker_channels)
+        self.dec = HiFiGANGenerator(**c.decoder | channels, bias=False)
+        several = c.num_speakers > 1
+        self.emb_g = nn.Embedding(c.num_speakers, c.speaker_channels) if several else None
+        self.hop = self.dec.hop
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None
+    ) -> VITS:
+        """Reads a voice of Piper or of Hugging Face.
+
+        path:  Piper's .onnx file, with its .onnx.json beside it; or the folder that save_pretrained
+               of transformers' VitsModel wrote (config.json and safetensors).
+        dtype: of the weights; None leaves that of the file.
+
+        OSError where a file cannot be opened, ValueError where one is unsound or of another
+        network, ImportError where the package that reads it is missing.
+        """
+        from .load_hf import load_hf
+        from .load_piper import load_piper
+
+        model = (load_hf if Path(path).is_dir() else load_piper)(path)
+        return model if dtype is None else model.to(dtype)
+
+    @torch.inference_mode()
+    def synthesize(
+        self,
+        ids: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        noise_scale: float | None = None,
+        length_scale: float | None = None,
+        noise_scale_duration: float | None = None,
+        speaker: Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Waveforms (batch, 1, samples) in [-1, 1] and their lengths in samples, int64 (batch,).
+
+        ids:          int64 (batch, n), at least 0 and below vocab_size.
+        lengths:      int64 (batch,), of each row in ids, 1 to n; None for n. Each row then gives
+                      what it gives alone, and zeros follow a shorter waveform.
+        noise_scale:  deviation of latents, in units of the model's own: how varied speech is.
+        length_scale: 2 speaks half as fast.
+        noise_scale_duration: deviation of what durations are made of; 0 is always the same.
+                      Without effect where they are not drawn.
+        speaker:      one for all rows or int64 (batch,), for a model of several speakers alone.
+        generator:    of the noise; on the device of ids.
+
+        A scale of None is the voice's own. Without noise the result is a function of ids.
+
+        ValueError for arguments that will not do, and where a row becomes longer than 65536 frames.
+        """
+        c = self.config
+        length_scale = check_scale("length_scale", _given(length_scale, c.length_scale))
+        noise_scale = check_scale("noise_scale", _given(noise_scale, c.noise_scale))
+        noise_scale_duration = check_scale(
+            "noise_scale_duration", _given(noise_scale_duration, c.noise_scale_duration)
+        )
+        lengths = self._check_ids(ids, lengths)
+        dtype = self.enc_p.emb.weight.dtype
+        condition = self._condition(speaker, ids)
+
+        def draw(*shape: int) -> Tensor:
+            wide = torch.promote_types(dtype, torch.float32)
+            return torch.randn(shape, generator=generator, device=ids.device, dtype=wide).to(dtype)
+
+        mask = length_mask(lengths, ids.shape[1], dtype)
+        states, mean, log_deviation = self.enc_p(ids, mask)
+        if isinstance(self.dp, StochasticDurationPredictor):
+            noise = draw(len(ids), 2, ids.shape[1]) * noise_scale_duration
+            log_durations = self.dp(states, mask, condition, noise)
+        else:
+            log_durations = self.dp(states, mask, condition)
+        ends = self._durations(log_durations[:, 0], lengths, length_scale).cumsum(1)
+        frames = ends[:, -1].clamp(min=1)
+        longest = int(frames.max())
+        # The phoneme of each frame: the first that ends after it.
+        at = torch.arange(longest, device=ids.device).expand(len(ids), -1)
+        phoneme = torch.searchsorted(ends, at.contiguous(), right=True).clamp(max=ids.shape[1] - 1)
+        phoneme = phoneme[:, None].expand(-1, c.latent_channels, -1)
+        mean, log_deviation = mean.gather(2, phoneme), log_deviation.gather(2, phoneme)
+        z = mean + draw(*mean.shape) * log_deviation.exp() * noise_scale
+        z = self.flow(z, length_mask(frames, longest, dtype), condition)
+        return self._decode(z, frames, condition), frames * self.hop
+
+    def _durations(self, logarithms: Tensor, lengths: Tensor, length_scale: float) -> Tensor:
+        """Frames of each phoneme, int64 (batch, n); what lies beyond a row has none."""
+        wide = torch.promote_types(logarithms.dtype, torch.float32)
+        durations = (logarithms.to(wide).exp() * length_scale).ceil()
+        inside = torch.arange(durations.shape[1], device=durations.device) < lengths[:, None]
+        durations = torch.where(inside, durations, 0)
+        if not bool((durations.sum(1) <= LONGEST).all()):  # nor where it is NaN
+            raise ValueError(f"ids must become at most {LONGEST} frames, got {durations.sum(1)}")
+        return durations.long()
+
+    def _decode(self, z: Tensor, frames: Tensor, condition: Tensor | None) -> Tensor:
+        """Waveforms; rows of unequal lengths one by one, as convolutions see beyond their ends."""
+        if bool((frames == z.shape[2]).all()):
+            return self.dec(z, condition)
+        waveform = z.new_zeros(len(z), 1, z.shape[2] * self.hop)
+        for row, length in enumerate(frames.tolist()):
+            one = None if condition is None else condition[row : row + 1]
+            part = self.dec(z[row : row + 1, :, :length], one)
+            waveform[row : row + 1, :, : part.shape[2]] = part
+        return waveform
+
+    def _condition(self, speaker: Tensor | int | None, ids: Tensor) -> Tensor | None:
+        """A vector (batch, speaker_channels, 1), or None."""
+        if (speaker is None) != (self.emb_g is None):
+            count = self.config.num_speakers
+            raise ValueError(
+                f"speaker must be in [0, {count}), got None"
+                if speaker is None
+                else "speaker must be None for a model of one speaker"
+            )
+        if speaker is None or self.emb_g is None:
+            return None
+        which = torch.as_tensor(speaker, device=ids.device)
+        if which.dim() == 0:
+            which = which.expand(len(ids))
+        _check_indices("speaker", which, (len(ids),), 0, self.config.num_speakers)
+        return self.emb_g(which)[:, :, None]
+
+    def _check_ids(self, ids: Tensor, lengths: Tensor | None) -> Tensor:
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+            raise ValueError("ids must be a tensor (batch, n) with at least one id")
+        _check_indices("ids", ids, ids.shape, 0, self.config.vocab_size)
+        if lengths is None:
+            return torch.full((len(ids),), ids.shape[1], device=ids.device)
+        _check_indices("lengths", lengths, ids.shape[:1], 1, ids.shape[1] + 1)
+        return lengths.to(ids.device)
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _check_indices(name: str, value: Tensor, shape: tuple[int, ...], least: int, end: int) -> None:
+    if value.dtype != torch.int64 or value.shape != shape:
+        found = f"{value.dtype} {tuple(value.shape)}"
+        raise ValueError(f"{name} must be int64 of shape {tuple(shape)}, got {found}")
+    if not bool(((value >= least) & (value < end)).all()):
+        raise ValueError(f"{name} must be in [{least}, {end}), got {value.min()} to {value.max()}")
