@@ -98,20 +98,27 @@ def read_onnx(path: str | os.PathLike[str]) -> OnnxFile:
     content = Path(path).read_bytes()
     try:
         graph = onnx.ModelProto.FromString(content).graph
-    except (DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except DecodeError as error:
         raise ValueError(f"{path}: not a sound ONNX file: {error}") from None
     tensors: dict[str, Any] = {}
     for tensor in graph.initializer:
         if tensor.name in tensors:
             raise ValueError(f"{path}: there are two tensors {tensor.name!r}")
         tensors[tensor.name] = tensor
-    if not graph.node:
-        raise ValueError(f"{path}: not a sound ONNX file: it has no nodes")
     nodes = tuple(
         OnnxNode(node.op_type, node.name, tuple(node.input), tuple(node.output), _numbers(node))
         for node in graph.node
     )
-    return OnnxFile(str(path), tuple(value.name for value in graph.input), nodes, tensors)
+    inputs = tuple(value.name for value in graph.input)
+    if not nodes:
+        raise ValueError(f"{path}: not a sound ONNX file: it has no nodes")
+    found = {*tensors, *inputs}
+    for node in nodes:
+        found |= {node.kind, node.name, *node.inputs, *node.outputs, *node.attributes}
+    for text in found:
+        if not isinstance(text, str):  # what is no UTF-8, protobuf leaves as bytes
+            raise ValueError(f"{path}: not a sound ONNX file: the name {text!r} is not UTF-8")
+    return OnnxFile(str(path), inputs, nodes, tensors)
 
 
 def _numbers(node: Any) -> dict[str, int | float | tuple[int, ...]]:
