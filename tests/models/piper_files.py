@@ -100,7 +100,16 @@ def voice(model):
         num_symbols=c.vocab_size,
         num_speakers=c.num_speakers,
         espeak=dict(voice="en-us"),
-        phoneme_id_map={"_": [0], "^": [1], "$": [2], " ": [3], "a": [4], "b": [5], ".": [6]},
+        phoneme_id_map={
+            "_": [0],
+            "^": [1],
+            "$": [2],
+            " ": [3],
+            "a": [4],
+            "b": [5],
+            ".": [6],
+            "e": [7],
+        },
     )
     return helper.make_model(graph), described
 
