@@ -30,13 +30,14 @@ class HFFolder:
     config: dict[str, Any]
     tensors: dict[str, Any]
 
-    def get_tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor of that name, which must be there and have that shape; memory-mapped."""
+    def get_tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """The tensor of that name, which must be there and have that shape, if one is given;
+        memory-mapped."""
         if name not in self.tensors:
             raise ValueError(f"{self.path}: tensor {name!r} is missing")
         part = self.tensors[name].get_slice(name)
         found = tuple(part.get_shape())
-        if found != shape:
+        if shape is not None and found != shape:
             raise ValueError(f"{self.path}: tensor {name!r} must have shape {shape}, got {found}")
         if (dtype := part.get_dtype()) not in _DTYPES:
             raise ValueError(

@@ -69,6 +69,8 @@ def test_against_a_plain_chain(resblock, speaker_channels):
         y = model(x, speaker)
     assert y.shape == (2, 1, 9 * model.hop) and model.hop == 8
     assert_error_ratio(y, plain(state, x, resblock, speaker), exact)
+    with torch.no_grad():  # channels innermost
+        assert_error_ratio(model(x.mT.contiguous().mT, speaker), y, exact)
 
 
 def test_against_transformers():

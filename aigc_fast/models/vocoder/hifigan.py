@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from aigc_fast.io.hf_folder import read_json
 from aigc_fast.models.state import assign_state, fetch_from
 
 from .checkpoint import read_state
+from .checks import check_blocks, check_rates, check_size
 from .convolution import convolve, is_fused, same_conv, upsample
 
 SLOPE = 0.1
@@ -23,8 +24,6 @@ SLOPE = 0.1
 LAST_SLOPE = 0.01
 #: bytes of an activation that a CPU computes at a time
 PART = 1 << 21
-#: no size of a vocoder is larger; a file that says so is not sound
-LARGEST = 1 << 16
 
 
 class ResBlock1(nn.Module):
@@ -116,8 +115,8 @@ class HiFiGANGenerator(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        _check_rates(upsample_rates, upsample_kernel_sizes)
-        _check_blocks(resblock, resblock_kernel_sizes, resblock_dilation_sizes)
+        check_rates(upsample_rates, upsample_kernel_sizes)
+        check_blocks(resblock, resblock_kernel_sizes, resblock_dilation_sizes)
         channels = check_size("upsample_initial_channel", upsample_initial_channel)
         check_size("in_channels", in_channels)
         check_size("speaker_channels", speaker_channels, at_least=0)
@@ -212,43 +211,3 @@ class HiFiGANGenerator(nn.Module):
         if dtype is not None:
             state = {name: tensor.to(dtype) for name, tensor in state.items()}
         return assign_state(model, set(state), fetch_from(state, str(path)), str(path))
-
-
-def check_size(name: str, value: Any, at_least: int = 1) -> int:
-    """The value, if it is an integer from `at_least` to `LARGEST`."""
-    if type(value) is not int or not at_least <= value <= LARGEST:
-        raise ValueError(f"{name} must be an integer in [{at_least}, {LARGEST}], got {value!r}")
-    return value
-
-
-def _check_sizes(name: str, values: Any) -> None:
-    if not isinstance(values, Sequence) or isinstance(values, str) or not 1 <= len(values) <= 64:
-        raise ValueError(f"{name} must be a sequence of 1 to 64 sizes, got {values!r:.80}")
-    for value in values:
-        check_size(f"{name}, each", value)
-
-
-def _check_rates(rates: Any, kernels: Any) -> None:
-    _check_sizes("upsample_rates", rates)
-    _check_sizes("upsample_kernel_sizes", kernels)
-    fit = len(kernels) == len(rates)
-    if not fit or any(k < r or (k - r) % 2 for k, r in zip(kernels, rates, strict=True)):
-        raise ValueError(
-            "upsample_kernel_sizes must have for each of upsample_rates the rate plus 0 or an "
-            f"even number, got {kernels!r} for {rates!r}"
-        )
-
-
-def _check_blocks(resblock: Any, kernels: Any, dilations: Any) -> None:
-    if resblock not in ("1", "2"):
-        raise ValueError(f'resblock must be "1" or "2", got {resblock!r}')
-    _check_sizes("resblock_kernel_sizes", kernels)
-    if any(kernel % 2 == 0 for kernel in kernels):
-        raise ValueError(f"resblock_kernel_sizes must be odd, got {kernels!r}")
-    if not isinstance(dilations, Sequence) or len(dilations) != len(kernels):
-        raise ValueError(
-            f"resblock_dilation_sizes must have one sequence for each of resblock_kernel_sizes, "
-            f"got {dilations!r}"
-        )
-    for sizes in dilations:
-        _check_sizes("resblock_dilation_sizes, each", sizes)

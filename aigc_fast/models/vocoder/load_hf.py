@@ -14,7 +14,8 @@ from aigc_fast.io.hf_folder import read_hf_folder
 from aigc_fast.models.state import assign_state, fetch_from
 
 from .checkpoint import fold_weight_norm
-from .vits import VITS, VITSConfig
+from .vits import VITS
+from .vits_config import VITSConfig
 
 #: transformers' option -> ours
 _OPTIONS = {
@@ -103,7 +104,7 @@ def load_hf(path: str | os.PathLike[str]) -> VITS:
             model = VITS(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder.path}: config: {error}") from None
-    used = {n: f.get_tensor(n) for n, f in folder.tensors.items() if not _UNUSED.match(n)}
+    used = {name: folder.get_tensor(name) for name in folder.tensors if not _UNUSED.match(name)}
     try:
         state = _rename(fold_weight_norm(used))
     except ValueError as error:

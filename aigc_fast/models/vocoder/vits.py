@@ -3,113 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checks import check_scale
 from .duration import DurationPredictor, StochasticDurationPredictor
 from .flow import ResidualCouplingFlow
-from .hifigan import HiFiGANGenerator, check_size
+from .hifigan import HiFiGANGenerator
 from .layers import length_mask
 from .text_encoder import TextEncoder
+from .vits_config import VITSConfig
 
 #: frames of one row that are not refused: 12 minutes of 22.05 kHz with a hop of 256
 LONGEST = 1 << 16
-
-#: options that count layers or bins: a hostile file must not make us build them by the thousand
-_COUNTS = (
-    "num_layers", "flow_couplings", "wavenet_layers", "duration_layers", "duration_bins",
-    "duration_flows",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class VITSConfig:
-    """Sizes of a VITS, and how its voice is meant to be used.
-
-    Attributes:
-        vocab_size: phonemes or characters.
-        decoder: arguments of `HiFiGANGenerator`, without the channels that come from here.
-        stochastic_duration: whether durations are drawn, or are their mean.
-        duration_channels: of the predictor without noise; the other one has hidden_channels.
-        num_speakers, speaker_channels: 1 and 0 for one voice.
-        sample_rate: samples a second.
-        noise_scale, length_scale, noise_scale_duration: defaults of `VITS.synthesize`.
-
-    ValueError names a size that will not do.
-    """
-
-    vocab_size: int
-    decoder: dict[str, Any] = field(hash=False)
-    latent_channels: int = 192
-    hidden_channels: int = 192
-    filter_channels: int = 768
-    num_heads: int = 2
-    num_layers: int = 6
-    kernel_size: int = 3
-    window: int = 4
-    flow_couplings: int = 4
-    wavenet_kernel_size: int = 5
-    wavenet_dilation_rate: int = 1
-    wavenet_layers: int = 4
-    stochastic_duration: bool = True
-    duration_channels: int = 256
-    duration_kernel_size: int = 3
-    duration_layers: int = 3
-    duration_bins: int = 10
-    duration_flows: int = 4
-    num_speakers: int = 1
-    speaker_channels: int = 0
-    sample_rate: int = 22050
-    noise_scale: float = 0.667
-    length_scale: float = 1.0
-    noise_scale_duration: float = 0.8
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name == "sample_rate":
-                if type(value) is not int or not 1 <= value < 1 << 32:
-                    raise ValueError(f"sample_rate must be a positive integer, got {value!r}")
-            elif name == "stochastic_duration":
-                if type(value) is not bool:
-                    raise ValueError(f"stochastic_duration must be true or false, got {value!r}")
-            elif type(getattr(VITSConfig, name, 1)) is int and name != "decoder":
-                check_size(name, value, at_least=0 if name == "speaker_channels" else 1)
-        for name in _COUNTS:
-            if (value := getattr(self, name)) > 64:
-                raise ValueError(f"{name} must be at most 64, got {value}")
-        for name in ("kernel_size", "wavenet_kernel_size", "duration_kernel_size"):
-            if getattr(self, name) % 2 == 0:
-                raise ValueError(f"{name} must be odd, got {getattr(self, name)}")
-        check_size("wavenet_dilation_rate", self.wavenet_dilation_rate ** (self.wavenet_layers - 1))
-        check_size("duration_kernel_size", self.duration_kernel_size ** (self.duration_layers - 1))
-        if self.hidden_channels % self.num_heads:
-            raise ValueError(
-                f"num_heads must divide hidden_channels ({self.hidden_channels}), "
-                f"got {self.num_heads}"
-            )
-        if self.latent_channels % 2:
-            raise ValueError(f"latent_channels must be even, got {self.latent_channels}")
-        if (self.num_speakers > 1) != (self.speaker_channels > 0):
-            raise ValueError(
-                "speaker_channels must be positive for several speakers and 0 for one, got "
-                f"{self.speaker_channels} for {self.num_speakers}"
-            )
-        for name in ("noise_scale", "length_scale", "noise_scale_duration"):
-            check_scale(name, getattr(self, name))
-
-
-def check_scale(name: str, value: Any) -> float:
-    """The value, if it is a finite number, not negative, and for lengths not 0."""
-    number = type(value) in (int, float) and 0 <= value < inf
-    if not number or (name == "length_scale" and not value):
-        kind = "positive" if name == "length_scale" else "at least 0"
-        raise ValueError(f"{name} must be finite and {kind}, got {value!r}")
-    return float(value)
 
 
 class VITS(nn.Module):
@@ -158,7 +66,7 @@ class VITS(nn.Module):
 
         path:  Piper's .onnx file, with its .onnx.json beside it; or the folder that save_pretrained
                of transformers' VitsModel wrote (config.json and safetensors).
-        dtype: of the weights; None leaves that of the file.
+        dtype: of the weights; None for that of the file's embedding of phonemes.
 
         OSError where a file cannot be opened, ValueError where one is unsound or of another
         network, ImportError where the package that reads it is missing.
@@ -167,7 +75,7 @@ class VITS(nn.Module):
         from .load_piper import load_piper
 
         model = (load_hf if Path(path).is_dir() else load_piper)(path)
-        return model if dtype is None else model.to(dtype)
+        return model.to(model.enc_p.emb.weight.dtype if dtype is None else dtype)
 
     @torch.inference_mode()
     def synthesize(
@@ -237,7 +145,8 @@ class VITS(nn.Module):
         inside = torch.arange(durations.shape[1], device=durations.device) < lengths[:, None]
         durations = torch.where(inside, durations, 0)
         if not bool((durations.sum(1) <= LONGEST).all()):  # nor where it is NaN
-            raise ValueError(f"ids must become at most {LONGEST} frames, got {durations.sum(1)}")
+            found = durations.sum(1).tolist()
+            raise ValueError(f"ids must become at most {LONGEST} frames a row, got {found}")
         return durations.long()
 
     def _decode(self, z: Tensor, frames: Tensor, condition: Tensor | None) -> Tensor:
