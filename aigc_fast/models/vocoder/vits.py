@@ -131,8 +131,10 @@ class VITS(nn.Module):
         longest = int(frames.max())
         # The phoneme of each frame: the first that ends after it.
         at = torch.arange(longest, device=ids.device).expand(len(ids), -1)
-        phoneme = torch.searchsorted(ends, at.contiguous(), right=True).clamp(max=ids.shape[1] - 1)
-        phoneme = phoneme[:, None].expand(-1, c.latent_channels, -1)
+        phoneme = torch.searchsorted(ends, at.contiguous(), right=True)
+        phoneme = torch.minimum(phoneme, lengths[:, None] - 1)[:, None].expand(
+            -1, c.latent_channels, -1
+        )
         mean, log_deviation = mean.gather(2, phoneme), log_deviation.gather(2, phoneme)
         z = mean + draw(*mean.shape) * log_deviation.exp() * noise_scale
         z = self.flow(z, length_mask(frames, longest, dtype), condition)
