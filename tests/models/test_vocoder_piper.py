@@ -13,7 +13,6 @@ onnx = pytest.importorskip("onnx")
 
 from aigc_fast.models.vocoder import VITS
 from tests.io.test_fuzz import damage_json
-from tests.models.checkpoints import assert_error_ratio
 from tests.models.piper_files import SMALL, find_node, small_vits, write_voice
 
 SILENT = dict(noise_scale=0.0, noise_scale_duration=0.0)
@@ -146,10 +145,20 @@ def ids_of(path, phrase):
     return torch.tensor([[*table["^"], *table["_"], *inner, *table["$"]]])
 
 
+def rms(error):
+    return error.square().mean().sqrt().item()
+
+
+def assert_as_good(ours, theirs, want):
+    ulp = torch.finfo(torch.float32).eps * 2.0 ** want.abs().max().log2().floor().item()
+    assert rms(ours - want) <= 2 * rms(theirs - want) + ulp
+
+
 def test_a_published_voice(joe):
-    """Beside onnxruntime, on the same file. What a rounding in the text encoder becomes, the flow
-    decides: the largest error of one phrase is one rounding's luck. So it is the root mean square
-    over all phrases that is held against onnxruntime's; in the decoder each largest error is."""
+    """Beside onnxruntime, on the same file. The largest error of one phrase is one rounding's luck,
+    so deep is the network: it is the root mean square that is held against onnxruntime's, of the
+    decoder for each phrase, of the whole, where the flow decides what becomes of a rounding, over
+    all phrases."""
     runtime = pytest.importorskip("onnxruntime")
     model, exact = VITS.from_pretrained(joe), VITS.from_pretrained(joe, torch.float64)
     graph = onnx.load(joe)
@@ -170,10 +179,8 @@ def test_a_published_voice(joe):
         assert lengths.item() == exact_lengths.item() == theirs.shape[-1]
         pairs.append((ours[0, 0], theirs[0, 0, 0], want[0, 0]))
         with torch.no_grad():
-            assert_error_ratio(model.dec(z), theirs[0], exact.dec(z.double()))
+            assert_as_good(model.dec(z), theirs[0], exact.dec(z.double()))
         assert 0.1 < want.abs().max() < 1
     ours, theirs, want = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    ulp = torch.finfo(torch.float32).eps * 2.0 ** want.abs().max().log2().floor().item()
-    our_error, their_error = ((y - want).square().mean().sqrt().item() for y in (ours, theirs))
-    assert our_error <= 2 * their_error + ulp
-    assert their_error < 1e-5  # or both would be of another network
+    assert_as_good(ours, theirs, want)
+    assert rms(theirs - want) < 1e-5  # or both would be of another network
