@@ -38,6 +38,26 @@ AIGC_INLINE void copy_channel(S* to, const T* from) {
     copy_channels(to, from, 1);
 }
 
+// The weights of outputs first, ..., first + n - 1, to [tap][input / kStep][kOuts][input % kStep].
+// A few inputs of an output after another: they lie side by side.
+template <int64_t kOuts, int64_t kStep, class S, class T>
+void pack_outputs(const ConvWeight<T>& weight, const ConvSize& size, int64_t first, int64_t n,
+                  int64_t depth, S* to) {
+  constexpr int64_t kInputs = 16;
+  const auto pack = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+    for (int64_t o = 0; o < n; ++o)
+      for (int64_t tap = 0; tap < size.taps; ++tap) {
+        const T* from = weight.at(first + o, c, tap);
+        S* at = to + (tap * depth + c) * kOuts + o * kStep;
+        for (int64_t i = 0; i < count; ++i)
+          copy_channel(at + i / kStep * kStep * kOuts + i % kStep, from + i * weight.in_stride);
+      }
+  };
+  int64_t c = 0;
+  for (; c + kInputs <= size.in; c += kInputs) pack(c, kInputs);
+  pack(c, size.in - c);
+}
+
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 constexpr int kConvResiduals = 3;

@@ -26,11 +26,8 @@ class TileProducts {
         group_(size.taps * depth_ * 16),
         packed_((size.out + 15) / 16 * group_) {
     in_parallel((size.out + 15) / 16, group_, [&](int64_t group) {
-      for (int64_t o = group * 16; o < std::min(group * 16 + 16, size.out); ++o)
-        for (int64_t c = 0; c < size.in; ++c)
-          for (int64_t tap = 0; tap < size.taps; ++tap)
-            packed_[group * group_ + (tap * depth_ + c) / 2 * 32 + o % 16 * 2 + c % 2] =
-                *weight.at(o, c, tap);
+      pack_outputs<16, 2>(weight, size, group * 16, std::min<int64_t>(16, size.out - group * 16),
+                          depth_, packed_.data() + group * group_);
     });
   }
 

@@ -88,16 +88,6 @@ struct Bf16Dot {
 };
 #endif
 
-// n values, `stride` apart, to places `kApart` apart.
-template <int64_t kApart, class S, class T>
-void copy_apart(S* to, const T* from, int64_t stride, int64_t n) {
-  if (kApart == 1 && stride == 1) return copy_channels(to, from, n);
-  if (stride == 1)
-    for (int64_t i = 0; i < n; ++i) copy_channel(to + i * kApart, from + i);
-  else
-    for (int64_t i = 0; i < n; ++i) copy_channel(to + i * kApart, from + i * stride);
-}
-
 // How is MultiplyAdd or Bf16Dot.
 template <class T, class How>
 class VectorProducts {
@@ -120,12 +110,8 @@ class VectorProducts {
         packed_(round_up(size.out, kGroup) * size.taps * depth_) {
     in_parallel((size.out + kGroup - 1) / kGroup, size.taps * depth_ * kGroup, [&](int64_t group) {
       const int64_t first = group * kGroup, n = std::min(kGroup, size.out - first);
-      S* to = packed_.data() + group * size.taps * depth_ * kGroup;
-      for (int64_t tap = 0; tap < size.taps; ++tap)
-        for (int64_t c = 0; c < depth_; c += How::kStep, to += kGroup * How::kStep)
-          for (int64_t step = 0; step < std::min(How::kStep, size.in - c); ++step)
-            copy_apart<How::kStep>(to + step, weight.at(first, c + step, tap), weight.out_stride,
-                                   n);
+      pack_outputs<kGroup, How::kStep>(weight, size, first, n, depth_,
+                                       packed_.data() + first * size.taps * depth_);
     });
   }
 
