@@ -45,13 +45,17 @@ void pack_outputs(const ConvWeight<T>& weight, const ConvSize& size, int64_t fir
                   int64_t depth, S* to) {
   constexpr int64_t kInputs = 16;
   const auto pack = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-    for (int64_t o = 0; o < n; ++o)
+    for (int64_t o = 0; o < n; ++o) {
+      const char* next = reinterpret_cast<const char*>(weight.at(first + o, c + kInputs, 0));
+      for (int64_t i = 0; i < kInputs * size.taps * int64_t(sizeof(T)); i += 64)
+        __builtin_prefetch(next + i);
       for (int64_t tap = 0; tap < size.taps; ++tap) {
         const T* from = weight.at(first + o, c, tap);
         S* at = to + (tap * depth + c) * kOuts + o * kStep;
         for (int64_t i = 0; i < count; ++i)
           copy_channel(at + i / kStep * kStep * kOuts + i % kStep, from + i * weight.in_stride);
       }
+    }
   };
   int64_t c = 0;
   for (; c + kInputs <= size.in; c += kInputs) pack(c, kInputs);

@@ -20,8 +20,9 @@ def convolve(
     slope: float = 1.0,
     residuals: Sequence[Tensor] = (),
     gain: float = 1.0,
+    outputs: slice = slice(None),
 ) -> Tensor:
-    """gain * (conv(leaky_relu(x, slope)) + sum(residuals)): see `ops.conv1d`.
+    """gain * (conv(leaky_relu(x, slope))[:, outputs] + sum(residuals)): see `ops.conv1d`.
 
     x:         (batch, channels, time), of any strides.
     conv:      an nn.Conv1d.
@@ -29,12 +30,13 @@ def convolve(
     residuals: tensors of the shape of the result.
     """
     assert isinstance(conv, nn.Conv1d)
+    weight, bias = conv.weight[outputs], None if conv.bias is None else conv.bias[outputs]
+    places = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
     if is_fused(conv, x, *residuals):
         while len(residuals) > 3:  # the operator adds three
             residuals = [*residuals[:-2], residuals[-2] + residuals[-1]]
-        places = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
-        return ops.conv1d(x, conv.weight, conv.bias, residuals, *places, slope, gain)
-    y = conv(_bent(x, slope))
+        return ops.conv1d(x, weight, bias, residuals, *places, slope, gain)
+    y = F.conv1d(_bent(x, slope), weight, bias, *places, groups=conv.groups)
     for residual in residuals:
         y = y + residual
     return y if gain == 1 else y * gain

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from aigc_fast import ops
+
 from .convolution import convolve, same_conv
 from .layers import masked
 
@@ -27,19 +29,18 @@ class WaveNet(nn.Module):
         conditions: tuple[Tensor | None, ...] = (None,) * len(self.in_layers)
         if self.cond_layer is not None and speaker is not None:
             conditions = convolve(speaker, self.cond_layer).chunk(len(self.in_layers), dim=1)
-        channels, total = x.shape[1], None
+        first, last = slice(x.shape[1]), slice(-x.shape[1], None)
+        total: list[Tensor] = []  # none or one
         layers = zip(self.in_layers, self.res_skip_layers, conditions, strict=True)
-        for in_layer, res_skip_layer, condition in layers:
-            y = convolve(x, in_layer)
-            y = y if condition is None else y + condition
-            value, gate = y.chunk(2, dim=1)
-            y = convolve(torch.tanh(value) * torch.sigmoid(gate), res_skip_layer)
-            skip = y[:, -channels:]
-            total = skip if total is None else total + skip
-            if y.shape[1] > channels:
-                x = masked(x + y[:, :channels], mask)
-        assert total is not None
-        return masked(total, mask)
+        for i, (in_layer, res_skip_layer, condition) in enumerate(layers):
+            value, gate = (convolve(x, in_layer, outputs=half) for half in (first, last))
+            if condition is not None:
+                value, gate = value + condition[:, first], gate + condition[:, last]
+            y = ops.bias_act(value, act="tanh") * torch.sigmoid(gate)
+            total = [convolve(y, res_skip_layer, residuals=total, outputs=last)]
+            if i < len(self.in_layers) - 1:
+                x = masked(convolve(y, res_skip_layer, residuals=[x], outputs=first), mask)
+        return masked(total[0], mask)
 
 
 class ResidualCoupling(nn.Module):
