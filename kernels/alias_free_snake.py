@@ -131,14 +131,15 @@ def _tiles(x: Tensor) -> int:
 
 
 def alias_free_snake(x, alpha, beta, up, down) -> Tensor:
-    x = x.contiguous()
-    y = torch.empty_like(x)
+    rows = x.contiguous()
+    y = torch.empty_like(rows)
     if x.numel():
         _forward[(x.shape[0] * x.shape[1] * _tiles(x),)](
-            x, alpha.contiguous(), beta.contiguous(), up.contiguous(), down.contiguous(), y,
+            rows, alpha.contiguous(), beta.contiguous(), up.contiguous(), down.contiguous(), y,
             x.shape[1], x.shape[2], BLOCK=_BLOCK,
         )  # fmt: skip
-    return y
+    innermost = not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+    return y.transpose(1, 2).contiguous().transpose(1, 2) if innermost else y
 
 
 def alias_free_snake_backward(dy, x, alpha, beta, up, down) -> tuple[Tensor, Tensor, Tensor]:

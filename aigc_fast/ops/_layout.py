@@ -22,3 +22,13 @@ def in_order_of(y: Tensor, x: Tensor) -> Tensor:
             if x.dim() == dim and x.is_contiguous(memory_format=candidate):
                 order = candidate
     return torch.empty_like(x, memory_format=order).copy_(y)
+
+
+def is_channels_innermost(x: Tensor) -> bool:
+    """Whether x, (batch, channels, time), lies in memory as (batch, time, channels) alone."""
+    return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+
+
+def channels_innermost(x: Tensor) -> Tensor:
+    """x, (batch, channels, time), in memory as (batch, time, channels)."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

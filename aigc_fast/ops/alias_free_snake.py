@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._layout import wide
+from aigc_fast.ops._layout import channels_innermost, is_channels_innermost, wide
 from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.snake import _check as check_snake
 from aigc_fast.ops.snake import _reference as reference_snake
@@ -18,6 +18,8 @@ from aigc_fast.ops.snake import reference_backward as reference_snake_backward
 from aigc_fast.ops.snake import scales
 
 TAPS = 12
+#: samples of x on either side that a sample of y depends on, through both filters
+REACH = 5
 
 
 def alias_free_snake(
@@ -37,7 +39,9 @@ def alias_free_snake(
     4. the result, continued in the same way, is correlated with `down_filter`; every second sample
        is kept, so that y has the length of x.
 
-    x:           (batch, channels, time), time > 0, float64/32/16 or bfloat16; y is contiguous.
+    x:           (batch, channels, time), time > 0, float64/32/16 or bfloat16. Where its channels
+                 are innermost in memory, as conv1d leaves them, so are those of y; else y is
+                 contiguous.
     alpha, beta: shape (channels,), dtype of x; None: beta is alpha.
     up_filter, down_filter: shape (12,), any floating dtype, used in fp32 (fp64 for fp64); they have
                  no gradient. None: BigVGAN's low-pass filter, a sinc of cutoff 1/4 in a Kaiser
@@ -131,7 +135,8 @@ def _reference(x: Tensor, alpha: Tensor, beta: Tensor, up: Tensor, down: Tensor)
         return x.clone(memory_format=torch.contiguous_format)
     z, up, down = _parts(x, up, down)
     z = reference_snake(z, alpha, beta)
-    return _down(z.reshape(-1, 1, z.shape[2]), down).reshape(x.shape).to(x.dtype)
+    y = _down(z.reshape(-1, 1, z.shape[2]), down).reshape(x.shape).to(x.dtype)
+    return channels_innermost(y) if is_channels_innermost(x) else y
 
 
 def _reference_backward(

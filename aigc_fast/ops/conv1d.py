@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import channels_innermost
 from aigc_fast.ops._registry import define
 
 _MAX_RESIDUALS = 3
@@ -93,22 +94,18 @@ def _reference(
     y = F.conv1d(_bent(x, slope), weight, bias, stride, padding, dilation)
     for residual in residuals:
         y = y + residual
-    return _channels_innermost(y * gain if gain != 1 else y)
+    return channels_innermost(y * gain if gain != 1 else y)
 
 
 def _reference_transpose(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, slope: float
 ) -> Tensor:
     y = F.conv_transpose1d(_bent(x, slope), weight, bias, stride=stride, padding=padding)
-    return _channels_innermost(y)
+    return channels_innermost(y)
 
 
 def _bent(x: Tensor, slope: float) -> Tensor:
     return F.leaky_relu(x, slope) if slope != 1 else x
-
-
-def _channels_innermost(y: Tensor) -> Tensor:
-    return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _check(

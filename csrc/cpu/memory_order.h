@@ -5,13 +5,19 @@
 
 namespace aigc_fast {
 
-inline bool is_channels_last(const Tensor& x) {
-  if (x.is_contiguous() || x.dim() < 4 || x.dim() > 5) return false;
+// Whether the channels of a sample's position, and then the positions, are neighbours in memory.
+inline bool is_channels_innermost(const Tensor& x) {
+  if (x.is_contiguous() || x.dim() < 3) return false;
   if (x.size(1) != 1 && x.stride(1) != 1) return false;
   int64_t expected = x.size(1);
   for (int64_t d = x.dim() - 1; d >= 2; expected *= x.size(d--))
     if (x.size(d) != 1 && x.stride(d) != expected) return false;
   return x.size(0) == 1 || x.stride(0) == expected;
+}
+
+// The same of what torch calls by that name: images and videos.
+inline bool is_channels_last(const Tensor& x) {
+  return (x.dim() == 4 || x.dim() == 5) && is_channels_innermost(x);
 }
 
 // x as it is where it lies in one of the two, else contiguous.

@@ -11,6 +11,10 @@ def _low_pass(seed: int) -> Tensor:
     return taps / taps.sum()
 
 
+def channels_innermost(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _samples() -> list[Sample]:
     # Of many channels: the gradients of alpha and beta are compared by their largest error, which
     # over a few is a matter of luck.
@@ -25,7 +29,24 @@ def _samples() -> list[Sample]:
         Sample("many_periods", (rand(1, 3, 33, scale=40.0), a[:3], b[:3]), differentiable=False),
         Sample("empty", (rand(0, 24, 4), a, b)),
         Sample("tiles", (rand(1, 2, 1543), a[:2], b[:2]), differentiable=False),
+        *_channels_innermost(),
     ]
+
+
+def _channels_innermost() -> list[Sample]:
+    """Fewer channels than a vector has, some blocks of them, and tiles of either."""
+    samples = [
+        Sample(
+            f"channels_innermost_{n}x{c}x{t}",
+            (channels_innermost(rand(n, c, t)), positive(c), positive(c, seed=1)),
+            differentiable=c * t < 500,
+        )
+        for n, c, t in [(2, 24, 9), (1, 5, 7), (2, 3, 1), (1, 24, 2), (2, 77, 130), (1, 150, 133)]
+    ]
+    x, a, b = rand(1, 3, 4000, scale=30.0), positive(3), positive(3, seed=1)
+    x[:, 1, ::70] *= 1000  # beyond what the vectors' sine takes, beside what it does
+    many = Sample("channels_innermost_large", (channels_innermost(x), a, b), differentiable=False)
+    return [*samples, many]
 
 
 def _refusals() -> list[Refusal]:

@@ -15,11 +15,12 @@ struct Sines {
   Vec<A> squared, sin_twice, cos_twice;
 };
 
-// Lane by lane through the C library, which reduces arguments of any size.
+// `result`, but in lanes of larger arguments than `most` by the C library, which reduces arguments
+// of any size. What is in a lane does not depend on its neighbours.
 template <class A>
-[[gnu::noinline]] Sines<A> sines_of_any(Vec<A> u) {
-  Sines<A> result;
+[[gnu::noinline]] Sines<A> sines_of_large(Vec<A> u, A most, Sines<A> result) {
   for (int k = 0; k < kLanes<A>; ++k) {
+    if (std::abs(u[k]) <= most) continue;
     const double s = std::sin(static_cast<double>(u[k])), c = std::cos(static_cast<double>(u[k]));
     result.squared[k] = static_cast<A>(s * s);
     result.sin_twice[k] = static_cast<A>(2 * s * c);
@@ -32,10 +33,8 @@ template <class A>
 template <class T, class A>
 AIGC_INLINE Sines<A> sines(Vec<A> u) {
   if constexpr (std::is_same_v<T, double>) {
-    return sines_of_any<A>(u);
+    return sines_of_large<A>(u, A(-1), Sines<A>());
   } else {
-    // Beyond n = 8192 quarter turns n times the parts of pi/2 below would no longer be exact.
-    if (__builtin_expect(lane_bits<A>(abs<A>(u) > A(12800)) != 0, 0)) return sines_of_any<A>(u);
     // u = n pi/2 + r, |r| <= pi/4; the magic constant rounds to nearest by pushing the fraction
     // out and leaves n's last bit as its own. The parts of pi/2 have 8, 11 and 24 bits.
     constexpr A magic = sizeof(A) == 8 ? A(6755399441055744.0) : A(12582912.0);
@@ -62,8 +61,13 @@ AIGC_INLINE Sines<A> sines(Vec<A> u) {
     const auto turned = [&](Vec<A> v) {
       return reinterpret_cast<Vec<A>>(reinterpret_cast<I>(v) ^ last);
     };
-    return {last != 0 ? A(1) - square : square, turned(q * zt * t + t),
-            turned(A(1) - A(2) * square)};
+    const Sines<A> result = {last != 0 ? A(1) - square : square, turned(q * zt * t + t),
+                             turned(A(1) - A(2) * square)};
+    // Beyond n = 8192 quarter turns n times the parts of pi/2 above are no longer exact.
+    constexpr A most = 12800;
+    if (__builtin_expect(lane_bits<A>(abs<A>(u) > most) != 0, 0))
+      return sines_of_large<A>(u, most, result);
+    return result;
   }
 }
 
