@@ -1,11 +1,13 @@
-"""HiFi-GAN's compiled convolutions: which calls take them, and what parts of a sequence give."""
+"""Vocoders' compiled convolutions: which calls take them, and what parts of a sequence give."""
+
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aigc_fast._devices import has_bfloat16_instructions
-from aigc_fast.models.vocoder import HiFiGANGenerator, hifigan
+from aigc_fast.models.vocoder import BigVGANGenerator, HiFiGANGenerator, generator
 from tests.models.checkpoints import assert_error_ratio
 
 
@@ -22,11 +24,30 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+class Orders(TorchDispatchMode):
+    """Keeps whether channels are innermost in what each of our operators reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.innermost = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "aigc_fast" in str(func):
+            self.innermost.append(args[0].stride(1) == 1)
+        return func(*args, **kwargs or {})
+
+
 OURS = {"aigc_fast.conv1d", "aigc_fast.conv_transpose1d"}
 
 
-def generator(**options):
-    return HiFiGANGenerator((4, 2), (8, 4), 32, in_channels=6, **options).eval()
+MODELS = {
+    "hifigan": HiFiGANGenerator,
+    "bigvgan": partial(BigVGANGenerator, activation="snakebeta", snake_logscale=True),
+}
+
+
+def make(name, **options):
+    return MODELS[name]((4, 2), (8, 4), 32, in_channels=6, **options).eval()
 
 
 def convolutions_of(model, x):
@@ -35,8 +56,9 @@ def convolutions_of(model, x):
     return y, seen.names
 
 
-def test_compiled_where_no_gradient_is_wanted():
-    model, x = generator(), torch.randn(1, 6, 20)
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_where_no_gradient_is_wanted(name):
+    model, x = make(name), torch.randn(1, 6, 20)
     stock, names = convolutions_of(model, x)
     assert names == {"aten.convolution"} and stock.requires_grad
     with torch.no_grad():
@@ -46,26 +68,46 @@ def test_compiled_where_no_gradient_is_wanted():
         assert names == (OURS if has_bfloat16_instructions() else {"aten.convolution"})
         _, names = convolutions_of(model.half(), x.half())
         assert names == {"aten.convolution"}
-    model = generator()
+    model = make(name)
     exact = model.double()(x.double()).detach()
     stock = model.float()(x).detach()
     with torch.no_grad():
         assert_error_ratio(model(x), stock, exact)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(resblock="2"), dict(bias=False)])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("hifigan", dict()),
+        ("hifigan", dict(resblock="2")),
+        ("hifigan", dict(bias=False)),
+        ("bigvgan", dict()),
+        ("bigvgan", dict(resblock="2", activation="snake", use_tanh_at_final=False)),
+    ],
+)
 @pytest.mark.parametrize("frames", [1, 7, 150])
-def test_parts_are_the_same_to_the_bit(monkeypatch, options, frames):
-    model, x = generator(**options), torch.randn(2, 6, frames)
+def test_parts_are_the_same_to_the_bit(monkeypatch, name, options, frames):
+    model, x = make(name, **options), torch.randn(2, 6, frames)
     stages = []
-    stage = HiFiGANGenerator._stage
+    stage = generator.Generator._stage
     monkeypatch.setattr(
-        HiFiGANGenerator, "_stage", lambda self, x, i: stages.append(i) or stage(self, x, i)
+        generator.Generator, "_stage", lambda self, x, i: stages.append(i) or stage(self, x, i)
     )
     with torch.no_grad():
-        monkeypatch.setattr(hifigan, "PART", 1 << 60)
+        monkeypatch.setattr(generator, "PART", 1 << 60)
         whole = model(x)
         assert stages == [0, 1]
-        monkeypatch.setattr(hifigan, "PART", 1)
+        monkeypatch.setattr(generator, "PART", 1)
         assert model(x).equal(whole)
     assert (len(stages) > 4) == (frames == 150)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("part", [1, 1 << 60])
+def test_nothing_is_reordered(monkeypatch, name, part):
+    """After the first convolution channels stay innermost, whole or in parts."""
+    monkeypatch.setattr(generator, "PART", part)
+    model = make(name)
+    with torch.no_grad(), Orders() as seen:
+        model(torch.randn(2, 6, 150))
+    assert len(seen.innermost) > 20 and seen.innermost[0] is False and all(seen.innermost[1:])
