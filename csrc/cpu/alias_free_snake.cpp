@@ -12,6 +12,7 @@
 // where even and odd hold snake's values, continued by even[0] and odd[time - 1]. The adjoint of
 // either line is the other one, with its taps; that of continuing a signal is to add what lies
 // beyond an end to the sample there.
+#include "aligned_buffer.h"
 #include "memory_order.h"
 #include "snake.h"
 #include "sums.h"
@@ -27,9 +28,13 @@ constexpr int64_t kTileElements = 4096, kTileChannels = 64;
 // The distance of a channel's samples where they are neighbours: known to the compiler.
 using One = std::integral_constant<int64_t, 1>;
 
-// Samples computed before a tile: whole vectors that hold kReach.
 template <class A>
-constexpr int64_t kHalo = (kReach + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+constexpr int64_t whole_vectors(int64_t n) {
+  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+// Samples computed before a tile of one channel: whole vectors that hold kReach.
+template <class A>
+constexpr int64_t kHalo = whole_vectors<A>(kReach);
 
 template <class A>
 struct Pair {
@@ -84,7 +89,7 @@ class Line {
  public:
   // Room for a tile of so many elements, of any width up to this.
   Line(int64_t elements, int64_t width)
-      : before_(margin(width) * width), memory_(elements + 2 * before_) {}
+      : before_(whole_vectors<A>(margin(width) * width)), memory_(elements + 2 * before_) {}
   operator A*() { return memory_.data() + before_; }
 
   // A tile's samples and the margins; beyond the sequence's ends the samples there, or zeros.
@@ -114,7 +119,7 @@ class Line {
   static int64_t margin(int64_t width) { return 2 * kReach + (kLanes<A> + width - 1) / width; }
 
   int64_t before_;
-  std::vector<A> memory_;
+  AlignedBuffer<A> memory_;
 };
 
 template <class A>
@@ -136,37 +141,47 @@ struct Forward {
   A up[kTaps], down[kTaps];
   Line<A> x, even, odd;
   std::vector<A> alpha, inverse_beta;  // of the channels in turn, a vector from any of them on
+  const A* channels = nullptr;         // which: the same for tiles that follow one another
 
   Forward(int64_t elements, int64_t width)
       : x(elements, width), even(elements, width), odd(elements, width) {}
 
   void operator()(const T* in, T* out, const Tile& t, Snake<A> p) {
-    alpha.resize(t.width + kLanes<A>), inverse_beta.resize(t.width + kLanes<A>);
-    for (int64_t c = 0; c < t.width + kLanes<A>; ++c) {
-      alpha[c] = p.alpha[c % t.width];
-      inverse_beta[c] = static_cast<A>(p.inverse_beta[c % t.width]);
-    }
+    if (p.alpha != channels) repeat(p, t.width);
     x.fill(in, t, false);
     t.stride == 1 ? run(out, t, One{}) : run(out, t, t.width);
   }
 
  private:
+  void repeat(Snake<A> p, int64_t width) {
+    alpha.resize(width + kLanes<A>), inverse_beta.resize(width + kLanes<A>);
+    for (int64_t c = 0; c < width + kLanes<A>; ++c) {
+      alpha[c] = p.alpha[c % width];
+      inverse_beta[c] = static_cast<A>(p.inverse_beta[c % width]);
+    }
+    channels = p.alpha;
+  }
+
   template <class Width>
   void run(T* out, const Tile& t, Width width) {
     constexpr int lanes = kLanes<A>;
-    const int64_t before = (kReach * width + lanes - 1) / lanes * lanes;
+    // What is behind these pointers changes, but not they.
+    const A *const in = x, *const alphas = alpha.data(), *const betas = inverse_beta.data();
+    A *const even = this->even, *const odd = this->odd;
+    const int64_t before = whole_vectors<A>(kReach * width);
     int64_t c = (width - before % width) % width;  // the channel of the first lane
+    Vec<A> a = load(alphas + c), b = load(betas + c);
     for (int64_t e = -before; e < (t.size + kReach) * width; e += lanes) {
-      const Pair<A> z = split<A>(up, x + e, width);
-      const Vec<A> a = load(alpha.data() + c), b = load(inverse_beta.data() + c);
+      const Pair<A> z = split<A>(up, in + e, width);
       store(even + e, z.even + sines<T, A>(a * z.even).squared * b);
       store(odd + e, z.odd + sines<T, A>(a * z.odd).squared * b);
+      if (width == 1) continue;
       c += lanes % width;
       if (c >= width) c -= width;
+      a = load(alphas + c), b = load(betas + c);
     }
     const auto hold = [&](int64_t sample, const A* value) {
-      for (A* line : {static_cast<A*>(even), static_cast<A*>(odd)})
-        std::copy_n(value, int64_t{width}, line + sample * width);
+      for (A* line : {even, odd}) std::copy_n(value, int64_t{width}, line + sample * width);
     };
     for (int64_t k = 0; k < kReach; ++k) {
       if (t.at_start()) hold(-1 - k, even);
@@ -285,8 +300,8 @@ Shape check(const Tensor& x, const Tensor& alpha, const Tensor& beta, bool inner
   return s;
 }
 
-// What all tiles share, and for_tiles(make, f), which calls f(work, number, place, tile, snake) for
-// every tile, in parallel.
+// What all tiles share, and for_tiles<Work>(shape, f), which calls f(work, number, place, tile,
+// snake) for every tile, in parallel.
 template <class A>
 struct Parameters {
   A up[kTaps], down[kTaps];

@@ -7,6 +7,7 @@
 
 #include <numeric>
 
+#include "aligned_buffer.h"
 #include "fir.h"
 #include "fir_sums.h"
 
@@ -25,21 +26,6 @@ template <class A>
 AIGC_INLINE Vec<A> every_second(Vec<A> a, Vec<A> b, int first) {
   return __builtin_shuffle(a, b, lane_numbers<A>([=](int k) { return 2 * k + first; }));
 }
-
-// Zeros that begin at a multiple of a vector: one that spans two lines of the cache takes twice as
-// long to load.
-template <class A>
-class AlignedBuffer {
- public:
-  void resize(int64_t elements) { memory_.resize((elements + kLanes<A> - 1) / kLanes<A>); }
-  A* data() { return reinterpret_cast<A*>(memory_.data()); }
-
- private:
-  struct One {
-    Vec<A> zeros = {};
-  };
-  std::vector<One> memory_;
-};
 
 // The rows of a filtered plane, in increasing order; input rows are asked for as they are needed.
 //
