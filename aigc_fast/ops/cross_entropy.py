@@ -1,7 +1,7 @@
 """The loss of language models, and its gradient."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,22 +52,35 @@ def cross_entropy(
     Sources: label smoothing, Szegedy et al. 2015, arXiv:1512.00567; z-loss, Chowdhery et al. 2022,
     arXiv:2204.02311; softcap, Gemma 2, arXiv:2408.00118.
     """
-    options = _options(reduction, ignore_index, label_smoothing, softcap, z_loss)
+    check_reduction(reduction)
+    options = LossOptions.of(ignore_index, label_smoothing, softcap, z_loss)
     if torch.is_grad_enabled() and input.requires_grad:
-        losses = _CrossEntropy.call(input, target, *options)
+        losses = _CrossEntropy.call(input, target, options)
     else:
         losses, _ = _forward(input, target, *options)
     return _reduced(losses, _scale(target, reduction, ignore_index, losses.dtype))
 
 
-def _options(
-    reduction: str, ignore_index: int, label_smoothing: float, softcap: float | None, z_loss: float
-) -> tuple[int, float, float, float]:
+class LossOptions(NamedTuple):
+    """What the operators are told besides tensors, in the order in which they take it."""
+
+    ignore_index: int
+    label_smoothing: float
+    softcap: float  # 0 for none
+    z_loss: float
+
+    @classmethod
+    def of(
+        cls, ignore_index: int, label_smoothing: float, softcap: float | None, z_loss: float
+    ) -> "LossOptions":
+        if softcap is not None and not softcap > 0:
+            raise ValueError(f"softcap must be positive or None, got {softcap}")
+        return cls(ignore_index, label_smoothing, softcap or 0.0, z_loss)
+
+
+def check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    return ignore_index, label_smoothing, softcap or 0.0, z_loss
 
 
 def _scale(target: Tensor, reduction: str, ignore_index: int, dtype: torch.dtype) -> Tensor | None:
@@ -184,7 +197,7 @@ _backward_ = define(
 
 class _CrossEntropy(OpFunction):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, target: Tensor, *options: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, target: Tensor, options: LossOptions) -> Tensor:
         losses, lse = _forward(x, target, *options)
         ctx.save_for_backward(x, target, lse)
         ctx.options = options
@@ -195,8 +208,8 @@ class _CrossEntropy(OpFunction):
         (grad,), (x, target, lse) = grads, ctx.saved_tensors
         if torch.is_grad_enabled():
             # A gradient of this gradient is torch's own, and lse a function of x.
-            lse = _logits(x, ctx.options[2]).logsumexp(-1)
+            lse = _logits(x, ctx.options.softcap).logsumexp(-1)
             grad = _reference_backward(grad, x, target, lse, *ctx.options)
         else:
             grad = _backward(grad, x, target, lse, *ctx.options)
-        return grad, *[None] * 5
+        return grad, None, None

@@ -10,12 +10,13 @@ from aigc_fast.ops._autograd import OpFunction, transforming
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops.cross_entropy import (
+    LossOptions,
     _backward_,
     _forward,
-    _options,
     _reduced,
     _reference,
     _scale,
+    check_reduction,
 )
 from aigc_fast.ops.linear import linear
 
@@ -53,7 +54,8 @@ def linear_cross_entropy(
 
     Sources: Hsu et al. 2024 (Liger), arXiv:2410.10989; Wijmans et al. 2024, arXiv:2411.09009.
     """
-    options = _options(reduction, ignore_index, label_smoothing, softcap, z_loss)
+    check_reduction(reduction)
+    options = LossOptions.of(ignore_index, label_smoothing, softcap, z_loss)
     device = input.device.type
     under = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if under and input.dtype != torch.float64:  # which autocast leaves alone
@@ -69,12 +71,12 @@ def linear_cross_entropy(
 
 def _linear_cross_entropy(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str,
-    options: tuple,
+    options: LossOptions,
 ) -> Tensor:  # fmt: skip
     _check_linear(input, weight, bias, target)
     shape, target = target.shape, target.reshape(-1)
     parameters = input.reshape(-1, input.shape[-1]), weight, bias
-    scale = _scale(target, reduction, options[0], wide_dtype(input.dtype))
+    scale = _scale(target, reduction, options.ignore_index, wide_dtype(input.dtype))
     needs = tuple(t is not None and t.requires_grad for t in parameters)
     if transforming():
         losses, _ = _forward(F.linear(*parameters), target, *options)
@@ -102,7 +104,7 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, target: Te
 
 def _in_chunks(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, grad_losses: Tensor | None,
-    needs: tuple[bool, ...], options: tuple,
+    needs: tuple[bool, ...], options: LossOptions,
 ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """(losses, gradients of x, weight and bias for which needs asks), those of the parameters in
     the dtype in which they add up; without grad_losses, the losses' gradients, none."""
@@ -148,7 +150,7 @@ class _LinearCrossEntropy(OpFunction):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-        needs: tuple[bool, ...], options: tuple,
+        needs: tuple[bool, ...], options: LossOptions,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, bias, target)
         ctx.needs, ctx.options = needs, options
@@ -169,7 +171,7 @@ class _ScaledLinearCrossEntropy(OpFunction):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor,
-        needs: tuple[bool, ...], options: tuple,
+        needs: tuple[bool, ...], options: LossOptions,
     ) -> Tensor:  # fmt: skip
         ctx.needs, ctx.options = needs, options
         losses, grads = _in_chunks(x, weight, bias, target, scale.expand(len(x)), needs, options)

@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
                                          int64_t ignore_index, double smoothing, double softcap,
                                          double z_loss) {
   const LossOptions options{ignore_index, smoothing, softcap, z_loss};
-  const RowsWithTargets calls(logits, target, options);
+  const RowsWithTargets rows(logits, target, options);
   const auto sizes = target.sizes();
   Tensor losses = empty({sizes.begin(), sizes.end()}, acc_dtype(logits));
   Tensor lses = empty_like_dense(losses);
@@ -151,9 +151,9 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
     using A = Acc<T>;
     A *to_loss = mutable_data<A>(losses), *to_lse = mutable_data<A>(lses);
     with_softcap(softcap, [&]<bool capped>(std::bool_constant<capped>) {
-      calls.for_each([&](int64_t row, int64_t t) {
+      rows.for_each([&](int64_t row, int64_t t) {
         const auto [loss, lse] =
-            row_loss<capped>(calls.logits.at<T>(row), calls.logits.width, t, options);
+            row_loss<capped>(rows.logits.at<T>(row), rows.logits.width, t, options);
         to_loss[row] = A(loss);
         to_lse[row] = A(lse);
       });
@@ -162,20 +162,20 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
   return {losses, lses};
 }
 
-void write_gradient(const Tensor& grad, const RowsWithTargets& calls, const Tensor& lse,
+void write_gradient(const Tensor& grad, const RowsWithTargets& rows, const Tensor& lse,
                     const LossOptions& options, const Tensor& out) {
   for (const Tensor* x : {&grad, &lse})
-    require(same_shape(*x, calls.target) && x->scalar_type() == acc_dtype(out),
+    require(same_shape(*x, rows.target) && x->scalar_type() == acc_dtype(out),
             "grad_losses and lse must have the shape of target and be float32, or float64 for "
             "float64");
   const Tensor grads = as_contiguous(grad), lses = as_contiguous(lse);
   dispatch(out, "input", [&]<class T>(T) {
     using A = Acc<T>;
     with_softcap(options.softcap, [&]<bool capped>(std::bool_constant<capped>) {
-      calls.for_each([&](int64_t row, int64_t t) {
-        row_gradient<capped, T>(calls.logits.at<T>(row), calls.logits.width, t, data<A>(grads)[row],
+      rows.for_each([&](int64_t row, int64_t t) {
+        row_gradient<capped, T>(rows.logits.at<T>(row), rows.logits.width, t, data<A>(grads)[row],
                                 data<A>(lses)[row], options,
-                                mutable_data<T>(out) + row * calls.logits.width);
+                                mutable_data<T>(out) + row * rows.logits.width);
       });
     });
   });
@@ -185,9 +185,9 @@ Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Te
                               const Tensor& lse, int64_t ignore_index, double smoothing,
                               double softcap, double z_loss) {
   const LossOptions options{ignore_index, smoothing, softcap, z_loss};
-  const RowsWithTargets calls(logits, target, options);
+  const RowsWithTargets rows(logits, target, options);
   const Tensor out = empty_like_rows(logits);
-  write_gradient(grad, calls, lse, options, out);
+  write_gradient(grad, rows, lse, options, out);
   return out;
 }
 
