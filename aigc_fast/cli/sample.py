@@ -1,23 +1,15 @@
 """`aigc-fast sample`: one command for each kind of model."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-sample = typer.Typer(help="Draws samples from a trained model.", no_args_is_help=True)
+from .options import takes
 
-Count = Annotated[int, typer.Option(min=1, help="Samples to draw.")]
-Label = Annotated[
-    int | None, typer.Option(min=0, help="The class, of a conditional model; all in turn.")
-]
-Seed = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same samples.")
-]
-Weights = Annotated[
-    Path, typer.Option(exists=True, dir_okay=False, help="model.safetensors of a training.")
-]
+sample = typer.Typer(help="Draws samples from a trained model.", no_args_is_help=True)
 
 
 def _writable(path: Path) -> Path:
@@ -32,27 +24,46 @@ def _writable(path: Path) -> Path:
 
 
 Picture = Annotated[Path, typer.Option(dir_okay=False, callback=_writable, help="A PNG file.")]
+Count = Annotated[int, typer.Option(min=1, help="Samples to draw.")]
+Weights = Annotated[
+    Path, typer.Option(exists=True, dir_okay=False, help="model.safetensors of a training.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """The options that sampling commands have in common."""
+
+    checkpoint: Weights
+    output: Picture = Path("samples.png")
+    count: Count = 40
+    label: Annotated[
+        int | None, typer.Option(min=0, help="The class, of a conditional model; all in turn.")
+    ] = None
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same samples.")
+    ] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GANOptions(SampleOptions):
+    checkpoint: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="checkpoint.pt of a training.")
+    ]
+    count: Count = 64
 
 
 @sample.command()
-def gan(
-    checkpoint: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="checkpoint.pt of a training.")
-    ],
-    output: Picture = Path("samples.png"),
-    count: Count = 64,
-    label: Label = None,
-    seed: Seed = 0,
-) -> None:
+@takes(GANOptions)
+def gan(options: GANOptions) -> None:
     """A grid of samples of a GAN that `aigc-fast train gan` trained."""
     from .sample_gan import run
 
-    run(Console(highlight=False), checkpoint, output, count, label, seed)
+    run(Console(highlight=False), options)
 
 
-@sample.command()
-def diffusion(
-    checkpoint: Weights,
+@dataclass(frozen=True, kw_only=True)
+class DiffusionOptions(SampleOptions):
     output: Annotated[
         Path,
         typer.Option(
@@ -60,42 +71,40 @@ def diffusion(
             callback=_writable,
             help="A PNG file, or a GIF of how images form; frames of videos, or a GIF of them.",
         ),
-    ] = Path("samples.png"),
+    ] = Path("samples.png")
     scheduler: Annotated[
         str, typer.Option(help="dpmpp_2m, unipc, ddim, euler; dpmpp_2m, unipc, flow_euler of flow.")
-    ] = "dpmpp_2m",
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the scheduler.")] = 20,
-    guidance: Annotated[float, typer.Option(help="How far towards the class; 1 is as is.")] = 1.0,
-    label: Label = None,
-    count: Count = 40,
-    seed: Seed = 0,
-) -> None:
-    """Samples, images or videos, of a model that `aigc-fast train diffusion` trained."""
-    from .sample_diffusion import Options, run
-
-    options = Options(checkpoint, output, scheduler, steps, guidance, label, count, seed)
-    run(Console(highlight=False), options)
+    ] = "dpmpp_2m"
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the scheduler.")] = 20
+    guidance: Annotated[float, typer.Option(help="How far towards the class; 1 is as is.")] = 1.0
 
 
 @sample.command()
-def vae(
-    checkpoint: Weights,
-    output: Picture = Path("samples.png"),
+@takes(DiffusionOptions)
+def diffusion(options: DiffusionOptions) -> None:
+    """Samples, images or videos, of a model that `aigc-fast train diffusion` trained."""
+    from .sample_diffusion import run
+
+    run(Console(highlight=False), options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEOptions(SampleOptions):
     show: Annotated[
         str,
         typer.Option(
             help="samples; interpolations, a row each; or reconstructions of images held out."
         ),
-    ] = "samples",
+    ] = "samples"
     data: Annotated[
         str, typer.Option(help="Of reconstructions: digits, or the folder of images.")
-    ] = "digits",
-    label: Label = None,
-    count: Count = 40,
-    seed: Seed = 0,
-) -> None:
-    """Pictures of a VAE that `aigc-fast train vae` trained."""
-    from .sample_vae import Options, run
+    ] = "digits"
 
-    options = Options(checkpoint, output, show, data, label, count, seed)
+
+@sample.command()
+@takes(VAEOptions)
+def vae(options: VAEOptions) -> None:
+    """Pictures of a VAE that `aigc-fast train vae` trained."""
+    from .sample_vae import run
+
     run(Console(highlight=False), options)

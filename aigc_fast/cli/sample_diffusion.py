@@ -1,8 +1,6 @@
 """Samples of a diffusion model from its weights: images, a film of how they form, or videos."""
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -12,23 +10,10 @@ from aigc_fast.models.diffusion import sample
 
 from .diffusion_model import load_model, make_scheduler, sample_shape
 from .pictures import save_film, save_grid, save_videos
+from .sample import DiffusionOptions
 
 
-@dataclass(frozen=True)
-class Options:
-    """Those of the command, which explains them."""
-
-    checkpoint: Path
-    output: Path
-    scheduler: str = "dpmpp_2m"
-    steps: int = 20
-    guidance: float = 1.0
-    label: int | None = None
-    count: int = 40
-    seed: int = 0
-
-
-def run(console: Console, options: Options) -> None:
+def run(console: Console, options: DiffusionOptions) -> None:
     if options.output.suffix not in (".png", ".gif"):
         raise ValueError(f"output must be a .png or .gif file, got {options.output}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +28,7 @@ def run(console: Console, options: Options) -> None:
     console.print(f"{options.count} samples in {options.output}", markup=False)
 
 
-def samples_of(options: Options, device: torch.device) -> tuple[Tensor, Tensor]:
+def samples_of(options: DiffusionOptions, device: torch.device) -> tuple[Tensor, Tensor]:
     """On the CPU: the samples (count, channels, [frames,] height, width), and what each step
     expected them to become, (steps, ...)."""
     model, config = load_model(options.checkpoint, device)

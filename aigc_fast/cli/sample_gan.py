@@ -11,6 +11,7 @@ from aigc_fast.training import load_checkpoint
 from .errors import reading
 from .gan_networks import LATENT_DIM, Config, draw, make_generator
 from .pictures import save_grid
+from .sample import GANOptions
 
 
 def load_generator(checkpoint: Path, device: torch.device) -> tuple[nn.Module, Config]:
@@ -40,10 +41,9 @@ def samples_of(
     return images, labels
 
 
-def run(
-    console: Console, checkpoint: Path, output: Path, count: int, label: int | None, seed: int
-) -> None:
+def run(console: Console, options: GANOptions) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images, _ = samples_of(*load_generator(checkpoint, device), count, label, seed)
-    save_grid(output, images, columns=min(count, 10))
-    console.print(f"{count} samples in {output}", markup=False)
+    generator, config = load_generator(options.checkpoint, device)
+    images, _ = samples_of(generator, config, options.count, options.label, options.seed)
+    save_grid(options.output, images, columns=min(options.count, 10))
+    console.print(f"{options.count} samples in {options.output}", markup=False)

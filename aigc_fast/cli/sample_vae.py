@@ -1,9 +1,6 @@
 """Pictures from a VAE's weights: samples, ways between samples, images beside what it makes of
 them."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -11,6 +8,7 @@ from torch import Tensor, nn
 from aigc_fast.training.vae import images_of
 
 from .pictures import save_grid
+from .sample import VAEOptions
 from .train_vae import held_out
 from .training_session import load_data
 from .vae_model import Config, load_model
@@ -18,21 +16,8 @@ from .vae_model import Config, load_model
 _COLUMNS = 10
 
 
-@dataclass(frozen=True)
-class Options:
-    """Those of the command, which explains them."""
-
-    checkpoint: Path
-    output: Path
-    show: str = "samples"
-    data: str = "digits"
-    label: int | None = None
-    count: int = 40
-    seed: int = 0
-
-
 @torch.no_grad()
-def run(console: Console, options: Options) -> None:
+def run(console: Console, options: VAEOptions) -> None:
     if options.show not in _PICTURES:
         raise ValueError(f"show must be one of {', '.join(_PICTURES)}, got {options.show!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,12 +53,12 @@ def _draw(
 # Each gives images and how many stand in a row.
 
 
-def _samples(model: nn.Module, config: Config, options: Options) -> tuple[Tensor, int]:
+def _samples(model: nn.Module, config: Config, options: VAEOptions) -> tuple[Tensor, int]:
     images, _ = samples_of(model, config, options.count, options.label, options.seed)
     return images, min(len(images), _COLUMNS)
 
 
-def _interpolations(model: nn.Module, config: Config, options: Options) -> tuple[Tensor, int]:
+def _interpolations(model: nn.Module, config: Config, options: VAEOptions) -> tuple[Tensor, int]:
     """A row each, from one draw to another: cos(t) a + sin(t) b is standard normal all the way."""
     begin, labels = _draw(model, config, options.count, options.label, options.seed)
     end, _ = _draw(model, config, options.count, options.label, options.seed + 1)
@@ -84,7 +69,7 @@ def _interpolations(model: nn.Module, config: Config, options: Options) -> tuple
     return images, _COLUMNS
 
 
-def _reconstructions(model: nn.Module, config: Config, options: Options) -> tuple[Tensor, int]:
+def _reconstructions(model: nn.Module, config: Config, options: VAEOptions) -> tuple[Tensor, int]:
     """Rows of images that no training saw, below each row what the model makes of it."""
     device = next(model.parameters()).device
     images, labels = load_data(options.data, config["size"])

@@ -1,7 +1,5 @@
 """Training a diffusion model: what to predict by name, checkpoints, a log, pictures."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -10,29 +8,12 @@ from aigc_fast.training import DiffusionRecipe, DiffusionStep, DiffusionTrainer
 
 from .diffusion_model import make_model, make_scheduler, sample_shape, save_model
 from .pictures import save_grid, save_videos
-from .training_session import RunOptions, TrainingSession, load_data
+from .train import DiffusionOptions
+from .training_session import TrainingSession, load_data
 
 _GRID = 40  # samples of a picture, in rows of ten
 _VIDEOS = 10  # of a picture, a row each
 _LAYERS = 6  # of a transformer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
-    """Those of the command, which explains them."""
-
-    steps: int = 5000
-    batch: int = 32
-    prediction: str = "v"
-    schedule: str = "cosine"
-    weighting: str | None = None
-    class_conditional: bool = False
-    size: int = 28
-    patch: tuple[int, int, int] = (1, 4, 4)
-    channels: int = 32
-    lr: float = 2e-3
-    bf16: bool = False
-    gradient_checkpointing: bool = False
 
 
 class Session(TrainingSession):
@@ -40,7 +21,7 @@ class Session(TrainingSession):
 
     losses = ("loss",)
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: DiffusionOptions) -> None:
         self.options = options
         recipe = DiffusionRecipe(
             options.prediction, options.schedule, options.weighting, lr=options.lr,

@@ -1,6 +1,6 @@
 """Training a GAN: networks and data by name, checkpoints, a log, pictures."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,49 +17,16 @@ from .gan_networks import (
     make_generator,
 )
 from .pictures import save_grid
-from .training_session import RunOptions, TrainingSession, load_data
+from .train import GANOptions
+from .training_session import TrainingSession, load_data
 
 _GRID = 96  # samples of a picture, in rows of twelve
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
-    """Those of the command, which explains them."""
-
-    steps: int = 5000
-    batch: int = 64
-    arch: str = "dcgan"
-    loss: str = "wgan-gp"
-    size: int = 28
-    channels: int = 32
-    conditional: bool = False
-    lr: float | None = None
-    bf16: bool = False
-
-    def recipe(self) -> GANRecipe:
-        if self.loss not in RECIPES:
-            raise ValueError(f"loss must be one of {', '.join(RECIPES)}, got {self.loss!r}")
-        recipe = replace(RECIPES[self.loss], bf16=self.bf16)
-        return recipe if self.lr is None else replace(recipe, g_lr=self.lr, d_lr=self.lr)
-
-    def networks(self, image_channels: int, num_classes: int) -> Config:
-        if self.arch not in ARCHITECTURES:
-            raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {self.arch!r}")
-        return {
-            "arch": self.arch,
-            "size": self.size,
-            "image_channels": image_channels,
-            "channels": self.channels,
-            "num_classes": num_classes if self.conditional else None,
-            # A penalty is of each sample by itself, and a batch norm mixes them.
-            "norm": "batch" if self.recipe().penalty is None else None,
-        }
 
 
 class Session(TrainingSession):
     losses = ("g_loss", "d_loss")
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: GANOptions) -> None:
         self.options = options
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         samples, labels = load_data(options.data, options.size)
@@ -68,7 +35,7 @@ class Session(TrainingSession):
         self.samples = samples.to(device)
         self.labels = labels.to(device) if options.conditional else None
         num_classes = int(labels.max()) + 1
-        self.networks = options.networks(samples.shape[1], num_classes)
+        self.networks = _networks(options, samples.shape[1], num_classes)
         torch.manual_seed(options.seed)
         # Convolutions in bfloat16 take half the time in this layout, those in float32 the same.
         layout: Any = {"device": device, "memory_format": torch.channels_last}
@@ -78,7 +45,7 @@ class Session(TrainingSession):
             generator,
             discriminator,
             LATENT_DIM,
-            options.recipe(),
+            _recipe(options),
             done=self.share_done,
             seed=options.seed,
         )
@@ -97,3 +64,24 @@ class Session(TrainingSession):
     def keep_samples(self) -> None:
         images = draw(self.trainer.average, self.latents, self.classes)
         save_grid(self.options.output / "samples.png", images, columns=12)
+
+
+def _recipe(options: GANOptions) -> GANRecipe:
+    if options.loss not in RECIPES:
+        raise ValueError(f"loss must be one of {', '.join(RECIPES)}, got {options.loss!r}")
+    recipe = replace(RECIPES[options.loss], bf16=options.bf16)
+    return recipe if options.lr is None else replace(recipe, g_lr=options.lr, d_lr=options.lr)
+
+
+def _networks(options: GANOptions, image_channels: int, num_classes: int) -> Config:
+    if options.arch not in ARCHITECTURES:
+        raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {options.arch!r}")
+    return {
+        "arch": options.arch,
+        "size": options.size,
+        "image_channels": image_channels,
+        "channels": options.channels,
+        "num_classes": num_classes if options.conditional else None,
+        # A penalty is of each sample by itself, and a batch norm mixes them.
+        "norm": "batch" if _recipe(options).penalty is None else None,
+    }

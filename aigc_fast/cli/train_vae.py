@@ -1,7 +1,5 @@
 """Training a VAE: checkpoints, a log, pictures."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -9,29 +7,12 @@ from aigc_fast.training import VAERecipe, VAEStep, VAETrainer
 from aigc_fast.training.vae import images_of
 
 from .pictures import save_grid
-from .training_session import RunOptions, TrainingSession, load_data
+from .train import VAEOptions
+from .training_session import TrainingSession, load_data
 from .vae_model import make_model, save_model
 
 _GRID = 96  # samples of a picture, in rows of twelve
 _HELD_OUT = 10  # every tenth image is kept aside
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
-    """Those of the command, which explains them."""
-
-    steps: int = 5000
-    batch: int = 64
-    likelihood: str = "bernoulli"
-    beta: float = 1.0
-    warm_up: float = 0.1
-    free_bits: float = 0.0
-    size: int = 28
-    channels: int = 32
-    latent_dim: int = 16
-    conditional: bool = False
-    lr: float = 2e-3
-    bf16: bool = False
 
 
 class Session(TrainingSession):
@@ -40,7 +21,7 @@ class Session(TrainingSession):
     losses = ("loss", "reconstruction", "kl")
     loss_label = "nats of an image"
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: VAEOptions) -> None:
         self.options = options
         recipe = VAERecipe(
             options.likelihood, options.beta, options.warm_up, options.free_bits, options.lr,

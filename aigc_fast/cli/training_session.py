@@ -4,7 +4,6 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,23 +20,9 @@ from aigc_fast.training import CSVLog, TensorBoardLog, load_checkpoint, save_che
 
 from .errors import reading
 from .pictures import save_losses
+from .train import RunOptions
 
 _LOG_EVERY = 50  # steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """The options that training commands have in common, and explain."""
-
-    output: Path
-    data: str = "digits"
-    steps: int
-    minutes: float | None = None
-    batch: int
-    seed: int = 0
-    every: int = 500
-    resume: bool = False
-    tensorboard: bool = False
 
 
 class TrainingSession(ABC):
