@@ -1,15 +1,21 @@
 """The commands and their options."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from .errors import Commands
+from .options import takes
 from .sample import sample
 from .train import train
+
+if TYPE_CHECKING:
+    from .generate import Session
 
 app = typer.Typer(
     cls=Commands,
@@ -59,20 +65,6 @@ def doctor() -> None:
     raise typer.Exit(run(Console(highlight=False)))
 
 
-Model = Annotated[Path, typer.Option(exists=True, help="A GGUF file or a Hugging Face folder.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
-TopK = Annotated[int, typer.Option(min=0, help="Draw among so many tokens; 0 for all.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among this much probability.")]
-Seed = Annotated[
-    int | None, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")
-]
-Draft = Annotated[
-    int, typer.Option(min=0, help="Guess so many tokens ahead from the text; the same answer.")
-]
-Context = Annotated[int, typer.Option(min=1, help="Tokens to make room for.")]
-
-
 class CacheDtype(str, Enum):
     auto = "auto"
     float32 = "float32"
@@ -83,73 +75,74 @@ class CacheDtype(str, Enum):
     float8_e5m2 = "float8_e5m2"
 
 
-Cache = Annotated[
-    CacheDtype,
-    typer.Option("--cache-dtype", help="Of keys and values: int8 and float8 take half of float16."),
-]
-Exact = Annotated[bool, typer.Option(help="Keep activations as they are, not as 8-bit codes.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among this much probability.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    model: Annotated[Path, typer.Option(exists=True, help="A GGUF file or a Hugging Face folder.")]
+    max_tokens: MaxTokens = 512
+    temperature: Temperature = 0.7
+    top_k: Annotated[int, typer.Option(min=0, help="Draw among so many tokens; 0 for all.")] = 0
+    top_p: TopP = 0.9
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")
+    ] = None
+    draft: Annotated[
+        int, typer.Option(min=0, help="Guess so many tokens ahead from the text; the same answer.")
+    ] = 0
+    exact: Annotated[
+        bool, typer.Option(help="Keep activations as they are, not as 8-bit codes.")
+    ] = False
+    context: Annotated[int, typer.Option(min=1, help="Tokens to make room for.")] = 4096
+    cache: Annotated[
+        CacheDtype,
+        typer.Option(
+            "--cache-dtype", help="Of keys and values: int8 and float8 take half of float16."
+        ),
+    ] = CacheDtype.auto
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ChatOptions):
+    prompt: Annotated[str, typer.Option(help="What to answer, or with --raw to continue.")]
+    raw: Annotated[bool, typer.Option(help="No chat template around the prompt.")] = False
+    stop: Annotated[list[str] | None, typer.Option(help="Text to end before; repeatable.")] = None
+    max_tokens: MaxTokens = 256
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+
+
+def _session(options: ChatOptions, stop_strings: Sequence[str] = ()) -> "Session":
+    from .generate import Sampling, Session
+
+    return Session.open(
+        Console(highlight=False),
+        options.model,
+        exact=options.exact,
+        context=options.context,
+        cache_dtype=options.cache.value,
+        max_tokens=options.max_tokens,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p, seed=options.seed),
+        stop_strings=stop_strings,
+        draft_tokens=options.draft,
+    )
 
 
 @app.command()
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="What to answer, or with --raw to continue.")],
-    raw: Annotated[bool, typer.Option(help="No chat template around the prompt.")] = False,
-    stop: Annotated[list[str] | None, typer.Option(help="Text to end before; repeatable.")] = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
-    draft: Draft = 0,
-    exact: Exact = False,
-    context: Context = 4096,
-    cache: Cache = CacheDtype.auto,
-) -> None:
+@takes(GenerateOptions)
+def generate(options: GenerateOptions) -> None:
     """Streams the answer of a decoder, then its time to the first token and tokens a second."""
-    from .generate import Sampling, Session
-
-    session = Session.open(
-        Console(highlight=False),
-        model,
-        exact=exact,
-        context=context,
-        cache_dtype=cache.value,
-        max_tokens=max_tokens,
-        sampling=Sampling(temperature, top_k, top_p, seed=seed),
-        stop_strings=stop or [],
-        draft_tokens=draft,
-    )
-    session.answer(prompt, raw=raw)
+    _session(options, options.stop or ()).answer(options.prompt, raw=options.raw)
 
 
 @app.command()
-def chat(
-    model: Model,
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.7,
-    top_k: TopK = 0,
-    top_p: TopP = 0.9,
-    seed: Seed = None,
-    draft: Draft = 0,
-    exact: Exact = False,
-    context: Context = 4096,
-    cache: Cache = CacheDtype.auto,
-) -> None:
+@takes(ChatOptions)
+def chat(options: ChatOptions) -> None:
     """A conversation with a decoder; an empty line ends it."""
-    from .generate import Sampling, Session
-
-    session = Session.open(
-        Console(highlight=False),
-        model,
-        exact=exact,
-        context=context,
-        cache_dtype=cache.value,
-        max_tokens=max_tokens,
-        sampling=Sampling(temperature, top_k, top_p, seed=seed),
-        draft_tokens=draft,
-    )
-    session.converse()
+    _session(options).converse()
 
 
 class Dtype(str, Enum):
