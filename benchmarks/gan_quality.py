@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aigc_fast.cli.sample_gan import load_generator, samples_of
 from aigc_fast.io import load_digits
+from aigc_fast.training.batches import as_floats
 from aigc_fast.training.quality import CONFIDENT, DigitClassifier, Quality, assess, train_classifier
 
 SAMPLES = 1000
@@ -22,7 +23,7 @@ SAMPLES = 1000
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(images, labels) to train on, then those held out: every tenth of each class."""
     images, labels = load_digits()
-    images = images[:, None].float() / 127.5 - 1
+    images = as_floats(images[:, None])
     held_out = torch.arange(len(images)) % 10 == 0
     return images[~held_out], labels[~held_out], images[held_out], labels[held_out]
 

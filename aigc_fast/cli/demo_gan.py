@@ -31,7 +31,7 @@ def run(console: Console, device: torch.device, *, quick: bool) -> GANResult:
     epochs = 1 if quick else EPOCHS
     torch.manual_seed(0)
     images, _ = load_digits()
-    samples = (images.flatten(1).float() / 127.5 - 1).to(device)
+    samples = images.flatten(1).to(device)
     generator, discriminator = MLPGenerator().to(device), MLPDiscriminator().to(device)
     # Without the noise most samples after 2,700 steps were ones; with it there were most kinds.
     recipe = GANRecipe(instance_noise=0.5)

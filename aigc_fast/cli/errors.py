@@ -50,3 +50,16 @@ def reading(path: Path, what: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is no verdict on the file
             raise
         raise ValueError(f"{path}: not {what}: {error}") from error
+
+
+@contextmanager
+def memory_for(options: str) -> Iterator[None]:
+    """Makes a ValueError that names the options of what there is too little memory for."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch's, by its name: commands that do without torch do not import it.
+        on_gpu, on_cpu = type(error).__name__ == "OutOfMemoryError", "CPUAllocator" in str(error)
+        if not (isinstance(error, MemoryError) or on_gpu or on_cpu):
+            raise
+        raise ValueError(f"out of memory: less of {options} takes less of it") from error

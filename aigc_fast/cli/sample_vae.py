@@ -5,6 +5,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from aigc_fast.training.batches import as_floats
 from aigc_fast.training.vae import images_of
 
 from .pictures import save_grid
@@ -78,7 +79,7 @@ def _reconstructions(model: nn.Module, config: Config, options: VAEOptions) -> t
     aside = held_out(len(images)).nonzero()[:, 0]
     count = min(options.count, len(aside))
     chosen = aside[torch.linspace(0, len(aside) - 1, count).long()]
-    images, labels = images[chosen].to(device), labels[chosen].to(device)
+    images, labels = as_floats(images[chosen]).to(device), labels[chosen].to(device)
     classes = () if config["num_classes"] is None else (labels,)
     again = images_of(model(images, *classes), config["likelihood"])
     rows = zip(images.split(_COLUMNS), again.split(_COLUMNS), strict=True)

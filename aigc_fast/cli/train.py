@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .errors import memory_for
 from .options import takes
 
 train = typer.Typer(help="Trains a model; goes on where it was stopped.", no_args_is_help=True)
@@ -38,6 +39,11 @@ class RunOptions:
     )
 
 
+def _train(session: Any, options: RunOptions) -> None:
+    with memory_for("--size, --channels and --batch"):
+        session(options).train(Console(highlight=False))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GANOptions(RunOptions):
     arch: Annotated[str, typer.Option(help="dcgan, r3gan or mlp.")] = "dcgan"
@@ -54,7 +60,7 @@ def gan(options: GANOptions) -> None:
     """Trains a GAN: checkpoint.pt, log.csv, a grid of samples and the loss curves in OUTPUT."""
     from .train_gan import Session
 
-    Session(options).train(Console(highlight=False))
+    _train(Session, options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +98,7 @@ def diffusion(options: DiffusionOptions) -> None:
     log.csv, samples (of videos, a GIF too) and the loss curve in OUTPUT."""
     from .train_diffusion import Session
 
-    Session(options).train(Console(highlight=False))
+    _train(Session, options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,4 +127,4 @@ def vae(options: VAEOptions) -> None:
     sample from, log.csv, a grid of samples and the loss curves in OUTPUT."""
     from .train_vae import Session
 
-    Session(options).train(Console(highlight=False))
+    _train(Session, options)

@@ -146,7 +146,7 @@ class TrainingSession(ABC):
 
 
 def load_data(name: str, size: int) -> tuple[Tensor, Tensor]:
-    """Images (count, channels, size, size) in [-1, 1] and labels of "digits" or a folder, or the
+    """Images, uint8 (count, channels, size, size), and labels of "digits" or a folder, or the
     videos (count, 1, frames, size, size) of "moving-digits"."""
     if name == "digits":
         images, labels = load_digits()
@@ -160,7 +160,7 @@ def load_data(name: str, size: int) -> tuple[Tensor, Tensor]:
         images, labels = load_images(name, size)
     else:
         raise ValueError(f"data must be digits, moving-digits or a folder of images, got {name!r}")
-    return images.float() / 127.5 - 1, labels
+    return images, labels
 
 
 def _progress_bar(console: Console) -> Progress:

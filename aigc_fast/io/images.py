@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._memory import check_fits
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -35,7 +37,8 @@ def load_images(folder: str | os.PathLike[str], size: int) -> tuple[Tensor, Tens
 
     Raises:
         OSError: the folder cannot be read.
-        ValueError: it holds no images, or one that is damaged; size is below 1.
+        ValueError: it holds no images, one that is damaged, or more than fit in the free memory;
+            size is below 1.
     """
     from PIL import Image, ImageOps
 
@@ -51,7 +54,8 @@ def load_images(folder: str | os.PathLike[str], size: int) -> tuple[Tensor, Tens
     if not files:
         raise ValueError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
     classes = sorted({file.parent for file in files})
-    pictures = np.empty((len(files), size, size, 3), np.uint8)
+    check_fits(size, len(files), 3, size, size)
+    pictures = np.empty((len(files), 3, size, size), np.uint8)
     for picture, file in zip(pictures, files, strict=True):
         try:
             with Image.open(file) as image:
@@ -59,6 +63,6 @@ def load_images(folder: str | os.PathLike[str], size: int) -> tuple[Tensor, Tens
                 square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{file}: not an image: {error}") from error
-        picture[:] = np.asarray(square)
+        picture[:] = np.asarray(square).transpose(2, 0, 1)
     labels = torch.tensor([classes.index(file.parent) for file in files])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), labels
+    return torch.from_numpy(pictures), labels

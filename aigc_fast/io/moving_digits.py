@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._memory import check_fits
 from .digits import load_digits
 
 #: the 28x28 pixels of a digit, of which it fills 20x20, as a share of the frame
 _SHARE = 0.8
 #: slowest and fastest, in shares of the frame from one image to the next
 _SPEED = 0.04, 0.1
+#: digits that are enlarged together: as floats they take more memory than as pixels
+_AT_A_TIME = 250
 
 
 def load_moving_digits(
@@ -38,7 +41,7 @@ def load_moving_digits(
     size:   pixels a side, at least 16.
     digits: of a video, 1 or 2.
     path:   that of `load_digits`, whose errors these are; besides, ValueError for a count, frames,
-            size or digits out of range.
+            size or digits out of range, and for videos that do not fit in the free memory.
 
     Source: Srivastava et al. 2015, arXiv:1502.04681, there two digits of 28x28 in 64x64.
     """
@@ -47,6 +50,7 @@ def load_moving_digits(
             raise ValueError(f"{name} must be at least {lowest}, got {value}")
     if digits not in (1, 2):
         raise ValueError(f"digits must be 1 or 2, got {digits}")
+    check_fits(size, count, frames, size, size)
     images, labels = load_digits(path)
     random = torch.Generator().manual_seed(seed)
     rounds = -(-count * digits // len(images))
@@ -59,8 +63,7 @@ def load_moving_digits(
     way = way * torch.arange(frames)[:, None]  # (count, digits, frames, 2)
 
     side = round(_SHARE * size)
-    images = F.interpolate(images[:, None].float(), (side, side), mode="bilinear", antialias=True)
-    crops = [_without_margin(image) for image in images[:, 0].round().byte().numpy()]
+    crops = [crop for part in images.split(_AT_A_TIME) for crop in _resized(part, side)]
     room = torch.tensor([[size - n for n in crop.shape] for crop in crops])[chosen][:, :, None]
     places = start * room + way
     places = room - (room - places.remainder(2 * room)).abs()  # there and back again
@@ -75,6 +78,12 @@ def load_moving_digits(
     return torch.from_numpy(videos), labels[chosen]
 
 
+def _resized(images: Tensor, side: int) -> list[np.ndarray]:
+    """Each enlarged to side x side pixels, then without its margin."""
+    images = F.interpolate(images[:, None].float(), (side, side), mode="bilinear", antialias=True)
+    return [_without_margin(image) for image in images[:, 0].round().byte().numpy()]
+
+
 def _without_margin(image: np.ndarray) -> np.ndarray:
     rows, columns = np.nonzero(image)
-    return image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    return image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].copy()

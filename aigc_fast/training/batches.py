@@ -25,6 +25,11 @@ def batches(
         yield tuple(tensor[chosen] for tensor in tensors)
 
 
+def as_floats(samples: Tensor) -> Tensor:
+    """uint8 pixels as numbers in [-1, 1]; other samples as they are."""
+    return samples.float().div_(127.5).sub_(1) if samples.dtype == torch.uint8 else samples
+
+
 def steps_of_epoch(rows: int, batch_size: int) -> int:
     """The batches of so many rows; ValueError where there is none."""
     if not 1 <= batch_size <= rows:

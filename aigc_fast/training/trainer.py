@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import epochs_of_batches, steps_of_epoch
+from .batches import as_floats, epochs_of_batches, steps_of_epoch
 from .ema import EMA
 from .optim import Adam
 
@@ -59,13 +59,17 @@ class Trainer(ABC):
         self, samples: Tensor, labels: Tensor | None = None, *, epochs: int, batch_size: int
     ) -> Iterator[Any]:
         """Yields after every step; whoever iterates logs, plots, or stops. Goes on after
-        `steps_done`."""
+        `steps_done`.
+
+        samples: as the networks take them, or uint8 pixels, a fourth of the memory: they become
+                 numbers in [-1, 1] a batch at a time.
+        """
         data = (samples,) if labels is None else (samples, labels)
         steps = steps_of_epoch(len(samples), batch_size)
-        for epoch, step, batch in epochs_of_batches(
+        for epoch, step, (batch, *classes) in epochs_of_batches(
             *data, batch_size=batch_size, epochs=epochs, seed=self.seed, done=self.steps_done
         ):
-            yield self._run_step((epoch, epochs, step, steps), batch)
+            yield self._run_step((epoch, epochs, step, steps), (as_floats(batch), *classes))
 
     def _parts(self) -> dict[str, Any]:
         return {**self.networks, "average": self.average, **self.optimizers}

@@ -168,6 +168,8 @@ def test_schedulers_are_of_the_models_noise(name, prediction):
             "patch must divide the videos, (8, 20, 20) frames, rows and columns, got (3, 4, 4)",
         ),
         (("--data", "moving-digits", "--size", 12), "size must be at least 16, got 12"),
+        (("--data", "moving-digits", "--size", 10**6), "size must be less: 10000 samples"),
+        (("--channels", 8 * 10**5), "out of memory: less of --size, --channels and --batch"),
         (("--resume",), "checkpoint.pt"),
     ],
 )

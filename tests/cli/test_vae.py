@@ -17,6 +17,7 @@ from aigc_fast.cli import training_session
 from aigc_fast.cli.app import app
 from aigc_fast.cli.vae_model import load_model
 from aigc_fast.training import log_likelihood
+from aigc_fast.training.batches import as_floats
 
 
 def run(*arguments):
@@ -124,5 +125,5 @@ def test_the_model_in_the_docs(tmp_path):
     model, config = load_model(checkpoint, torch.device("cpu"))
     # Every hundredth digit, and so none that the training saw.
     images, _ = training_session.load_data("digits", 28)
-    bound = log_likelihood(model, images, samples=5, likelihood=config["likelihood"])
+    bound = log_likelihood(model, as_floats(images), samples=5, likelihood=config["likelihood"])
     assert bound.mean() > -115

@@ -54,6 +54,8 @@ def test_what_is_no_picture_of_the_folder_is_left_out(tmp_path):
     assert len(images) == 1
     with pytest.raises(ValueError, match="size must be positive, got 0"):
         load_images(tmp_path, 0)
+    with pytest.raises(ValueError, match="size must be less: 1 samples of 10000000 x 10000000"):
+        load_images(tmp_path, 10**7)
 
 
 def test_refusals(tmp_path):

@@ -60,6 +60,7 @@ def test_a_seed_gives_the_same_videos():
         ({"frames": 0}, "frames must be at least 1, got 0"),
         ({"size": 15}, "size must be at least 16, got 15"),
         ({"digits": 3}, "digits must be 1 or 2, got 3"),
+        ({"size": 10**6}, r"size must be less: 10000 samples of 1000000 x 1000000 pixels take 8"),
     ],
 )
 def test_refusals(options, match):

@@ -37,6 +37,17 @@ def test_batches_refuse_tensors_of_different_lengths():
         next(batches(torch.arange(4), torch.arange(5), batch_size=1, generator=seeded()))
 
 
+def test_pixels_train_as_the_numbers_they_stand_for():
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(4).view(16, 64)
+    losses = []
+    for samples in (pixels, pixels.float() / 127.5 - 1):
+        torch.manual_seed(0)
+        networks = MLPGenerator((4, 64)), MLPDiscriminator((64, 1))
+        steps = GANTrainer(*networks, 4).train(samples, epochs=2, batch_size=4)
+        losses.append(torch.stack([state.d_loss for state in steps]))
+    assert losses[0].isfinite().all() and torch.equal(*losses)
+
+
 def test_ema_follows_and_forgets_its_start():
     model = nn.BatchNorm1d(1, affine=True)
     ema = EMA(model, decay=0.9)
