@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from aigc_fast.ops._checks import can_look, check_tensor
+from aigc_fast.ops._checks import can_look, check_device, check_tensor
 from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._pages import NARROW, capacity_of, check_block_table, check_pages
 
@@ -124,7 +124,4 @@ def check(
                 check_tensor(name, x, shape=(count,))
     others = {"key_cache": key_cache, "cache_lengths": cache_lengths, "mask": mask}
     for name, x in (others | of_heads | of_kv_heads).items():
-        if x is not None and x.device != query.device:
-            raise ValueError(
-                f"{name} must be on the device of query ({query.device}), got {x.device}"
-            )
+        check_device(name, x, ("query", query))

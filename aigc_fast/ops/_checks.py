@@ -32,6 +32,7 @@ def check_tensor(
     like: tuple[str, torch.Tensor] | None = None,
     shape: Sequence[int] | None = None,
     ndim: int | None = None,
+    min_ndim: int = 0,
 ) -> None:
     """TypeError or ValueError unless `value` is a strided tensor of that description.
 
@@ -49,11 +50,21 @@ def check_tensor(
         raise TypeError(f"{name} must be {names}, got {name_of(value.dtype)}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got {value.layout}")
-    if like is not None and value.device != like[1].device:
+    if like is not None:
+        check_device(name, value, like)
+    if ndim is not None and value.dim() != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
+    if value.dim() < min_ndim:
+        raise ValueError(
+            f"{name} must have at least {min_ndim} dimensions, got shape {tuple(value.shape)}"
+        )
+    if shape is not None and tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def check_device(name: str, value: torch.Tensor | None, like: tuple[str, torch.Tensor]) -> None:
+    """ValueError unless `value` is None or on the device of `like`, (name, tensor)."""
+    if value is not None and value.device != like[1].device:
         raise ValueError(
             f"{name} must be on the device of {like[0]} ({like[1].device}), got {value.device}"
         )
-    if ndim is not None and value.dim() != ndim:
-        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
-    if shape is not None and tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")

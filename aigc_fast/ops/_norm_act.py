@@ -8,7 +8,7 @@ from torch import Tensor
 from aigc_fast.ops import _norm_reference as reference
 from aigc_fast.ops._activations import DEFAULT_ALPHA
 from aigc_fast.ops._autograd import OpFunction, transforming
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._norm_reference import GIVEN, PIXEL, SAMPLE
 from aigc_fast.ops._registry import FLOATS, define
 
@@ -56,16 +56,11 @@ def _norms(x: Tensor, statistics: int) -> int:
 
 def check_parameters(x: Tensor, norms: int, **parameters: Tensor | None) -> None:
     """Refuses an x without channels, and parameters that are not one value a norm."""
-    check_tensor("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x must have at least 2 dimensions, got shape {tuple(x.shape)}")
+    check_tensor("x", x, min_ndim=2)
     for name, value in parameters.items():
         if value is not None:
             check_tensor(name, value, dtypes=FLOATS, shape=(norms,))
-            if value.device != x.device:
-                raise ValueError(
-                    f"{name} must be on the device of x ({x.device}), got {value.device}"
-                )
+            check_device(name, value, ("x", x))
 
 
 def _check(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 
 #: what caches may hold beside the dtype of the tokens
 NARROW = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -26,11 +26,7 @@ def check_block_table(
         )
     if shape[0] == 0 or shape[1] == 0:
         raise ValueError(f"{cache[0]} must have at least one page, got shape {shape}")
-    if block_table.device != of[1].device:
-        raise ValueError(
-            f"block_table must be on the device of {of[0]} ({of[1].device}), "
-            f"got {block_table.device}"
-        )
+    check_device("block_table", block_table, of)
 
 
 def check_pages(block_table: Tensor, used: Tensor, num_pages: int) -> None:

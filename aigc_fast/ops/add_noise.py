@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
 
@@ -100,10 +100,7 @@ def _check(
         scales += [("rates[0]", alpha_rate), ("rates[1]", sigma_rate)]
     for name, scale in scales:
         check_tensor(name, scale, shape=sample.shape[:1])
-        if scale.device != sample.device:
-            raise ValueError(
-                f"{name} must be on the device of sample ({sample.device}), got {scale.device}"
-            )
+        check_device(name, scale, ("sample", sample))
 
 
 _add_noise = define(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import channels_innermost, is_channels_innermost, wide
 from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.snake import _check as check_snake
@@ -159,8 +159,7 @@ def _check(x: Tensor, alpha: Tensor, beta: Tensor, up: Tensor, down: Tensor) -> 
         raise ValueError(f"x must have at least one sample, got shape {tuple(x.shape)}")
     for name, taps in (("up_filter", up), ("down_filter", down)):
         check_tensor(name, taps, dtypes=FLOATS, shape=(TAPS,))
-        if taps.device != x.device:
-            raise ValueError(f"{name} must be on the device of x ({x.device}), got {taps.device}")
+        check_device(name, taps, ("x", x))
 
 
 def _check_backward(dy: Tensor, x: Tensor, *parameters: Tensor) -> None:

@@ -37,9 +37,7 @@ def _reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(x: Tensor) -> None:
-    check_tensor("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x must have at least 2 dimensions, got shape {tuple(x.shape)}")
+    check_tensor("x", x, min_ndim=2)
 
 
 _channel_moments = define(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import can_look, check_tensor
+from aigc_fast.ops._checks import can_look, check_device, check_tensor
 from aigc_fast.ops._layout import wide, wide_dtype
 from aigc_fast.ops._registry import define
 
@@ -141,8 +141,7 @@ def _check(
     if input.dim() == 0 or input.shape[-1] == 0:
         raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
     check_tensor("target", target, dtypes=(torch.int64,), shape=input.shape[:-1])
-    if target.device != input.device:
-        raise ValueError(f"target must be on the device of input, got {target.device}")
+    check_device("target", target, ("input", input))
     if not 0 <= smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {smoothing}")
     for name, value in (("softcap", softcap), ("z_loss", z_loss)):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._attention import reference as _attend
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._pages import NARROW, capacity_of, check_block_table
 from aigc_fast.ops._quantized_format import TILE
 from aigc_fast.ops._registry import FLOATS, define
@@ -141,8 +141,7 @@ def _check(
     if len(caches) != 2 * layers:
         raise ValueError(f"caches must hold {2 * layers} tensors, got {len(caches)}")
     check_tensor("caches[0]", caches[0], dtypes=(*FLOATS, *NARROW), ndim=4)
-    if caches[0].device != hidden.device:
-        raise ValueError(f"caches[0] must be on the device of hidden, got {caches[0].device}")
+    check_device("caches[0]", caches[0], ("hidden", hidden))
     kv_heads, head_dim = caches[0].shape[2:]
     capacity = capacity_of(caches[0], block_table)
     if block_table is not None:
@@ -189,10 +188,7 @@ def _check(
     if cache_scales is not None:
         shape = (2 * layers, kv_heads)
         check_tensor("cache_scales", cache_scales, dtypes=(torch.float32,), shape=shape)
-        if cache_scales.device != hidden.device:
-            raise ValueError(
-                f"cache_scales must be on the device of hidden, got {cache_scales.device}"
-            )
+        check_device("cache_scales", cache_scales, ("hidden", hidden))
     for name, angles in (("cos", cos), ("sin", sin)):
         check_tensor(name, angles, dtypes=(torch.float32,), ndim=2)
         if angles.shape[0] < capacity or angles.shape[1] != head_dim // 2:

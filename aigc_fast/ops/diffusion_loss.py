@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_tensor, name_of
+from aigc_fast.ops._checks import check_device, check_tensor, name_of
 from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
 
@@ -136,11 +136,7 @@ def _check(
         if scale is not None:
             check_tensor(name, scale, shape=model_output.shape[:1])
     for name, x in (parts | scales).items():
-        if x is not None and x.device != model_output.device:
-            raise ValueError(
-                f"{name} must be on the device of model_output ({model_output.device}), "
-                f"got {x.device}"
-            )
+        check_device(name, x, ("model_output", model_output))
 
 
 def _check_backward(grad_output: Tensor, *args: Any) -> None:

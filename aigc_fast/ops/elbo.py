@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_tensor, name_of
+from aigc_fast.ops._checks import check_device, check_tensor, name_of
 from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
 
@@ -225,10 +225,7 @@ def _check_loss(output: Tensor, target: Tensor, kind: int) -> None:
             f"target must have the dtype of output ({name_of(output.dtype)}) or float32, "
             f"got {name_of(target.dtype)}"
         )
-    if target.device != output.device:
-        raise ValueError(
-            f"target must be on the device of output ({output.device}), got {target.device}"
-        )
+    check_device("target", target, ("output", output))
 
 
 def _check_loss_backward(grad: Tensor, output: Tensor, target: Tensor, kind: int) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.upfirdn2d import _layout, _pair, _sides, _taps
@@ -148,8 +148,7 @@ def _check_filters(x: Tensor, first: Tensor, second: Tensor, geometry: Sequence[
         if taps.dim() not in (1, 2) or taps.numel() == 0:
             shape = tuple(taps.shape)
             raise ValueError(f"{name} must have shape (height, width) or (taps,), got {shape}")
-        if taps.device != x.device:
-            raise ValueError(f"{name} must be on the device of x ({x.device}), got {taps.device}")
+        check_device(name, taps, ("x", x))
     _, _, _, _, left, right, top, bottom = _second(geometry)
     height, width = _between(x, first, geometry)
     for name, taps, sides in (

@@ -130,9 +130,7 @@ def _reference_backward(
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, *_: Any) -> None:
-    check_tensor("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x must have at least 2 dimensions, got shape {tuple(x.shape)}")
+    check_tensor("x", x, min_ndim=2)
     if num_groups < 1 or x.shape[1] % num_groups:
         raise ValueError(
             f"num_groups must divide the channels of x ({x.shape[1]}), got {num_groups}"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._pages import NARROW, capacity_of, check_block_table, check_pages
 from aigc_fast.ops._registry import define
@@ -153,8 +153,7 @@ def _check(
         if scale is not None:
             check_tensor(name, scale, shape=(num_kv_heads,))
     for name, x in ({"key_cache": key_cache, "positions": positions} | scales).items():
-        if x is not None and x.device != key.device:
-            raise ValueError(f"{name} must be on the device of key ({key.device}), got {x.device}")
+        check_device(name, x, ("key", key))
 
 
 _append_kv = define(

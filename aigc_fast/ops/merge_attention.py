@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -28,8 +28,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         name = f"outs[{i}]"
         check_tensor(name, out, like=("outs[0]", outs[0]) if i else None, shape=outs[0].shape)
         check_tensor(f"lses[{i}]", lse, dtypes=(torch.float32, torch.float64), shape=out.shape[:-1])
-        if lse.device != out.device:
-            raise ValueError(f"lses[{i}] must be on the device of {name} ({out.device})")
+        check_device(f"lses[{i}]", lse, (name, out))
     parts = torch.stack(tuple(lses))
     whole = parts.logsumexp(0)
     weights = (parts - whole.masked_fill(whole == -torch.inf, 0)).exp()

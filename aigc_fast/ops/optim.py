@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
 
@@ -161,10 +161,7 @@ def _check(
         check_tensor("skipped", skipped, shape=())
     if rates is not None:
         check_tensor("rates", rates, shape=(2,))
-        if rates.device != params[0].device:
-            raise ValueError(
-                f"rates must be on the device of params ({params[0].device}), got {rates.device}"
-            )
+        check_device("rates", rates, ("params", params[0]))
 
 
 _gradient_norm = define(

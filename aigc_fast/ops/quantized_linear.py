@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import wide
 from aigc_fast.ops._quantized_format import check_packed, dequantize_weight
 from aigc_fast.ops._registry import define
@@ -80,8 +80,7 @@ def _check(
 ) -> None:  # fmt: skip
     check_tensor("x", x)
     check_packed("weight", weight, bits, group_size, out_features)
-    if weight.device != x.device:
-        raise ValueError(f"weight must be on the device of x ({x.device}), got {weight.device}")
+    check_device("weight", weight, ("x", x))
     groups = weight.shape[1]
     if x.dim() == 0 or not (groups - 1) * group_size < x.shape[-1] <= groups * group_size:
         raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_tensor, name_of
+from aigc_fast.ops._checks import check_device, check_tensor, name_of
 from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import define
 
@@ -71,8 +71,7 @@ def check_angles(of: tuple[str, Tensor], cos: Tensor, sin: Tensor) -> None:
         raise TypeError(f"cos must be {names}, got {name_of(cos.dtype)}")
     check_tensor("cos", cos)
     batch, seq, _heads, head_dim = x.shape
-    if cos.device != x.device:
-        raise ValueError(f"cos must be on the device of {name} ({x.device}), got {cos.device}")
+    check_device("cos", cos, (name, x))
     if cos.dim() not in (2, 3) or cos.shape[:-1] not in ((seq,), (batch, seq)):
         raise ValueError(
             f"cos must have shape ({seq}, r / 2) or ({batch}, {seq}, r / 2), got {tuple(cos.shape)}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops import _gumbel
-from aigc_fast.ops._checks import can_look, check_tensor
+from aigc_fast.ops._checks import can_look, check_device, check_tensor
 from aigc_fast.ops._registry import define
 
 #: parameter: (least, greatest), in the order of the schema
@@ -242,10 +242,7 @@ def _check(
         check_tensor("allowed", allowed, dtypes=(allowed.dtype,), shape=shape)
     named = {"per-row parameters": rows, "token_counts": token_counts, "allowed": allowed}
     for name, tensor in (named | {"seeds": seeds, "steps": steps}).items():
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(
-                f"{name} must be on the device of logits ({logits.device}), got {tensor.device}"
-            )
+        check_device(name, tensor, ("logits", logits))
 
 
 _sample_tokens = define(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aigc_fast.ops._activations import resolve
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import in_order_of, wide
 from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.bias_act import bias_act
@@ -147,9 +147,7 @@ def _check(
     x: Tensor, scale: Tensor | None = None, noise: Tensor | None = None,
     strength: Tensor | None = None, bias: Tensor | None = None, *_: Any,
 ) -> None:  # fmt: skip
-    check_tensor("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x must have at least 2 dimensions, got shape {tuple(x.shape)}")
+    check_tensor("x", x, min_ndim=2)
     dtypes = [d for d in FLOATS if (d == torch.float64) == (x.dtype == torch.float64)]
     samples = 1 if noise is not None and len(noise) == 1 else x.shape[0]
     one = () if strength is None or strength.numel() != 1 else strength.shape
@@ -163,8 +161,7 @@ def _check(
         if p is None:
             continue
         check_tensor(name, p, dtypes=dtypes, shape=shape)
-        if p.device != x.device:
-            raise ValueError(f"{name} must be on the device of x ({x.device}), got {p.device}")
+        check_device(name, p, ("x", x))
     if strength is not None and noise is None:
         raise ValueError("strength must be None where there is no noise")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
 
@@ -252,11 +252,7 @@ def _check_coefficients(coefficients: Tensor, sample: Tensor, num_history: int) 
             f"({sample.shape[0] if sample.dim() else 1}, {columns}): 7 + len(history) columns, "
             f"or {both} for two results; got {shape}"
         )
-    if coefficients.device != sample.device:
-        raise ValueError(
-            f"coefficients must be on the device of sample ({sample.device}), "
-            f"got {coefficients.device}"
-        )
+    check_device("coefficients", coefficients, ("sample", sample))
 
 
 def _check_backward(

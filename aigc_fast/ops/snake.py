@@ -100,9 +100,7 @@ def _reference_double_backward(
 
 
 def _check(x: Tensor, alpha: Tensor, beta: Tensor) -> None:
-    check_tensor("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x must have at least 2 dimensions, got shape {tuple(x.shape)}")
+    check_tensor("x", x, min_ndim=2)
     check_tensor("alpha", alpha, like=("x", x), shape=(x.shape[1],))
     check_tensor("beta", beta, like=("x", x), shape=(x.shape[1],))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aigc_fast.ops._activations import DEFAULT_ALPHA, activate, resolve
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.bias_act import bias_act, bias_act_gradients
@@ -155,8 +155,7 @@ def _check(
         raise ValueError(
             f"filter must have shape (height, width) or (taps,), got {tuple(filter.shape)}"
         )
-    if filter.device != x.device:
-        raise ValueError(f"filter must be on the device of x ({x.device}), got {filter.device}")
+    check_device("filter", filter, ("x", x))
     if bias is not None:
         check_tensor("bias", bias, like=("x", x), shape=(x.shape[1],))
     if x.shape[2] == 0 or x.shape[3] == 0:
