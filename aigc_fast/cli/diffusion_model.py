@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from aigc_fast.models.diffusion import DiT, SmallUNet
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -15,7 +16,6 @@ from aigc_fast.schedulers import (
     Scheduler,
     UniPCMultistepScheduler,
 )
-from aigc_fast.schedulers.schedule import one_of
 from aigc_fast.training.denoising import PREDICTIONS, SCHEDULES
 
 from .weights import load_weights, save_weights
@@ -41,8 +41,8 @@ def make_model(config: Config) -> nn.Module:
     """A U-Net for images, a transformer for video."""
     channels, classes = config["channels"], config["num_classes"]
     sample_shape(config)  # what the file lacks shows here, not later
-    one_of("prediction", config["prediction"], tuple(PREDICTIONS))
-    one_of("schedule", config["schedule"], tuple(SCHEDULES))
+    check_choice("prediction", config["prediction"], PREDICTIONS)
+    check_choice("schedule", config["schedule"], SCHEDULES)
     if "frames" not in config:
         model = SmallUNet(config["image_channels"], channels, num_classes=classes)
         # Convolutions are a tenth faster in this layout.
@@ -77,8 +77,7 @@ def load_model(path: Path, device: torch.device) -> tuple[nn.Module, Config]:
 
 def make_scheduler(name: str, prediction: str, schedule: str) -> Scheduler:
     """The solver `name` for a model of such a prediction; ValueError where there is none."""
-    if name not in _SOLVERS:
-        raise ValueError(f"scheduler must be one of {', '.join(_SOLVERS)}, got {name!r}")
+    check_choice("scheduler", name, _SOLVERS)
     flow = prediction == "flow"
     if flow != (name == "flow_euler") and not (flow and name in ("dpmpp_2m", "unipc")):
         fitting = ("flow_euler", "dpmpp_2m", "unipc") if flow else SCHEDULERS[:-1]

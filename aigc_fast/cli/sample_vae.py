@@ -5,6 +5,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.training.batches import as_floats
 from aigc_fast.training.vae import images_of
 
@@ -19,8 +20,7 @@ _COLUMNS = 10
 
 @torch.no_grad()
 def run(console: Console, options: VAEOptions) -> None:
-    if options.show not in _PICTURES:
-        raise ValueError(f"show must be one of {', '.join(_PICTURES)}, got {options.show!r}")
+    check_choice("show", options.show, _PICTURES)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_model(options.checkpoint, device)
     images, columns = _PICTURES[options.show](model, config, options)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.training import RECIPES, GANRecipe, GANStep, GANTrainer
 
 from .gan_networks import (
@@ -67,15 +68,13 @@ class Session(TrainingSession):
 
 
 def _recipe(options: GANOptions) -> GANRecipe:
-    if options.loss not in RECIPES:
-        raise ValueError(f"loss must be one of {', '.join(RECIPES)}, got {options.loss!r}")
+    check_choice("loss", options.loss, RECIPES)
     recipe = replace(RECIPES[options.loss], bf16=options.bf16)
     return recipe if options.lr is None else replace(recipe, g_lr=options.lr, d_lr=options.lr)
 
 
 def _networks(options: GANOptions, image_channels: int, num_classes: int) -> Config:
-    if options.arch not in ARCHITECTURES:
-        raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {options.arch!r}")
+    check_choice("arch", options.arch, ARCHITECTURES)
     return {
         "arch": options.arch,
         "size": options.size,

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from aigc_fast.models.vae import ConvVAE
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.ops.elbo import LIKELIHOODS
-from aigc_fast.schedulers.schedule import one_of
 
 from .weights import load_weights, save_weights
 
@@ -19,7 +19,7 @@ _NUMBERS = ("size", "image_channels", "channels", "latent_dim", "num_classes")
 
 
 def make_model(config: Config) -> ConvVAE:
-    one_of("likelihood", config["likelihood"], LIKELIHOODS)
+    check_choice("likelihood", config["likelihood"], LIKELIHOODS)
     numbers = {name: config[name] for name in _NUMBERS}
     # Convolutions in bfloat16 take half the time in this layout.
     return ConvVAE(**numbers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

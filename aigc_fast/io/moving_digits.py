@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aigc_fast.ops._checks import check_positive
+
 from ._memory import check_fits
 from .digits import load_digits
 
@@ -45,9 +47,9 @@ def load_moving_digits(
 
     Source: Srivastava et al. 2015, arXiv:1502.04681, there two digits of 28x28 in 64x64.
     """
-    for name, value, lowest in (("count", count, 1), ("frames", frames, 1), ("size", size, 16)):
-        if value < lowest:
-            raise ValueError(f"{name} must be at least {lowest}, got {value}")
+    check_positive(count=count, frames=frames)
+    if size < 16:
+        raise ValueError(f"size must be at least 16, got {size}")
     if digits not in (1, 2):
         raise ValueError(f"digits must be 1 or 2, got {digits}")
     check_fits(size, count, frames, size, size)

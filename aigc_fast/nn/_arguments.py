@@ -21,10 +21,3 @@ def check_constructor(module: type) -> None:
         init(*args, **kwargs)
 
     module.__init__ = checked  # type: ignore[misc]
-
-
-def check_positive(**sizes: int) -> None:
-    """ValueError that names the first size below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn._arguments import check_positive
 from aigc_fast.ops._activations import resolve
+from aigc_fast.ops._checks import check_positive
 
 
 class EqualizedLinear(nn.Module):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn._arguments import check_positive
 from aigc_fast.nn.equalized import EqualizedLinear
 from aigc_fast.nn.upfirdn2d import Blur
+from aigc_fast.ops._checks import check_positive
 
 
 class ModulatedConv2d(nn.Module):

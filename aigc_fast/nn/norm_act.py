@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn._arguments import check_positive
 from aigc_fast.ops._activations import resolve
+from aigc_fast.ops._checks import check_positive
 
 
 class Activated(nn.Module):

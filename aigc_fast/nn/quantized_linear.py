@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast._devices import has_fast_bfloat16
+from aigc_fast.ops._checks import check_positive
 from aigc_fast.ops._quantized_format import check_bits, check_group_size
 
-from ._arguments import check_positive
 from .bias_act import of_dtype
 
 

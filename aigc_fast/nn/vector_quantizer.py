@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
-
-from ._arguments import check_positive
+from aigc_fast.ops._checks import check_positive
 
 
 class VectorQuantizer(nn.Module):

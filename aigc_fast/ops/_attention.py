@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from aigc_fast.ops._checks import can_look, check_device, check_tensor
+from aigc_fast.ops._checks import can_look, check_device, check_positive, check_tensor
 from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._pages import NARROW, capacity_of, check_block_table, check_pages
 
@@ -101,14 +101,14 @@ def check(
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query must have a multiple of key_cache's {kv_heads} heads, got {heads}")
     check_tensor("cache_lengths", cache_lengths, dtypes=(torch.int32, torch.int64), shape=(batch,))
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    if window is not None:
+        check_positive(window=window)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if block_table is not None:
         check_block_table(block_table, ("query", query), ("key_cache", key_cache))
-    if fixed_split is not None and fixed_split < 1:
-        raise ValueError(f"fixed_split must be at least 1, got {fixed_split}")
+    if fixed_split is not None:
+        check_positive(fixed_split=fixed_split)
     if mask is not None:
         check_tensor("mask", mask, dtypes=(torch.bool,))
         if mask.shape not in ((q_len, q_len), (batch, q_len, q_len)):

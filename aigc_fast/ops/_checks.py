@@ -1,6 +1,6 @@
-"""The words in which operators refuse arguments. They read shapes and dtypes, never data."""
+"""The words in which arguments are refused: shapes, dtypes, devices and options, never data."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -60,6 +60,19 @@ def check_tensor(
         )
     if shape is not None and tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_positive(**sizes: int) -> None:
+    """ValueError that names the first size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 def check_device(name: str, value: torch.Tensor | None, like: tuple[str, torch.Tensor]) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from aigc_fast.ops._checks import check_device, check_tensor
+from aigc_fast.ops._checks import check_device, check_positive, check_tensor
 from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import define
 from aigc_fast.ops.vector_quantize import as_vectors
@@ -53,8 +53,7 @@ def _check(x: Tensor, indices: Tensor, num_codes: int) -> None:
         raise ValueError("x must have vectors of at least one feature")
     check_tensor("indices", indices, dtypes=(torch.int64,), shape=(x.shape[0], x.shape[2]))
     check_device("indices", indices, ("x", x))
-    if num_codes < 1:
-        raise ValueError(f"num_codes must be at least 1, got {num_codes}")
+    check_positive(num_codes=num_codes)
 
 
 _codebook_moments = define(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import can_look, check_device, check_tensor
+from aigc_fast.ops._checks import can_look, check_choice, check_device, check_tensor
 from aigc_fast.ops._layout import wide, wide_dtype
 from aigc_fast.ops._registry import define
 
@@ -52,7 +52,7 @@ def cross_entropy(
     Sources: label smoothing, Szegedy et al. 2015, arXiv:1512.00567; z-loss, Chowdhery et al. 2022,
     arXiv:2204.02311; softcap, Gemma 2, arXiv:2408.00118.
     """
-    check_reduction(reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
     options = LossOptions.of(ignore_index, label_smoothing, softcap, z_loss)
     if torch.is_grad_enabled() and input.requires_grad:
         losses = _CrossEntropy.call(input, target, options)
@@ -76,11 +76,6 @@ class LossOptions(NamedTuple):
         if softcap is not None and not softcap > 0:
             raise ValueError(f"softcap must be positive or None, got {softcap}")
         return cls(ignore_index, label_smoothing, softcap or 0.0, z_loss)
-
-
-def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
 def _scale(target: Tensor, reduction: str, ignore_index: int, dtype: torch.dtype) -> Tensor | None:

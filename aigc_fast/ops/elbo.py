@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_device, check_tensor, name_of
+from aigc_fast.ops._checks import check_choice, check_device, check_tensor, name_of
 from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
 
@@ -70,8 +70,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, kind: str = "bernoulli")
 
     Source: Kingma & Welling 2014, arXiv:1312.6114, appendix C.
     """
-    if kind not in LIKELIHOODS:
-        raise ValueError(f"kind must be one of {', '.join(LIKELIHOODS)}, got {kind!r}")
+    check_choice("kind", kind, LIKELIHOODS)
     args = output, target, LIKELIHOODS.index(kind)
     if not torch.is_grad_enabled():
         return _loss(*args)

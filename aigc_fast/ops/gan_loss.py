@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_choice, check_tensor
 from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import define
 
@@ -61,8 +61,7 @@ def generator_loss(
 
 
 def _number(loss: str) -> int:
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    check_choice("loss", loss, LOSSES)
     return LOSSES.index(loss)
 
 

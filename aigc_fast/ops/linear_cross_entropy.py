@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction, transforming
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_choice, check_tensor
 from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops.cross_entropy import (
+    REDUCTIONS,
     LossOptions,
     _backward_,
     _forward,
     _reduced,
     _reference,
     _scale,
-    check_reduction,
 )
 from aigc_fast.ops.linear import linear
 
@@ -54,7 +54,7 @@ def linear_cross_entropy(
 
     Sources: Hsu et al. 2024 (Liger), arXiv:2410.10989; Wijmans et al. 2024, arXiv:2411.09009.
     """
-    check_reduction(reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
     options = LossOptions.of(ignore_index, label_smoothing, softcap, z_loss)
     device = input.device.type
     under = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

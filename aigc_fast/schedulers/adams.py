@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from aigc_fast import ops
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.ancestral import alphas
 from aigc_fast.schedulers.euler import VarianceExploding, denoised, slope
 from aigc_fast.schedulers.linear import OUTPUT, SAMPLE, Form, Row, named, predictions, steps_of
-from aigc_fast.schedulers.schedule import one_of, space_timesteps
+from aigc_fast.schedulers.schedule import space_timesteps
 from aigc_fast.schedulers.scheduler import DiffusionScheduler, Generator, Scheduler
 
 #: Adams-Bashforth, the newest first
@@ -49,7 +50,7 @@ def pndm_update(s: Any, t: Tensor, later: Tensor, base: Form, slope: Form) -> Fo
     if s.config.prediction_type == "v_prediction":
         slope = alpha**0.5 * slope + (1 - alpha) ** 0.5 * base
     elif s.config.prediction_type != "epsilon":
-        one_of("prediction_type", s.config.prediction_type, ("epsilon", "v_prediction"))
+        check_choice("prediction_type", s.config.prediction_type, ("epsilon", "v_prediction"))
     root = (alpha * (1 - alpha) * alpha_next) ** 0.5
     denominator = alpha * (1 - alpha_next) ** 0.5 + root
     return (alpha_next / alpha) ** 0.5 * base - (alpha_next - alpha) * slope / denominator
@@ -270,7 +271,7 @@ def lms_step(
     s: Any, index: int, sample: Tensor, output: Tensor, generator: Generator, return_x0: bool,
     guidance: dict, order: int = 4,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    one_of("order", order, (1, 2, 3, 4))
+    check_choice("order", order, (1, 2, 3, 4))
     kept = s.derivatives
     if len(kept) >= order:
         del kept[0]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.linear import (
     NOISE,
     SAMPLE,
@@ -19,7 +20,7 @@ from aigc_fast.schedulers.linear import (
     predictions,
     steps_of,
 )
-from aigc_fast.schedulers.schedule import falling, one_of, space_timesteps
+from aigc_fast.schedulers.schedule import falling, space_timesteps
 from aigc_fast.schedulers.scheduler import DiffusionScheduler, Generator, draw_noise
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned",
@@ -121,7 +122,7 @@ class DDPMScheduler(DiffusionScheduler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("variance_type", self.variance_type, VARIANCES)
+        check_choice("variance_type", self.variance_type, VARIANCES)
 
     def lay_out(self, steps: int | None, timesteps: Any = None) -> None:
         if timesteps is None:
@@ -238,7 +239,7 @@ class DDIMInverseScheduler(DiffusionScheduler):
 
     def lay_out(self, steps: int | None) -> None:
         assert steps is not None
-        one_of("timestep_spacing", self.timestep_spacing, ("leading", "trailing"))
+        check_choice("timestep_spacing", self.timestep_spacing, ("leading", "trailing"))
         self.num_inference_steps = steps
         timesteps = space_timesteps(
             self.timestep_spacing, self.num_train_timesteps, steps, self.steps_offset

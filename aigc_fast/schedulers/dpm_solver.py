@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.ancestral import clipping
 from aigc_fast.schedulers.euler import EDMScheduler
 from aigc_fast.schedulers.linear import NOISE, SAMPLE, X0, Form, Mixed, Row, named, steps_of
@@ -22,7 +23,6 @@ from aigc_fast.schedulers.log_snr import (
     levels_of,
     without_variance,
 )
-from aigc_fast.schedulers.schedule import one_of
 from aigc_fast.schedulers.scheduler import Generator, draw_noise, shift_in
 
 H1, H2 = named("h1"), named("h2")
@@ -194,7 +194,7 @@ def check_solver(s: Any, algorithms: tuple[str, ...], types: tuple[str, ...]) ->
             raise NotImplementedError(
                 f"{name} must be one of {', '.join(allowed)}, got {getattr(s, name)!r}"
             )
-    one_of("solver_order", s.solver_order, (1, 2, 3))
+    check_choice("solver_order", s.solver_order, (1, 2, 3))
     if (
         s.algorithm_type in ("dpmsolver", "sde-dpmsolver")
         and getattr(s, "final_sigmas_type", None) == "zero"

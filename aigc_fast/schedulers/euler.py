@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.linear import NOISE, OUTPUT, SAMPLE, X0, Form, Row, steps_of
-from aigc_fast.schedulers.schedule import karras, one_of, sigma_to_timestep, space_timesteps
+from aigc_fast.schedulers.schedule import karras, sigma_to_timestep, space_timesteps
 from aigc_fast.schedulers.scheduler import Generator, Scheduler, SigmaScheduler, draw_noise
 
 
@@ -190,9 +191,9 @@ class EulerDiscreteScheduler(VarianceExploding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("interpolation_type", self.interpolation_type, ("linear", "log_linear"))
-        one_of("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
-        one_of("timestep_type", self.timestep_type, ("discrete", "continuous"))
+        check_choice("interpolation_type", self.interpolation_type, ("linear", "log_linear"))
+        check_choice("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
+        check_choice("timestep_type", self.timestep_type, ("discrete", "continuous"))
 
     def interpolated(self, sigmas: np.ndarray) -> np.ndarray:
         if self.interpolation_type == "linear":
@@ -251,9 +252,9 @@ class EDMScheduler(Scheduler):
     final_sigmas_type: str = "zero"
 
     def __post_init__(self) -> None:
-        one_of("sigma_schedule", self.sigma_schedule, ("karras", "exponential"))
-        one_of("prediction_type", self.prediction_type, ("epsilon", "v_prediction"))
-        one_of("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
+        check_choice("sigma_schedule", self.sigma_schedule, ("karras", "exponential"))
+        check_choice("prediction_type", self.prediction_type, ("epsilon", "v_prediction"))
+        check_choice("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
         self.sigmas = torch.empty(0)
         super().__post_init__()
 

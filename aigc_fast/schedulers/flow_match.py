@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from aigc_fast import ops
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.euler import churn, churned, slope
 from aigc_fast.schedulers.linear import NOISE, OUTPUT, SAMPLE, X0, Row, named, steps_of
-from aigc_fast.schedulers.schedule import one_of, respace, shift_sigmas
+from aigc_fast.schedulers.schedule import respace, shift_sigmas
 from aigc_fast.schedulers.scheduler import (
     Generator,
     Scheduler,
@@ -180,7 +181,7 @@ class ShiftedFlowMatch(FlowMatchScheduler):
 
     def __post_init__(self) -> None:
         check_spacings(self)
-        one_of("time_shift_type", self.time_shift_type, ("exponential", "linear"))
+        check_choice("time_shift_type", self.time_shift_type, ("exponential", "linear"))
         super().__post_init__()
 
     def lay_out(

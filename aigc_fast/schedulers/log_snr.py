@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.euler import denoised
 from aigc_fast.schedulers.linear import OUTPUT, SAMPLE, X0, Form, predictions
-from aigc_fast.schedulers.schedule import one_of, shift_sigmas, sigma_to_timestep, space_timesteps
+from aigc_fast.schedulers.schedule import shift_sigmas, sigma_to_timestep, space_timesteps
 from aigc_fast.schedulers.scheduler import SigmaScheduler
 
 
@@ -170,7 +171,7 @@ class FinalSigma(LambdaScheduler):
     time_shift_type: str = "exponential"
 
     def __post_init__(self) -> None:
-        one_of("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
+        check_choice("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
         super().__post_init__()
 
     def last_sigma(self, sigmas: np.ndarray, spaced: bool) -> float:

@@ -129,12 +129,6 @@ def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    """ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-
-
 def falling(timesteps: Sequence[float], below: float) -> None:
     """ValueError unless `timesteps` fall and begin below `below`."""
     if any(later >= earlier for earlier, later in itertools.pairwise(timesteps)):

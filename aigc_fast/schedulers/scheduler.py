@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from aigc_fast import ops
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.linear import Row, Tables
 from aigc_fast.schedulers.schedule import (
     make_betas,
     noise_to_signal,
-    one_of,
     rescale_zero_terminal_snr,
     respace,
 )
@@ -358,8 +358,8 @@ class DiffusionScheduler(Scheduler):
     predictions: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
 
     def __post_init__(self) -> None:
-        one_of("prediction_type", self.prediction_type, self.predictions)
-        one_of("timestep_spacing", self.timestep_spacing, ("linspace", "leading", "trailing"))
+        check_choice("prediction_type", self.prediction_type, self.predictions)
+        check_choice("timestep_spacing", self.timestep_spacing, ("linspace", "leading", "trailing"))
         if self.trained_betas is None:
             betas = make_betas(
                 self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps

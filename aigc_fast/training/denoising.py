@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, Scheduler
 
 #: What the model may predict, and the schedulers' name of it.
@@ -39,15 +40,10 @@ class Denoising:
     weighting: str | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("prediction", PREDICTIONS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        if self.weighting not in (None, *WEIGHTINGS):
-            raise ValueError(
-                f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}"
-            )
+        check_choice("prediction", self.prediction, PREDICTIONS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        if self.weighting is not None:
+            check_choice("weighting", self.weighting, WEIGHTINGS)
 
     def scheduler(self) -> Scheduler:
         """One with the noise levels of this task."""

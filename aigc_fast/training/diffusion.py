@@ -14,7 +14,7 @@ from .ema import EMA
 from .gradient_checkpointing import checkpoint_blocks
 from .optim import AdamW
 from .statistics import keep_statistics
-from .trainer import Trainer, check_not_negative, warm_up_and_cosine
+from .trainer import Trainer, check_not_negative, check_share, warm_up_and_cosine
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class DiffusionRecipe(Denoising):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_not_negative(self, "lr", "weight_decay")
-        if not 0 <= self.unlabelled <= 1:
-            raise ValueError(f"unlabelled must be in [0, 1], got {self.unlabelled}")
+        check_share(self, "unlabelled")
 
 
 class DiffusionStep(NamedTuple):

@@ -11,13 +11,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from aigc_fast._graphs import Replay, check_graph
 from aigc_fast.ops import discriminator_loss, generator_loss
+from aigc_fast.ops._checks import check_choice
 from aigc_fast.ops.gan_loss import LOSSES
 
 from .ema import EMA
 from .optim import Adam
 from .penalties import gradient_penalty, r1_penalty, r2_penalty
 from .statistics import keep_statistics
-from .trainer import Trainer, check_not_negative
+from .trainer import Trainer, check_not_negative, check_share
 
 PENALTIES = ("gradient", "r1", "r2", "r1+r2")
 
@@ -59,17 +60,15 @@ class GANRecipe:
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if self.penalty not in (None, *PENALTIES):
-            raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, got {self.penalty!r}")
+        check_choice("loss", self.loss, LOSSES)
+        if self.penalty is not None:
+            check_choice("penalty", self.penalty, PENALTIES)
         for name in ("penalty_interval", "n_critic"):
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value}")
         check_not_negative(self, "penalty_weight", "g_lr", "d_lr", "instance_noise")
-        if not 0 <= self.lr_falls_from <= 1:
-            raise ValueError(f"lr_falls_from must be in [0, 1], got {self.lr_falls_from}")
+        check_share(self, "lr_falls_from")
         if self.weight_clip is not None and not self.weight_clip > 0:
             raise ValueError(f"weight_clip must be positive, got {self.weight_clip}")
 

@@ -122,6 +122,12 @@ def check_not_negative(recipe: Any, *names: str) -> None:
             raise ValueError(f"{name} must be at least 0 and finite, got {getattr(recipe, name)}")
 
 
+def check_share(recipe: Any, name: str) -> None:
+    """ValueError unless this number of a recipe is from 0 to 1."""
+    if not 0 <= getattr(recipe, name) <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {getattr(recipe, name)}")
+
+
 def warm_up_and_cosine(done: float) -> float:
     """The share of the highest learning rate at that share of the training: it rises over the first
     twentieth and falls along a cosine to zero."""

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.ops._checks import check_choice, check_positive
 from aigc_fast.ops.elbo import HIGHEST, LIKELIHOODS, LOWEST
 
 from .ema import EMA
 from .optim import AdamW
 from .statistics import keep_statistics
-from .trainer import Trainer, check_not_negative, warm_up_and_cosine
+from .trainer import Trainer, check_not_negative, check_share, warm_up_and_cosine
 
 #: nats of an element that `ops.reconstruction_loss` leaves out
 _CONSTANTS = {"bernoulli": 0.0, "gaussian": math.log(2 * math.pi) / 2, "laplace": math.log(2)}
@@ -53,12 +54,8 @@ class VAERecipe:
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        if self.likelihood not in LIKELIHOODS:
-            raise ValueError(
-                f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}"
-            )
-        if not 0 <= self.warm_up <= 1:
-            raise ValueError(f"warm_up must be in [0, 1], got {self.warm_up}")
+        check_choice("likelihood", self.likelihood, LIKELIHOODS)
+        check_share(self, "warm_up")
         check_not_negative(self, "beta", "free_bits", "lr", "weight_decay")
 
     def weight(self, done: float) -> float:
@@ -183,8 +180,7 @@ def log_likelihood(
 
     Source: Burda, Grosse & Salakhutdinov 2015, arXiv:1509.00519.
     """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    check_positive(samples=samples)
     classes = () if labels is None else (labels,)
     parameters = model.encode(images, *classes).float()
     _, log_variance = parameters.chunk(2, 1)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from aigc_fast.ops._checks import check_choice
+
 from .arguments import check_fields
 from .rope import RopeScaling
 
@@ -87,8 +89,7 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
         for name, choices in (("norm", get_args(Norm)), ("activation", get_args(Activation))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), choices)
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(
                 f"windows must have one entry for each of {self.num_layers} layers, "

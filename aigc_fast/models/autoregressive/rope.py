@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from aigc_fast.ops._checks import check_choice
+
 from .arguments import check_fields
 
 if TYPE_CHECKING:
@@ -54,8 +56,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         check_fields(self, "rope_scaling.")
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"rope_scaling.kind must be one of {get_args(Kind)}, got {self.kind}")
+        check_choice("rope_scaling.kind", self.kind, get_args(Kind))
         for field in fields(self):
             value = getattr(self, field.name)
             numbers = value if isinstance(value, tuple) else (value,)

@@ -7,6 +7,7 @@ DCGAN example, so that weights travel in either direction; what is fused leaves 
 from torch import Tensor, nn
 
 from aigc_fast.nn import Conv2dBiasAct, ConvTranspose2dBiasAct
+from aigc_fast.ops._checks import check_choice
 
 from ..labels import check_labels, join_labels
 from .layers import LEAKY, NORMS, RELU, norm_act
@@ -77,8 +78,7 @@ class DCGANDiscriminator(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+        check_choice("norm", norm, NORMS)
         kernels = _kernels(size)[::-1]
         bias = norm is None
         layers: list[nn.Module] = [
@@ -116,8 +116,7 @@ class DCGANDiscriminator(nn.Module):
 
 
 def _kernels(size: int) -> tuple[int, ...]:
-    if size not in _KERNELS:
-        raise ValueError(f"size must be one of {', '.join(map(str, _KERNELS))}, got {size}")
+    check_choice("size", size, _KERNELS)
     return _KERNELS[size]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast._devices import has_fast_bfloat16
+from aigc_fast.ops._checks import check_positive
 
 from .rrdb import RRDBNet
 from .srvgg import SRVGGNetCompact
@@ -75,8 +76,7 @@ def upscale_tiles(
 
     Raises ValueError for a tile below 1, an overlap below 0, and images without pixels.
     """
-    if tile < 1:
-        raise ValueError(f"tile must be at least 1, got {tile}")
+    check_positive(tile=tile)
     overlap = min(model.reach, 32) if overlap is None else overlap
     if overlap < 0:
         raise ValueError(f"overlap must not be negative, got {overlap}")

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from aigc_fast.models.diffusion.load import DiffusersModel, resolve
+from aigc_fast.ops._checks import check_positive
 
 from .networks import OPTIONS, Decoder, Encoder, check
 from .tiles import blend_tiles
@@ -124,8 +125,7 @@ class AutoencoderKL(DiffusersModel):
             if overlap is not None:
                 raise ValueError("overlap must be None without a tile")
             return run(x)
-        if tile < 1:
-            raise ValueError(f"tile must be at least 1, got {tile}")
+        check_positive(tile=tile)
         overlap = tile // 4 if overlap is None else overlap
         if not 0 <= overlap < tile:
             raise ValueError(f"overlap must be at least 0 and below tile ({tile}), got {overlap}")
