@@ -5,6 +5,11 @@ import torch
 from aigc_fast import _libraries
 
 
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def has_fast_bfloat16(device: torch.device | str) -> bool:
     """Whether bfloat16 products are many times as fast as float32's: on GPUs and on CPUs with AMX,
     whose matrix unit does 16 times as many a cycle as AVX-512 does in float32."""

@@ -4,8 +4,9 @@ import importlib.util
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
+
+from aigc_fast._devices import default_device
 
 # Modules and the packages they come from.
 PACKAGES = {
@@ -43,7 +44,7 @@ def run(console: Console, output: Path, *, quick: bool) -> int:
     from . import demo_diffusion, demo_gan, demo_text, hot_paths, pictures
 
     start = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     output.mkdir(parents=True, exist_ok=True)
 
     console.rule("[bold]Text: SmolLM2-135M-Instruct, greedy, fp32")

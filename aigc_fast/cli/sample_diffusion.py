@@ -6,9 +6,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from aigc_fast._devices import default_device
 from aigc_fast.models.diffusion import sample
 
 from .diffusion_model import load_model, make_scheduler, sample_shape
+from .labels import labels_of
 from .pictures import save_film, save_grid, save_videos
 from .sample import DiffusionOptions
 
@@ -16,7 +18,7 @@ from .sample import DiffusionOptions
 def run(console: Console, options: DiffusionOptions) -> None:
     if options.output.suffix not in (".png", ".gif"):
         raise ValueError(f"output must be a .png or .gif file, got {options.output}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     images, stages = samples_of(options, device)
     columns = min(options.count, 10)
     if images.dim() == 5:
@@ -33,17 +35,12 @@ def samples_of(options: DiffusionOptions, device: torch.device) -> tuple[Tensor,
     expected them to become, (steps, ...)."""
     model, config = load_model(options.checkpoint, device)
     scheduler = make_scheduler(options.scheduler, config["prediction"], config["schedule"])
-    classes, label, count = config["num_classes"], options.label, options.count
-    if label is not None and label >= classes:
-        raise ValueError(f"label must be a class of the model, which has {classes}, got {label}")
+    classes, count = config["num_classes"], options.count
+    labels = labels_of(count, options.label, classes, device)
     if not math.isfinite(options.guidance):
         raise ValueError(f"guidance must be finite, got {options.guidance}")
     if options.guidance != 1 and not classes:
         raise ValueError("guidance must be 1 for a model without classes")
-    labels = None
-    if classes:
-        labels = torch.arange(count) % classes if label is None else torch.full((count,), label)
-        labels = labels.to(device)
     stages: list[Tensor] = []
     images = sample(
         model,

@@ -6,10 +6,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from aigc_fast._devices import default_device
 from aigc_fast.training import load_checkpoint
 
 from .errors import reading
 from .gan_networks import LATENT_DIM, Config, draw, make_generator
+from .labels import labels_of
 from .pictures import save_grid
 from .sample import GANOptions
 
@@ -31,18 +33,13 @@ def samples_of(
     device = next(generator.parameters()).device
     random = torch.Generator().manual_seed(seed)
     latents = torch.randn(count, LATENT_DIM, generator=random)
-    classes = config["num_classes"]
-    if label is not None and (classes is None or label >= classes):
-        raise ValueError(f"label must be a class of the model, which has {classes}, got {label}")
-    labels = None
-    if classes is not None:
-        labels = torch.arange(count) % classes if label is None else torch.full((count,), label)
+    labels = labels_of(count, label, config["num_classes"])
     images = draw(generator, latents.to(device), labels.to(device) if labels is not None else None)
     return images, labels
 
 
 def run(console: Console, options: GANOptions) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     generator, config = load_generator(options.checkpoint, device)
     images, _ = samples_of(generator, config, options.count, options.label, options.seed)
     save_grid(options.output, images, columns=min(options.count, 10))

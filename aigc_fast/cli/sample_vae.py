@@ -5,10 +5,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from aigc_fast._devices import default_device
 from aigc_fast.ops._checks import check_choice
 from aigc_fast.training.batches import as_floats
 from aigc_fast.training.vae import images_of
 
+from .labels import labels_of
 from .pictures import save_grid
 from .sample import VAEOptions
 from .train_vae import held_out
@@ -21,7 +23,7 @@ _COLUMNS = 10
 @torch.no_grad()
 def run(console: Console, options: VAEOptions) -> None:
     check_choice("show", options.show, _PICTURES)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     model, config = load_model(options.checkpoint, device)
     images, columns = _PICTURES[options.show](model, config, options)
     save_grid(options.output, images.float().cpu(), columns)
@@ -40,15 +42,10 @@ def _draw(
     model: nn.Module, config: Config, count: int, label: int | None, seed: int
 ) -> tuple[Tensor, Tensor | None]:
     """Latents, the same on every device, and classes, all in turn by default."""
-    device, classes = next(model.parameters()).device, config["num_classes"]
+    device = next(model.parameters()).device
     random = torch.Generator().manual_seed(seed)
     latents = torch.randn(count, config["latent_dim"], generator=random).to(device)
-    if label is not None and (classes is None or label >= classes):
-        raise ValueError(f"label must be a class of the model, which has {classes}, got {label}")
-    if classes is None:
-        return latents, None
-    labels = torch.arange(count) % classes if label is None else torch.full((count,), label)
-    return latents, labels.to(device)
+    return latents, labels_of(count, label, config["num_classes"], device)
 
 
 # Each gives images and how many stand in a row.

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from aigc_fast._devices import default_device
 from aigc_fast.models.diffusion import sample
 from aigc_fast.training import DiffusionRecipe, DiffusionStep, DiffusionTrainer
 
 from .diffusion_model import make_model, make_scheduler, sample_shape, save_model
+from .labels import labels_of
 from .pictures import save_grid, save_videos
 from .train import DiffusionOptions
 from .training_session import TrainingSession, load_data
@@ -29,7 +31,7 @@ class Session(TrainingSession):
         )  # fmt: skip
         if options.channels < 8 or options.channels % 8:
             raise ValueError(f"channels must be a multiple of 8, got {options.channels}")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         samples, labels = load_data(options.data, options.size)
         videos = samples.dim() == 5
         if videos:
@@ -70,7 +72,7 @@ class Session(TrainingSession):
             model,
             make_scheduler("dpmpp_2m", networks["prediction"], networks["schedule"]),
             (count, *sample_shape(networks)),
-            labels=torch.arange(count, device=self.samples.device) % classes if classes else None,
+            labels=labels_of(count, None, classes, self.samples.device),
             null_label=classes if classes else None,
             num_steps=12,
             guidance_scale=2.0 if classes else 1.0,

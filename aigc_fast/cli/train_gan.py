@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aigc_fast._devices import default_device
 from aigc_fast.ops._checks import check_choice
 from aigc_fast.training import RECIPES, GANRecipe, GANStep, GANTrainer
 
@@ -17,6 +18,7 @@ from .gan_networks import (
     make_discriminator,
     make_generator,
 )
+from .labels import labels_of
 from .pictures import save_grid
 from .train import GANOptions
 from .training_session import TrainingSession, load_data
@@ -29,14 +31,13 @@ class Session(TrainingSession):
 
     def __init__(self, options: GANOptions) -> None:
         self.options = options
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         samples, labels = load_data(options.data, options.size)
         if samples.dim() != 4:
             raise ValueError(f"data must be images for a GAN, {options.data} are videos")
         self.samples = samples.to(device)
         self.labels = labels.to(device) if options.conditional else None
-        num_classes = int(labels.max()) + 1
-        self.networks = _networks(options, samples.shape[1], num_classes)
+        self.networks = _networks(options, samples.shape[1], int(labels.max()) + 1)
         torch.manual_seed(options.seed)
         # Convolutions in bfloat16 take half the time in this layout, those in float32 the same.
         layout: Any = {"device": device, "memory_format": torch.channels_last}
@@ -54,9 +55,7 @@ class Session(TrainingSession):
         # The same latents in every picture: one sees them grow.
         fixed = torch.Generator().manual_seed(options.seed)
         self.latents = torch.randn(_GRID, self.trainer.latent_dim, generator=fixed).to(device)
-        self.classes = None
-        if self.labels is not None:
-            self.classes = torch.arange(_GRID, device=device) % num_classes
+        self.classes = labels_of(_GRID, None, self.networks["num_classes"], device)
         self.open()
 
     def losses_of(self, state: GANStep) -> tuple[Tensor, ...]:

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from aigc_fast._devices import default_device
 from aigc_fast.training import VAERecipe, VAEStep, VAETrainer
 from aigc_fast.training.vae import images_of
 
+from .labels import labels_of
 from .pictures import save_grid
 from .train import VAEOptions
 from .training_session import TrainingSession, load_data
@@ -27,7 +29,7 @@ class Session(TrainingSession):
             options.likelihood, options.beta, options.warm_up, options.free_bits, options.lr,
             bf16=options.bf16,
         )  # fmt: skip
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         samples, labels = load_data(options.data, options.size)
         if samples.dim() != 4:
             raise ValueError(f"data must be images for a VAE, {options.data} are videos")
@@ -55,9 +57,7 @@ class Session(TrainingSession):
     def keep_samples(self) -> None:
         output, model, device = self.options.output, self.trainer.average, self.samples.device
         save_model(output / "model.safetensors", model, self.networks)
-        labels, classes = None, self.networks["num_classes"]
-        if classes is not None:
-            labels = torch.arange(_GRID, device=device) % classes
+        labels = labels_of(_GRID, None, self.networks["num_classes"], device)
         # The same latents in every picture: one sees them grow.
         random = torch.Generator(device).manual_seed(self.options.seed)
         drawn = model.sample(_GRID, labels, generator=random)

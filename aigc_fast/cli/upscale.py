@@ -20,6 +20,7 @@ from PIL import Image, ImageChops, ImageOps
 from rich.console import Console
 from rich.progress import Progress
 
+from aigc_fast._devices import default_device
 from aigc_fast.io import find_realesrgan
 from aigc_fast.models.gan import RRDBNet, SRVGGNetCompact, load_generator
 from aigc_fast.models.gan.upscale import choose_dtype, count_tiles, upscale_tiles
@@ -66,7 +67,7 @@ def run(
 def _load_model(name: str, dtype: str) -> SRVGGNetCompact | RRDBNet:
     is_file = any(Path(f"{name}{suffix}").is_file() for suffix in ("", ".param"))
     model = load_generator(name if is_file else find_realesrgan(name))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     return model.to(device, choose_dtype(device) if dtype == "auto" else getattr(torch, dtype))
 
 
