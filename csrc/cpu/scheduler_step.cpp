@@ -1,86 +1,13 @@
 // One denoising step: x0 = clamp(A * sample + B * m, -r, r);
 // prev = P * x0 + Q * sample + R * m + N * noise + sum_k H_k * history_k; maybe a second such
-// combination of the same tensors; and the backward.
+// combination of the same tensors.
 // m is the model's output, or of two outputs uncond + scale * (cond - uncond) times a factor.
-#include "clamp.h"
-#include "per_sample.h"
+#include "scheduler_step.h"
+
 #include "two_vectors.h"
 
 namespace aigc_fast {
 namespace {
-
-constexpr int kMaxHistory = 5, kMaxExtras = 1 + kMaxHistory;  // noise and history
-
-// The factors of x0, the sample, m, the noise (if there is noise) and the history.
-template <class A>
-struct Combination {
-  A x0 = 0, sample = 0, output = 0, extra[kMaxExtras] = {};
-
-  template <class F>
-  void read(F at, int64_t begin, int64_t end, bool has_noise) {
-    x0 = at(begin), sample = at(begin + 1), output = at(begin + 2);
-    for (int64_t i = begin + (has_noise ? 3 : 4), e = 0; i < end; ++i) extra[e++] = at(i);
-  }
-};
-
-// A row (A, B, r, P, Q, R, N, H_1, ..., H_k) of the coefficients, and (P, Q, R, N, H_1, ..., H_k)
-// of the second result.
-template <class A>
-struct Row {
-  A x0_sample, x0_output, clip;
-  Combination<A> prev, second;
-
-  Row(const Scalars& table, int64_t columns, int64_t num_history, int64_t row, bool has_noise) {
-    // NaN without payload, of which store_two might make a number.
-    const auto at = [&](int64_t i) {
-      const A a = A(table[row * columns + i]);
-      return std::isnan(a) ? std::numeric_limits<A>::quiet_NaN() : a;
-    };
-    x0_sample = at(0), x0_output = at(1), clip = at(2);
-    const int64_t end = 7 + num_history;
-    prev.read(at, 3, end, has_noise);
-    if (columns > end) second.read(at, end, columns, has_noise);
-  }
-};
-
-struct Call {
-  const Tensor &sample, &output, &coefficients;
-  const MaybeTensor& uncond;
-  double scale;
-  bool per_sample, has_second;
-  int64_t columns;
-
-  Call(const Tensor& sample, const Tensor& output, const Tensor& coefficients,
-       const MaybeTensor& uncond, double scale, double rescale, int64_t num_history)
-      : sample(sample), output(output), coefficients(coefficients), uncond(uncond), scale(scale) {
-    check(output, "model_output");
-    if (uncond) check(*uncond, "uncond_output");
-    require(uncond || (scale == 1 && rescale == 0), "uncond_output must be given for guidance");
-    const int64_t dim = coefficients.dim();
-    require(num_history >= 0 && num_history <= kMaxHistory, "history must hold at most 5 tensors");
-    require(dim == 1 || (dim == 2 && sample.dim() && coefficients.size(0) == sample.size(0)),
-            "coefficients must be one row or one row for each sample");
-    columns = coefficients.size(dim - 1);
-    has_second = columns == 11 + 2 * num_history;
-    require(has_second || columns == 7 + num_history,
-            "coefficients must have 7 + len(history) columns, or 11 + 2 * len(history)");
-    require(coefficients.scalar_type() == ScalarType::Float ||
-                coefficients.scalar_type() == ScalarType::Double,
-            "coefficients must be float32 or float64");
-    require(rescale == 0 || sample.dim() > 1, "sample must have more than a batch dimension");
-    per_sample = dim == 2;
-  }
-  // The rows of coefficients: one, or one for each sample.
-  template <class A>
-  std::vector<Row<A>> table(int64_t num_history, bool has_noise) const {
-    const Scalars numbers(coefficients, "coefficients");
-    std::vector<Row<A>> rows;
-    for (int64_t i = 0; i < (per_sample ? coefficients.size(0) : 1); ++i)
-      rows.emplace_back(numbers, columns, num_history, i, has_noise);
-    return rows;
-  }
-  void check(const Tensor& x, const char* name) const { check_like(x, sample, name, "sample"); }
-};
 
 // Count, mean and sum of squared deviations, joined as Chan et al. (1979) do.
 struct Moments {
@@ -105,11 +32,6 @@ Moments moments(int64_t length, F value) {
     squares += d * d;
   });
   return {double(length), mean, sum_lanes<A>(squares)};
-}
-
-template <class A>
-AIGC_INLINE Vec<A> guide(Vec<A> cond, Vec<A> uncond, A scale) {
-  return uncond + (cond - uncond) * scale;
 }
 
 // For each sample rescale * std(cond) / std(guided) + 1 - rescale.
@@ -146,7 +68,8 @@ std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& o
                                         const MaybeTensor& noise, const MaybeTensor& uncond_in,
                                         double scale, double rescale, bool return_x0) {
   const int64_t num_history = history.size();
-  const Call call(sample_in, output_in, coefficients, uncond_in, scale, rescale, num_history);
+  const SchedulerCall call(sample_in, output_in, coefficients, uncond_in, scale, rescale,
+                           num_history);
   if (noise) {
     call.check(*noise, "noise");
     history.insert(history.begin(), *noise);
@@ -175,7 +98,7 @@ std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& o
     const bool is_plain = !extras && !return_x0 && !call.has_second;
     auto run = [&]<bool guided, bool plain>() {
       rows.for_pieces([&](int64_t row, int64_t begin, int64_t length) {
-        const Row<A> k = table[call.per_sample ? row : 0];
+        const StepRow<A> k = table[call.per_sample ? row : 0];
         const int count = plain ? 0 : extras;
         const A s = A(scale), factor = factors.empty() ? A(1) : factors[row];
         const auto from = [=](auto p) { return p.at + row * p.stride + begin; };
@@ -220,72 +143,9 @@ Tensor scheduler_step(const Tensor& sample, const Tensor& output, const Tensor& 
   return results[0];
 }
 
-// Gradients of sample, model_output, uncond_output (if given), noise (if has_noise), history.
-std::vector<Tensor> scheduler_step_backward(const Tensor& grad_in, const MaybeTensor& grad_x0_in,
-                                            const MaybeTensor& grad_second_in,
-                                            const Tensor& sample_in, const Tensor& output_in,
-                                            const Tensor& coefficients,
-                                            const MaybeTensor& uncond_in, double scale,
-                                            bool has_noise, int64_t num_history) {
-  const Call call(sample_in, output_in, coefficients, uncond_in, scale, 0, num_history);
-  call.check(grad_in, "grad_output");
-  if (grad_x0_in) call.check(*grad_x0_in, "grad_output");
-  if (grad_second_in) call.check(*grad_second_in, "grad_output");
-  SampleRows rows(sample_in, call.per_sample);
-  const Tensor sample = rows.arrange(sample_in), output = rows.arrange(output_in);
-  const Tensor uncond = uncond_in ? rows.arrange(*uncond_in) : output;
-  const Tensor grad = rows.arrange(grad_in);
-  const Tensor grad_x0 = grad_x0_in ? rows.arrange(*grad_x0_in) : grad;
-  const Tensor grad_second = grad_second_in ? rows.arrange(*grad_second_in) : grad;
-  const int first = uncond_in ? 3 : 2, extras = has_noise + num_history;
-  std::vector<Tensor> grads{rows.order()};
-  while (static_cast<int>(grads.size()) < first + extras) grads.push_back(rows.like());
-  dispatch(sample, "sample", [&]<class T>(T) {
-    using A = Acc<T>;
-    const auto x = rows.read<T>(sample), c = rows.read<T>(output), u = rows.read<T>(uncond);
-    const auto table = call.table<A>(num_history, has_noise);
-    const auto g = rows.read<T>(grad), g_x0 = rows.read<T>(grad_x0);
-    const auto g_second = rows.read<T>(grad_second);
-    RowPointer<T> out[3 + kMaxExtras];
-    for (size_t i = 0; i < grads.size(); ++i) out[i] = rows.write<T>(grads[i]);
-    rows.for_pieces([&](int64_t row, int64_t begin, int64_t length) {
-      const Row<A> k = table[call.per_sample ? row : 0];
-      const A s = A(scale);
-      const bool guided = uncond_in.has_value(), has_x0 = grad_x0_in.has_value();
-      const bool has_second = grad_second_in.has_value();
-      const auto from = [=](auto p) { return p.at + row * p.stride + begin; };
-      const T *xs = from(x), *cs = from(c), *us = from(u), *gs = from(g), *hs = from(g_x0);
-      const T* ws = from(g_second);
-      T* to[3 + kMaxExtras] = {};
-      for (int i = 0; i < first + extras; ++i) to[i] = from(out[i]);
-      for_vectors<A>(length, [=](int64_t i, auto lanes) {
-        const Vec<A> xi = load(xs + i, lanes), gi = load(gs + i, lanes);
-        Vec<A> m = load(cs + i, lanes);
-        if (guided) m = guide<A>(m, load(us + i, lanes), s);
-        const Vec<A> wi = has_second ? load(ws + i, lanes) : Vec<A>{};
-        const auto both = [&](A prev, A second) {
-          return has_second ? gi * prev + wi * second : gi * prev;
-        };
-        Vec<A> t = both(k.prev.x0, k.second.x0);
-        if (has_x0) t += load(hs + i, lanes);
-        t = abs<A>(xi * k.x0_sample + m * k.x0_output) <= k.clip ? t : Vec<A>{};
-        const Vec<A> dm = t * k.x0_output + both(k.prev.output, k.second.output);
-        store(to[0] + i, t * k.x0_sample + both(k.prev.sample, k.second.sample), lanes);
-        store(to[1] + i, guided ? dm * s : dm, lanes);
-        if (guided) store(to[2] + i, dm * (A(1) - s), lanes);
-        for (int e = 0; e < extras; ++e)
-          store(to[first + e] + i, both(k.prev.extra[e], k.second.extra[e]), lanes);
-      });
-    });
-  });
-  for (Tensor& t : grads) t = rows.finish(t);
-  return grads;
-}
-
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
   m.impl("scheduler_step", TORCH_BOX(&scheduler_step));
   m.impl("scheduler_step_full", TORCH_BOX(&scheduler_step_full));
-  m.impl("scheduler_step_backward", TORCH_BOX(&scheduler_step_backward));
 }
 
 }  // namespace
