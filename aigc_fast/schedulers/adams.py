@@ -13,10 +13,12 @@ from torch import Tensor
 from aigc_fast import ops
 from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.ancestral import alphas
+from aigc_fast.schedulers.diffusion_scheduler import DiffusionScheduler
 from aigc_fast.schedulers.euler import VarianceExploding, denoised, slope
 from aigc_fast.schedulers.linear import OUTPUT, SAMPLE, Form, Row, named, predictions, steps_of
+from aigc_fast.schedulers.noise import Generator
 from aigc_fast.schedulers.schedule import space_timesteps
-from aigc_fast.schedulers.scheduler import DiffusionScheduler, Generator, Scheduler
+from aigc_fast.schedulers.scheduler import Scheduler
 
 #: Adams-Bashforth, the newest first
 ADAMS = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_choice
+from aigc_fast.schedulers.diffusion_scheduler import DiffusionScheduler
 from aigc_fast.schedulers.linear import (
     NOISE,
     SAMPLE,
@@ -20,8 +21,8 @@ from aigc_fast.schedulers.linear import (
     predictions,
     steps_of,
 )
+from aigc_fast.schedulers.noise import Generator, draw_noise
 from aigc_fast.schedulers.schedule import falling, space_timesteps
-from aigc_fast.schedulers.scheduler import DiffusionScheduler, Generator, draw_noise
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned",
              "learned_range")  # fmt: skip

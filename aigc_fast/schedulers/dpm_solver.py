@@ -23,7 +23,8 @@ from aigc_fast.schedulers.log_snr import (
     levels_of,
     without_variance,
 )
-from aigc_fast.schedulers.scheduler import Generator, draw_noise, shift_in
+from aigc_fast.schedulers.noise import Generator, draw_noise
+from aigc_fast.schedulers.scheduler import shift_in
 
 H1, H2 = named("h1"), named("h2")
 HISTORY = ("h1", "h2", "h3")

@@ -11,16 +11,12 @@ from torch import Tensor
 
 from aigc_fast import ops
 from aigc_fast.ops._checks import check_choice
+from aigc_fast.schedulers.diffusion_scheduler import check_spacings, spacing_of
 from aigc_fast.schedulers.euler import churn, churned, slope
 from aigc_fast.schedulers.linear import NOISE, OUTPUT, SAMPLE, X0, Row, named, steps_of
+from aigc_fast.schedulers.noise import Generator, draw_noise
 from aigc_fast.schedulers.schedule import respace, shift_sigmas
-from aigc_fast.schedulers.scheduler import (
-    Generator,
-    Scheduler,
-    check_spacings,
-    draw_noise,
-    spacing_of,
-)
+from aigc_fast.schedulers.scheduler import Scheduler
 from aigc_fast.schedulers.two_stage import FIRST, doubled
 
 # ---- rows ---------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_choice
+from aigc_fast.schedulers.diffusion_scheduler import SigmaScheduler
 from aigc_fast.schedulers.euler import denoised
 from aigc_fast.schedulers.linear import OUTPUT, SAMPLE, X0, Form, predictions
 from aigc_fast.schedulers.schedule import shift_sigmas, sigma_to_timestep, space_timesteps
-from aigc_fast.schedulers.scheduler import SigmaScheduler
 
 
 class Levels(NamedTuple):

@@ -1,36 +1,22 @@
-"""What all schedulers share: the loop, the configuration and the noise levels of training."""
+"""What all schedulers share: the loop and the configuration."""
 
 import json
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from aigc_fast import ops
-from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.linear import Row, Tables
-from aigc_fast.schedulers.schedule import (
-    make_betas,
-    noise_to_signal,
-    rescale_zero_terminal_snr,
-    respace,
-)
+from aigc_fast.schedulers.noise import Generator, draw_noise
 
 CONFIG_NAME = "scheduler_config.json"
-#: what draws noise: a generator, one for each sample, or a function as `draw_noise` is without it
-Generator = (
-    torch.Generator
-    | Sequence[torch.Generator]
-    | Callable[[Tensor, torch.dtype | None], Tensor]
-    | None
-)
 logger = logging.getLogger(__name__)
 
 
@@ -340,125 +326,6 @@ def known_arguments() -> set[str]:
         found |= {f.name for f in fields(cls)}
         classes += cls.__subclasses__()
     return found
-
-
-@dataclass
-class DiffusionScheduler(Scheduler):
-    """Schedules that begin as betas: alphas_cumprod, and x_t = alpha x_0 + sigma epsilon."""
-
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    trained_betas: Sequence[float] | None = None
-    _: KW_ONLY
-    prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
-    steps_offset: int = 0
-
-    predictions: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
-
-    def __post_init__(self) -> None:
-        check_choice("prediction_type", self.prediction_type, self.predictions)
-        check_choice("timestep_spacing", self.timestep_spacing, ("linspace", "leading", "trailing"))
-        if self.trained_betas is None:
-            betas = make_betas(
-                self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps
-            )
-        else:
-            betas = torch.as_tensor(self.trained_betas, dtype=torch.float32)
-        if getattr(self, "rescale_betas_zero_snr", False):  # not all classes have it
-            betas = rescale_zero_terminal_snr(betas)
-        self.betas = betas
-        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
-        self._levels: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        super().__post_init__()
-
-    def training_levels(self) -> tuple[Tensor, Tensor]:
-        return self.alphas_cumprod**0.5, (1 - self.alphas_cumprod) ** 0.5
-
-    def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        table = self._levels.get(timesteps.device)
-        if table is None:
-            alpha, sigma = self.training_levels()
-            table = (alpha.to(timesteps.device), sigma.to(timesteps.device))
-            self._levels[timesteps.device] = table
-        index = timesteps if timesteps.dtype == torch.int64 else timesteps.round().long()
-        return table[0].index_select(0, index), table[1].index_select(0, index)
-
-
-@dataclass
-class SigmaScheduler(DiffusionScheduler):
-    """Schedules of sigmas, of which a Karras, exponential or beta spacing may be asked."""
-
-    _: KW_ONLY
-    timestep_spacing: str = "linspace"
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: bool = False
-    use_beta_sigmas: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_spacings(self)
-        if getattr(self, "rescale_betas_zero_snr", False):
-            self.alphas_cumprod[-1] = 2**-24  # sigma must be finite
-        self.sigmas = torch.empty(0)
-
-    def spacing(self) -> str | None:
-        """karras, exponential or beta, if one of them is asked for."""
-        return spacing_of(self)
-
-    def train_sigmas(self) -> np.ndarray:
-        return noise_to_signal(self.alphas_cumprod)
-
-    def respaced(self, sigmas: np.ndarray, steps: int) -> np.ndarray | None:
-        """The sigmas of the spacing asked for, between the first and the last given."""
-        kind = spacing_of(self)
-        if kind is None:
-            return None
-        bounds = (getattr(self, "sigma_min", None), getattr(self, "sigma_max", None))
-        return respace(kind, sigmas, steps, *bounds)
-
-
-def spacing_of(scheduler: Any) -> str | None:
-    for kind in ("karras", "exponential", "beta"):
-        if getattr(scheduler, f"use_{kind}_sigmas"):
-            return kind
-    return None
-
-
-def check_spacings(scheduler: Any) -> None:
-    asked = [k for k in ("karras", "exponential", "beta") if getattr(scheduler, f"use_{k}_sigmas")]
-    if len(asked) > 1:
-        names = ", ".join(f"use_{kind}_sigmas" for kind in asked)
-        raise ValueError(f"only one spacing of the sigmas can be used, got {names}")
-    if "beta" in asked:
-        import scipy.stats  # noqa: F401  (says at once that it is missing)
-
-
-def draw_noise(
-    like: Tensor, generator: Generator = None, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Standard normal noise of `like`, drawn in `dtype` on the generator's device; a list of
-    generators draws a sample each. The calls are those of diffusers, so that seeds agree."""
-    if callable(generator):
-        return generator(like, dtype)
-    dtype, device, shape = dtype or like.dtype, like.device, like.shape
-    if isinstance(generator, Sequence):
-        if len(generator) != 1:
-            one = (1, *shape[1:])
-            parts = [
-                torch.randn(one, generator=generator[i], device=generator[i].device, dtype=dtype)
-                for i in range(shape[0])
-            ]
-            return torch.cat(parts).to(device=device, dtype=like.dtype)
-        generator = generator[0]
-    where = device if generator is None else generator.device
-    if where.type == "cuda" and device.type != "cuda":
-        raise ValueError(f"a {where.type} generator cannot draw a tensor on {device.type}")
-    noise = torch.randn(shape, generator=generator, device=where, dtype=dtype)
-    if where != device or dtype != like.dtype:
-        noise = noise.to(device=device, dtype=like.dtype)
-    return noise
 
 
 def shift_in(history: list, newest: Any) -> None:

@@ -17,8 +17,8 @@ from aigc_fast.schedulers.euler import (
     slope,
 )
 from aigc_fast.schedulers.linear import NOISE, SAMPLE, Row, named, steps_of
+from aigc_fast.schedulers.noise import Generator, draw_noise
 from aigc_fast.schedulers.schedule import sigma_to_timestep
-from aigc_fast.schedulers.scheduler import Generator, draw_noise
 
 #: sample and x0 of the first stage
 FIRST, FIRST_X0 = named("first"), named("first_x0")

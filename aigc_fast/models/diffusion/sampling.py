@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from aigc_fast._graphs import Replay, check_graph
 from aigc_fast.schedulers import Scheduler
-from aigc_fast.schedulers.scheduler import Generator, draw_noise
+from aigc_fast.schedulers.noise import Generator, draw_noise
 
 
 def sample(
