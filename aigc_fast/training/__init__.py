@@ -5,7 +5,8 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .denoising import Denoising
 from .diffusion import DiffusionRecipe, DiffusionStep, DiffusionTrainer
 from .ema import EMA
-from .gan import RECIPES, GANRecipe, GANStep, GANTrainer
+from .gan import GANStep, GANTrainer
+from .gan_recipe import RECIPES, GANRecipe
 from .log import CSVLog, TensorBoardLog
 from .optim import Adam, AdamW
 from .penalties import gradient_penalty, path_length_penalty, r1_penalty, r2_penalty
