@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence, Set
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from aigc_fast import ops
 from aigc_fast._graphs import Replay, check_graph
-from aigc_fast.io.token_ids import ids_of
 
 from .arguments import check_class, count
 from .cache import CACHE_DTYPES, KVCache, allocate
 from .cache_scales import calibrate_cache, check_scales
 from .decoder_lm import DecoderLM
+from .decoding import Batch, checked_tokens, decoding_step
 from .pages import PagePool
+from .prompts import check_known, check_tokenizer, prompt_ids, stop_texts, stop_token_ids
 from .request import FinishReason, Request, StoppedText, Update
 from .sampling import GREEDY, BatchSampler, Choice, Sampling
 
@@ -106,11 +106,11 @@ class Engine:
         self._graph: Replay | None = None
         check_graph(cuda_graph, weight.device)
         if cuda_graph:
-            step = functools.partial(_decoding_step, model, self._memory, self._scales)
+            step = functools.partial(decoding_step, model, self._memory, self._scales)
             self._graph = Replay(step, weight.device)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
 
     @property
     def max_length(self) -> int:
@@ -153,15 +153,15 @@ class Engine:
         max_new_tokens = count("max_new_tokens", max_new_tokens)
         draft_tokens = count("draft_tokens", draft_tokens, least=0)
         check_class("sampling", sampling, Sampling)
-        stops = _stop_tokens(stop_tokens)
-        _check_ids("stop_tokens", stops, config.vocab_size)
-        stop_strings = _stop_strings(stop_strings)
+        stops = stop_token_ids(stop_tokens)
+        check_known("stop_tokens", stops, config.vocab_size)
+        stop_strings = stop_texts(stop_strings)
         if self.tokenizer is None and stop_strings:
             raise ValueError("stop_strings: there is no tokenizer")
         ids = prompt_ids(prompt, self.tokenizer)
         if not ids:
             raise ValueError("prompt must not be empty")
-        _check_ids("prompt", ids, config.vocab_size)
+        check_known("prompt", ids, config.vocab_size)
         decoder = None if self.tokenizer is None else self.tokenizer.stream_decoder()
         request = Request(
             ids,
@@ -230,7 +230,7 @@ class Engine:
             return []
         sampler = BatchSampler([request.choice], self._device)
         tokens, logprobs = sampler(self.model.logits(hidden[:, -1]), [0])
-        [token], [logprob] = _checked(tokens.tolist()), logprobs.tolist()
+        [token], [logprob] = checked_tokens(tokens.tolist()), logprobs.tolist()
         request.computed = end
         self.pool.publish(request.held, request.prompt)
         sampler.count(0, token)
@@ -243,7 +243,8 @@ class Engine:
         """One step of all running requests; a guessed token is a row of its own, at its place in
         the same pages. Returns what accepts the tokens."""
         if self._batch is None:
-            self._batch = _Batch(self)
+            table, choices = self._block_table(self._running), [r.choice for r in self._running]
+            self._batch = Batch(self.model, self._memory, self._scales, self._graph, table, choices)
         running, sampler = list(self._running), self._batch.sampler
         drafts = [request.draft() for request in running]
         rows = [i for i, draft in enumerate(drafts) for _ in draft]
@@ -289,119 +290,3 @@ class Engine:
             self.pool.publish(request.held, request.known(request.computed))
             self.pool.release(request.held)
             request.held = None
-
-
-class _Batch:
-    """What the steps of the same requests share."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._model, self._memory, self._device = engine.model, engine._memory, engine._device
-        self._graph, self._scales = engine._graph, engine._scales
-        self._block_table = engine._block_table(engine._running)
-        self.sampler = BatchSampler([r.choice for r in engine._running], engine._device)
-
-    def next_tokens(
-        self, token_ids: list[int], rows: list[int], lengths: list[int]
-    ) -> tuple[list[int], list[float]]:
-        """What comes after each token, and the logarithm of its probability.
-
-        Args:
-            rows: the request of each token, in order.
-            lengths: the tokens before it.
-        """
-        table = self._block_table
-        if len(rows) != len(table):
-            table = table[torch.tensor(rows, device=self._device)]
-        scaling = self._model.config.rope_scaling
-        if self._graph is not None and not (scaling and scaling.stretches(max(lengths) + 1)):
-            numbers = torch.tensor([token_ids, lengths, self.sampler.steps(rows)])
-            arguments = self.sampler.arguments(rows)
-            (found,) = self._graph(numbers, table, tuple(arguments), *arguments.values())
-            chosen, logprobs = found.tolist()
-            return _checked([int(token) for token in chosen]), logprobs
-        cache = KVCache(
-            self._memory,
-            torch.tensor(lengths, dtype=torch.int32, device=self._device),
-            used=max(lengths),
-            block_table=table,
-            scales=self._scales,
-        )
-        ids = torch.tensor(token_ids, device=self._device)[:, None]
-        hidden = self._model.hidden_states(ids, cache)[:, 0]
-        tokens, logprobs = self.sampler(self._model.logits(hidden), rows)
-        return _checked(tokens.tolist()), logprobs.tolist()
-
-
-def _decoding_step(
-    model: DecoderLM,
-    memory: list[Tensor],
-    scales: Tensor | None,
-    numbers: Tensor,
-    block_table: Tensor,
-    names: tuple[str, ...],
-    *arguments: Any,
-) -> tuple[Tensor]:
-    """`_Batch.next_tokens` of tensors alone, for a CUDA graph.
-
-    Args:
-        numbers: int64 (3, rows): the tokens, how many are before each, and the sampler's steps.
-        names, arguments: of `ops.sample_tokens`.
-
-    Returns:
-        float64 (2, rows), tokens and log-probabilities, which hold both exactly: one reading.
-    """
-    ids, lengths, steps = numbers.unbind()
-    # No number says here how much of the cache is used: the graph would keep it. There is room,
-    # since a request has all its pages from the beginning.
-    cache = KVCache(memory, lengths.int(), block_table=block_table, scales=scales)
-    logits = model.logits(model.hidden_states(ids[:, None], cache)[:, 0])
-    options = dict(zip(names, arguments, strict=True))
-    tokens, logprobs = ops.sample_tokens(logits, steps=steps, **options)
-    return (torch.stack([tokens.double(), logprobs.double()]),)
-
-
-def _checked(tokens: list[int]) -> list[int]:
-    if min(tokens) < 0:  # what a GPU gives, where the CPU's operator raises this itself
-        raise ValueError(
-            "logits must have no NaN or +inf and at least one finite value in each row"
-        )
-    return tokens
-
-
-def check_tokenizer(tokenizer: object) -> None:
-    """Raises TypeError unless it is None or has what the engine needs of a TextTokenizer."""
-    if not (tokenizer is None or hasattr(tokenizer, "stream_decoder")):
-        raise TypeError(f"tokenizer must be a TextTokenizer, got {type(tokenizer).__name__}")
-
-
-def prompt_ids(prompt: Any, tokenizer: TextTokenizer | None) -> list[int]:
-    """The token ids of a prompt."""
-    if not isinstance(prompt, str):
-        return ids_of("prompt", prompt)
-    if tokenizer is None:
-        raise ValueError("a prompt in text needs a tokenizer, but there is none")
-    return tokenizer.encode(prompt)
-
-
-def _stop_tokens(value: Any) -> list[int]:
-    if isinstance(value, Set):
-        value = list(value)
-    one = isinstance(value, int) or getattr(value, "shape", None) == ()
-    return ids_of("stop_tokens", [value] if one else value)
-
-
-def _stop_strings(value: Any) -> list[str]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"stop_strings must be a list of strings, got {type(value).__name__}")
-    strings = list(value)
-    for string in strings:
-        check_class("each of stop_strings", string, str)
-    if not all(strings):
-        raise ValueError("stop_strings must not hold an empty string")
-    return strings
-
-
-def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"{name} must lie in [0, {vocab_size}), got {token}")

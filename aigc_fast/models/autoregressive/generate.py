@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .arguments import check_class, count
 from .decoder_lm import DecoderLM
-from .engine import Engine, check_tokenizer, prompt_ids
+from .engine import Engine
+from .prompts import check_tokenizer, prompt_ids
 from .request import Request, Update
 from .sampling import GREEDY, Sampling
 
