@@ -1,6 +1,6 @@
 """What takes the place of what in the models of diffusers: the table, its U-Nets and autoencoders.
 
-Transformer blocks are in diffusers_blocks.py.
+Layers, attention with rotary embedding and transformer blocks have files of their own.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.integrations import diffusers_attention as attention
 from aigc_fast.integrations import diffusers_blocks as blocks
+from aigc_fast.integrations import diffusers_layers as layers
 from aigc_fast.integrations._patching import Assignment, Replacement, Unfit, become
 from aigc_fast.nn._replacing import runs_as_written
 from aigc_fast.nn.group_norm_act import modulated_group_norm_act
@@ -194,11 +196,11 @@ TABLE = _table(
     unets__unet_2d_condition=dict(UNet2DConditionModel=HasOutputNorm),
     autoencoders__vae=dict(Encoder=HasOutputNorm, Decoder=HasOutputNorm),
     attention_processor=dict(Attention=Attention),
-    embeddings=dict(Timesteps=blocks.Timesteps),
-    activations=dict(GEGLU=blocks.GEGLU, SwiGLU=blocks.SwiGLU),
+    embeddings=dict(Timesteps=layers.Timesteps),
+    activations=dict(GEGLU=layers.GEGLU, SwiGLU=layers.SwiGLU),
     normalization=dict(
-        RMSNorm=blocks.RMSNorm,
-        FP32LayerNorm=blocks.FP32LayerNorm,
+        RMSNorm=layers.RMSNorm,
+        FP32LayerNorm=layers.FP32LayerNorm,
         AdaLayerNormZero=blocks.AdaLayerNormZero,
         AdaLayerNormZeroSingle=blocks.AdaLayerNormZeroSingle,
         SD35AdaLayerNormZeroX=blocks.SD35AdaLayerNormZeroX,
@@ -210,11 +212,11 @@ TABLE = _table(
     ),
     transformers__transformer_2d=dict(Transformer2DModel=HasGroupNorm),
     transformers__transformer_flux=dict(
-        FluxAttention=blocks.FluxAttention,
+        FluxAttention=attention.FluxAttention,
         FluxTransformerBlock=blocks.FluxBlock,
         FluxSingleTransformerBlock=blocks.FluxSingleBlock,
     ),
     transformers__transformer_wan=dict(
-        WanAttention=blocks.WanAttention, WanTransformerBlock=blocks.WanBlock
+        WanAttention=attention.WanAttention, WanTransformerBlock=blocks.WanBlock
     ),
 )

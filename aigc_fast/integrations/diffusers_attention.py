@@ -1,0 +1,149 @@
+"""What takes the place of attention with rotary embedding in diffusers."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from aigc_fast import ops
+from aigc_fast.integrations._patching import Assignment, Replacement, Unfit
+
+
+class _Attention(Replacement):
+    """Does the work of one processor of diffusers."""
+
+    absorbs = ("norm_q", "norm_k")
+    processor_name = ""
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if (name := type(module.processor).__name__) != cls.processor_name:
+            raise Unfit(f"its processor is {name}")
+        yield from super().assignments(module)
+
+    def _leaves(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call is the stock class's: another processor may have been chosen since."""
+        return (
+            type(self.processor).__name__ != self.processor_name
+            or self.fused_projections
+            or bool(kwargs)
+        )
+
+
+def angles(rotary: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """diffusers gives every angle twice, once for each feature of a pair."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = (t[..., ::2].to(x.device, dtype).contiguous() for t in rotary)
+    return cos, sin
+
+
+def normed_and_turned(x: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
+    """Query or key heads (batch, tokens, heads, head_dim)."""
+    if x.dtype != norm.weight.dtype:
+        return ops.apply_rotary(norm(x), cos, sin, interleaved=True)
+    weight, heads = norm.weight, x.shape[2]
+    return ops.qk_norm_rotary(x, weight, weight, cos, sin, heads, norm.eps, interleaved=True)
+
+
+class FluxAttention(_Attention):
+    uses = "qk_norm_rotary"
+    processor_name = "FluxAttnProcessor"
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        yield from super().assignments(module)
+        if module.norm_q.weight is None:
+            raise Unfit("its norms have no weight")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if image_rotary_emb is None or self._leaves(kwargs):
+            return super().forward(
+                hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
+            )
+        cos, sin = angles(image_rotary_emb, hidden_states)
+        tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        query, key, value = (
+            to(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for to in (self.to_q, self.to_k, self.to_v)
+        )
+        query = normed_and_turned(query, self.norm_q, cos[tokens:], sin[tokens:])
+        key = normed_and_turned(key, self.norm_k, cos[tokens:], sin[tokens:])
+        if encoder_hidden_states is not None:  # the tokens of the text come first
+            text_query, text_key, text_value = (
+                to(encoder_hidden_states).unflatten(-1, (-1, self.head_dim))
+                for to in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+            )
+            cos, sin = cos[:tokens], sin[:tokens]
+            text_query = normed_and_turned(text_query, self.norm_added_q, cos, sin)
+            text_key = normed_and_turned(text_key, self.norm_added_k, cos, sin)
+            query = torch.cat([text_query, query], dim=1)
+            key = torch.cat([text_key, key], dim=1)
+            value = torch.cat([text_value, value], dim=1)
+        out = _attend(self.processor, query, key, value, attention_mask).flatten(2)
+        if encoder_hidden_states is None:
+            return out
+        text, image = out[:, :tokens], out[:, tokens:]
+        image = self.to_out[1](self.to_out[0](image.contiguous()))
+        return image, self.to_add_out(text.contiguous())
+
+
+def _attend(
+    processor: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    parallel: bool = True,
+) -> Tensor:  # fmt: skip
+    """diffusers' attention, with the backend that was chosen for the processor."""
+    out = dispatch_attention_fn(
+        query, key, value, attn_mask=mask, backend=processor._attention_backend,
+        parallel_config=processor._parallel_config if parallel else None,
+    )  # fmt: skip
+    return out.to(query.dtype)
+
+
+class WanAttention(_Attention):
+    """Its norms are over all heads."""
+
+    uses = "rms_norm, apply_rotary"
+    processor_name = "WanAttnProcessor"
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        yield from super().assignments(module)
+        if module.add_k_proj is not None:
+            raise Unfit("it attends to images of the prompt too")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if self._leaves(kwargs):
+            return super().forward(
+                hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
+            )
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = _rms_norm(self.norm_q, self.to_q(hidden_states)).unflatten(2, (self.heads, -1))
+        key = _rms_norm(self.norm_k, self.to_k(context)).unflatten(2, (self.heads, -1))
+        value = self.to_v(context).unflatten(2, (self.heads, -1))
+        if rotary_emb is not None:  # (1, tokens, 1, head_dim)
+            cos, sin = (t[0, :, 0] for t in angles(rotary_emb, query))
+            query = ops.apply_rotary(query, cos, sin, interleaved=True)
+            key = ops.apply_rotary(key, cos, sin, interleaved=True)
+        itself = encoder_hidden_states is None
+        out = _attend(self.processor, query, key, value, attention_mask, itself).flatten(2)
+        return self.to_out[1](self.to_out[0](out))
+
+
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    return norm(x) if x.dtype != norm.weight.dtype else ops.rms_norm(x, norm.weight, norm.eps)

@@ -1,0 +1,75 @@
+"""What takes the place of embeddings, activations and norms of diffusers."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aigc_fast import ops
+from aigc_fast.integrations._patching import Assignment, Replacement, Unfit
+
+
+class Timesteps(Replacement):
+    uses = "timestep_embedding"
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        return ops.timestep_embedding(
+            timesteps,
+            self.num_channels,
+            flip_sin_to_cos=self.flip_sin_to_cos,
+            downscale_freq_shift=self.downscale_freq_shift,
+            scale=self.scale,
+        )
+
+
+class GEGLU(Replacement):
+    uses = "geglu"
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return super().forward(hidden_states, *args, **kwargs)
+        up, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return ops.geglu(gate, up)
+
+
+class SwiGLU(Replacement):
+    uses = "swiglu"
+    absorbs = ("activation",)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        up, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return ops.swiglu(gate, up)
+
+
+class RMSNorm(Replacement):
+    uses = "rms_norm"
+    weight: Tensor
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if module.weight is None or module.bias is not None:
+            raise Unfit("it has a bias, or no weight")
+        yield from super().assignments(module)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)
+        if hidden_states.dim() == 4 and not hidden_states.is_contiguous():
+            # Heads of attention, moved in front of the tokens: normed where they lie.
+            heads = hidden_states.transpose(1, 2)
+            return ops.rms_norm(heads, self.weight, self.eps).transpose(1, 2)
+        return ops.rms_norm(hidden_states, self.weight, self.eps)
+
+
+class FP32LayerNorm(Replacement):
+    """In float32 inside, as the operator is for every dtype."""
+
+    uses = "layer_norm"
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        mixed = any(p is not None and p.dtype != inputs.dtype for p in (weight, bias))
+        if mixed or inputs.dtype == torch.float64:
+            return super().forward(inputs)
+        return ops.layer_norm(inputs, weight, bias, self.eps)
