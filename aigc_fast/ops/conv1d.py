@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_positive, check_tensor
 from aigc_fast.ops._layout import channels_innermost
 from aigc_fast.ops._registry import define
 
@@ -119,9 +119,8 @@ def _check(
     *_: Any,
 ) -> None:
     out, taps = _check_input(x, weight, bias, channels_at=1)
-    _check_at_least("stride", stride, 1)
-    _check_at_least("padding", padding, 0)
-    _check_at_least("dilation", dilation, 1)
+    check_positive(stride=stride, dilation=dilation)
+    _check_padding(padding)
     length = (x.shape[2] + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
     if x.shape[2] < 1 or length < 1:
         raise ValueError(
@@ -138,8 +137,8 @@ def _check_transpose(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, *_: Any
 ) -> None:
     _out, taps = _check_input(x, weight, bias, channels_at=0)
-    _check_at_least("stride", stride, 1)
-    _check_at_least("padding", padding, 0)
+    check_positive(stride=stride)
+    _check_padding(padding)
     length = (x.shape[2] - 1) * stride + taps - 2 * padding
     if x.shape[2] < 1 or length < 1:
         raise ValueError(
@@ -165,9 +164,9 @@ def _check_input(
     return out, weight.shape[2]
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def _check_padding(padding: int) -> None:
+    if padding < 0:
+        raise ValueError(f"padding must be at least 0, got {padding}")
 
 
 _conv1d = define(
