@@ -39,10 +39,20 @@ AIGC_INLINE void copy_channel(S* to, const T* from) {
 }
 
 // The weights of outputs first, ..., first + n - 1, to [tap][input / kStep][kOuts][input % kStep].
-// A few inputs of an output after another: they lie side by side.
+// In the order in which they lie: all outputs of an input, as a transposed convolution has them, or
+// a few inputs of an output after another.
 template <int64_t kOuts, int64_t kStep, class S, class T>
 void pack_outputs(const ConvWeight<T>& weight, const ConvSize& size, int64_t first, int64_t n,
                   int64_t depth, S* to) {
+  if (weight.in_stride > weight.out_stride) {
+    for (int64_t c = 0; c < size.in; ++c)
+      for (int64_t tap = 0; tap < size.taps; ++tap) {
+        const T* from = weight.at(first, c, tap);
+        S* at = to + (tap * depth + c / kStep * kStep) * kOuts + c % kStep;
+        for (int64_t o = 0; o < n; ++o) copy_channel(at + o * kStep, from + o * weight.out_stride);
+      }
+    return;
+  }
   constexpr int64_t kInputs = 16;
   const auto pack = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
     for (int64_t o = 0; o < n; ++o) {
