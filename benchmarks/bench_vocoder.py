@@ -1,5 +1,6 @@
 """Speech: HiFi-GAN beside transformers' own and torch.compile of it, and a published voice of Piper
-beside onnxruntime on the same file, each variant in turns. Times are those of a second of audio."""
+beside onnxruntime on the same file, each variant in turns. Peers compute in float32, ours in the
+dtype of the benchmark."""
 
 import json
 from importlib.util import find_spec
