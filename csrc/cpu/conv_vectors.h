@@ -125,6 +125,8 @@ class VectorProducts {
       for (int64_t x = 0; x < width; x += kBlocks * kPixels) {
         const int64_t left = std::min(kBlocks * kPixels, width - x);
         ConvSums<A> totals[kBlocks];
+        // Between the taps of a transposed convolution there may be outputs of no tap.
+        if (size_.taps == 0) std::memset(static_cast<void*>(totals), 0, sizeof totals);
         const S* w = packed_.data() + o * size_.taps * depth_;
         // All taps of some inputs follow one another: these then come from the first cache.
         for (int64_t c = 0; c < depth_; c += How::kChain)

@@ -52,6 +52,7 @@ def _conv_transpose1d() -> list[Sample]:
         Sample("one", (rand(1, 1, 1), weight(1, 1, 1))),
         Sample("empty", (rand(0, 2, 5), weight(2, 2, 4), rand(2), 2, 1)),
         Sample("gaps", (rand(1, 3, 6), weight(3, 5, 2), rand(5)), {"stride": 5}),
+        Sample("wide_gaps", (rand(2, 3, 40), weight(3, 12, 2), rand(12)), {"stride": 5}),
         Sample("part_of_a_stride", (rand(1, 3, 7), weight(3, 12, 7), rand(12), 3, 4)),
         Sample("short", (rand(1, 3, 1), weight(3, 12, 3), rand(12), 5)),
         Sample("vocoder", (long, weight(64, 32, 8), rand(32), 4, 2, 0.1)),
