@@ -102,3 +102,22 @@ _conv3x3 = define(
     _check,
     stem="conv3x3",
 )
+
+
+def _reference_backward_input(grad: Tensor, weight: Tensor) -> Tensor:
+    x = F.conv_transpose2d(grad, weight, padding=1)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _check_backward_input(grad: Tensor, weight: Tensor) -> None:
+    check_tensor("weight", weight, ndim=4)
+    check_tensor("grad", grad, like=("weight", weight), ndim=4)
+    check_tensor("weight", weight, shape=(grad.shape[1], weight.shape[1], 3, 3))
+
+
+_conv3x3_backward_input = define(
+    "conv3x3_backward_input(Tensor grad, Tensor weight) -> Tensor",
+    _reference_backward_input,
+    _check_backward_input,
+    stem="conv3x3",
+)

@@ -14,6 +14,9 @@ class AlignedBuffer {
  public:
   explicit AlignedBuffer(int64_t elements = 0) { resize(elements); }
   void resize(int64_t elements) { memory_.resize((elements + kLanes<A> - 1) / kLanes<A>); }
+  void grow(int64_t elements) {
+    if (elements > int64_t(memory_.size()) * kLanes<A>) resize(elements);
+  }
   A* data() { return reinterpret_cast<A*>(memory_.data()); }
 
  private:

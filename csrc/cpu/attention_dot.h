@@ -37,7 +37,7 @@ struct Bf16DotProducts : Products<float, bf16, rows> {
     for (int64_t k = 0; k < count; k += K) {
       V sums[L] = {};
       for (int64_t d = 0; d < head_dim; d += kStep) {
-        const __mmask64 some = bytes_left(head_dim * sizeof(bf16), d * sizeof(bf16));
+        const __mmask64 some = first_bytes((head_dim - d) * sizeof(bf16));
         __m512i q[R];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) q[r] = _mm512_loadu_si512(query + d / 2 * R + r * L);

@@ -40,11 +40,12 @@ struct Source {
       for (int64_t i = 0; i < count; ++i) bend(from + i * time_stride, channels, to + i * depth);
       return;
     }
-    constexpr int64_t kSteps = 16;  // of a channel at a time: a line of memory or two
-    for (int64_t i = 0; i < count; i += kSteps)
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t j = i; j < std::min(count, i + kSteps); ++j)
-          copy_channel(to + j * depth + c, from + c * channel_stride + j * time_stride);
+    if (time_stride == 1)
+      copy_transposed(from, channel_stride, count, channels, to, depth);
+    else
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t c = 0; c < channels; ++c)
+          copy_one(to + i * depth + c, from + c * channel_stride + i * time_stride);
     if (slope != 1)
       for (int64_t i = 0; i < count; ++i) bend(to + i * depth, channels, to + i * depth);
   }

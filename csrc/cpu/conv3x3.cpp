@@ -1,13 +1,14 @@
 // y = residual + gain * prelu(conv(x, weight) + bias): 3x3, a border of zeros, channels_last.
 #include "conv3x3_rows.h"
 #include "conv_products.h"
+#include "conv_winograd.h"
 #include "memory_order.h"
 
 namespace aigc_fast {
 namespace {
 
 template <class Products, class T>
-void convolve(const std::vector<ConvInput<T>>& sources, const ConvShape& s,
+void multiply(const std::vector<ConvInput<T>>& sources, const ConvShape& s,
               const ConvWeight<T>& weight, const ConvFinish<T>& finish, const T* residual, T* y) {
   const Products products(weight, {s.in, s.out, 9});
   const int64_t rows = s.batch * s.height, depth = Products::depth(s.in);
@@ -27,24 +28,82 @@ void convolve(const std::vector<ConvInput<T>>& sources, const ConvShape& s,
   });
 }
 
-Tensor conv3x3(const std::vector<Tensor>& xs, const Tensor& weight_in, const MaybeTensor& bias,
-               const MaybeTensor& slope, const MaybeTensor& residual_in, double gain) {
-  const ScalarType dtype = weight_in.scalar_type();
-  require(weight_in.dim() == 4 && weight_in.size(2) == 3 && weight_in.size(3) == 3,
-          "weight must have shape (out, in, 3, 3)");
+// A block of positions at a time, x with the channels of each side by side.
+template <class T>
+Tensor channels_innermost(const Tensor& x) {
+  if (x.size(1) == 1 || x.stride(1) == 1) return x;
+  Tensor y = empty_in_order(x, true);
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+  if (x.stride(3) != 1 || x.numel() == 0) return torch::stable::copy_(y, x), y;
+  // Planes without gaps are one row.
+  const bool plane = x.stride(2) == width;
+  const int64_t rows = plane ? 1 : height, size = plane ? height * width : width;
+  constexpr int64_t kBlock = 64;
+  const int64_t blocks = (size + kBlock - 1) / kBlock;
+  in_parallel(x.size(0) * rows * blocks, kBlock * channels, [&](int64_t i) {
+    const int64_t n = i / (rows * blocks), row = i / blocks % rows, at = i % blocks * kBlock;
+    copy_transposed(data<T>(x) + n * x.stride(0) + row * x.stride(2) + at, x.stride(1),
+                    std::min(kBlock, size - at), channels,
+                    mutable_data<T>(y) + ((n * rows + row) * size + at) * channels, channels);
+  });
+  return y;
+}
+
+template <class T>
+ConvInput<T> input_of(const Tensor& x) {
+  const int64_t channel_stride = x.size(1) == 1 ? 1 : x.stride(1);
+  return {data<T>(x), x.size(1), x.stride(0), channel_stride, x.stride(2), x.stride(3)};
+}
+
+template <class T>
+void convolve(const std::vector<Tensor>& xs, const ConvShape& s, const ConvWeight<T>& weight,
+              const ConvFinish<T>& finish, const T* residual, T* y) {
+  with_products<T>(s.out, [&]<class Products>(std::type_identity<Products>) {
+    std::vector<ConvInput<T>> sources;
+    if constexpr (std::is_same_v<Products, typename Winograd<T>::Products>)
+      if (winograd_pays(s)) {
+        std::vector<Tensor> inputs;
+        for (const Tensor& x : xs) {
+          inputs.push_back(channels_innermost<T>(x));
+          sources.push_back(input_of<T>(inputs.back()));
+        }
+        return Winograd<T>(sources, s, weight, finish, residual, y).run();
+      }
+    for (const Tensor& x : xs) sources.push_back(input_of<T>(x));
+    multiply<Products, T>(sources, s, weight, finish, residual, y);
+  });
+}
+
+// The sizes, checked, of the convolution of xs by a weight of `in` inputs and `out` outputs.
+ConvShape shape_of(const std::vector<Tensor>& xs, const Tensor& weight, int64_t in, int64_t out) {
   require(!xs.empty(), "x must be at least one tensor");
   ConvShape s{};
   for (const Tensor& x : xs) {
     require(x.dim() == 4, "x must have 4 dimensions");
-    require(x.scalar_type() == dtype, "x must have the dtype of weight");
-    const ConvShape own{x.size(0), x.size(2), x.size(3), s.in + x.size(1), weight_in.size(0)};
+    require(x.scalar_type() == weight.scalar_type(), "x must have the dtype of weight");
+    const ConvShape own{x.size(0), x.size(2), x.size(3), s.in + x.size(1), out};
     require(
         &x == &xs[0] || (own.batch == s.batch && own.height == s.height && own.width == s.width),
         "x must be tensors of one batch, height and width");
     s = own;
   }
-  require(s.in == weight_in.size(1) && s.in > 0, "weight must have the channels of x, ", s.in);
+  require(s.in == in && in > 0, "weight must have the channels of x, ", s.in);
   require(s.height > 0 && s.width > 0, "x must have height and width");
+  return s;
+}
+
+// The weight with its taps a fixed stride apart.
+Tensor with_taps(const Tensor& weight) {
+  require(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+          "weight must have shape (out, in, 3, 3)");
+  return weight.stride(2) == 3 * weight.stride(3) ? weight : as_contiguous(weight);
+}
+
+Tensor conv3x3(const std::vector<Tensor>& xs, const Tensor& weight_in, const MaybeTensor& bias,
+               const MaybeTensor& slope, const MaybeTensor& residual_in, double gain) {
+  const ScalarType dtype = weight_in.scalar_type();
+  const Tensor weight = with_taps(weight_in);
+  const ConvShape s = shape_of(xs, weight, weight.size(1), weight.size(0));
   for (const auto& p : {bias, slope, residual_in})
     require(!p || p->scalar_type() == dtype, "bias, slope and residual must have the dtype of x");
 
@@ -55,25 +114,39 @@ Tensor conv3x3(const std::vector<Tensor>& xs, const Tensor& weight_in, const May
     residual = in_order_of(*residual_in, y);
   }
   if (y.numel() == 0) return y;
-  const Tensor weight = as_contiguous(weight_in);
   dispatch(weight, "weight", [&]<class T>(T) {
-    std::vector<ConvInput<T>> sources;
-    for (const Tensor& x : xs)
-      sources.push_back({data<T>(x), x.size(1), x.stride(0), x.size(1) == 1 ? 1 : x.stride(1),
-                         x.stride(2), x.stride(3)});
     using A = Acc<T>;
     const std::vector<A> biases = padded_channels<T>(bias, "bias", s.out, 0);
     const std::vector<A> slopes = padded_channels<T>(slope, "slope", s.out, 1);
-    with_products<T>(s.out, [&]<class Products>(std::type_identity<Products>) {
-      convolve<Products, T>(sources, s, {data<T>(weight), s.in * 9, 9, 1},
-                            {biases.data(), slopes.data(), A(gain), 1, s.out},
-                            residual ? data<T>(*residual) : nullptr, mutable_data<T>(y));
-    });
+    convolve<T>(xs, s, {data<T>(weight), weight.stride(0), weight.stride(1), weight.stride(3)},
+                {biases.data(), slopes.data(), A(gain), 1, s.out},
+                residual ? data<T>(*residual) : nullptr, mutable_data<T>(y));
   });
   return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) { m.impl("conv3x3", TORCH_BOX(&conv3x3)); }
+// The gradient of the input: the convolution of that of the output by the weight turned around.
+Tensor conv3x3_backward_input(const Tensor& grad, const Tensor& weight_in) {
+  const Tensor weight = with_taps(weight_in);
+  const ConvShape s = shape_of({grad}, weight, weight.size(0), weight.size(1));
+  Tensor y = empty_in_order({s.batch, s.out, s.height, s.width}, grad.scalar_type(), true);
+  if (y.numel() == 0) return y;
+  dispatch(weight, "weight", [&]<class T>(T) {
+    using A = Acc<T>;
+    const std::vector<A> biases = padded_channels<T>({}, "bias", s.out, 0);
+    const std::vector<A> slopes = padded_channels<T>({}, "slope", s.out, 1);
+    convolve<T>({grad}, s,
+                {data<T>(weight) + 8 * weight.stride(3), weight.stride(1), weight.stride(0),
+                 -weight.stride(3)},
+                {biases.data(), slopes.data(), 1, 1, s.out}, nullptr, mutable_data<T>(y));
+  });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
+  m.impl("conv3x3", TORCH_BOX(&conv3x3));
+  m.impl("conv3x3_backward_input", TORCH_BOX(&conv3x3_backward_input));
+}
 
 }  // namespace
 }  // namespace aigc_fast

@@ -55,10 +55,12 @@ class ImageRows {
       } else if (source.channel_stride == 1) {
         for (int64_t x = 0; x < s_.width; ++x)
           copy_channels(to + x * depth_, from + x * source.pixel_stride, source.channels);
+      } else if (source.pixel_stride == 1) {
+        copy_transposed(from, source.channel_stride, s_.width, source.channels, to, depth_);
       } else {
         for (int64_t c = 0; c < source.channels; ++c)
           for (int64_t x = 0; x < s_.width; ++x)
-            copy_channel(to + x * depth_ + c,
+            copy_one(to + x * depth_ + c,
                          from + c * source.channel_stride + x * source.pixel_stride);
       }
       to += source.channels;

@@ -5,6 +5,7 @@
 
 #include "bf16_dot.h"
 #include "channels.h"
+#include "copy_transposed.h"
 
 namespace aigc_fast {
 
@@ -30,14 +31,6 @@ AIGC_INLINE void copy_channels(S* to, const T* from, int64_t n) {
     convert(from, n, to);
 }
 
-template <class S, class T>
-AIGC_INLINE void copy_channel(S* to, const T* from) {
-  if constexpr (std::is_same_v<S, T>)
-    *to = *from;
-  else
-    copy_channels(to, from, 1);
-}
-
 // The weights of outputs first, ..., first + n - 1, to [tap][input / kStep][kOuts][input % kStep].
 // In the order in which they lie: all outputs of an input, as a transposed convolution has them, or
 // a few inputs of an output after another.
@@ -49,7 +42,7 @@ void pack_outputs(const ConvWeight<T>& weight, const ConvSize& size, int64_t fir
       for (int64_t tap = 0; tap < size.taps; ++tap) {
         const T* from = weight.at(first, c, tap);
         S* at = to + (tap * depth + c / kStep * kStep) * kOuts + c % kStep;
-        for (int64_t o = 0; o < n; ++o) copy_channel(at + o * kStep, from + o * weight.out_stride);
+        for (int64_t o = 0; o < n; ++o) copy_one(at + o * kStep, from + o * weight.out_stride);
       }
     return;
   }
@@ -63,7 +56,7 @@ void pack_outputs(const ConvWeight<T>& weight, const ConvSize& size, int64_t fir
         const T* from = weight.at(first + o, c, tap);
         S* at = to + (tap * depth + c) * kOuts + o * kStep;
         for (int64_t i = 0; i < count; ++i)
-          copy_channel(at + i / kStep * kStep * kOuts + i % kStep, from + i * weight.in_stride);
+          copy_one(at + i / kStep * kStep * kOuts + i % kStep, from + i * weight.in_stride);
       }
     }
   };

@@ -115,6 +115,16 @@ class VectorProducts {
     });
   }
 
+  // The products of `depth` inputs of `count` pixels, which lie `depth` apart, with the weights of
+  // kGroup outputs, [input][kGroup].
+  static void sum_pixels(const S* from, int64_t depth, int64_t count, const S* w,
+                         ConvSums<A>* totals) {
+    for (int64_t c = 0; c < depth; c += How::kChain)
+      for (int64_t b = 0; b * kPixels < count; ++b)
+        sum_block(count - b * kPixels, &from, 1, depth, b * kPixels * depth + c, w + c * kGroup,
+                  std::min(How::kChain, depth - c), c > 0, totals[b]);
+  }
+
   // The outputs of `width` pixels; taps has the first pixel's input of each tap, the next pixel's
   // lies `pitch` behind it.
   void run(const S* const* taps, int64_t pitch, int64_t width, const ConvTarget<T>& to,
@@ -186,7 +196,7 @@ class DotProducts {
     A* to = packed_.data();
     for (int64_t o = 0; o < size.out; ++o)
       for (int64_t tap = 0; tap < size.taps; ++tap, to += depth_)
-        for (int64_t c = 0; c < size.in; ++c) copy_channel(to + c, weight.at(o, c, tap));
+        for (int64_t c = 0; c < size.in; ++c) copy_one(to + c, weight.at(o, c, tap));
   }
 
   void run(const S* const* taps, int64_t pitch, int64_t width, const ConvTarget<T>& to,

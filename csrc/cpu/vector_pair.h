@@ -51,14 +51,6 @@ AIGC_INLINE void halves_to_pair(V& a, V& b) {
     halves_to_pair(a, b, std::make_integer_sequence<int, kLanes<Acc<T>>>{});
 }
 
-#if defined(__AVX512BW__)
-// Of the 64 bytes from byte i of `size`, those before its end: 4 times as fast as a memcpy of
-// unknown length.
-AIGC_INLINE __mmask64 bytes_left(int64_t size, int64_t i) {
-  return size - i >= 64 ? ~__mmask64(0) : (__mmask64(1) << (size - i)) - 1;
-}
-#endif
-
 // Only the first n elements; the others are zero. Never touches memory past p + n.
 template <class T, class V = Vec<Acc<T>>>
 AIGC_INLINE void load_pair(const T* p, int64_t n, V& a, V& b) {
@@ -68,7 +60,7 @@ AIGC_INLINE void load_pair(const T* p, int64_t n, V& a, V& b) {
 #if defined(__AVX512BW__)
   const char* bytes = reinterpret_cast<const char*>(p);
   for (int64_t i = 0, size = n * sizeof(T); i < size; i += 64) {
-    const __m512i part = _mm512_maskz_loadu_epi8(bytes_left(size, i), bytes + i);
+    const __m512i part = _mm512_maskz_loadu_epi8(first_bytes(size - i), bytes + i);
     std::memcpy(reinterpret_cast<char*>(buffer) + i, &part, sizeof part);
   }
 #else
@@ -89,7 +81,7 @@ AIGC_INLINE void store_pair(T* p, V a, V b, int64_t n) {
   for (int64_t i = 0, size = n * sizeof(T); i < size; i += 64) {
     __m512i part;
     std::memcpy(&part, reinterpret_cast<const char*>(buffer) + i, sizeof part);
-    _mm512_mask_storeu_epi8(bytes + i, bytes_left(size, i), part);
+    _mm512_mask_storeu_epi8(bytes + i, first_bytes(size - i), part);
   }
 #else
   std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
@@ -134,11 +126,11 @@ AIGC_INLINE void exchange(V& a, V& b) {
 }
 
 // Lane j of v[i] against lane i of v[j], for as many vectors as lanes.
-template <class V, int step = sizeof(V) / 8>
+template <class V, int step = sizeof(V) / sizeof(V{}[0]) / 2>
 AIGC_INLINE void transpose(V* v) {
   if constexpr (step > 0) {
 #pragma GCC unroll 16
-    for (int i = 0; i < int(sizeof(V) / 4); ++i)
+    for (int i = 0; i < int(sizeof(V) / sizeof(V{}[0])); ++i)
       if (!(i & step)) exchange<step>(v[i], v[i + step]);
     transpose<V, step / 2>(v);
   }
