@@ -174,7 +174,7 @@ def test_list_ops() -> None:
     assert rows["bias_act"]["made_of"] == ["bias_act"]
     assert rows["layer_norm"]["implementations"] == rows["bias_act"]["implementations"]
     assert rows["linear"]["made_of"] == rows["linear"]["implementations"] == ["torch"]
-    assert rows["modulated_conv2d"]["made_of"][-2:] == ["upfirdn2d", "torch"]
+    assert rows["modulated_conv2d"]["made_of"][-2:] == ["conv3x3", "torch"]
 
 
 @pytest.mark.parametrize("level", list(_libraries.CPU_LEVELS))

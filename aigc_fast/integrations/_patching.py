@@ -24,6 +24,8 @@ from aigc_fast.nn._replacing import (
     fast_class,
     take_back,
 )
+from aigc_fast.nn.conv2d import convolve
+from aigc_fast.ops.conv2d import is_served
 from aigc_fast.ops.linear import mkl_lags
 
 #: package of a stock class -> the module that says what takes the place of its classes: TABLE, by
@@ -90,6 +92,27 @@ class Linear(Replacement):
         return ops.linear(x, self.weight, self.bias)
 
 
+class Conv2d(Replacement):
+    """Of any known model, where ours has fewer products."""
+
+    uses = "conv2d"
+
+    @classmethod
+    def assignments(cls, module: nn.Module) -> Iterable[Assignment]:
+        conv: Any = module
+        how = conv.stride, conv.padding, conv.dilation, conv.groups
+        if conv.padding_mode != "zeros" or not is_served(conv.weight, *how):
+            raise Unfit("torch's own convolution is as fast")
+        yield from super().assignments(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve(self, x, self.weight, self.bias)  # type: ignore[arg-type]
+
+
+#: what takes the place of torch's own layers in a model that is known
+_LAYERS: dict[type, type[Replacement]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
+
+
 def patch(model: Any, *, fuse_loss: bool = False) -> PatchReport:
     """Makes the parts of a stock model that are known here call aigc_fast's operators, in place.
 
@@ -138,7 +161,7 @@ def _patch(
             replaced[stock_class(module).__name__, module.uses] += 1
             absorbed.update(getattr(module, child) for child in module.absorbs)
             continue
-        row = Linear if known and type(module) is nn.Linear else _row(type(module))
+        row = _row(type(module)) or (_LAYERS.get(type(module)) if known else None)
         name = type(module).__name__
         try:
             if row is None:

@@ -2,6 +2,7 @@
 
 from ._arguments import check_constructor
 from .bias_act import BiasAct, LinearBiasAct
+from .conv2d import Conv2d
 from .conv_bias_act import Conv2dBiasAct, ConvTranspose2dBiasAct
 from .equalized import EqualizedConv2d, EqualizedLinear
 from .fusion import fold_batch_norm, fuse, unfuse
@@ -36,6 +37,7 @@ __all__ = [
     "BatchNormAct3d",
     "BiasAct",
     "Blur",
+    "Conv2d",
     "Conv2dBiasAct",
     "ConvTranspose2dBiasAct",
     "Downsample2d",

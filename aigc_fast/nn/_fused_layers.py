@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn.bias_act import of_dtype
+from aigc_fast.nn.conv2d import convolve
 from aigc_fast.nn.norm_act import Activated, BatchNormAct, SyncBatchNormAct
 from aigc_fast.ops._activations import ACTIVATIONS, activate, resolve
 
@@ -56,6 +57,11 @@ class Linear(Biased):
 class Conv(Biased):
     def without_bias(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight, None)
+
+
+class Conv2d(Biased):
+    def without_bias(self, x: Tensor) -> Tensor:
+        return convolve(self, x, self.weight, None)  # type: ignore[arg-type]
 
 
 _CONV_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (
@@ -132,6 +138,7 @@ _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 LAYERS: dict[type, type[Fused]] = {
     nn.Linear: Linear,
     **dict.fromkeys(CONVS, Conv),
+    nn.Conv2d: Conv2d,
     **dict.fromkeys(TRANSPOSED, ConvTranspose),
     **dict.fromkeys(BATCH_NORMS, BatchNorm),
     nn.SyncBatchNorm: SyncBatchNorm,

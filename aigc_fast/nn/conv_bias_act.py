@@ -10,6 +10,7 @@ from aigc_fast.ops._activations import resolve
 
 from ._strided_conv import is_better, strided_conv2d
 from .bias_act import describe, of_dtype
+from .conv2d import Conv2d
 
 
 class _ConvBiasAct(nn.modules.conv._ConvNd):
@@ -36,7 +37,7 @@ class _ConvBiasAct(nn.modules.conv._ConvNd):
         return f"{super().extra_repr()}, {describe(self)}"
 
 
-class Conv2dBiasAct(_ConvBiasAct, nn.Conv2d):
+class Conv2dBiasAct(_ConvBiasAct, Conv2d):
     """nn.Conv2d with the activation that follows it: arguments, weight and bias as there, any
     memory format.
 

@@ -4,7 +4,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -48,7 +48,10 @@ def _misfit_of(name: str, value: object, kind: Any) -> str:
         return ""  # torch takes it for a number
     if kind in _TYPES:
         return "" if isinstance(value, _TYPES[kind][1]) else problem
-    if get_origin(kind) is None:  # Any
+    if get_origin(kind) in (
+        None,
+        Literal,
+    ):  # Any; choices, which torch's modules check
         return ""
     if isinstance(value, Tensor | str) or not isinstance(value, Iterable):
         return problem

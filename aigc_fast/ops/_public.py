@@ -14,7 +14,8 @@ TORCH = "torch"
 _MADE_OF: dict[str, tuple[str, ...]] = {
     "adaptive_instance_norm": ("norm_act",),
     "batch_norm_act": ("norm_act",),
-    "conv2d_resample": ("upfirdn2d", TORCH),
+    "conv2d": ("conv3x3", TORCH),
+    "conv2d_resample": ("upfirdn2d", "conv3x3", TORCH),
     "dequantize_weight": (TORCH,),
     "discriminator_loss": ("gan_loss",),
     "generator_loss": ("gan_loss",),
@@ -23,7 +24,7 @@ _MADE_OF: dict[str, tuple[str, ...]] = {
     "linear": (TORCH,),
     "linear_cross_entropy": ("cross_entropy", TORCH),
     "merge_attention": (TORCH,),
-    "modulated_conv2d": ("scale_bias_act", "bias_act", "upfirdn2d", TORCH),
+    "modulated_conv2d": ("scale_bias_act", "bias_act", "upfirdn2d", "conv3x3", TORCH),
     "modulated_layer_norm": ("modulated_norm",),
     "modulated_rms_norm": ("modulated_norm",),
     "pack_weight": (TORCH,),

@@ -121,3 +121,26 @@ _conv3x3_backward_input = define(
     _check_backward_input,
     stem="conv3x3",
 )
+
+
+def _reference_backward_weight(grad: Tensor, x: Tensor) -> Tensor:
+    weight = x.new_empty(grad.shape[1], x.shape[1], 3, 3)
+    one = [1, 1]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, one, one, one, False, [0, 0], 1, (False, True, False)
+    )[1].contiguous()
+
+
+def _check_backward_weight(grad: Tensor, x: Tensor) -> None:
+    check_tensor("x", x, ndim=4)
+    batch, _channels, *size = x.shape
+    check_tensor("grad", grad, like=("x", x), ndim=4)
+    check_tensor("grad", grad, shape=(batch, grad.shape[1], *size))
+
+
+_conv3x3_backward_weight = define(
+    "conv3x3_backward_weight(Tensor grad, Tensor x) -> Tensor",
+    _reference_backward_weight,
+    _check_backward_weight,
+    stem="conv3x3",
+)

@@ -9,6 +9,7 @@ from torch import Tensor
 from aigc_fast.ops._activations import resolve
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._layout import wide
+from aigc_fast.ops.conv2d import conv2d
 from aigc_fast.ops.scale_bias_act import scale_bias_act
 from aigc_fast.ops.upfirdn2d import upfirdn2d
 
@@ -117,7 +118,7 @@ def conv2d_resample(
     if min(up, down) != 1 or max(up, down) < 1:
         raise ValueError(f"up or down must be 1, the other at least 1, got {up} and {down}")
     if up == down == 1:
-        return F.conv2d(x, weight, padding=kernel // 2)
+        return conv2d(x, weight, padding=kernel // 2)
     if filter is None:
         raise ValueError("filter must be given where up or down is not 1, got None")
     taps = filter.shape[-1]

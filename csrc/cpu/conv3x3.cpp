@@ -2,6 +2,7 @@
 #include "conv3x3_rows.h"
 #include "conv_products.h"
 #include "conv_winograd.h"
+#include "conv_winograd_weight.h"
 #include "memory_order.h"
 
 namespace aigc_fast {
@@ -143,9 +144,28 @@ Tensor conv3x3_backward_input(const Tensor& grad, const Tensor& weight_in) {
   return y;
 }
 
+// The gradient of the weight, contiguous.
+Tensor conv3x3_backward_weight(const Tensor& grad_in, const Tensor& x_in) {
+  const ConvShape s = shape_of({x_in}, grad_in, x_in.size(1), grad_in.size(1));
+  require(grad_in.dim() == 4 && grad_in.size(0) == s.batch && grad_in.size(2) == s.height &&
+              grad_in.size(3) == s.width,
+          "grad must have the batch, height and width of x");
+  Tensor weight = empty({s.out, s.in, 3, 3}, x_in.scalar_type());
+  dispatch(x_in, "x", [&]<class T>(T) {
+    if (x_in.numel() == 0 || weight.numel() == 0) {  // a sum of nothing
+      std::memset(static_cast<void*>(mutable_data<T>(weight)), 0, weight.numel() * sizeof(T));
+      return;
+    }
+    const Tensor x = channels_innermost<T>(x_in), grad = channels_innermost<T>(grad_in);
+    WinogradWeight<T>(input_of<T>(x), input_of<T>(grad), s).run(mutable_data<T>(weight));
+  });
+  return weight;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
   m.impl("conv3x3", TORCH_BOX(&conv3x3));
   m.impl("conv3x3_backward_input", TORCH_BOX(&conv3x3_backward_input));
+  m.impl("conv3x3_backward_weight", TORCH_BOX(&conv3x3_backward_weight));
 }
 
 }  // namespace

@@ -23,6 +23,13 @@ def _samples() -> list[Sample]:
         Sample("part_tiles", (rand(1, 33, 3, 17), weight(17, 33), rand(17)), {"gain": -1.5}),
         Sample("pair_and_one", (rand(2, 32, 2, 16), weight(48, 32), None, rand(48))),
         Sample("deep", (rand(1, 192, 2, 9), weight(32, 192), rand(32), rand(32))),
+        Sample("winograd", (rand(2, 20, 5, 9), weight(33, 20), rand(33), rand(33))),
+        Sample(
+            "winograd_residual",
+            ([rand(1, 24, 7, 6), channels_last(rand(1, 9, 7, 6))], channels_last(weight(70, 33))),
+            {"residual": rand(1, 70, 7, 6), "gain": 0.2},
+        ),
+        Sample("many_tiles", (rand(1, 16, 40, 101), weight(12, 16), rand(12))),
         Sample("special", (special, weight(2, 2), None, rand(2))),
     ]
 

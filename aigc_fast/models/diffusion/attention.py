@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn import GroupNormAct, LayerNorm, Linear
+from aigc_fast.nn import Conv2d, GroupNormAct, LayerNorm, Linear
 
 from .load import early_name
 
@@ -142,7 +142,7 @@ class SpatialTransformer(nn.Module):
         self.linear = linear
         self.norm = GroupNormAct(groups, channels, 1e-6)
         self.proj_in, self.proj_out = (
-            Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+            Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
             for _ in range(2)
         )
         self.transformer_blocks = nn.ModuleList(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn import GroupNormAct, Linear, ModulatedGroupNormAct
+from aigc_fast.nn import Conv2d, GroupNormAct, Linear, ModulatedGroupNormAct
 
 
 class TimestepMLP(nn.Module):
@@ -44,14 +44,14 @@ class ResnetBlock(nn.Module):
         self.modulated, self.output_scale = modulated, output_scale
         norm = ModulatedGroupNormAct if modulated else GroupNormAct
         self.norm1 = GroupNormAct(groups, in_channels, eps, activation="silu")
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if embedding_dim is not None:
             self.time_emb_proj = Linear(embedding_dim, (1 + modulated) * out_channels)
         self.norm2 = norm(groups, out_channels, eps, activation="silu")
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = (
-            None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+            None if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
         )
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -73,7 +73,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
@@ -84,7 +84,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn import GroupNormAct, Linear, ModulatedGroupNormAct
+from aigc_fast.nn import Conv2d, GroupNormAct, Linear, ModulatedGroupNormAct
 
 
 class ResBlock(nn.Module):
@@ -23,15 +23,13 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int) -> None:
         super().__init__()
         self.norm1 = GroupNormAct(8, in_channels, activation="silu")
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.modulation = Linear(embedding_dim, 2 * out_channels)
         self.norm2 = ModulatedGroupNormAct(8, out_channels, activation="silu")
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
         self.skip = (
-            nn.Identity()
-            if in_channels == out_channels
-            else nn.Conv2d(in_channels, out_channels, 1)
+            nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -66,7 +64,7 @@ class SmallUNet(nn.Module):
         self.time = nn.Sequential(Linear(channels[0], dim), nn.SiLU(), Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim)
         width = channels[0]
-        self.conv_in = nn.Conv2d(image_channels * patch**2, width, 3, padding=1)
+        self.conv_in = Conv2d(image_channels * patch**2, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for out in channels:
             for _ in range(blocks):
@@ -78,7 +76,7 @@ class SmallUNet(nn.Module):
                 self.up.append(ResBlock(width + out, out, dim))
                 width = out
         self.norm_out = GroupNormAct(8, width, activation="silu")
-        self.conv_out = nn.Conv2d(width, image_channels * patch**2, 3, padding=1)
+        self.conv_out = Conv2d(width, image_channels * patch**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, sample: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.nn import GroupNormAct
+from aigc_fast.nn import Conv2d, GroupNormAct
 
 from .attention import SpatialAttention, SpatialTransformer
 from .blocks import (
@@ -140,7 +140,7 @@ class UNet(DiffusersModel):
             None if o.num_class_embeds is None else nn.Embedding(o.num_class_embeds, dim)
         )
         parts = _Parts(o, widths, dim)
-        self.conv_in = nn.Conv2d(o.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(o.in_channels, widths[0], 3, padding=1)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         width, skips = widths[0], [widths[0]]
         last = len(widths) - 1
@@ -162,7 +162,7 @@ class UNet(DiffusersModel):
                 up.extend(Upsample(width))
             self.up_blocks.append(up)
         self.conv_norm_out = GroupNormAct(o.norm_num_groups, width, o.norm_eps, activation="silu")
-        self.conv_out = nn.Conv2d(width, o.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, o.out_channels, 3, padding=1)
 
     def forward(
         self,

@@ -13,7 +13,7 @@ from aigc_fast.models.diffusion.blocks import (
     UpLevel,
     Upsample,
 )
-from aigc_fast.nn import GroupNormAct
+from aigc_fast.nn import Conv2d, GroupNormAct
 
 #: options of diffusers that both networks read, with their defaults
 OPTIONS: dict[str, Any] = dict(
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         super().__init__()
         o, widths = options, options.block_out_channels
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(o.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(o.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         width = widths[0]
         for level, out in enumerate(widths):
@@ -68,7 +68,7 @@ class Encoder(nn.Module):
             width = out
         self.mid_block = _middle(o, width)
         self.conv_norm_out = GroupNormAct(o.norm_num_groups, width, _EPS, activation="silu")
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
         super().__init__()
         o, widths = options, options.block_out_channels
         width = widths[-1]
-        self.conv_in = nn.Conv2d(o.latent_channels, width, 3, padding=1)
+        self.conv_in = Conv2d(o.latent_channels, width, 3, padding=1)
         self.mid_block = _middle(o, width)
         self.up_blocks = nn.ModuleList()
         for level, out in reversed(list(enumerate(widths))):
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
             self.up_blocks.append(up)
             width = out
         self.conv_norm_out = GroupNormAct(o.norm_num_groups, width, _EPS, activation="silu")
-        self.conv_out = nn.Conv2d(width, o.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, o.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))

@@ -1,0 +1,134 @@
+// The gradient of a 3x3 convolution's weight by Winograd's algorithm:
+//
+//   dw = G' [ sum over tiles of (A dy A') * (B' x B) ] G
+//
+// which are sixteen products of matrices whose sums run over the tiles.
+#pragma once
+
+#include "conv_vectors.h"
+#include "copy_transposed.h"
+#include "winograd_tiles.h"
+
+namespace aigc_fast {
+
+template <class T>
+class WinogradWeight {
+ public:
+  using A = Acc<T>;
+
+  // Of x and the gradient of y, both with their channels innermost; s has the channels of both.
+  WinogradWeight(const ConvInput<T>& x, const ConvInput<T>& grad, const ConvShape& s)
+      : x_{x}, grad_{grad}, zeros_(std::max(s.in, s.out)), s_(s), tiles_(s) {}
+
+  // To (out, in, 3, 3), contiguous.
+  void run(T* to) const {
+    // Sums of so many outputs stay in the third cache, and so do transformed tiles.
+    const int64_t together = std::clamp<int64_t>(kSumBytes / (per_group() * sizeof(A)), 1, groups_);
+    const int64_t row = kPositions * (in_pitch_ + together * kGroup) * sizeof(A);
+    const int64_t most = std::clamp<int64_t>(kTileBytes / row / kChain, 1, 64) * kChain;
+    Scratch& scratch = Scratch::own();
+    scratch.sums.grow(together * per_group());
+    for (int64_t g = 0; g < groups_; g += together) {
+      const int64_t n = std::min(together, groups_ - g);
+      for (int64_t first = 0; first < tiles_.count(); first += most)
+        add_tiles(g, n, first, std::min(most, tiles_.count() - first), scratch);
+      finish(g, n, scratch.sums.data(), to);
+    }
+  }
+
+ private:
+  // Kept by a thread for its next call.
+  struct Scratch {
+    AlignedBuffer<A> sums, inputs, grads;
+
+    static Scratch& own() {
+      static thread_local Scratch scratch;
+      return scratch;
+    }
+  };
+
+  static constexpr int64_t kGroup = kConvOuts * kLanes<A>, kInputs = kConvPixels, kChain = 16;
+  static constexpr int64_t kSumBytes = 8 << 20, kTileBytes = 2 << 20;
+
+  int64_t per_group() const { return kPositions * blocks_ * kInputs * kGroup; }
+
+  // Adds, or puts, the products of some tiles to the sums of n groups of outputs from group g:
+  // [group][position][input][kGroup].
+  void add_tiles(int64_t g, int64_t n, int64_t first, int64_t count, Scratch& scratch) const {
+    const int64_t grad_pitch = n * kGroup;
+    const int64_t in_plane = count * in_pitch_, grad_plane = count * grad_pitch;
+    scratch.inputs.grow(kPositions * in_plane);
+    scratch.grads.grow(kPositions * grad_plane);
+    A* const inputs = scratch.inputs.data();
+    A* const grads = scratch.grads.data();
+    in_parallel(count, kPositions * (in_pitch_ + grad_pitch), [&](int64_t t) {
+      const TilePlace tile = tiles_.at(first + t);
+      transform_pixels<InputPass>(x_, s_, tile, -1, zeros_.data(), inputs + t * in_pitch_,
+                                  in_plane);
+      std::vector<ConvInput<T>> some = grad_;
+      some[0].data += g * kGroup;
+      some[0].channels = std::min(n * kGroup, s_.out - g * kGroup);
+      transform_pixels<GradOutputPass>(some, s_, tile, 0, zeros_.data(), grads + t * grad_pitch,
+                                       grad_plane);
+    });
+    // Where there are few outputs, threads share the inputs too.
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t splits = std::clamp<int64_t>(2 * threads / n, 1, blocks_);
+    torch::stable::parallel_for(0, n * splits, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t group = item / splits, split = item % splits;
+        auto* sums = reinterpret_cast<ConvSums<A>*>(scratch.sums.data() + group * per_group());
+        for (int64_t i = 0; i < kPositions; ++i, sums += blocks_)
+          for (int64_t t = 0; t < count; t += kChain)
+            for (int64_t b = blocks_ * split / splits; b < blocks_ * (split + 1) / splits; ++b)
+              add_products(inputs + i * in_plane + t * in_pitch_ + b * kInputs,
+                           grads + i * grad_plane + t * grad_pitch + group * kGroup, grad_pitch,
+                           std::min(kChain, count - t), first + t > 0, sums[b]);
+      }
+    });
+  }
+
+  AIGC_INLINE void add_products(const A* x, const A* grad, int64_t grad_pitch, int64_t count,
+                                bool more, ConvSums<A>& totals) const {
+    Vec<A> sums[kInputs][kConvOuts] = {};
+    for (int64_t t = 0; t < count; ++t, x += in_pitch_, grad += grad_pitch) {
+      Vec<A> g[kConvOuts];
+      for (int v = 0; v < kConvOuts; ++v) g[v] = load(grad + v * kLanes<A>);
+#pragma GCC unroll 12
+      for (int c = 0; c < kInputs; ++c)
+#pragma GCC unroll 2
+        for (int v = 0; v < kConvOuts; ++v) sums[c][v] += x[c] * g[v];
+    }
+    keep_sums<kInputs, A>(sums, more, totals);
+  }
+
+  void finish(int64_t g, int64_t n, const A* sums, T* to) const {
+    constexpr int64_t kSome = kLanes<A>;
+    const int64_t steps = (s_.in + kSome - 1) / kSome, plane = blocks_ * kInputs * kGroup;
+    in_parallel(n * steps, kSome * kPositions * kGroup, [&](int64_t item) {
+      const int64_t group = item / steps, c = item % steps * kSome;
+      const int64_t inputs = std::min(kSome, s_.in - c), first = (g + group) * kGroup;
+      alignas(64) A taps[kSome * 9 * kGroup];  // [input][tap][kGroup]
+      for (int64_t i = 0; i < inputs; ++i)
+        for (int64_t o = 0; o < kGroup; o += kLanes<A>) {
+          const A* from = sums + group * per_group() + (c + i) * kGroup + o;
+          both_ways<GradWeightPass, A>(
+              [&](int y, int x) { return load(from + (4 * y + x) * plane); },
+              [&](int y, int x, Vec<A> v) { store(taps + (i * 9 + 3 * y + x) * kGroup + o, v); });
+        }
+      copy_transposed(taps, kGroup, std::min(kGroup, s_.out - first), inputs * 9,
+                      to + (first * s_.in + c) * 9, s_.in * 9);
+    });
+  }
+
+  const std::vector<ConvInput<T>> x_, grad_;
+  const std::vector<T> zeros_;
+  const ConvShape s_;
+  const WinogradTiles tiles_;
+  const int64_t groups_ = (s_.out + kGroup - 1) / kGroup;
+  const int64_t blocks_ = (s_.in + kInputs - 1) / kInputs;
+  // An odd number of lines of memory: neighbouring tiles then lie in different sets of the cache.
+  const int64_t in_pitch_ = (round_up(blocks_ * kInputs, kLanes<A>) / kLanes<A> | 1) * kLanes<A>;
+};
+
+}  // namespace aigc_fast
