@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aigc_fast._devices import has_bfloat16_instructions
 from aigc_fast.models.vocoder import BigVGANGenerator, HiFiGANGenerator, generator
+from aigc_fast.nn import _upsampling
 from tests.models.checkpoints import assert_error_ratio
 
 
@@ -94,10 +95,10 @@ def test_parts_are_the_same_to_the_bit(monkeypatch, name, options, frames):
         generator.Generator, "_stage", lambda self, x, i: stages.append(i) or stage(self, x, i)
     )
     with torch.no_grad():
-        monkeypatch.setattr(generator, "PART", 1 << 60)
+        monkeypatch.setattr(_upsampling, "PART", 1 << 60)
         whole = model(x)
         assert stages == [0, 1]
-        monkeypatch.setattr(generator, "PART", 1)
+        monkeypatch.setattr(_upsampling, "PART", 1)
         assert model(x).equal(whole)
     assert (len(stages) > 4) == (frames == 150)
 
@@ -106,7 +107,7 @@ def test_parts_are_the_same_to_the_bit(monkeypatch, name, options, frames):
 @pytest.mark.parametrize("part", [1, 1 << 60])
 def test_nothing_is_reordered(monkeypatch, name, part):
     """After the first convolution channels stay innermost, whole or in parts."""
-    monkeypatch.setattr(generator, "PART", part)
+    monkeypatch.setattr(_upsampling, "PART", part)
     model = make(name)
     with torch.no_grad(), Orders() as seen:
         model(torch.randn(2, 6, 150))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn import Snake, SnakeBeta
+from aigc_fast.nn._conv1d import convolve
 from aigc_fast.nn.bias_act import of_dtype
 from aigc_fast.ops.alias_free_snake import REACH, default_filters
 
 from .blocks import Activation
-from .convolution import convolve
 from .generator import Generator
 
 _SNAKES = {"snake": Snake, "snakebeta": SnakeBeta}

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from .convolution import convolve, same_conv
+from aigc_fast.nn._conv1d import convolve
+from aigc_fast.nn._upsampling import residual_pairs, with_input
+
+from .layers import same_conv
 
 #: of the leaky ReLU in blocks and before upsamplings
 SLOPE = 0.1
@@ -75,11 +78,7 @@ class ResBlock1(ResBlock):
 
     def forward(self, x: Tensor, residuals: Sequence[Tensor] = (), gain: float = 1.0) -> Tensor:
         """gain * (block(x) + sum(residuals))."""
-        last = len(self.convs1) - 1
-        for i, (first, second) in enumerate(zip(self.convs1, self.convs2, strict=True)):
-            y = self._convolve(x, first, 2 * i)
-            x = self._convolve(y, second, 2 * i + 1, *_with(x, i == last, residuals, gain))
-        return x
+        return residual_pairs(self._convolve, x, self.convs1, self.convs2, residuals, gain)
 
 
 class ResBlock2(ResBlock):
@@ -100,12 +99,5 @@ class ResBlock2(ResBlock):
         """gain * (block(x) + sum(residuals))."""
         last = len(self.convs) - 1
         for i, conv in enumerate(self.convs):
-            x = self._convolve(x, conv, i, *_with(x, i == last, residuals, gain))
+            x = self._convolve(x, conv, i, *with_input(x, i == last, residuals, gain))
         return x
-
-
-def _with(
-    x: Tensor, last: bool, residuals: Sequence[Tensor], gain: float
-) -> tuple[Sequence[Tensor], float]:
-    """What is added to a convolution of a block, and its gain: others' only to the last."""
-    return ((x, *residuals), gain) if last else ((x,), 1.0)

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolution import convolve, same_conv
-from .layers import ChannelNorm, masked
+from aigc_fast.nn._conv1d import convolve
+
+from .layers import ChannelNorm, masked, same_conv
 from .spline import inverse_spline
 
 

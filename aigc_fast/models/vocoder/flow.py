@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.nn._conv1d import convolve
 
-from .convolution import convolve, same_conv
-from .layers import masked
+from .layers import masked, same_conv
 
 
 class WaveNet(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -14,14 +15,13 @@ from torch import Tensor, nn
 
 from aigc_fast.io.hf_folder import read_json
 from aigc_fast.models.state import assign_state, fetch_from
+from aigc_fast.nn._conv1d import is_fused, upsample
+from aigc_fast.nn._upsampling import in_parts, mean
 
 from .blocks import MakeActivation, ResBlock, ResBlock1, ResBlock2
 from .checkpoint import read_state
 from .checks import check_blocks, check_rates, check_size
-from .convolution import is_fused, upsample
 
-#: bytes of an activation that a CPU computes at a time
-PART = 1 << 21
 Model = TypeVar("Model", bound="Generator")
 
 
@@ -74,14 +74,17 @@ class Generator(nn.Module):
     def _upsampled(self, x: Tensor) -> Tensor:
         """The waveform of what the first convolution gives."""
         for i in range(len(self.ups)):
-            x = self._in_parts(x, i) if is_fused(self.conv_post, x) else self._stage(x, i)
+            stage = partial(self._stage, i=i)
+            if is_fused(self.conv_post, x):
+                reach = max(block.reach for block in self._blocks(i)) + self._waveform_reach
+                x = in_parts(stage, x, self._up(i), reach)
+            else:
+                x = stage(x)
         return x
 
     def _stage(self, x: Tensor, i: int) -> Tensor:
         """The i-th upsampling and its blocks; with the last of them, the waveform."""
-        x = upsample(x, self._up(i), self._slope)
-        *others, last = self._blocks(i)
-        x = last(x, [block(x) for block in others], 1 / (len(others) + 1))  # the blocks' mean
+        x = mean(self._blocks(i), upsample(x, self._up(i), self._slope))
         return x if i < len(self.ups) - 1 else self._waveform(x)
 
     def _waveform(self, x: Tensor) -> Tensor:
@@ -92,24 +95,6 @@ class Generator(nn.Module):
     def _waveform_reach(self) -> int:
         """Steps to either side that a sample of `_waveform` depends on."""
         return int(self.conv_post.padding[0])
-
-    def _in_parts(self, x: Tensor, i: int) -> Tensor:
-        """The same from parts of x so small that what lies between stays in the caches.
-
-        Parts overlap by what a result can depend on, so that it is the same to the bit.
-        """
-        up = self._up(i)
-        (rate,), (kernel,) = up.stride, up.kernel_size
-        samples = max(block.reach for block in self._blocks(i)) + self._waveform_reach
-        overlap = -(-samples // rate) + -(-kernel // rate)
-        size = max(4 * overlap, PART // (up.out_channels * rate * x.element_size()))
-        parts = []
-        for start in range(0, x.shape[2], size):
-            first = max(0, start - overlap)
-            y = self._stage(x[..., first : start + size + overlap], i)
-            parts.append(y[..., (start - first) * rate :][..., : size * rate].transpose(1, 2))
-        # Of sequences whose channels are innermost, torch joins rows without reordering them.
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
 
     def _up(self, i: int) -> nn.ConvTranspose1d:
         return cast(nn.ConvTranspose1d, self.ups[i])

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from aigc_fast.nn._conv1d import convolve
+
 from .blocks import SLOPE
 from .checks import check_size
-from .convolution import convolve
 from .generator import Generator
 
 #: before the last convolution: leaky_relu's default

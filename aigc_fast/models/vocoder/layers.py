@@ -1,4 +1,4 @@
-"""What the parts of VITS share."""
+"""What the parts of vocoders share."""
 
 import torch
 from torch import Tensor, nn
@@ -29,3 +29,12 @@ def length_mask(lengths: Tensor, longest: int, dtype: torch.dtype) -> Tensor | N
     """(batch, 1, longest), 1 before a row's length and 0 from there; None where all is 1."""
     inside = torch.arange(longest, device=lengths.device) < lengths[:, None]
     return None if bool(inside.all()) else inside[:, None].to(dtype)
+
+
+def same_conv(
+    channels: int, kernel_size: int, dilation: int = 1, outputs: int | None = None, groups: int = 1
+) -> nn.Conv1d:
+    """A convolution whose result is as long as what it reads, of an odd kernel; outputs: None for
+    as many channels as it reads."""
+    padding = dilation * (kernel_size - 1) // 2
+    return nn.Conv1d(channels, outputs or channels, kernel_size, 1, padding, dilation, groups)

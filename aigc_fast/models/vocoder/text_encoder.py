@@ -5,8 +5,9 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from .convolution import convolve, same_conv
-from .layers import ChannelNorm, masked
+from aigc_fast.nn._conv1d import convolve
+
+from .layers import ChannelNorm, masked, same_conv
 
 
 class RelativeAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""The convolutions of the family, fused where no gradient is wanted.
+"""Convolutions along time with what vocoders have around them, fused where no gradient is wanted.
 
 For training they are chains of torch's operations; on a GPU too, whose convolutions are cuDNN's,
 and on a CPU in 16 bits for which it has no products.
@@ -63,15 +63,6 @@ def is_fused(conv: nn.Conv1d | nn.ConvTranspose1d, *tensors: Tensor) -> bool:
         return False
     dtype = conv.weight.dtype
     return dtype.itemsize > 2 or (dtype == torch.bfloat16 and has_bfloat16_instructions())
-
-
-def same_conv(
-    channels: int, kernel_size: int, dilation: int = 1, outputs: int | None = None, groups: int = 1
-) -> nn.Conv1d:
-    """A convolution whose result is as long as what it reads, of an odd kernel; outputs: None for
-    as many channels as it reads."""
-    padding = dilation * (kernel_size - 1) // 2
-    return nn.Conv1d(channels, outputs or channels, kernel_size, 1, padding, dilation, groups)
 
 
 def _bent(x: Tensor, slope: float) -> Tensor:
