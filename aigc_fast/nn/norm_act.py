@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from aigc_fast import ops
 from aigc_fast.ops._activations import resolve
 from aigc_fast.ops._checks import check_positive
+from aigc_fast.ops._layout import wide
 
 
 class Activated(nn.Module):
@@ -233,8 +234,8 @@ class PixelNormAct(Activated):
 class MinibatchStddev(nn.Module):
     """Appends to x, (N, C, ...), channels that say how much the samples of a group differ.
 
-    group_size:   samples of a group; the whole batch where None, or where it has fewer. It must
-                  divide the batch.
+    group_size:   samples of a group, at most: the largest number up to it that divides the batch
+                  is taken, the whole batch where None.
     num_channels: channels to append, each from C / num_channels of x.
 
     Plain PyTorch: it is one pass over the smallest map of a discriminator.
@@ -250,16 +251,17 @@ class MinibatchStddev(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels = x.shape[:2]
-        group = batch if self.group_size is None else min(self.group_size, batch)
-        if batch % max(group, 1) or channels % self.num_channels:
+        if channels % self.num_channels:
             raise ValueError(
-                f"group_size ({group}) must divide the batch and num_channels "
-                f"({self.num_channels}) the channels of x, got shape {tuple(x.shape)}"
+                f"num_channels ({self.num_channels}) must divide the channels of x, got shape "
+                f"{tuple(x.shape)}"
             )
+        most = batch if self.group_size is None else min(self.group_size, batch)
+        group = next(size for size in range(max(most, 1), 0, -1) if batch % size == 0)
+        each = channels // self.num_channels
         # (samples of a group, groups, channels to append, channels of each, ...)
-        y = x.reshape(group, -1, self.num_channels, channels // self.num_channels, *x.shape[2:])
-        wide = y if y.dtype == torch.float64 else y.float()
-        deviation = (wide.var(0, correction=0) + 1e-8).sqrt()
+        y = x.reshape(group, batch // group, self.num_channels, each, *x.shape[2:])
+        deviation = (wide(y).var(0, correction=0) + 1e-8).sqrt()
         mean = deviation.flatten(2).mean(2).to(x.dtype)
         extra = mean.repeat(group, 1)[(...,) + (None,) * (x.dim() - 2)]
         return torch.cat([x, extra.expand(-1, -1, *x.shape[2:])], 1)

@@ -80,6 +80,8 @@ def test_minibatch_stddev_tells_how_much_a_group_differs() -> None:
         for k in range(2):
             want = (group[:, 2 * k : 2 * k + 2].var(0, correction=0) + 1e-8).sqrt().mean()
             torch.testing.assert_close(y[sample, 4 + k], want.expand(3, 3))
+    # Three of six samples, as four divide no six.
+    torch.testing.assert_close(MinibatchStddev(4, num_channels=2)(x), y, rtol=0, atol=0)
     assert MinibatchStddev(None)(torch.zeros(5, 4)).shape == (5, 5)
-    with pytest.raises(ValueError, match="group_size .4. must divide the batch"):
-        MinibatchStddev()(x)
+    with pytest.raises(ValueError, match="num_channels .3. must divide the channels of x"):
+        MinibatchStddev(num_channels=3)(x)

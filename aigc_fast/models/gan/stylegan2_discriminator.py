@@ -1,6 +1,5 @@
 """The discriminator of StyleGAN2 (Karras et al. 2020, arXiv:1912.04958), residual."""
 
-import torch
 from torch import Tensor, nn
 
 from aigc_fast.models.gan.stylegan2_layers import (
@@ -11,22 +10,7 @@ from aigc_fast.models.gan.stylegan2_layers import (
     pixel_norm,
     resolutions_up_to,
 )
-from aigc_fast.nn import EqualizedLinear
-
-
-def minibatch_stddev(x: Tensor, group_size: int = 4) -> Tensor:
-    """x and one channel more: the standard deviation over a group of samples, averaged.
-
-    x: (batch, channels, H, W). A group is batch / size samples apart, with the largest size up to
-    group_size that divides the batch.
-    """
-    n, _, h, w = x.shape
-    size = next(g for g in range(min(group_size, max(n, 1)), 0, -1) if n % g == 0)
-    groups = x.reshape(size, n // size, *x.shape[1:])
-    groups = groups.to(torch.promote_types(x.dtype, torch.float32))
-    deviation = torch.sqrt(groups.var(0, correction=0) + 1e-8)
-    channel = deviation.mean((1, 2, 3)).to(x.dtype).repeat(size)
-    return torch.cat([x, channel.view(n, 1, 1, 1).expand(n, 1, h, w)], 1)
+from aigc_fast.nn import EqualizedLinear, MinibatchStddev
 
 
 class StyleGAN2Discriminator(nn.Module):
@@ -58,6 +42,7 @@ class StyleGAN2Discriminator(nn.Module):
             before, c = c, channels_at(size // 2, channel_multiplier, max_channels)
             layers.append(ResBlock(before, c, clamp))
         self.convs = nn.Sequential(*layers)
+        self.stddev = MinibatchStddev()
         self.final_conv = ConvLayer(c + 1, c, 3, clamp=clamp)
         self.final_linear = nn.Sequential(
             EqualizedLinear(c * 4 * 4, c, "lrelu"),
@@ -71,7 +56,7 @@ class StyleGAN2Discriminator(nn.Module):
                 f"images must have {self.resolution} x {self.resolution} pixels, "
                 f"got shape {tuple(images.shape)}"
             )
-        x = self.final_conv(minibatch_stddev(self.convs(images)))
+        x = self.final_conv(self.stddev(self.convs(images)))
         y = self.final_linear(x.flatten(1))
         if self.embed is not None:
             given = pixel_norm(self.embed(one_hot(labels, self.num_classes, y)))
