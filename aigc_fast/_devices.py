@@ -4,6 +4,9 @@ import torch
 
 from aigc_fast import _libraries
 
+#: asked once: a virtual machine takes 30 us to say what its processor has
+_FEATURES = _libraries.features()
+
 
 def default_device() -> torch.device:
     """The GPU where there is one."""
@@ -13,9 +16,13 @@ def default_device() -> torch.device:
 def has_fast_bfloat16(device: torch.device | str) -> bool:
     """Whether bfloat16 products are many times as fast as float32's: on GPUs and on CPUs with AMX,
     whose matrix unit does 16 times as many a cycle as AVX-512 does in float32."""
-    return torch.device(device).type != "cpu" or torch.cpu._is_amx_tile_supported()
+    return torch.device(device).type != "cpu" or _has("amx_bf16")
 
 
 def has_bfloat16_instructions() -> bool:
     """Whether this CPU multiplies bfloat16 without turning it into float32 first."""
-    return _libraries.features().get("avx512bf16", False)
+    return _has("avx512bf16")
+
+
+def _has(feature: str) -> bool:
+    return _FEATURES.get(feature, False)

@@ -54,7 +54,7 @@ def upsample(x: Tensor, conv: nn.Module, slope: float = 1.0) -> Tensor:
     return conv(_bent(x, slope))
 
 
-def is_fused(conv: nn.Conv1d | nn.ConvTranspose1d, *tensors: Tensor) -> bool:
+def is_fused(conv: nn.Conv1d | nn.ConvTranspose1d | nn.Conv2d, *tensors: Tensor | None) -> bool:
     """Whether a compiled operator computes it: where no gradient is wanted, on a CPU."""
     if conv.groups > 1 or conv.weight.device.type != "cpu":
         return False

