@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.io.hf_folder import HFFolder, read_hf_folder
+from aigc_fast.models.state import Fetch, fetch_from
 
 from .architectures import ARCHITECTURES, REQUIRED, Architecture, Fields
 from .config import DecoderConfig
@@ -76,23 +77,13 @@ def from_hf_state_dict(
         raise ValueError(
             f"architecture must be one of {sorted(ARCHITECTURES)}, got {architecture!r}"
         )
-
-    def fetch(name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in state:
-            raise ValueError(f"state: {name!r} is missing")
-        if tuple(state[name].shape) != shape:
-            raise ValueError(
-                f"state: {name!r} must have shape {shape}, got {tuple(state[name].shape)}"
-            )
-        return state[name].detach()
-
-    return _assemble(model, ARCHITECTURES[architecture], fetch, None)
+    return _assemble(model, ARCHITECTURES[architecture], fetch_from(state, "state"), None)
 
 
 def _assemble(
     model: DecoderLM,
     architecture: Architecture,
-    fetch: Callable[[str, tuple[int, ...]], Tensor],
+    fetch: Fetch,
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     def fetch_part(part: str, layer: int | None, kind: str, shape: tuple[int, ...]) -> Tensor:
