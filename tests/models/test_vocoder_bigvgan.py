@@ -1,37 +1,17 @@
-"""BigVGAN beside a plain chain of torch's functions; its checkpoints."""
+"""BigVGAN beside a plain chain of torch's functions; what it refuses."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.utils import parametrizations
 
 from aigc_fast.models.vocoder import BigVGANGenerator
 from tests.models.checkpoints import assert_error_ratio
+from tests.models.vocoders import GENERATORS, SMALL, make
 
-SMALL = dict(
-    upsample_rates=(4, 2),
-    upsample_kernel_sizes=(8, 4),
-    upsample_initial_channel=16,
-    resblock_kernel_sizes=(3, 7),
-    resblock_dilation_sizes=((1, 3, 5), (1, 2, 4)),
-)
-ACTIVATION = dict(activation="snakebeta", snake_logscale=True)
-
-
-def small(**options):
-    """A generator whose activations differ from channel to channel, and its filters from BigVGAN's
-    in one of them."""
-    torch.manual_seed(0)
-    model = BigVGANGenerator(**SMALL | ACTIVATION | dict(in_channels=6) | options).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".act." in name:
-                parameter.uniform_(0.3, 1.5)
-        model.activation_post.downsample["lowpass"].filter.mul_(torch.rand(12) + 0.5)
-    return model
+small = partial(make, "bigvgan")
 
 
 def plain(state, x, options):
@@ -109,52 +89,6 @@ def test_samples_are_clamped():
     assert y.max() == 1 and y.min() == -1
 
 
-def test_gradients():
-    model = small(resblock="2").double().train()
-    x = torch.randn(1, 6, 3).double().requires_grad_()
-    assert torch.autograd.gradcheck(model, (x,))
-    model(x).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-
-
-@pytest.mark.parametrize("norm", ["old", "new"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_checkpoints_with_weight_norm(tmp_path, norm, suffix):
-    """Named as they are published; filters of the file's own values are kept."""
-    model = small(in_channels=5)
-    want = {name: value.clone() for name, value in model.state_dict().items()}
-    if norm == "new":
-        for module in list(model.modules()):
-            if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-                parametrizations.weight_norm(module)
-        state = model.state_dict()
-    else:
-        state = {}
-        for name, value in want.items():
-            if name.endswith("weight"):
-                length = value.flatten(1).norm(dim=1).view(-1, 1, 1)
-                state |= {f"{name}_g": length, f"{name}_v": value * 3}
-            else:
-                state[name] = value
-    path = tmp_path / f"bigvgan_generator{suffix}"
-    if suffix == ".pt":
-        torch.save({"generator": state}, path)
-    else:
-        pytest.importorskip("safetensors.torch").save_file(state, path)
-    options = SMALL | ACTIVATION | dict(num_mels=5, resblock="1", fmax=None)
-    (tmp_path / "config.json").write_text(json.dumps(options))
-    loaded = BigVGANGenerator.from_pretrained(path)
-    assert not loaded.training and loaded.state_dict().keys() == want.keys()
-    for name, value in loaded.state_dict().items():
-        torch.testing.assert_close(value, want[name], rtol=3e-7, atol=0)
-    x = torch.randn(1, 5, 7)
-    with torch.no_grad():
-        exact = model.double()(x.double())
-        torch.testing.assert_close(loaded(x).double(), exact, rtol=0, atol=1e-5)
-    half = BigVGANGenerator.from_pretrained(path, dtype=torch.bfloat16)
-    assert half.activation_post.act.alpha.dtype == torch.bfloat16
-
-
 def test_names_are_the_published_ones():
     names = set(small().state_dict())
     assert {"conv_pre.weight", "ups.1.0.weight", "ups.1.0.bias", "conv_post.bias"} <= names
@@ -171,7 +105,7 @@ def test_a_checkpoint_must_fit_its_configuration(tmp_path):
 
     def refused(tensors=state, without=(), **changes):
         torch.save({"generator": tensors}, path)
-        options = SMALL | ACTIVATION | dict(num_mels=6) | changes
+        options = GENERATORS["bigvgan"][1] | dict(num_mels=6) | changes
         config.write_text(json.dumps({k: v for k, v in options.items() if k not in without}))
         with pytest.raises(ValueError) as error:
             BigVGANGenerator.from_pretrained(path)

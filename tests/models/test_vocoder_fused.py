@@ -1,14 +1,13 @@
 """Vocoders' compiled convolutions: which calls take them, and what parts of a sequence give."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aigc_fast._devices import has_bfloat16_instructions
-from aigc_fast.models.vocoder import BigVGANGenerator, HiFiGANGenerator, generator
+from aigc_fast.models.vocoder import generator
 from aigc_fast.nn import _upsampling
+from tests.models import vocoders
 from tests.models.checkpoints import assert_error_ratio
 
 
@@ -41,14 +40,13 @@ class Orders(TorchDispatchMode):
 OURS = {"aigc_fast.conv1d", "aigc_fast.conv_transpose1d"}
 
 
-MODELS = {
-    "hifigan": HiFiGANGenerator,
-    "bigvgan": partial(BigVGANGenerator, activation="snakebeta", snake_logscale=True),
-}
-
-
 def make(name, **options):
-    return MODELS[name]((4, 2), (8, 4), 32, in_channels=6, **options).eval()
+    wide = dict(
+        upsample_initial_channel=32,
+        resblock_kernel_sizes=(3, 7, 11),
+        resblock_dilation_sizes=((1, 3, 5),) * 3,
+    )
+    return vocoders.make(name, **wide | options)
 
 
 def convolutions_of(model, x):
@@ -57,7 +55,7 @@ def convolutions_of(model, x):
     return y, seen.names
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", vocoders.GENERATORS)
 def test_compiled_where_no_gradient_is_wanted(name):
     model, x = make(name), torch.randn(1, 6, 20)
     stock, names = convolutions_of(model, x)
@@ -103,7 +101,7 @@ def test_parts_are_the_same_to_the_bit(monkeypatch, name, options, frames):
     assert (len(stages) > 4) == (frames == 150)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", vocoders.GENERATORS)
 @pytest.mark.parametrize("part", [1, 1 << 60])
 def test_nothing_is_reordered(monkeypatch, name, part):
     """After the first convolution channels stay innermost, whole or in parts."""
@@ -112,3 +110,12 @@ def test_nothing_is_reordered(monkeypatch, name, part):
     with torch.no_grad(), Orders() as seen:
         model(torch.randn(2, 6, 150))
     assert len(seen.innermost) > 20 and seen.innermost[0] is False and all(seen.innermost[1:])
+
+
+@pytest.mark.parametrize("name", vocoders.GENERATORS)
+def test_gradients(name):
+    model = vocoders.make(name, resblock="2").double().train()
+    x = torch.randn(1, 6, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(model, (x,))
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

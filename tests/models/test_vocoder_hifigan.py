@@ -1,28 +1,17 @@
-"""HiFi-GAN beside transformers' and beside a plain chain of torch's functions; its checkpoints."""
+"""HiFi-GAN beside transformers' and beside a plain chain of torch's functions; what it refuses."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.utils import parametrizations
 
 from aigc_fast.models.vocoder import HiFiGANGenerator
-from aigc_fast.models.vocoder.checkpoint import fold_weight_norm, read_state
 from tests.models.checkpoints import assert_error_ratio
+from tests.models.vocoders import SMALL, make
 
-SMALL = dict(
-    upsample_rates=(4, 2),
-    upsample_kernel_sizes=(8, 4),
-    upsample_initial_channel=16,
-    resblock_kernel_sizes=(3, 7),
-    resblock_dilation_sizes=((1, 3, 5), (1, 2, 4)),
-)
-
-
-def small(**options):
-    return HiFiGANGenerator(**SMALL | dict(in_channels=6) | options).eval()
+small = partial(make, "hifigan")
 
 
 def plain(state, x, resblock, speaker=None):
@@ -86,90 +75,6 @@ def test_against_transformers():
         ours, stock = model(x)[:, 0], theirs(x.transpose(1, 2))
         exact = theirs.double()(x.double().transpose(1, 2))
     assert_error_ratio(ours, stock, exact)
-
-
-def test_gradients():
-    model = small(resblock="2").double().train()
-    x = torch.randn(1, 6, 3).double().requires_grad_()
-    assert torch.autograd.gradcheck(model, (x,))
-    model(x).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-
-
-@pytest.mark.parametrize("norm", ["old", "new"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_checkpoints_with_weight_norm(tmp_path, norm, suffix):
-    model = small(in_channels=5)
-    want = {name: value.clone() for name, value in model.state_dict().items()}
-    for module in list(model.modules()):
-        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-            if norm == "new":
-                parametrizations.weight_norm(module)
-    state = model.state_dict()
-    if norm == "old":
-        state = {}
-        for name, value in want.items():
-            if name.endswith("weight"):
-                length = value.flatten(1).norm(dim=1).view(-1, 1, 1)
-                state |= {f"{name}_g": length, f"{name}_v": value * 3}
-            else:
-                state[name] = value
-    path = tmp_path / f"g{suffix}"
-    if suffix == ".pt":
-        torch.save({"generator": state}, path)
-    else:
-        pytest.importorskip("safetensors.torch").save_file(state, path)
-    options = SMALL | dict(num_mels=5, resblock="1", learning_rate=0.0002)
-    (tmp_path / "config.json").write_text(json.dumps(options))
-    loaded = HiFiGANGenerator.from_pretrained(path)
-    assert not loaded.training and loaded.state_dict().keys() == want.keys()
-    for name, value in loaded.state_dict().items():
-        torch.testing.assert_close(value, want[name], rtol=3e-7, atol=0)
-    half = HiFiGANGenerator.from_pretrained(path, dtype=torch.bfloat16)
-    assert half.conv_pre.weight.dtype == torch.bfloat16
-
-
-def test_weight_norm_is_that_of_torch():
-    conv = parametrizations.weight_norm(nn.Conv1d(3, 4, 5).double())
-    state = {f"a.{name}": value for name, value in conv.state_dict().items()}
-    state["a.parametrizations.weight.original0"] *= 3
-    conv.parametrizations.weight.original0.data *= 3
-    torch.testing.assert_close(fold_weight_norm(state)["a.weight"], conv.weight, rtol=1e-15, atol=0)
-    with pytest.raises(ValueError, match=r"a\.weight_g and a\.weight_v one is missing"):
-        fold_weight_norm({"a.weight_v": torch.ones(2, 2)})
-    with pytest.raises(ValueError, match=r"the shapes of a\.weight_g and a\.weight_v: \(3,\)"):
-        fold_weight_norm({"a.weight_v": torch.ones(3, 2), "a.weight_g": torch.ones(3)})
-
-
-class _Evil:
-    def __reduce__(self):
-        return print, ("run",)
-
-
-def test_hostile_checkpoints(tmp_path, capsys):
-    path = tmp_path / "g.pt"
-    cases = {
-        "more than tensors": {"generator": _Evil()},
-        "must hold a state dict, got list": [torch.ones(1)],
-        "'x' must be a floating-point tensor": {"generator": {"x": 3}},
-        "'y' must be a floating-point tensor": {"y": torch.ones(1, dtype=torch.int64)},
-    }
-    for message, content in cases.items():
-        torch.save(content, path)
-        with pytest.raises(ValueError, match=f"g.pt: .*{message}"):
-            read_state(path, "generator")
-    assert "run" not in capsys.readouterr().out
-    torch.save({"generator": {"x": torch.ones(50)}}, path)
-    content = path.read_bytes()
-    for end in (0, 5, 40, len(content) // 2):
-        path.write_bytes(content[:end])
-        with pytest.raises(ValueError, match=r"g\.pt: "):
-            read_state(path, "generator")
-    with pytest.raises(OSError):
-        read_state(tmp_path / "none.pt", "generator")
-    with pytest.raises(ValueError, match=r"g\.safetensors: not a sound"):
-        (tmp_path / "g.safetensors").write_bytes(content)
-        read_state(tmp_path / "g.safetensors", "generator")
 
 
 def test_a_checkpoint_must_fit_its_configuration(tmp_path):
