@@ -1,27 +1,22 @@
-"""What all schedulers share: the loop and the configuration."""
+"""What all schedulers share: the loop."""
 
-import json
-import logging
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from aigc_fast import ops
+from aigc_fast.schedulers.configuration import Configured
 from aigc_fast.schedulers.linear import Row, Tables
 from aigc_fast.schedulers.noise import Generator, draw_noise
 
-CONFIG_NAME = "scheduler_config.json"
-logger = logging.getLogger(__name__)
-
 
 @dataclass
-class Scheduler:
+class Scheduler(Configured):
     """The loop; a solver adds its schedule (`lay_out`), its rows and its step.
 
     Fields have the names, the meaning and the defaults of diffusers' constructor arguments.
@@ -243,89 +238,6 @@ class Scheduler:
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The v target: alpha * noise - sigma * sample."""
         return self.add_noise(sample, noise, timesteps, return_velocity=True)[1]
-
-    # ---- configuration ------------------------------------------------------------------------
-
-    @property
-    def config(self) -> Self:
-        """The fields; solvers read them here, where diffusers' classes keep theirs."""
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"_class_name": type(self).__name__, **values}
-
-    def save_config(self, folder: str | Path) -> None:
-        """Writes scheduler_config.json, which diffusers reads too."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | Path, subfolder: str | None = None, **changes: Any
-    ) -> Self:
-        """`from_config` of a scheduler_config.json, or of the folder that holds one.
-
-        subfolder: where in `path` the folder is: "scheduler" in that of a pipeline.
-        """
-        return cls.from_config(Path(path) / (subfolder or ""), **changes)
-
-    @classmethod
-    def from_config(
-        cls, config: "Mapping[str, Any] | Scheduler | str | Path", **changes: Any
-    ) -> Self:
-        """The scheduler of a configuration of diffusers or of this library.
-
-        config: a dict, a scheduler, a scheduler_config.json or the folder that holds one. It may
-            be that of another class: arguments that this one does not have are left out, with a
-            warning if no scheduler has them; those that the other class was left to choose take
-            this class's own defaults, as in diffusers.
-        changes: arguments to replace. An unknown one is a TypeError.
-        """
-        if isinstance(config, str | Path):
-            config = _read(Path(config))
-        if not isinstance(config, Mapping | Scheduler):
-            raise TypeError(
-                f"config must be a dict, a scheduler or a path, got {type(config).__name__}"
-            )
-        values = config.to_dict() if isinstance(config, Scheduler) else dict(config)
-        if cls is Scheduler or "from_any" in changes:
-            raise TypeError("from_config is a method of each scheduler class, not of Scheduler")
-        chosen = set(values.get("_use_default_values", ()))
-        own = {f.name for f in fields(cls)}
-        unknown = {
-            name for name in values if not name.startswith("_") and name not in known_arguments()
-        }
-        if unknown:
-            logger.warning(
-                "%s: unknown arguments in the configuration are ignored: %s",
-                cls.__name__, ", ".join(sorted(unknown)),
-            )  # fmt: skip
-        kept = {k: v for k, v in values.items() if k in own and k not in chosen}
-        return cls(**{**kept, **changes})
-
-
-def _read(path: Path) -> Any:
-    """A configuration, from its file or the folder that holds it."""
-    path = path / CONFIG_NAME if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(config).__name__}")
-    return config
-
-
-def known_arguments() -> set[str]:
-    """The arguments of all schedulers."""
-    found, classes = set(), [Scheduler]
-    while classes:
-        cls = classes.pop()
-        found |= {f.name for f in fields(cls)}
-        classes += cls.__subclasses__()
-    return found
 
 
 def shift_in(history: list, newest: Any) -> None:

@@ -214,6 +214,8 @@ def test_a_file_that_holds_no_configuration_is_named(tmp_path) -> None:
             DDIMScheduler.from_pretrained(tmp_path)
     with pytest.raises(TypeError, match="config must be a dict, a scheduler or a path, got list"):
         DDIMScheduler.from_config([])
+    with pytest.raises(TypeError, match="of each scheduler class, not of Scheduler"):
+        Scheduler.from_config({})
 
 
 def test_unknown_arguments_of_a_configuration_are_named(caplog) -> None:
