@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._registry import define
-
-_MAX_HISTORY = 5
+from aigc_fast.ops._scheduler_step_reference import (
+    check,
+    check_backward,
+    reference,
+    reference_backward,
+    reference_full,
+)
 
 
 def scheduler_step(
@@ -113,192 +117,28 @@ def _is_plain(
     )
 
 
-def _columns(coefficients: Tensor, sample: Tensor) -> tuple[torch.dtype, tuple[Tensor, ...]]:
-    """The dtype to compute in, and the columns in it, broadcastable over sample."""
-    dtype = wide_dtype(sample.dtype)
-    if coefficients.dim() == 2:
-        ones = [1] * (sample.dim() - 1)
-        coefficients = coefficients.reshape(coefficients.shape[0], *ones, coefficients.shape[1])
-    return dtype, coefficients.to(dtype).unbind(-1)
-
-
-def _guided(
-    output: Tensor, uncond: Tensor | None, scale: float, rescale: float, dtype: torch.dtype
-) -> Tensor:
-    m = output.to(dtype)
-    if uncond is None:
-        return m
-    cond, u = m, uncond.to(dtype)
-    m = u + scale * (cond - u)
-    if rescale != 0:
-        dims = list(range(1, m.dim()))
-        ratio = cond.std(dims, correction=0, keepdim=True) / m.std(dims, correction=0, keepdim=True)
-        m = m * (rescale * ratio + (1 - rescale))
-    return m
-
-
-def _reference_full(
-    sample: Tensor,
-    model_output: Tensor,
-    coefficients: Tensor,
-    history: Sequence[Tensor],
-    noise: Tensor | None = None,
-    uncond_output: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    guidance_rescale: float = 0.0,
-    return_x0: bool = False,
-) -> list[Tensor]:
-    dtype, (a, b, r, *rest) = _columns(coefficients, sample)
-    x = sample.to(dtype)
-    m = _guided(model_output, uncond_output, guidance_scale, guidance_rescale, dtype)
-    x0 = (a * x + b * m).clamp(-r, r)
-
-    def combine(p: Tensor, q: Tensor, c: Tensor, n: Tensor, *h: Tensor) -> Tensor:
-        y = p * x0 + q * x + c * m
-        if noise is not None:
-            y = y + n * noise.to(dtype)
-        for scale, earlier in zip(h, history, strict=True):
-            y = y + scale * earlier.to(dtype)
-        return y
-
-    terms = 4 + len(history)
-    results = [combine(*rest[:terms])]
-    if return_x0:
-        results.append(x0)
-    if len(rest) > terms:
-        results.append(combine(*rest[terms:]))
-    return [torch.empty_like(sample).copy_(t) for t in results]
-
-
-def _reference(
-    sample: Tensor, model_output: Tensor, coefficients: Tensor, noise: Tensor | None = None
-) -> Tensor:
-    return _reference_full(sample, model_output, coefficients, (), noise)[0]
-
-
-def _reference_backward(
-    grad_output: Tensor,
-    grad_x0: Tensor | None,
-    grad_second: Tensor | None,
-    sample: Tensor,
-    model_output: Tensor,
-    coefficients: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    has_noise: bool,
-    num_history: int,
-) -> list[Tensor]:
-    dtype, (a, b, r, *rest) = _columns(coefficients, sample)
-    m = _guided(model_output, uncond_output, guidance_scale, 0.0, dtype)
-    inside = (a * sample.to(dtype) + b * m).abs() <= r
-    terms = 4 + num_history
-    g = grad_output.to(dtype)
-    inner = [scale * g for scale in rest[:terms]]
-    if grad_second is not None:
-        g = grad_second.to(dtype)
-        inner = [y + scale * g for y, scale in zip(inner, rest[terms:], strict=True)]
-    through_x0, dx, dm, d_noise, *d_history = inner
-    t = through_x0 if grad_x0 is None else through_x0 + grad_x0.to(dtype)
-    t = torch.where(inside, t, 0.0)
-    dm = b * t + dm
-    grads = [a * t + dx, dm]
-    if uncond_output is not None:
-        grads = [grads[0], dm * guidance_scale, dm * (1 - guidance_scale)]
-    grads += [d_noise, *d_history] if has_noise else d_history
-    # Out of place: under create_graph these are differentiated again.
-    return [torch.empty_like(sample).copy_(t) for t in grads]
-
-
-def _check(
-    sample: Tensor,
-    model_output: Tensor,
-    coefficients: Tensor,
-    history: Sequence[Tensor],
-    noise: Tensor | None = None,
-    uncond_output: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    guidance_rescale: float = 0.0,
-    return_x0: bool = False,
-) -> None:
-    check_tensor("sample", sample)
-    check_tensor("model_output", model_output, like=("sample", sample), shape=sample.shape)
-    if noise is not None:
-        check_tensor("noise", noise, like=("sample", sample), shape=sample.shape)
-    if len(history) > _MAX_HISTORY:
-        raise ValueError(f"history must hold at most {_MAX_HISTORY} tensors, got {len(history)}")
-    for k, earlier in enumerate(history):
-        check_tensor(f"history[{k}]", earlier, like=("sample", sample), shape=sample.shape)
-    if uncond_output is not None:
-        check_tensor("uncond_output", uncond_output, like=("sample", sample), shape=sample.shape)
-    elif guidance_scale != 1 or guidance_rescale != 0:
-        raise ValueError(
-            "uncond_output must be given for guidance_scale != 1 or guidance_rescale != 0, got None"
-        )
-    if guidance_rescale != 0 and sample.dim() < 2:
-        raise ValueError(
-            "sample must have more than a batch dimension for guidance_rescale, "
-            f"got shape {tuple(sample.shape)}"
-        )
-    _check_coefficients(coefficients, sample, len(history))
-
-
-def _check_coefficients(coefficients: Tensor, sample: Tensor, num_history: int) -> None:
-    check_tensor("coefficients", coefficients, dtypes=(torch.float32, torch.float64))
-    columns, both = 7 + num_history, 11 + 2 * num_history
-    shape = tuple(coefficients.shape)
-    if shape[-1:] not in ((columns,), (both,)) or shape[:-1] not in ((), tuple(sample.shape[:1])):
-        raise ValueError(
-            f"coefficients must have shape ({columns},) or (batch, {columns}) = "
-            f"({sample.shape[0] if sample.dim() else 1}, {columns}): 7 + len(history) columns, "
-            f"or {both} for two results; got {shape}"
-        )
-    check_device("coefficients", coefficients, ("sample", sample))
-
-
-def _check_backward(
-    grad_output: Tensor,
-    grad_x0: Tensor | None,
-    grad_second: Tensor | None,
-    sample: Tensor,
-    model_output: Tensor,
-    coefficients: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    has_noise: bool,
-    num_history: int,
-) -> None:
-    history = [sample] * num_history
-    _check(sample, model_output, coefficients, history, None, uncond_output, guidance_scale)
-    check_tensor("grad_output", grad_output, like=("sample", sample), shape=sample.shape)
-    for grad in (grad_x0, grad_second):
-        if grad is not None:
-            check_tensor("grad_output", grad, like=("sample", sample), shape=sample.shape)
-
-
 # The plain step has a schema of its own: lists in and out cost a call as much as 64 elements do.
 _scheduler_step = define(
     "scheduler_step(Tensor sample, Tensor model_output, Tensor coefficients, Tensor? noise=None)"
     " -> Tensor",
-    _reference,
-    lambda sample, output, coefficients, noise=None: _check(
-        sample, output, coefficients, (), noise
-    ),
+    reference,
+    lambda sample, output, coefficients, noise=None: check(sample, output, coefficients, (), noise),
     stem="scheduler_step",
 )
 _scheduler_step_full = define(
     "scheduler_step_full(Tensor sample, Tensor model_output, Tensor coefficients,"
     " Tensor[] history, Tensor? noise=None, Tensor? uncond_output=None,"
     " float guidance_scale=1.0, float guidance_rescale=0.0, bool return_x0=False) -> Tensor[]",
-    _reference_full,
-    _check,
+    reference_full,
+    check,
     stem="scheduler_step",
 )
 _backward = define(
     "scheduler_step_backward(Tensor grad_output, Tensor? grad_x0, Tensor? grad_second,"
     " Tensor sample, Tensor model_output, Tensor coefficients, Tensor? uncond_output,"
     " float guidance_scale, bool has_noise, int num_history) -> Tensor[]",
-    _reference_backward,
-    _check_backward,
+    reference_backward,
+    check_backward,
     stem="scheduler_step",
 )
 
@@ -337,7 +177,7 @@ class _SchedulerStep(OpFunction):
         if grad is None:
             grad = torch.zeros_like(sample)
         # Linear in the gradients, so that their derivative is torch's own.
-        run = _reference_backward if torch.is_grad_enabled() else _backward
+        run = reference_backward if torch.is_grad_enabled() else _backward
         grad_sample, grad_output, *rest = run(
             grad, grad_x0, grad_second, sample, model_output, coefficients, uncond_output,
             guidance_scale, has_noise, num_history,
