@@ -9,7 +9,7 @@ state dicts, optimizers, isinstance, adapters and hooks notice nothing.
 import functools
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,10 +116,11 @@ _LAYERS: dict[type, type[Replacement]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
 def patch(model: Any, *, fuse_loss: bool = False) -> PatchReport:
     """Makes the parts of a stock model that are known here call aigc_fast's operators, in place.
 
-    model: a model of transformers (Llama, Mistral, Qwen2, Qwen3, Gemma-2, GPT-2) or of diffusers
-           (UNet2D, UNet2DCondition, AutoencoderKL, DiT, SD3, Flux, Wan), any module that has one
-           inside, such as PEFT's, or a pipeline of diffusers, all models of which are patched. Of
-           any other model nothing is changed.
+    model: a model of transformers (Llama, Mistral, Qwen2, Qwen3, Gemma-2, GPT-2; of speech VITS,
+           DAC, SpeechT5's and FastSpeech2Conformer's HiFi-GAN) or of diffusers (UNet2D,
+           UNet2DCondition, AutoencoderKL, DiT, SD3, Flux, Wan), any module that has one inside,
+           such as PEFT's, or a pipeline of diffusers, all models of which are patched. Of any other
+           model nothing is changed.
     fuse_loss: a language model of transformers that is trained with labels computes its loss by
                `linear_cross_entropy`: its output has the loss, and None for the logits, which are
                never all in memory. In evaluation, and where the loss is another, nothing changes.
@@ -128,7 +129,8 @@ def patch(model: Any, *, fuse_loss: bool = False) -> PatchReport:
     training too. Patching again changes nothing. Within torch.compile the stock code runs, which
     the compiler fuses by itself. `unpatch` takes it all back; a deep copy or pickle of a patched
     model is patched. Hooks on modules whose work another does (an activation inside a gated MLP,
-    the norms of a residual block) do not run while it is patched.
+    the norms of a residual block) do not run while it is patched. Speech's convolutions are ours on
+    CPUs, where no gradient is wanted and no weight norm, hook or adapter hangs on them.
 
     Dtype and layout stay as well. On a CPU a convolutional model gains little by the patch alone,
     since its convolutions stay torch's; move it to channels_last, which they and our norms like
@@ -159,7 +161,7 @@ def _patch(
     for module in modules:
         if isinstance(module, Replacement):
             replaced[stock_class(module).__name__, module.uses] += 1
-            absorbed.update(getattr(module, child) for child in module.absorbs)
+            absorbed.update(_inside(module, module.absorbs))
             continue
         row = _row(type(module)) or (_LAYERS.get(type(module)) if known else None)
         name = type(module).__name__
@@ -177,9 +179,16 @@ def _patch(
             continue
         changes += carry_out(planned)
         replaced[name, row.uses] += 1
-        absorbed.update(getattr(module, child) for child in row.absorbs)
+        absorbed.update(_inside(module, row.absorbs))
     if changes:
         model.__dict__.setdefault(_RECORD, []).extend(changes)
+
+
+def _inside(module: nn.Module, names: Iterable[str]) -> Iterator[nn.Module]:
+    """The children of these names, with all that they hold."""
+    for child in (getattr(module, name) for name in names):
+        if child is not None:  # the norm of a branch that a block has not
+            yield from child.modules()
 
 
 def unpatch(model: Any) -> None:

@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from aigc_fast import ops
 from aigc_fast.integrations._patching import Assignment, Replacement, Unfit
+from aigc_fast.integrations.transformers_audio import ARCHITECTURES
 from aigc_fast.integrations.transformers_cache import grow_in_place
 from aigc_fast.integrations.transformers_loss import CausalLM
 
@@ -300,4 +301,5 @@ TABLE = _table(
     qwen3=_llama_like("Qwen3"),
     gemma2=_llama_like("Gemma2", norm=OffsetRMSNorm),
     gpt2=dict(GPT2MLP=TanhMLP, GPT2Attention=Attention, GPT2LMHeadModel=CausalLM),
+    **ARCHITECTURES,
 )
