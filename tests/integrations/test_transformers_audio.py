@@ -137,6 +137,17 @@ def test_parts_are_the_same_to_the_bit(monkeypatch, name, length) -> None:
     assert all(map(torch.equal, outputs(model, inputs), whole))
 
 
+@pytest.mark.parametrize("name", ["speecht5", "vits"])
+@torch.no_grad()
+def test_a_block_without_a_batch(name) -> None:
+    model, x = make(name), torch.randn(16, 9)
+    block = getattr(model, "decoder", model).resblocks[0]
+    want = block(x)
+    assert aigc_fast.patch(block).replaced == {"HifiGanResidualBlock": (1, "conv1d")}
+    assert torch.equal(block(x), want)
+    torch.testing.assert_close(block(x[None])[0], want)
+
+
 @torch.inference_mode()
 def test_one_spectrogram_without_a_batch() -> None:
     model, (frames,) = make("speecht5"), inputs_of("speecht5")
@@ -290,13 +301,15 @@ def layers_of(model):
     return [(generator, "conv_post"), (generator.upsampler, "1"), (blocks[1].convs1, "1")]
 
 
+@pytest.mark.parametrize("on", ["convolutions", "blocks"])
 @EVERY_MODEL
 @torch.no_grad()
-def test_hooks_run(name) -> None:
+def test_hooks_run(name, on) -> None:
     model, inputs = make(name), inputs_of(name)
-    watched = [getattr(parent, child) for parent, child in layers_of(model)]
-    watched += [m for m in model.modules() if type(m).__name__ in ("DacResidualUnit", "Snake1d")]
-    watched += list(getattr(getattr(model, "decoder", model), "resblocks", []))
+    blocks = ("HifiGanResidualBlock", "DacResidualUnit", "Snake1d")
+    watched = [m for m in model.modules() if type(m).__name__ in blocks]
+    if on == "convolutions":
+        watched = [getattr(parent, child) for parent, child in layers_of(model)]
     seen = []
     handles = [
         m.register_forward_hook(lambda m, _, y: seen.append((m, y.clone()))) for m in watched
