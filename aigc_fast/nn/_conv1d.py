@@ -1,7 +1,7 @@
 """Convolutions along time with what vocoders have around them, fused where no gradient is wanted.
 
 For training they are chains of torch's operations; on a GPU too, whose convolutions are cuDNN's,
-and on a CPU in 16 bits for which it has no products.
+and on a CPU in 16 bits where its products are the slower ones.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast._devices import has_bfloat16_instructions
+from aigc_fast._devices import has_bfloat16_instructions, has_float16_instructions
 
 
 def convolve(
@@ -62,7 +62,9 @@ def is_fused(conv: nn.Conv1d | nn.ConvTranspose1d | nn.Conv2d, *tensors: Tensor 
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in used):
         return False
     dtype = conv.weight.dtype
-    return dtype.itemsize > 2 or (dtype == torch.bfloat16 and has_bfloat16_instructions())
+    if dtype == torch.bfloat16:
+        return has_bfloat16_instructions()
+    return dtype != torch.float16 or not has_float16_instructions()
 
 
 def _bent(x: Tensor, slope: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from aigc_fast import _libraries
-from aigc_fast._devices import has_bfloat16_instructions
+from aigc_fast._devices import has_bfloat16_instructions, has_float16_instructions
 from aigc_fast.ops._autograd import OpFunction, transforming
 from aigc_fast.ops.conv3x3 import (
     _conv3x3,
@@ -43,9 +43,9 @@ def conv2d(
     On a CPU with AVX2 or AVX-512, 3x3 convolutions of stride 1 with a border of zeros as wide as
     their reach run by `ops.conv3x3`, from 16 inputs and 9 outputs on: by Winograd's algorithm,
     with 4 products an output in place of 9, and about as exact as torch's. So do both gradients.
-    In float64, float32 and float16, and in bfloat16 where the CPU has no instructions for it. y is
-    then in channels_last memory order, whatever that of x is; an infinity or a NaN in x makes up
-    to 16 outputs NaN.
+    In float64 and float32, and in a 16-bit dtype for which the CPU has no instructions. y is then
+    in channels_last memory order, whatever that of x is; an infinity or a NaN in x makes up to 16
+    outputs NaN.
 
     Everywhere else, under autocast, within torch.compile, torch.func and forward-mode derivatives
     it is torch's own function. Differentiable as often as one likes.
@@ -114,7 +114,9 @@ def _is_faster(dtype: torch.dtype) -> bool:
         return False
     if dtype is torch.bfloat16:
         return not has_bfloat16_instructions()
-    return dtype in (torch.float64, torch.float32, torch.float16)
+    if dtype is torch.float16:
+        return not has_float16_instructions()
+    return dtype in (torch.float64, torch.float32)
 
 
 class _Conv2d(OpFunction):

@@ -1,6 +1,8 @@
 // Memory for whole vectors.
 #pragma once
 
+#include <memory>
+#include <new>
 #include <vector>
 
 #include <aigc_fast/vec.h>
@@ -24,6 +26,23 @@ class AlignedBuffer {
     Vec<A> zeros = {};
   };
   std::vector<One> memory_;
+};
+
+// The same of any content: what is written anyway need not be cleared.
+template <class S>
+class UnclearedBuffer {
+ public:
+  explicit UnclearedBuffer(int64_t elements)
+      : memory_(static_cast<S*>(::operator new(elements * sizeof(S), kAlignment))) {}
+  S* data() { return memory_.get(); }
+  const S* data() const { return memory_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(S* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<S, Free> memory_;
 };
 
 }  // namespace aigc_fast

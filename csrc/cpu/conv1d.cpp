@@ -173,6 +173,23 @@ Tensor conv1d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
   return y;
 }
 
+// A contiguous weight (in, out, taps) as (out, taps, in), of which every tap's inputs then lie side
+// by side; ConvWeight of either.
+template <class T>
+ConvWeight<T> inputs_innermost(const Tensor& weight, std::vector<T>& memory) {
+  if (!weight.is_contiguous())
+    return {data<T>(weight), weight.stride(1), weight.stride(0), weight.stride(2)};
+  const int64_t in = weight.size(0), rows = weight.size(1) * weight.size(2);
+  memory.resize(in * rows);
+  constexpr int64_t kRows = 64;
+  in_parallel((rows + kRows - 1) / kRows, kRows * in, [&](int64_t block) {
+    const int64_t first = block * kRows;
+    copy_transposed(data<T>(weight) + first, rows, std::min(kRows, rows - first), in,
+                    memory.data() + first * in, in);
+  });
+  return {memory.data(), weight.size(2) * in, 1, in};
+}
+
 Tensor conv_transpose1d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                         int64_t stride, int64_t padding, double slope) {
   check_input(x, weight, bias);
@@ -188,12 +205,14 @@ Tensor conv_transpose1d(const Tensor& x, const Tensor& weight, const MaybeTensor
   dispatch(x, "x", [&]<class T>(T) {
     // Output t * stride + first is the sum over m of input t + ahead - m by tap nearest + m *
     // stride.
+    std::vector<T> memory;
+    const ConvWeight<T> w = inputs_innermost(weight, memory);
     std::vector<Phase<T>> phases;
     for (int64_t first = 0; first < std::min(stride, length); ++first) {
       const int64_t ahead = (first + padding) / stride, nearest = (first + padding) % stride;
       const int64_t count = nearest < taps ? (taps - nearest - 1) / stride + 1 : 0;
-      const T* last = data<T>(weight) + (nearest + (count - 1) * stride) * weight.stride(2);
-      phases.push_back({{last, weight.stride(1), weight.stride(0), -stride * weight.stride(2)},
+      const T* last = w.at(0, 0, nearest + (count - 1) * stride);
+      phases.push_back({{last, w.out_stride, w.in_stride, -stride * w.tap_stride},
                         count,
                         ahead - (count - 1),
                         1,

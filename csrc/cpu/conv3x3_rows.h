@@ -61,7 +61,7 @@ class ImageRows {
         for (int64_t c = 0; c < source.channels; ++c)
           for (int64_t x = 0; x < s_.width; ++x)
             copy_one(to + x * depth_ + c,
-                         from + c * source.channel_stride + x * source.pixel_stride);
+                     from + c * source.channel_stride + x * source.pixel_stride);
       }
       to += source.channels;
     }

@@ -3,11 +3,14 @@
 
 #include <array>
 
+#include "aligned_buffer.h"
 #include "bf16_dot.h"
 #include "channels.h"
 #include "copy_transposed.h"
 
 namespace aigc_fast {
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 struct ConvSize {
   int64_t in, out, taps;
@@ -31,41 +34,67 @@ AIGC_INLINE void copy_channels(S* to, const T* from, int64_t n) {
     convert(from, n, to);
 }
 
-// The weights of outputs first, ..., first + n - 1, to [tap][input / kStep][kOuts][input % kStep].
-// In the order in which they lie: all outputs of an input, as a transposed convolution has them, or
-// a few inputs of an output after another.
+// to[(i * taps + tap) * kOuts + o]: the weights of `inputs` inputs from c and n outputs from
+// `first`, zero beyond the last.
+template <int64_t kOuts, class S, class T>
+void gather_outputs(const ConvWeight<T>& weight, int64_t taps, int64_t first, int64_t n, int64_t c,
+                    int64_t inputs, S* to) {
+  if (n < kOuts) std::memset(static_cast<void*>(to), 0, inputs * taps * kOuts * sizeof(S));
+  if (weight.tap_stride == 1 && weight.in_stride == taps) {
+    copy_transposed(weight.at(first, c, 0), weight.out_stride, inputs * taps, n, to, kOuts);
+  } else if (weight.in_stride == 1) {
+    for (int64_t tap = 0; tap < taps; ++tap)
+      copy_transposed(weight.at(first, c, tap), weight.out_stride, inputs, n, to + tap * kOuts,
+                      taps * kOuts);
+  } else {
+    for (int64_t i = 0; i < inputs; ++i)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t o = 0; o < n; ++o)
+          copy_one(to + (i * taps + tap) * kOuts + o, weight.at(first + o, c + i, tap));
+  }
+}
+
+// to[i * kStep + row] = rows[row][i]
+template <int64_t kOuts, int64_t kStep, class S>
+AIGC_INLINE void interleave_rows(const S* const (&rows)[kStep], S* to) {
+  if constexpr (kStep == 1) {
+    std::memcpy(static_cast<void*>(to), rows[0], kOuts * sizeof(S));
+  } else {
+    static_assert(kStep == 2 && sizeof(S) == 2);
+    for (int64_t o = 0; o < kOuts; ++o) {
+      uint16_t low, high;
+      std::memcpy(&low, rows[0] + o, 2);
+      std::memcpy(&high, rows[1] + o, 2);
+      const uint32_t both = uint32_t(high) << 16 | low;
+      std::memcpy(static_cast<void*>(to + 2 * o), &both, 4);
+    }
+  }
+}
+
+// The weights of outputs first, ..., first + n - 1, to [tap][input / kStep][kOuts][input % kStep],
+// zero beyond the last output and input.
 template <int64_t kOuts, int64_t kStep, class S, class T>
 void pack_outputs(const ConvWeight<T>& weight, const ConvSize& size, int64_t first, int64_t n,
                   int64_t depth, S* to) {
-  if (weight.in_stride > weight.out_stride) {
-    for (int64_t c = 0; c < size.in; ++c)
-      for (int64_t tap = 0; tap < size.taps; ++tap) {
-        const T* from = weight.at(first, c, tap);
-        S* at = to + (tap * depth + c / kStep * kStep) * kOuts + c % kStep;
-        for (int64_t o = 0; o < n; ++o) copy_one(at + o * kStep, from + o * weight.out_stride);
-      }
-    return;
-  }
   constexpr int64_t kInputs = 16;
-  const auto pack = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-    for (int64_t o = 0; o < n; ++o) {
-      const char* next = reinterpret_cast<const char*>(weight.at(first + o, c + kInputs, 0));
-      for (int64_t i = 0; i < kInputs * size.taps * int64_t(sizeof(T)); i += 64)
-        __builtin_prefetch(next + i);
-      for (int64_t tap = 0; tap < size.taps; ++tap) {
-        const T* from = weight.at(first + o, c, tap);
-        S* at = to + (tap * depth + c) * kOuts + o * kStep;
-        for (int64_t i = 0; i < count; ++i)
-          copy_one(at + i / kStep * kStep * kOuts + i % kStep, from + i * weight.in_stride);
+  const int64_t row = size.taps * kOuts;
+  std::vector<S> some((kInputs + kStep - 1) * row);  // [input][tap][kOuts]
+  for (int64_t c = 0; c < size.in; c += kInputs) {
+    const int64_t inputs = std::min(kInputs, size.in - c);
+    gather_outputs<kOuts>(weight, size.taps, first, n, c, inputs, some.data());
+    if (inputs % kStep) std::memset(static_cast<void*>(&some[inputs * row]), 0, row * sizeof(S));
+    for (int64_t tap = 0; tap < size.taps; ++tap)
+      for (int64_t i = 0; i < inputs; i += kStep) {
+        const S* rows[kStep];
+        for (int64_t j = 0; j < kStep; ++j) rows[j] = &some[(i + j) * row + tap * kOuts];
+        interleave_rows<kOuts, kStep>(rows, to + (tap * depth + c + i) * kOuts);
       }
-    }
-  };
-  int64_t c = 0;
-  for (; c + kInputs <= size.in; c += kInputs) pack(c, kInputs);
-  pack(c, size.in - c);
+  }
+  if (const int64_t filled = round_up(size.in, kStep); filled < depth)
+    for (int64_t tap = 0; tap < size.taps; ++tap)
+      std::memset(static_cast<void*>(to + (tap * depth + filled) * kOuts), 0,
+                  (depth - filled) * kOuts * sizeof(S));
 }
-
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 constexpr int kConvResiduals = 3;
 

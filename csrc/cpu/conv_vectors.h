@@ -175,7 +175,7 @@ class VectorProducts {
 
   const ConvSize size_;
   const int64_t depth_;
-  std::vector<S> packed_;
+  UnclearedBuffer<S> packed_;
 };
 
 // A few outputs leave most lanes of VectorProducts empty: here the lanes are inputs.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "conv_vectors.h"
-#include "copy_transposed.h"
 #include "winograd_tiles.h"
 
 namespace aigc_fast {
@@ -111,10 +110,8 @@ class Winograd {
 
   // From one position to the next of [tile][input] and of [input][kGroup]: a little more than they
   // take, so that the sixteen lie in different sets of the cache.
-  int64_t input_plane(int64_t tiles) const {
-    return round_up(tiles, kPixels) * depth_ + kLanes<A>;
-  }
-  int64_t weight_plane() const { return (depth_ + kLanes<A>) * kGroup; }
+  int64_t input_plane(int64_t tiles) const { return round_up(tiles, kPixels) * depth_ + kLanes<A>; }
+  int64_t weight_plane() const { return (depth_ + kLanes<A>)*kGroup; }
 
   void transform_inputs(int64_t first, int64_t count, A* to, int64_t plane) const {
     for (int64_t t = 0; t < count; ++t, to += depth_) {
@@ -128,7 +125,9 @@ class Winograd {
   // Of kLanes inputs from c, zero beyond the last output and input.
   void transform_weights(int64_t group, int64_t c, A* to) const {
     alignas(64) A taps[kLanes<A> * 9 * kGroup];  // [input][tap][kGroup]
-    gather_weights(group * kGroup, c, taps);
+    const int64_t inputs = std::min<int64_t>(kLanes<A>, s_.in - c), first = group * kGroup;
+    if (inputs < kLanes<A>) std::fill_n(taps, kLanes<A> * 9 * kGroup, A(0));
+    gather_outputs<kGroup>(weight_, 9, first, std::min(kGroup, s_.out - first), c, inputs, taps);
     to += c * kGroup;
     for (int64_t i = 0; i < kLanes<A>; ++i, to += kGroup)
       for (int64_t o = 0; o < kGroup; o += kLanes<A>) {
@@ -137,25 +136,6 @@ class Winograd {
             [&](int y, int x) { return load(w + (3 * y + x) * kGroup); },
             [&](int y, int x, Vec<A> v) { store(to + (4 * y + x) * weight_plane() + o, v); });
       }
-  }
-
-  // The weights of kLanes inputs from c and kGroup outputs from o as [input][tap][kGroup].
-  void gather_weights(int64_t o, int64_t c, A* to) const {
-    const int64_t inputs = std::min<int64_t>(kLanes<A>, s_.in - c);
-    const int64_t outs = std::min(kGroup, s_.out - o);
-    if (inputs < kLanes<A> || outs < kGroup) std::fill_n(to, kLanes<A> * 9 * kGroup, A(0));
-    if (weight_.tap_stride == 1 && weight_.in_stride == 9) {
-      copy_transposed(weight_.at(o, c, 0), weight_.out_stride, inputs * 9, outs, to, kGroup);
-    } else if (weight_.in_stride == 1) {
-      for (int64_t tap = 0; tap < 9; ++tap)
-        copy_transposed(weight_.at(o, c, tap), weight_.out_stride, inputs, outs, to + tap * kGroup,
-                        9 * kGroup);
-    } else {
-      for (int64_t r = 0; r < outs; ++r)
-        for (int64_t i = 0; i < inputs; ++i)
-          for (int64_t tap = 0; tap < 9; ++tap)
-            copy_one(to + (i * 9 + tap) * kGroup + r, weight_.at(o + r, c + i, tap));
-    }
   }
 
   // A group of outputs of `count` tiles.
@@ -176,9 +156,8 @@ class Winograd {
       const TilePlace tile = tiles_.at(first + t);
       for (int64_t o = 0; o < kGroup && group * kGroup + o < s_.out; o += kLanes<A>) {
         A outputs[2][2][kLanes<A>];
-        both_ways<OutputPass, A>(
-            [&](int y, int x) { return load(sums + (4 * y + x) * plane + o); },
-            [&](int y, int x, Vec<A> v) { store(outputs[y][x], v); });
+        both_ways<OutputPass, A>([&](int y, int x) { return load(sums + (4 * y + x) * plane + o); },
+                                 [&](int y, int x, Vec<A> v) { store(outputs[y][x], v); });
         for (int64_t y = 0; y < 2 && tile.row + y < s_.height; ++y) {
           const int64_t row = tile.image * s_.height + tile.row + y;
           const int64_t at = (row * s_.width + tile.column) * s_.out;

@@ -59,7 +59,8 @@ void copy_transposed(const T* from, int64_t from_pitch, int64_t rows, int64_t co
       for (int k = 0; k < L; ++k) M::put(to + (i + k) * to_pitch + j, block[k]);
     }
     for (; i < rows; ++i)
-      for (int64_t k = j; k < j + L; ++k) copy_one(to + i * to_pitch + k, from + k * from_pitch + i);
+      for (int64_t k = j; k < j + L; ++k)
+        copy_one(to + i * to_pitch + k, from + k * from_pitch + i);
   }
   for (; j < columns; ++j)
     for (int64_t i = 0; i < rows; ++i) copy_one(to + i * to_pitch + j, from + j * from_pitch + i);

@@ -16,9 +16,7 @@ namespace aigc_fast {
 constexpr int64_t kPositions = 16;
 
 // Fewer inputs are not worth the passes before and after, nor a tile of which half is unused.
-inline bool winograd_pays(const ConvShape& s) {
-  return s.in >= 16 && s.height > 1 && s.width > 1;
-}
+inline bool winograd_pays(const ConvShape& s) { return s.in >= 16 && s.height > 1 && s.width > 1; }
 
 // ---- what is done to rows, and to columns -----------------------------------------------------
 

@@ -42,6 +42,7 @@ inline std::map<std::string, bool> cpu_features() {
   found["avx512vbmi"] = zmm && (c7 >> 1 & 1);
   found["avx512vnni"] = zmm && (c7 >> 11 & 1);
   found["avx512bf16"] = zmm && (a71 >> 5 & 1);
+  found["avx512fp16"] = zmm && (d7 >> 23 & 1);
   found["amx_tile"] = tiles && (d7 >> 24 & 1);
   found["amx_bf16"] = tiles && (d7 >> 22 & 1);
   found["amx_int8"] = tiles && (d7 >> 25 & 1);
