@@ -176,11 +176,11 @@ Tensor conv1d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
 // A contiguous weight (in, out, taps) as (out, taps, in), of which every tap's inputs then lie side
 // by side; ConvWeight of either.
 template <class T>
-ConvWeight<T> inputs_innermost(const Tensor& weight, std::vector<T>& memory) {
+ConvWeight<T> inputs_innermost(const Tensor& weight, KeptBuffer<T>& memory) {
   if (!weight.is_contiguous())
     return {data<T>(weight), weight.stride(1), weight.stride(0), weight.stride(2)};
   const int64_t in = weight.size(0), rows = weight.size(1) * weight.size(2);
-  memory.resize(in * rows);
+  memory = KeptBuffer<T>(in * rows);
   constexpr int64_t kRows = 64;
   in_parallel((rows + kRows - 1) / kRows, kRows * in, [&](int64_t block) {
     const int64_t first = block * kRows;
@@ -205,7 +205,7 @@ Tensor conv_transpose1d(const Tensor& x, const Tensor& weight, const MaybeTensor
   dispatch(x, "x", [&]<class T>(T) {
     // Output t * stride + first is the sum over m of input t + ahead - m by tap nearest + m *
     // stride.
-    std::vector<T> memory;
+    KeptBuffer<T> memory;
     const ConvWeight<T> w = inputs_innermost(weight, memory);
     std::vector<Phase<T>> phases;
     for (int64_t first = 0; first < std::min(stride, length); ++first) {

@@ -3,10 +3,10 @@
 
 #include <array>
 
-#include "aligned_buffer.h"
 #include "bf16_dot.h"
 #include "channels.h"
 #include "copy_transposed.h"
+#include "kept_buffer.h"
 
 namespace aigc_fast {
 

@@ -94,7 +94,7 @@ class TileProducts {
 
   const ConvSize size_;
   const int64_t depth_, group_;  // group_: values of the weights of 16 outputs
-  UnclearedBuffer<bf16> packed_;
+  KeptBuffer<bf16> packed_;
 };
 
 }  // namespace aigc_fast

@@ -175,7 +175,7 @@ class VectorProducts {
 
   const ConvSize size_;
   const int64_t depth_;
-  UnclearedBuffer<S> packed_;
+  KeptBuffer<S> packed_;
 };
 
 // A few outputs leave most lanes of VectorProducts empty: here the lanes are inputs.

@@ -6,18 +6,6 @@
 
 namespace aigc_fast {
 
-// What a thread keeps for its next convolution: new memory would cost a page fault every 4 KB.
-template <class A>
-struct WinogradScratch {
-  AlignedBuffer<A> weight, input;
-  std::vector<ConvSums<A>> sums;
-
-  static WinogradScratch& own() {
-    static thread_local WinogradScratch scratch;
-    return scratch;
-  }
-};
-
 template <class T>
 class Winograd {
  public:
@@ -48,6 +36,7 @@ class Winograd {
  private:
   static constexpr int64_t kGroup = Products::kGroup, kPixels = Products::kPixels;
   static constexpr int64_t kTiles = 4 * kPixels;  // whose sums stay in the second cache
+  static constexpr int64_t kSums = kPositions * kTiles / kPixels;  // [position][tile][kGroup]
   static constexpr int64_t kInputBytes = 448 << 10, kWeightBytes = 4 << 20, kFewInputs = 2 << 20;
 
   // Few tiles: a thread transforms all of them for itself, and weights just before their products.
@@ -56,19 +45,19 @@ class Winograd {
     const int64_t splits = std::min(groups_, threads);
     const int64_t ranges = std::clamp<int64_t>(tiles / kPixels, 1, threads / splits);
     torch::stable::parallel_for(0, ranges * splits, 1, [&](int64_t begin, int64_t end) {
-      auto& [weight, input, sums] = WinogradScratch<A>::own();
-      weight.grow(kPositions * weight_plane());
+      KeptBuffer<A> weight(kPositions * weight_plane());
+      KeptBuffer<A> input(kPositions * input_plane((tiles + ranges - 1) / ranges));
+      KeptBuffer<ConvSums<A>> sums(kSums);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t range = item / splits, split = item % splits;
         const int64_t first = tiles * range / ranges, last = tiles * (range + 1) / ranges;
         const int64_t plane = input_plane(last - first);
-        input.grow(kPositions * plane);
         transform_inputs(first, last - first, input.data(), plane);
         for (int64_t g = groups_ * split / splits; g < groups_ * (split + 1) / splits; ++g) {
           for (int64_t c = 0; c < depth_; c += kLanes<A>) transform_weights(g, c, weight.data());
           for (int64_t t = first; t < last; t += kTiles)
             multiply(g, t, std::min(kTiles, last - t), weight.data(),
-                     input.data() + (t - first) * depth_, plane, sums);
+                     input.data() + (t - first) * depth_, plane, sums.data());
         }
       }
     });
@@ -87,8 +76,7 @@ class Winograd {
     const int64_t per_group = kPositions * weight_plane(), steps = depth_ / kLanes<A>;
     const int64_t parts = std::max<int64_t>(1, groups_ * per_group * sizeof(A) / kWeightBytes);
     const int64_t together = (groups_ + parts - 1) / parts;
-    AlignedBuffer<A>& weight = WinogradScratch<A>::own().weight;
-    weight.grow(together * per_group);
+    KeptBuffer<A> weight(together * per_group);
     for (int64_t g = 0; g < groups_; g += together) {
       const int64_t n = std::min(together, groups_ - g);
       in_parallel(n * steps, kLanes<A> * kPositions * kGroup, [&](int64_t i) {
@@ -96,13 +84,14 @@ class Winograd {
                           weight.data() + i / steps * per_group);
       });
       torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-        auto& [_, input, sums] = WinogradScratch<A>::own();
-        input.grow(kPositions * plane);
+        KeptBuffer<A> input(kPositions * plane);
+        KeptBuffer<ConvSums<A>> sums(kSums);
         for (int64_t block = begin; block < end; ++block) {
           const int64_t first = block * size, count = std::min(size, tiles - first);
           transform_inputs(first, count, input.data(), plane);
           for (int64_t i = 0; i < n; ++i)
-            multiply(g + i, first, count, weight.data() + i * per_group, input.data(), plane, sums);
+            multiply(g + i, first, count, weight.data() + i * per_group, input.data(), plane,
+                     sums.data());
         }
       });
     }
@@ -140,13 +129,12 @@ class Winograd {
 
   // A group of outputs of `count` tiles.
   void multiply(int64_t group, int64_t first, int64_t count, const A* w, const A* input,
-                int64_t plane, std::vector<ConvSums<A>>& sums) const {
+                int64_t plane, ConvSums<A>* sums) const {
     const int64_t blocks = (count + kPixels - 1) / kPixels;
-    sums.resize(kPositions * kTiles / kPixels);  // [position][tile][kGroup]
     for (int64_t i = 0; i < kPositions; ++i)
       Products::sum_pixels(input + i * plane, depth_, count, w + i * weight_plane(),
-                           sums.data() + i * blocks);
-    transform_sums(group, first, count, reinterpret_cast<const A*>(sums.data()),
+                           sums + i * blocks);
+    transform_sums(group, first, count, reinterpret_cast<const A*>(sums),
                    blocks * kPixels * kGroup);
   }
 

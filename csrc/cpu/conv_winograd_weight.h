@@ -26,27 +26,16 @@ class WinogradWeight {
     const int64_t together = std::clamp<int64_t>(kSumBytes / (per_group() * sizeof(A)), 1, groups_);
     const int64_t row = kPositions * (in_pitch_ + together * kGroup) * sizeof(A);
     const int64_t most = std::clamp<int64_t>(kTileBytes / row / kChain, 1, 64) * kChain;
-    Scratch& scratch = Scratch::own();
-    scratch.sums.grow(together * per_group());
+    KeptBuffer<A> sums(together * per_group());
     for (int64_t g = 0; g < groups_; g += together) {
       const int64_t n = std::min(together, groups_ - g);
       for (int64_t first = 0; first < tiles_.count(); first += most)
-        add_tiles(g, n, first, std::min(most, tiles_.count() - first), scratch);
-      finish(g, n, scratch.sums.data(), to);
+        add_tiles(g, n, first, std::min(most, tiles_.count() - first), sums.data());
+      finish(g, n, sums.data(), to);
     }
   }
 
  private:
-  // Kept by a thread for its next call.
-  struct Scratch {
-    AlignedBuffer<A> sums, inputs, grads;
-
-    static Scratch& own() {
-      static thread_local Scratch scratch;
-      return scratch;
-    }
-  };
-
   static constexpr int64_t kGroup = kConvOuts * kLanes<A>, kInputs = kConvPixels, kChain = 16;
   static constexpr int64_t kSumBytes = 8 << 20, kTileBytes = 2 << 20;
 
@@ -54,13 +43,11 @@ class WinogradWeight {
 
   // Adds, or puts, the products of some tiles to the sums of n groups of outputs from group g:
   // [group][position][input][kGroup].
-  void add_tiles(int64_t g, int64_t n, int64_t first, int64_t count, Scratch& scratch) const {
+  void add_tiles(int64_t g, int64_t n, int64_t first, int64_t count, A* totals) const {
     const int64_t grad_pitch = n * kGroup;
     const int64_t in_plane = count * in_pitch_, grad_plane = count * grad_pitch;
-    scratch.inputs.grow(kPositions * in_plane);
-    scratch.grads.grow(kPositions * grad_plane);
-    A* const inputs = scratch.inputs.data();
-    A* const grads = scratch.grads.data();
+    KeptBuffer<A> input_memory(kPositions * in_plane), grad_memory(kPositions * grad_plane);
+    A *const inputs = input_memory.data(), *const grads = grad_memory.data();
     in_parallel(count, kPositions * (in_pitch_ + grad_pitch), [&](int64_t t) {
       const TilePlace tile = tiles_.at(first + t);
       transform_pixels<InputPass>(x_, s_, tile, -1, zeros_.data(), inputs + t * in_pitch_,
@@ -77,7 +64,7 @@ class WinogradWeight {
     torch::stable::parallel_for(0, n * splits, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t group = item / splits, split = item % splits;
-        auto* sums = reinterpret_cast<ConvSums<A>*>(scratch.sums.data() + group * per_group());
+        auto* sums = reinterpret_cast<ConvSums<A>*>(totals + group * per_group());
         for (int64_t i = 0; i < kPositions; ++i, sums += blocks_)
           for (int64_t t = 0; t < count; t += kChain)
             for (int64_t b = blocks_ * split / splits; b < blocks_ * (split + 1) / splits; ++b)

@@ -8,7 +8,6 @@
 // infinity or a NaN makes four outputs NaN.
 #pragma once
 
-#include "aligned_buffer.h"
 #include "conv3x3_rows.h"
 
 namespace aigc_fast {
