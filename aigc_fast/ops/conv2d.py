@@ -1,6 +1,7 @@
 """Convolutions of images: 3x3 ones on CPUs by fewer products than torch's, all others torch's."""
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -9,8 +10,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from aigc_fast import _libraries
-from aigc_fast._devices import has_bfloat16_instructions, has_float16_instructions
+from aigc_fast._devices import (
+    has_bfloat16_instructions,
+    has_fast_bfloat16,
+    has_float16_instructions,
+)
 from aigc_fast.ops._autograd import OpFunction, transforming
+from aigc_fast.ops._registry import FLOATS
 from aigc_fast.ops.conv3x3 import (
     _conv3x3,
     _conv3x3_backward_input,
@@ -43,9 +49,9 @@ def conv2d(
     On a CPU with AVX2 or AVX-512, 3x3 convolutions of stride 1 with a border of zeros as wide as
     their reach run by `ops.conv3x3`, from 16 inputs and 9 outputs on: by Winograd's algorithm,
     with 4 products an output in place of 9, and about as exact as torch's. So do both gradients.
-    In float64 and float32, and in a 16-bit dtype for which the CPU has no instructions. y is then
-    in channels_last memory order, whatever that of x is; an infinity or a NaN in x makes up to 16
-    outputs NaN.
+    In float64 and float32, and in a 16-bit dtype for which the CPU has no instructions; in bfloat16
+    without AMX up to 256 pixels too. y is then in channels_last memory order, whatever that of x
+    is; an infinity or a NaN in x makes up to 16 outputs NaN.
 
     Everywhere else, under autocast, within torch.compile, torch.func and forward-mode derivatives
     it is torch's own function. Differentiable as often as one likes.
@@ -100,23 +106,23 @@ def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
             and t.layout is torch.strided
             for t in (x, weight, x if bias is None else bias)
         )
-        and _is_faster(x.dtype)
+        and x.numel() <= _most_pixels(x.dtype) * x.shape[1]
         and not torch.is_autocast_enabled("cpu")
         and not transforming()
     )
 
 
 @functools.cache
-def _is_faster(dtype: torch.dtype) -> bool:
-    """Whether our products take less time on this processor."""
+def _most_pixels(dtype: torch.dtype) -> float:
+    """Up to how many pixels our products take less time on this processor."""
     library = _libraries.loaded.get("cpu")
     if library is None or library.stem not in ("cpu_avx512", "cpu_avx2"):
-        return False
-    if dtype is torch.bfloat16:
-        return not has_bfloat16_instructions()
-    if dtype is torch.float16:
-        return not has_float16_instructions()
-    return dtype in (torch.float64, torch.float32)
+        return 0
+    if dtype is torch.bfloat16 and has_bfloat16_instructions():
+        return 0 if has_fast_bfloat16("cpu") else 256
+    if dtype is torch.float16 and has_float16_instructions():
+        return 0
+    return math.inf if dtype in FLOATS else 0
 
 
 class _Conv2d(OpFunction):

@@ -61,15 +61,14 @@ void convolve(const std::vector<Tensor>& xs, const ConvShape& s, const ConvWeigh
               const ConvFinish<T>& finish, const T* residual, T* y) {
   with_products<T>(s.out, [&]<class Products>(std::type_identity<Products>) {
     std::vector<ConvInput<T>> sources;
-    if constexpr (std::is_same_v<Products, typename Winograd<T>::Products>)
-      if (winograd_pays(s)) {
-        std::vector<Tensor> inputs;
-        for (const Tensor& x : xs) {
-          inputs.push_back(channels_innermost<T>(x));
-          sources.push_back(input_of<T>(inputs.back()));
-        }
-        return Winograd<T>(sources, s, weight, finish, residual, y).run();
+    if (winograd_pays<Products>(s)) {
+      std::vector<Tensor> inputs;
+      for (const Tensor& x : xs) {
+        inputs.push_back(channels_innermost<T>(x));
+        sources.push_back(input_of<T>(inputs.back()));
       }
+      return Winograd<T>(sources, s, weight, finish, residual, y).run();
+    }
     for (const Tensor& x : xs) sources.push_back(input_of<T>(x));
     multiply<Products, T>(sources, s, weight, finish, residual, y);
   });

@@ -14,6 +14,7 @@ class TileProducts {
  public:
   using S = bf16;
   using Session = Tiles;
+  static constexpr bool kVectors = false;
   static constexpr int64_t kStep = 32, kTile = 512;  // inputs of a product; values of a tile
 
   static int64_t depth(int64_t in) { return round_up(in, kStep); }

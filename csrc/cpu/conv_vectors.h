@@ -95,6 +95,7 @@ class VectorProducts {
   using A = typename How::A;
   using S = typename How::S;
   struct Session {};
+  static constexpr bool kVectors = true;
   static constexpr int64_t kGroup = kConvOuts * kLanes<A>, kPixels = kConvPixels;
   // Blocks of pixels that meet the same weights, which then come from the first cache.
   static constexpr int64_t kBlocks = 4;
@@ -185,6 +186,7 @@ class DotProducts {
   using A = Acc<T>;
   using S = A;
   struct Session {};
+  static constexpr bool kVectors = false;
   static constexpr int64_t kMaxOutputs = 8;
 
   static int64_t depth(int64_t in) { return round_up(in, kLanes<A>); }

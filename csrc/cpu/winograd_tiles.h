@@ -15,7 +15,13 @@ namespace aigc_fast {
 constexpr int64_t kPositions = 16;
 
 // Fewer inputs are not worth the passes before and after, nor a tile of which half is unused.
-inline bool winograd_pays(const ConvShape& s) { return s.in >= 16 && s.height > 1 && s.width > 1; }
+// Against products of bf16, which are twice as many a cycle, it pays while there are few pixels:
+// weights, which it packs in less time, take most of the time then.
+template <class Products>
+bool winograd_pays(const ConvShape& s) {
+  if (!Products::kVectors || s.in < 16 || s.height < 2 || s.width < 2) return false;
+  return sizeof(typename Products::S) > 2 || s.batch * s.height * s.width <= 256;
+}
 
 // ---- what is done to rows, and to columns -----------------------------------------------------
 
