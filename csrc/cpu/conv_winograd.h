@@ -35,7 +35,8 @@ class Winograd {
 
  private:
   static constexpr int64_t kGroup = Products::kGroup, kPixels = Products::kPixels;
-  static constexpr int64_t kTiles = 4 * kPixels;  // whose sums stay in the second cache
+  static constexpr int64_t kSome = 4 * kLanes<A>;  // inputs whose weights are packed at a time
+  static constexpr int64_t kTiles = 4 * kPixels;   // whose sums stay in the second cache
   static constexpr int64_t kSums = kPositions * kTiles / kPixels;  // [position][tile][kGroup]
   static constexpr int64_t kInputBytes = 448 << 10, kWeightBytes = 4 << 20, kFewInputs = 2 << 20;
 
@@ -54,7 +55,7 @@ class Winograd {
         const int64_t plane = input_plane(last - first);
         transform_inputs(first, last - first, input.data(), plane);
         for (int64_t g = groups_ * split / splits; g < groups_ * (split + 1) / splits; ++g) {
-          for (int64_t c = 0; c < depth_; c += kLanes<A>) transform_weights(g, c, weight.data());
+          for (int64_t c = 0; c < depth_; c += kSome) transform_weights(g, c, weight.data());
           for (int64_t t = first; t < last; t += kTiles)
             multiply(g, t, std::min(kTiles, last - t), weight.data(),
                      input.data() + (t - first) * depth_, plane, sums.data());
@@ -73,15 +74,14 @@ class Winograd {
     const int64_t size = round_up((tiles + shares - 1) / shares, std::min<int64_t>(4, kPixels));
     const int64_t blocks = (tiles + size - 1) / size, plane = input_plane(size);
 
-    const int64_t per_group = kPositions * weight_plane(), steps = depth_ / kLanes<A>;
+    const int64_t per_group = kPositions * weight_plane(), steps = (depth_ + kSome - 1) / kSome;
     const int64_t parts = std::max<int64_t>(1, groups_ * per_group * sizeof(A) / kWeightBytes);
     const int64_t together = (groups_ + parts - 1) / parts;
     KeptBuffer<A> weight(together * per_group);
     for (int64_t g = 0; g < groups_; g += together) {
       const int64_t n = std::min(together, groups_ - g);
-      in_parallel(n * steps, kLanes<A> * kPositions * kGroup, [&](int64_t i) {
-        transform_weights(g + i / steps, i % steps * kLanes<A>,
-                          weight.data() + i / steps * per_group);
+      in_parallel(n * steps, kSome * kPositions * kGroup, [&](int64_t i) {
+        transform_weights(g + i / steps, i % steps * kSome, weight.data() + i / steps * per_group);
       });
       torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
         KeptBuffer<A> input(kPositions * plane);
@@ -111,20 +111,24 @@ class Winograd {
     }
   }
 
-  // Of kLanes inputs from c, zero beyond the last output and input.
+  // Of kSome inputs from c, zero beyond the last output and input.
   void transform_weights(int64_t group, int64_t c, A* to) const {
-    alignas(64) A taps[kLanes<A> * 9 * kGroup];  // [input][tap][kGroup]
-    const int64_t inputs = std::min<int64_t>(kLanes<A>, s_.in - c), first = group * kGroup;
-    if (inputs < kLanes<A>) std::fill_n(taps, kLanes<A> * 9 * kGroup, A(0));
-    gather_outputs<kGroup>(weight_, 9, first, std::min(kGroup, s_.out - first), c, inputs, taps);
-    to += c * kGroup;
-    for (int64_t i = 0; i < kLanes<A>; ++i, to += kGroup)
-      for (int64_t o = 0; o < kGroup; o += kLanes<A>) {
-        const A* w = taps + i * 9 * kGroup + o;
+    constexpr int64_t kOuts = kLanes<A>;
+    alignas(64) A taps[kSome * 9 * kOuts];  // [input][tap][kOuts]
+    const int64_t inputs = std::min(kSome, s_.in - c), padded = std::min(kSome, depth_ - c);
+    for (int64_t o = 0; o < kGroup; o += kOuts) {
+      const int64_t first = group * kGroup + o,
+                    outs = std::clamp<int64_t>(s_.out - first, 0, kOuts);
+      if (inputs < padded) std::fill_n(taps, padded * 9 * kOuts, A(0));
+      gather_outputs<kOuts>(weight_, 9, first, outs, c, inputs, taps);
+      for (int64_t i = 0; i < padded; ++i) {
+        const A* w = taps + i * 9 * kOuts;
+        A* at = to + (c + i) * kGroup + o;
         both_ways<WeightPass, A>(
-            [&](int y, int x) { return load(w + (3 * y + x) * kGroup); },
-            [&](int y, int x, Vec<A> v) { store(to + (4 * y + x) * weight_plane() + o, v); });
+            [&](int y, int x) { return load(w + (3 * y + x) * kOuts); },
+            [&](int y, int x, Vec<A> v) { store(at + (4 * y + x) * weight_plane(), v); });
       }
+    }
   }
 
   // A group of outputs of `count` tiles.
