@@ -1,4 +1,4 @@
-"""Sampling from diffusers' UNet2DModel, stock, compiled and patched, in turns.
+"""Sampling from diffusers' UNet2DModel and training it, stock, compiled and patched, in turns.
 
 The configuration is that of google/ddpm-cifar10-32, with random weights. "patched" is the one line
 `aigc_fast.patch(model)`; "patched_channels_last" and "patched_bfloat16" patch a model that torch's
@@ -116,3 +116,25 @@ def bench_diffusion_sampling(benchmark, request, batch) -> None:
         benchmark.extra_info["compile_seconds"] = time.perf_counter() - start
     record(benchmark, found, lambda model: sample(model, batch, steps), "patched_bfloat16", rounds)
     benchmark.pedantic(lambda: sample(found["patched"], batch, 1), rounds=1)
+
+
+def bench_diffusion_training(benchmark, request) -> None:
+    """A step without the optimizer, float32, eight images: the loss and all gradients."""
+    quick = request.config.getoption("--quick")
+    found = {n: m for n, m in models(compiled=not quick).items() if "bfloat16" not in n}
+    del found["patched_channels_last"]
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def step(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        (model(x, 500).sample - x).square().mean().backward()
+        # A compiled module's own names begin with _orig_mod.
+        return {n.removeprefix("_orig_mod."): p.grad for n, p in model.named_parameters()}
+
+    exact = step(found["stock"])
+    for name, model in found.items():
+        for key, grad in step(model).items():
+            error = (grad - exact[key]).norm() / exact[key].norm().clamp_min(1e-6)
+            assert error < 1e-3, (name, key, error)
+    record(benchmark, found, step, "patched", 1 if quick else 7)
+    benchmark.pedantic(lambda: step(found["patched"]), rounds=1)
