@@ -119,7 +119,7 @@ _conv3x3_backward_input = define(
     "conv3x3_backward_input(Tensor grad, Tensor weight) -> Tensor",
     _reference_backward_input,
     _check_backward_input,
-    stem="conv3x3",
+    stem=None,
 )
 
 
@@ -142,5 +142,5 @@ _conv3x3_backward_weight = define(
     "conv3x3_backward_weight(Tensor grad, Tensor x) -> Tensor",
     _reference_backward_weight,
     _check_backward_weight,
-    stem="conv3x3",
+    stem=None,
 )

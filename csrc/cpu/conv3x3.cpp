@@ -3,7 +3,6 @@
 #include "conv_products.h"
 #include "conv_winograd.h"
 #include "conv_winograd_weight.h"
-#include "memory_order.h"
 
 namespace aigc_fast {
 namespace {
@@ -29,31 +28,13 @@ void multiply(const std::vector<ConvInput<T>>& sources, const ConvShape& s,
   });
 }
 
-// A block of positions at a time, x with the channels of each side by side.
-template <class T>
-Tensor channels_innermost(const Tensor& x) {
-  if (x.size(1) == 1 || x.stride(1) == 1) return x;
-  Tensor y = empty_in_order(x, true);
-  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
-  if (x.stride(3) != 1 || x.numel() == 0) return torch::stable::copy_(y, x), y;
-  // Planes without gaps are one row.
-  const bool plane = x.stride(2) == width;
-  const int64_t rows = plane ? 1 : height, size = plane ? height * width : width;
-  constexpr int64_t kBlock = 64;
-  const int64_t blocks = (size + kBlock - 1) / kBlock;
-  in_parallel(x.size(0) * rows * blocks, kBlock * channels, [&](int64_t i) {
-    const int64_t n = i / (rows * blocks), row = i / blocks % rows, at = i % blocks * kBlock;
-    copy_transposed(data<T>(x) + n * x.stride(0) + row * x.stride(2) + at, x.stride(1),
-                    std::min(kBlock, size - at), channels,
-                    mutable_data<T>(y) + ((n * rows + row) * size + at) * channels, channels);
-  });
-  return y;
-}
-
-template <class T>
-ConvInput<T> input_of(const Tensor& x) {
-  const int64_t channel_stride = x.size(1) == 1 ? 1 : x.stride(1);
-  return {data<T>(x), x.size(1), x.stride(0), channel_stride, x.stride(2), x.stride(3)};
+// Fewer inputs are not worth the passes before and after, nor a tile of which half is unused.
+// Against products of bf16, which are twice as many a cycle, it pays while there are few pixels:
+// weights, which it packs in less time, take most of the time then.
+template <class Products>
+bool winograd_pays(const ConvShape& s) {
+  if (!Products::kVectors || s.in < 16 || s.height < 2 || s.width < 2) return false;
+  return sizeof(typename Products::S) > 2 || s.batch * s.height * s.width <= 256;
 }
 
 template <class T>
@@ -62,12 +43,9 @@ void convolve(const std::vector<Tensor>& xs, const ConvShape& s, const ConvWeigh
   with_products<T>(s.out, [&]<class Products>(std::type_identity<Products>) {
     std::vector<ConvInput<T>> sources;
     if (winograd_pays<Products>(s)) {
-      std::vector<Tensor> inputs;
-      for (const Tensor& x : xs) {
-        inputs.push_back(channels_innermost<T>(x));
-        sources.push_back(input_of<T>(inputs.back()));
-      }
-      return Winograd<T>(sources, s, weight, finish, residual, y).run();
+      const std::vector<Tensor> inputs = all_channels_innermost<T>(xs);
+      for (const Tensor& x : inputs) sources.push_back(input_of<T>(x));
+      return Winograd<Conv3x3, T>(sources, s, weight, finish, residual, y).run();
     }
     for (const Tensor& x : xs) sources.push_back(input_of<T>(x));
     multiply<Products, T>(sources, s, weight, finish, residual, y);
@@ -156,7 +134,7 @@ Tensor conv3x3_backward_weight(const Tensor& grad_in, const Tensor& x_in) {
       return;
     }
     const Tensor x = channels_innermost<T>(x_in), grad = channels_innermost<T>(grad_in);
-    WinogradWeight<T>(input_of<T>(x), input_of<T>(grad), s).run(mutable_data<T>(weight));
+    WinogradWeight<Conv3x3, T>(input_of<T>(x), input_of<T>(grad), s).run(mutable_data<T>(weight));
   });
   return weight;
 }

@@ -5,20 +5,9 @@
 // type cost one pass over each row.
 #pragma once
 
-#include "conv_finish.h"
+#include "conv_inputs.h"
 
 namespace aigc_fast {
-
-struct ConvShape {
-  int64_t batch, height, width, in, out;
-};
-
-// One of the inputs that are read as if they were one, channel after channel.
-template <class T>
-struct ConvInput {
-  const T* data;
-  int64_t channels, batch_stride, channel_stride, row_stride, pixel_stride;
-};
 
 // The last three rows of an image that were asked for, of `pixels` pixels of `depth` values.
 template <class S, class T>

@@ -1,4 +1,4 @@
-// 3x3 convolutions by Winograd's algorithm.
+// Convolutions by Winograd's algorithm.
 #pragma once
 
 #include "conv_vectors.h"
@@ -6,7 +6,7 @@
 
 namespace aigc_fast {
 
-template <class T>
+template <class Kind, class T>
 class Winograd {
  public:
   using A = Acc<T>;
@@ -23,8 +23,9 @@ class Winograd {
         finish_(finish),
         residual_(residual),
         y_(y),
-        depth_(round_up(s.in, kLanes<A>)),
-        groups_((s.out + kGroup - 1) / kGroup) {}
+        rows_(kInPhases * s.in),
+        depth_(round_up(rows_, kLanes<A>)),
+        groups_(kOutPhases * groups_each_) {}
 
   void run() const {
     if (tiles_.count() * kPositions * depth_ * int64_t(sizeof(A)) <= kFewInputs)
@@ -35,8 +36,11 @@ class Winograd {
 
  private:
   static constexpr int64_t kGroup = Products::kGroup, kPixels = Products::kPixels;
-  static constexpr int64_t kSome = 4 * kLanes<A>;  // inputs whose weights are packed at a time
-  static constexpr int64_t kTiles = 4 * kPixels;   // whose sums stay in the second cache
+  static constexpr int64_t kInPhases = Kind::kInPhases * Kind::kInPhases;
+  static constexpr int64_t kOutPhases = Kind::kOutPhases * Kind::kOutPhases;
+  // Inputs whose weights are packed at a time: those of 16 outputs fit the first cache.
+  static constexpr int64_t kSome = (Kind::kKernel == 3 ? 4 : 2) * kLanes<A>;
+  static constexpr int64_t kTiles = 4 * kPixels;  // whose sums stay in the second cache
   static constexpr int64_t kSums = kPositions * kTiles / kPixels;  // [position][tile][kGroup]
   static constexpr int64_t kInputBytes = 448 << 10, kWeightBytes = 4 << 20, kFewInputs = 2 << 20;
 
@@ -55,7 +59,7 @@ class Winograd {
         const int64_t plane = input_plane(last - first);
         transform_inputs(first, last - first, input.data(), plane);
         for (int64_t g = groups_ * split / splits; g < groups_ * (split + 1) / splits; ++g) {
-          for (int64_t c = 0; c < depth_; c += kSome) transform_weights(g, c, weight.data());
+          for (int64_t c = 0; c < s_.in; c += kSome) transform_weights(g, c, weight.data());
           for (int64_t t = first; t < last; t += kTiles)
             multiply(g, t, std::min(kTiles, last - t), weight.data(),
                      input.data() + (t - first) * depth_, plane, sums.data());
@@ -74,7 +78,7 @@ class Winograd {
     const int64_t size = round_up((tiles + shares - 1) / shares, std::min<int64_t>(4, kPixels));
     const int64_t blocks = (tiles + size - 1) / size, plane = input_plane(size);
 
-    const int64_t per_group = kPositions * weight_plane(), steps = (depth_ + kSome - 1) / kSome;
+    const int64_t per_group = kPositions * weight_plane(), steps = (s_.in + kSome - 1) / kSome;
     const int64_t parts = std::max<int64_t>(1, groups_ * per_group * sizeof(A) / kWeightBytes);
     const int64_t together = (groups_ + parts - 1) / parts;
     KeptBuffer<A> weight(together * per_group);
@@ -104,31 +108,40 @@ class Winograd {
 
   void transform_inputs(int64_t first, int64_t count, A* to, int64_t plane) const {
     for (int64_t t = 0; t < count; ++t, to += depth_) {
-      transform_pixels<InputPass>(sources_, s_, tiles_.at(first + t), -1, zeros_.data(), to, plane);
-      if (s_.in < depth_)
+      transform_tile<Kind>(sources_, s_, tiles_.at(first + t), zeros_.data(), to, plane);
+      if (rows_ < depth_)
         for (int i = 0; i < kPositions; ++i)
-          std::fill_n(to + i * plane + s_.in, depth_ - s_.in, A(0));
+          std::fill_n(to + i * plane + rows_, depth_ - rows_, A(0));
     }
   }
 
-  // Of kSome inputs from c, zero beyond the last output and input.
+  // Of kSome inputs from c, in every phase; zero beyond the last output and row.
   void transform_weights(int64_t group, int64_t c, A* to) const {
-    constexpr int64_t kOuts = kLanes<A>;
-    alignas(64) A taps[kSome * 9 * kOuts];  // [input][tap][kOuts]
-    const int64_t inputs = std::min(kSome, s_.in - c), padded = std::min(kSome, depth_ - c);
+    constexpr int64_t kOuts = kLanes<A>, kAll = Kind::kKernel * Kind::kKernel;
+    alignas(64) A taps[kSome * kAll * kOuts];  // [input][tap][kOuts]
+    const int64_t inputs = std::min(kSome, s_.in - c);
+    const int phase = group / groups_each_;
+    const int out_y = phase / Kind::kOutPhases, out_x = phase % Kind::kOutPhases;
     for (int64_t o = 0; o < kGroup; o += kOuts) {
-      const int64_t first = group * kGroup + o,
-                    outs = std::clamp<int64_t>(s_.out - first, 0, kOuts);
-      if (inputs < padded) std::fill_n(taps, padded * 9 * kOuts, A(0));
-      gather_outputs<kOuts>(weight_, 9, first, outs, c, inputs, taps);
-      for (int64_t i = 0; i < padded; ++i) {
-        const A* w = taps + i * 9 * kOuts;
-        A* at = to + (c + i) * kGroup + o;
-        both_ways<WeightPass, A>(
-            [&](int y, int x) { return load(w + (3 * y + x) * kOuts); },
-            [&](int y, int x, Vec<A> v) { store(at + (4 * y + x) * weight_plane(), v); });
-      }
+      const int64_t first = group % groups_each_ * kGroup + o;
+      const int64_t outs = std::clamp<int64_t>(s_.out - first, 0, kOuts);
+      gather_outputs<kOuts>(weight_, kAll, first, outs, c, inputs, taps);
+      for (int in_y = 0; in_y < Kind::kInPhases; ++in_y)
+        for (int in_x = 0; in_x < Kind::kInPhases; ++in_x) {
+          const A* w = taps;
+          A* at = to + ((in_y * Kind::kInPhases + in_x) * s_.in + c) * kGroup + o;
+          for (int64_t i = 0; i < inputs; ++i, w += kAll * kOuts, at += kGroup)
+            both_ways<WeightPass<Kind::kTaps>, A>(
+                [&](int y, int x) {
+                  const int tap_y = Kind::tap(in_y + out_y, y), tap_x = Kind::tap(in_x + out_x, x);
+                  return load(w + (tap_y * Kind::kKernel + tap_x) * kOuts);
+                },
+                [&](int y, int x, Vec<A> v) { store(at + (4 * y + x) * weight_plane(), v); });
+        }
     }
+    if (c + kSome >= s_.in)
+      for (int i = 0; i < kPositions; ++i)
+        std::fill_n(to + i * weight_plane() + rows_ * kGroup, (depth_ - rows_) * kGroup, A(0));
   }
 
   // A group of outputs of `count` tiles.
@@ -144,18 +157,29 @@ class Winograd {
 
   void transform_sums(int64_t group, int64_t first, int64_t count, const A* sums,
                       int64_t plane) const {
+    constexpr int kOutputs = Kind::kOutputs, kStep = Kind::kStepOut;
+    const int phase = group / groups_each_;
+    const int64_t offset_y = Kind::out_offset(phase / Kind::kOutPhases);
+    const int64_t offset_x = Kind::out_offset(phase % Kind::kOutPhases);
+    const int64_t out = group % groups_each_ * kGroup;
     for (int64_t t = 0; t < count; ++t, sums += kGroup) {
-      const TilePlace tile = tiles_.at(first + t);
-      for (int64_t o = 0; o < kGroup && group * kGroup + o < s_.out; o += kLanes<A>) {
-        A outputs[2][2][kLanes<A>];
-        both_ways<OutputPass, A>([&](int y, int x) { return load(sums + (4 * y + x) * plane + o); },
-                                 [&](int y, int x, Vec<A> v) { store(outputs[y][x], v); });
-        for (int64_t y = 0; y < 2 && tile.row + y < s_.height; ++y) {
-          const int64_t row = tile.image * s_.height + tile.row + y;
-          const int64_t at = (row * s_.width + tile.column) * s_.out;
-          finish_.write({y_ + at, s_.out, {residual_ ? residual_ + at : nullptr}},
-                        std::min<int64_t>(2, s_.width - tile.column), group * kGroup + o,
-                        outputs[y][0], kLanes<A>);
+      const auto tile = tiles_.at(first + t);
+      const int64_t top = kStep * tile.row + offset_y, left = kStep * tile.column + offset_x;
+      // Outputs of a row that are inside; of a transposed convolution's, one may be before it.
+      const int64_t before = left < 0 ? 1 : 0;
+      const int64_t inside = std::min<int64_t>(kOutputs, (tiles_.width - left + kStep - 1) / kStep);
+      for (int64_t o = 0; o < kGroup && out + o < s_.out; o += kLanes<A>) {
+        A outputs[kOutputs][kOutputs][kLanes<A>];
+        both_ways<OutputPass<kOutputs>, A>(
+            [&](int y, int x) { return load(sums + (4 * y + x) * plane + o); },
+            [&](int y, int x, Vec<A> v) { store(outputs[y][x], v); });
+        for (int64_t y = 0; y < kOutputs; ++y) {
+          const int64_t row = top + kStep * y;
+          if (row < 0 || row >= tiles_.height || inside <= before) continue;
+          const int64_t pixel = (tile.image * tiles_.height + row) * tiles_.width + left;
+          const int64_t at = (pixel + before * kStep) * s_.out;
+          finish_.write({y_ + at, kStep * s_.out, {residual_ ? residual_ + at : nullptr}},
+                        inside - before, out + o, outputs[y][before], kLanes<A>);
         }
       }
     }
@@ -164,12 +188,13 @@ class Winograd {
   const std::vector<ConvInput<T>>& sources_;
   const std::vector<T> zeros_;
   const ConvShape s_;
-  const WinogradTiles tiles_;
+  const WinogradTiles<Kind> tiles_;
   const ConvWeight<T> weight_;
   const ConvFinish<T> finish_;
   const T* residual_;
   T* y_;
-  const int64_t depth_, groups_;
+  const int64_t groups_each_ = (s_.out + kGroup - 1) / kGroup;  // of a phase of outputs
+  const int64_t rows_, depth_, groups_;
 };
 
 }  // namespace aigc_fast

@@ -1,4 +1,4 @@
-// The gradient of a 3x3 convolution's weight by Winograd's algorithm:
+// The gradient of a convolution's weight by Winograd's algorithm:
 //
 //   dw = G' [ sum over tiles of (A dy A') * (B' x B) ] G
 //
@@ -11,8 +11,10 @@
 
 namespace aigc_fast {
 
-template <class T>
+template <class Kind, class T>
 class WinogradWeight {
+  static_assert(Kind::kOutPhases == 1);
+
  public:
   using A = Acc<T>;
 
@@ -20,7 +22,7 @@ class WinogradWeight {
   WinogradWeight(const ConvInput<T>& x, const ConvInput<T>& grad, const ConvShape& s)
       : x_{x}, grad_{grad}, zeros_(std::max(s.in, s.out)), s_(s), tiles_(s) {}
 
-  // To (out, in, 3, 3), contiguous.
+  // To (out, in, kernel, kernel), contiguous.
   void run(T* to) const {
     // Sums of so many outputs stay in the third cache, and so do transformed tiles.
     const int64_t together = std::clamp<int64_t>(kSumBytes / (per_group() * sizeof(A)), 1, groups_);
@@ -49,14 +51,14 @@ class WinogradWeight {
     KeptBuffer<A> input_memory(kPositions * in_plane), grad_memory(kPositions * grad_plane);
     A *const inputs = input_memory.data(), *const grads = grad_memory.data();
     in_parallel(count, kPositions * (in_pitch_ + grad_pitch), [&](int64_t t) {
-      const TilePlace tile = tiles_.at(first + t);
-      transform_pixels<InputPass>(x_, s_, tile, -1, zeros_.data(), inputs + t * in_pitch_,
-                                  in_plane);
+      const auto tile = tiles_.at(first + t);
+      transform_tile<Kind>(x_, s_, tile, zeros_.data(), inputs + t * in_pitch_, in_plane);
       std::vector<ConvInput<T>> some = grad_;
       some[0].data += g * kGroup;
       some[0].channels = std::min(n * kGroup, s_.out - g * kGroup);
-      transform_pixels<GradOutputPass>(some, s_, tile, 0, zeros_.data(), grads + t * grad_pitch,
-                                       grad_plane);
+      transform_pixels<GradOutputPass<Kind::kOutputs>>(
+          some, tiles_.height, tiles_.width, tile.image, tile.row, tile.column, 1, zeros_.data(),
+          grads + t * grad_pitch, grad_plane);
     });
     // Where there are few outputs, threads share the inputs too.
     const int64_t threads = torch::stable::get_num_threads();
@@ -90,30 +92,37 @@ class WinogradWeight {
   }
 
   void finish(int64_t g, int64_t n, const A* sums, T* to) const {
-    constexpr int64_t kSome = kLanes<A>;
+    constexpr int64_t kSome = kLanes<A>, kAll = Kind::kKernel * Kind::kKernel;
     const int64_t steps = (s_.in + kSome - 1) / kSome, plane = blocks_ * kInputs * kGroup;
     in_parallel(n * steps, kSome * kPositions * kGroup, [&](int64_t item) {
       const int64_t group = item / steps, c = item % steps * kSome;
       const int64_t inputs = std::min(kSome, s_.in - c), first = (g + group) * kGroup;
-      alignas(64) A taps[kSome * 9 * kGroup];  // [input][tap][kGroup]
+      alignas(64) A taps[kSome * kAll * kGroup];  // [input][tap][kGroup]
       for (int64_t i = 0; i < inputs; ++i)
-        for (int64_t o = 0; o < kGroup; o += kLanes<A>) {
-          const A* from = sums + group * per_group() + (c + i) * kGroup + o;
-          both_ways<GradWeightPass, A>(
-              [&](int y, int x) { return load(from + (4 * y + x) * plane); },
-              [&](int y, int x, Vec<A> v) { store(taps + (i * 9 + 3 * y + x) * kGroup + o, v); });
-        }
-      copy_transposed(taps, kGroup, std::min(kGroup, s_.out - first), inputs * 9,
-                      to + (first * s_.in + c) * 9, s_.in * 9);
+        for (int phase = 0; phase < Kind::kInPhases * Kind::kInPhases; ++phase)
+          for (int64_t o = 0; o < kGroup; o += kLanes<A>) {
+            const int64_t row = phase * s_.in + c + i;
+            const A* from = sums + group * per_group() + row * kGroup + o;
+            A* at = taps + i * kAll * kGroup + o;
+            both_ways<GradWeightPass<Kind::kTaps>, A>(
+                [&](int y, int x) { return load(from + (4 * y + x) * plane); },
+                [&](int y, int x, Vec<A> v) {
+                  const int tap_y = Kind::tap(phase / Kind::kInPhases, y);
+                  const int tap_x = Kind::tap(phase % Kind::kInPhases, x);
+                  store(at + (tap_y * Kind::kKernel + tap_x) * kGroup, v);
+                });
+          }
+      copy_transposed(taps, kGroup, std::min(kGroup, s_.out - first), inputs * kAll,
+                      to + (first * s_.in + c) * kAll, s_.in * kAll);
     });
   }
 
   const std::vector<ConvInput<T>> x_, grad_;
   const std::vector<T> zeros_;
   const ConvShape s_;
-  const WinogradTiles tiles_;
+  const WinogradTiles<Kind> tiles_;
   const int64_t groups_ = (s_.out + kGroup - 1) / kGroup;
-  const int64_t blocks_ = (s_.in + kInputs - 1) / kInputs;
+  const int64_t blocks_ = (Kind::kInPhases * Kind::kInPhases * s_.in + kInputs - 1) / kInputs;
   // An odd number of lines of memory: neighbouring tiles then lie in different sets of the cache.
   const int64_t in_pitch_ = (round_up(blocks_ * kInputs, kLanes<A>) / kLanes<A> | 1) * kLanes<A>;
 };

@@ -1,27 +1,21 @@
-// Winograd's F(2x2, 3x3): sixteen products in place of 36 for four neighbouring outputs of a 3x3
-// convolution.
+// Winograd's minimal filtering: sixteen products for a tile of 4x4 inputs, in place of 36.
 //
 //   y = A' [ (G w G') * (B' x B) ] A      Lavin and Gray, arXiv:1509.09308
 //
-// x is a tile of 4x4 inputs and y of 2x2 outputs; * multiplies each of the sixteen positions by
-// itself, and summed over channels that is a matrix product for each position. A tile with an
-// infinity or a NaN makes four outputs NaN.
+// x is the tile, y its 2x2 outputs by 3x3 weights or its 3x3 outputs by 2x2 weights; * multiplies
+// each of the sixteen positions by itself, and summed over channels that is a matrix product for
+// each position. A tile with an infinity or a NaN makes all its outputs NaN.
+//
+// A convolution of 4x4 weights with stride 2 is four of 2x2 weights, of every second row and column
+// of x each, and their sum: four times the inputs. The transposed convolution with stride 2 has
+// every second row and column of y from 2x2 weights of its own: four times the outputs.
 #pragma once
 
-#include "conv3x3_rows.h"
+#include "conv_inputs.h"
 
 namespace aigc_fast {
 
 constexpr int64_t kPositions = 16;
-
-// Fewer inputs are not worth the passes before and after, nor a tile of which half is unused.
-// Against products of bf16, which are twice as many a cycle, it pays while there are few pixels:
-// weights, which it packs in less time, take most of the time then.
-template <class Products>
-bool winograd_pays(const ConvShape& s) {
-  if (!Products::kVectors || s.in < 16 || s.height < 2 || s.width < 2) return false;
-  return sizeof(typename Products::S) > 2 || s.batch * s.height * s.width <= 256;
-}
 
 // ---- what is done to rows, and to columns -----------------------------------------------------
 
@@ -36,46 +30,63 @@ struct InputPass {  // B' x
   }
 };
 
+template <int kTaps>
 struct WeightPass {  // G w
-  static constexpr int kFrom = 3, kTo = 4;
+  static constexpr int kFrom = kTaps, kTo = 4;
   template <class V>
-  AIGC_INLINE static void apply(const V (&w)[3], V (&to)[4]) {
-    const V outer = w[0] + w[2];
+  AIGC_INLINE static void apply(const V (&w)[kTaps], V (&to)[4]) {
+    V even = w[0], odd = w[1];
+    if constexpr (kTaps == 3) even += w[2];
     to[0] = w[0];
-    to[1] = (outer + w[1]) * 0.5f;
-    to[2] = (outer - w[1]) * 0.5f;
-    to[3] = w[2];
+    to[1] = (even + odd) * 0.5f;
+    to[2] = (even - odd) * 0.5f;
+    to[3] = w[kTaps - 1];
   }
 };
 
+template <int kOutputs>
 struct OutputPass {  // A' m
-  static constexpr int kFrom = 4, kTo = 2;
+  static constexpr int kFrom = 4, kTo = kOutputs;
   template <class V>
-  AIGC_INLINE static void apply(const V (&m)[4], V (&to)[2]) {
-    to[0] = m[0] + m[1] + m[2];
-    to[1] = m[1] - m[2] - m[3];
+  AIGC_INLINE static void apply(const V (&m)[4], V (&to)[kOutputs]) {
+    const V even = m[1] + m[2], odd = m[1] - m[2];
+    to[0] = m[0] + even;
+    if constexpr (kOutputs == 2) {
+      to[1] = odd - m[3];
+    } else {
+      to[1] = odd;
+      to[2] = even - m[3];
+    }
   }
 };
 
+template <int kOutputs>
 struct GradOutputPass {  // A y
-  static constexpr int kFrom = 2, kTo = 4;
+  static constexpr int kFrom = kOutputs, kTo = 4;
   template <class V>
-  AIGC_INLINE static void apply(const V (&y)[2], V (&to)[4]) {
+  AIGC_INLINE static void apply(const V (&y)[kOutputs], V (&to)[4]) {
+    V even = y[0], odd = y[1];
+    if constexpr (kOutputs == 3) even += y[2];
     to[0] = y[0];
-    to[1] = y[0] + y[1];
-    to[2] = y[0] - y[1];
-    to[3] = -y[1];
+    to[1] = even + odd;
+    to[2] = even - odd;
+    to[3] = -y[kOutputs - 1];
   }
 };
 
+template <int kTaps>
 struct GradWeightPass {  // G' u
-  static constexpr int kFrom = 4, kTo = 3;
+  static constexpr int kFrom = 4, kTo = kTaps;
   template <class V>
-  AIGC_INLINE static void apply(const V (&u)[4], V (&to)[3]) {
-    const V outer = (u[1] + u[2]) * 0.5f;
-    to[0] = u[0] + outer;
-    to[1] = (u[1] - u[2]) * 0.5f;
-    to[2] = outer + u[3];
+  AIGC_INLINE static void apply(const V (&u)[4], V (&to)[kTaps]) {
+    const V even = (u[1] + u[2]) * 0.5f, odd = (u[1] - u[2]) * 0.5f;
+    to[0] = u[0] + even;
+    if constexpr (kTaps == 2) {
+      to[1] = odd + u[3];
+    } else {
+      to[1] = odd;
+      to[2] = even + u[3];
+    }
   }
 };
 
@@ -100,53 +111,111 @@ AIGC_INLINE void both_ways(Get&& get, Put&& put) {
   }
 }
 
-// ---- tiles of images --------------------------------------------------------------------------
+// ---- kinds of convolutions --------------------------------------------------------------------
 
-// Where 2x2 outputs begin.
-struct TilePlace {
-  int64_t image, row, column;
+// In one direction: a tile at t reads inputs kStepIn * t + in_offset(phase) + kStepIn * 0, 1, 2, 3
+// for each of kInPhases, and makes kOutputs outputs kStepOut * t + out_offset(phase), ... for each
+// of kOutPhases, by the kTaps weights tap(phase, 0), ...
+struct Conv3x3 {
+  static constexpr int kKernel = 3, kTaps = 3, kOutputs = 2;
+  static constexpr int kInPhases = 1, kOutPhases = 1, kStepIn = 1, kStepOut = 1;
+  static constexpr int in_offset(int) { return -1; }
+  static constexpr int out_offset(int) { return 0; }
+  static constexpr int tap(int, int a) { return a; }
+  static constexpr int64_t length(int64_t in) { return in; }
 };
 
+struct StridedConv4x4 {  // y[t] = sum over k of x[2 t - 1 + k] w[k]
+  static constexpr int kKernel = 4, kTaps = 2, kOutputs = 3;
+  static constexpr int kInPhases = 2, kOutPhases = 1, kStepIn = 2, kStepOut = 1;
+  static constexpr int in_offset(int phase) { return phase - 1; }
+  static constexpr int out_offset(int) { return 0; }
+  static constexpr int tap(int phase, int a) { return 2 * a + phase; }
+  static constexpr int64_t length(int64_t in) { return in / 2; }
+};
+
+struct TransposedConv4x4 {  // y[2 t - 1 + k] += x[t] w[k]
+  static constexpr int kKernel = 4, kTaps = 2, kOutputs = 3;
+  static constexpr int kInPhases = 1, kOutPhases = 2, kStepIn = 1, kStepOut = 2;
+  static constexpr int in_offset(int) { return -1; }
+  static constexpr int out_offset(int phase) { return -phase; }
+  static constexpr int tap(int phase, int a) { return 3 - phase - 2 * a; }
+  static constexpr int64_t length(int64_t in) { return 2 * in; }
+};
+
+// ---- tiles of images --------------------------------------------------------------------------
+
+// Sizes of x, and its channels and those of y; those of y itself come from the kind.
+template <class Kind>
 class WinogradTiles {
  public:
   explicit WinogradTiles(const ConvShape& s)
-      : across_((s.width + 1) / 2), down_((s.height + 1) / 2), count_(s.batch * across_ * down_) {}
+      : height(Kind::length(s.height)),
+        width(Kind::length(s.width)),
+        down_(tiles(height)),
+        across_(tiles(width)),
+        count_(s.batch * across_ * down_) {}
+
+  const int64_t height, width;  // of y
 
   int64_t count() const { return count_; }
-  TilePlace at(int64_t tile) const {
+
+  struct Place {
+    int64_t image, row, column;
+  };
+  Place at(int64_t tile) const {
     const int64_t inside = tile % (across_ * down_);
-    return {tile / (across_ * down_), inside / across_ * 2, inside % across_ * 2};
+    return {tile / (across_ * down_), inside / across_ * Kind::kOutputs,
+            inside % across_ * Kind::kOutputs};
   }
 
  private:
-  const int64_t across_, down_, count_;
+  // The last of n must reach output length - 1.
+  static int64_t tiles(int64_t length) {
+    constexpr int64_t kEach = Kind::kStepOut * Kind::kOutputs;
+    return (length + Kind::kOutPhases - 1 + kEach - 1) / kEach;
+  }
+
+  const int64_t down_, across_, count_;
 };
 
-// The pixels from `offset` of a tile on, of which there are kSize x kSize, after a pass: vectors of
-// channels to [position][channel], positions `plane` apart. Pixels outside the image are zero.
+// Pixels of an image `step` apart, from (row, column) on, after a pass: vectors of channels to
+// [position][channel], positions `plane` apart. Pixels outside the image are zero.
 template <class Pass, class T>
-void transform_pixels(const std::vector<ConvInput<T>>& sources, const ConvShape& s,
-                      const TilePlace& tile, int64_t offset, const T* zeros, Acc<T>* to,
-                      int64_t plane) {
+void transform_pixels(const std::vector<ConvInput<T>>& sources, int64_t height, int64_t width,
+                      int64_t image, int64_t row, int64_t column, int64_t step, const T* zeros,
+                      Acc<T>* to, int64_t plane) {
   using A = Acc<T>;
   constexpr int kSize = Pass::kFrom;
   for (const ConvInput<T>& source : sources) {
     const T* pixels[kSize][kSize];
-    for (int y = 0; y < kSize; ++y)
-      for (int x = 0; x < kSize; ++x) {
-        const int64_t row = tile.row + offset + y, column = tile.column + offset + x;
-        const bool inside = row >= 0 && row < s.height && column >= 0 && column < s.width;
-        pixels[y][x] = inside ? source.data + tile.image * source.batch_stride +
-                                    row * source.row_stride + column * source.pixel_stride
+    for (int i = 0; i < kSize; ++i)
+      for (int j = 0; j < kSize; ++j) {
+        const int64_t y = row + step * i, x = column + step * j;
+        const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+        pixels[i][j] = inside ? source.data + image * source.batch_stride + y * source.row_stride +
+                                    x * source.pixel_stride
                               : zeros;
       }
     for_vectors<A>(source.channels, [&](int64_t c, auto lanes) {
       both_ways<Pass, A>(
-          [&](int y, int x) { return load(pixels[y][x] + c, lanes); },
-          [&](int y, int x, Vec<A> v) { store(to + (4 * y + x) * plane + c, v, lanes); });
+          [&](int i, int j) { return load(pixels[i][j] + c, lanes); },
+          [&](int i, int j, Vec<A> v) { store(to + (4 * i + j) * plane + c, v, lanes); });
     });
     to += source.channels;
   }
+}
+
+// The tile's inputs of every phase, [position][phase][channel].
+template <class Kind, class T>
+void transform_tile(const std::vector<ConvInput<T>>& sources, const ConvShape& s,
+                    const typename WinogradTiles<Kind>::Place& tile, const T* zeros, Acc<T>* to,
+                    int64_t plane) {
+  for (int y = 0; y < Kind::kInPhases; ++y)
+    for (int x = 0; x < Kind::kInPhases; ++x, to += s.in)
+      transform_pixels<InputPass>(
+          sources, s.height, s.width, tile.image, Kind::kStepIn * tile.row + Kind::in_offset(y),
+          Kind::kStepIn * tile.column + Kind::in_offset(x), Kind::kStepIn, zeros, to, plane);
 }
 
 // As many zeros as a source has channels.

@@ -1,0 +1,62 @@
+"""Convolutions of 4x4 weights with stride 2 and a border of one zero, by which GANs and
+autoencoders halve images; the transposed ones, which double them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._registry import define
+
+
+def _last(y: Tensor) -> Tensor:
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    _check_weight(x, weight, (weight.shape[0], x.shape[1], 4, 4))
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(f"x must have an even height and width, got {tuple(x.shape)}")
+
+
+def _check_transpose(x: Tensor, weight: Tensor) -> None:
+    _check_weight(x, weight, (x.shape[1], weight.shape[1], 4, 4))
+
+
+def _check_weight(x: Tensor, weight: Tensor, shape: tuple[int, ...]) -> None:
+    check_tensor("x", x, ndim=4)
+    check_tensor("weight", weight, like=("x", x), shape=shape)
+
+
+def _reference_backward_weight(grad: Tensor, x: Tensor) -> Tensor:
+    weight = x.new_empty(grad.shape[1], x.shape[1], 4, 4)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, (False, True, False)
+    )[1].contiguous()
+
+
+def _check_backward_weight(grad: Tensor, x: Tensor) -> None:
+    check_tensor("x", x, ndim=4)
+    batch, _channels, height, width = x.shape
+    check_tensor("grad", grad, like=("x", x), ndim=4)
+    check_tensor("grad", grad, shape=(batch, grad.shape[1], height // 2, width // 2))
+
+
+conv4x4 = define(
+    "conv4x4(Tensor x, Tensor weight) -> Tensor",
+    lambda x, weight: _last(F.conv2d(x, weight, None, 2, 1)),
+    _check,
+    stem=None,
+)
+conv_transpose4x4 = define(
+    "conv_transpose4x4(Tensor x, Tensor weight) -> Tensor",
+    lambda x, weight: _last(F.conv_transpose2d(x, weight, None, 2, 1)),
+    _check_transpose,
+    stem=None,
+)
+conv4x4_backward_weight = define(
+    "conv4x4_backward_weight(Tensor grad, Tensor x) -> Tensor",
+    _reference_backward_weight,
+    _check_backward_weight,
+    stem=None,
+)
