@@ -2,7 +2,7 @@
 
 from ._arguments import check_constructor
 from .bias_act import BiasAct, LinearBiasAct
-from .conv2d import Conv2d
+from .conv2d import Conv2d, ConvTranspose2d
 from .conv_bias_act import Conv2dBiasAct, ConvTranspose2dBiasAct
 from .equalized import EqualizedConv2d, EqualizedLinear
 from .fusion import fold_batch_norm, fuse, unfuse
@@ -39,6 +39,7 @@ __all__ = [
     "Blur",
     "Conv2d",
     "Conv2dBiasAct",
+    "ConvTranspose2d",
     "ConvTranspose2dBiasAct",
     "Downsample2d",
     "EqualizedConv2d",

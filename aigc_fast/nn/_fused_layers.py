@@ -66,7 +66,7 @@ class Conv2d(Biased):
 
 _CONV_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (
     F.conv_transpose1d,
-    F.conv_transpose2d,
+    ops.conv_transpose2d,
     F.conv_transpose3d,
 )
 

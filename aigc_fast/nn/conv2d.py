@@ -1,4 +1,4 @@
-"""Conv2d."""
+"""Conv2d, ConvTranspose2d."""
 
 from typing import Any
 
@@ -15,6 +15,19 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return convolve(self, input, weight, bias)
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d by `ops.conv_transpose2d`, as `Conv2d`.
+
+    >>> ConvTranspose2d(64, 32, 4, 2, 1)
+    """
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if output_size is not None:
+            return super().forward(input, output_size)
+        how: Any = self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        return ops.conv_transpose2d(input, self.weight, self.bias, *how)
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
@@ -61,8 +60,5 @@ class ConvTranspose2dBiasAct(_ConvBiasAct, nn.ConvTranspose2d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is not None:
             raise ValueError("output_size must be None: give output_padding to the constructor")
-        y = F.conv_transpose2d(
-            input, self.weight, None, self.stride, self.padding,  # type: ignore[arg-type]
-            self.output_padding, self.groups, self.dilation,
-        )  # fmt: skip
-        return self._activate(y)
+        how: Any = self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        return self._activate(ops.conv_transpose2d(input, self.weight, None, *how))

@@ -9,7 +9,7 @@ from aigc_fast.ops.bias_act import bias_act
 from aigc_fast.ops.channel_moments import channel_moments
 from aigc_fast.ops.codebook_moments import codebook_moments
 from aigc_fast.ops.conv1d import conv1d, conv_transpose1d
-from aigc_fast.ops.conv2d import conv2d
+from aigc_fast.ops.conv2d import conv2d, conv_transpose2d
 from aigc_fast.ops.conv3x3 import conv3x3
 from aigc_fast.ops.cross_entropy import cross_entropy
 from aigc_fast.ops.decode_attention import decode_attention
@@ -68,6 +68,7 @@ __all__ = [
     "conv2d_resample",
     "conv3x3",
     "conv_transpose1d",
+    "conv_transpose2d",
     "cross_entropy",
     "decode_attention",
     "decoder_step",

@@ -13,19 +13,23 @@ def _last(y: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
-    _check_weight(x, weight, (weight.shape[0], x.shape[1], 4, 4))
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_weight(x, weight, (weight.shape[0], x.shape[1], 4, 4), bias)
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(f"x must have an even height and width, got {tuple(x.shape)}")
 
 
-def _check_transpose(x: Tensor, weight: Tensor) -> None:
-    _check_weight(x, weight, (x.shape[1], weight.shape[1], 4, 4))
+def _check_transpose(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_weight(x, weight, (x.shape[1], weight.shape[1], 4, 4), bias, 1)
 
 
-def _check_weight(x: Tensor, weight: Tensor, shape: tuple[int, ...]) -> None:
+def _check_weight(
+    x: Tensor, weight: Tensor, shape: tuple[int, ...], bias: Tensor | None, outs: int = 0
+) -> None:
     check_tensor("x", x, ndim=4)
     check_tensor("weight", weight, like=("x", x), shape=shape)
+    if bias is not None:
+        check_tensor("bias", bias, like=("x", x), shape=(weight.shape[outs],))
 
 
 def _reference_backward_weight(grad: Tensor, x: Tensor) -> Tensor:
@@ -43,14 +47,14 @@ def _check_backward_weight(grad: Tensor, x: Tensor) -> None:
 
 
 conv4x4 = define(
-    "conv4x4(Tensor x, Tensor weight) -> Tensor",
-    lambda x, weight: _last(F.conv2d(x, weight, None, 2, 1)),
+    "conv4x4(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    lambda x, weight, bias: _last(F.conv2d(x, weight, bias, 2, 1)),
     _check,
     stem=None,
 )
 conv_transpose4x4 = define(
-    "conv_transpose4x4(Tensor x, Tensor weight) -> Tensor",
-    lambda x, weight: _last(F.conv_transpose2d(x, weight, None, 2, 1)),
+    "conv_transpose4x4(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    lambda x, weight, bias: _last(F.conv_transpose2d(x, weight, bias, 2, 1)),
     _check_transpose,
     stem=None,
 )

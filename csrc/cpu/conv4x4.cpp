@@ -16,8 +16,10 @@ void check(const Tensor& x, const Tensor& weight, int64_t in) {
 
 // weight_in has its outputs in dimension `out_dim`, 0 or 1, and its inputs in the other.
 template <class Kind>
-Tensor convolve(const Tensor& x_in, const Tensor& weight_in, int64_t out_dim) {
+Tensor convolve(const Tensor& x_in, const Tensor& weight_in, const MaybeTensor& bias,
+                int64_t out_dim) {
   check(x_in, weight_in, weight_in.size(1 - out_dim));
+  require(!bias || bias->scalar_type() == x_in.scalar_type(), "bias must have the dtype of x");
   const Tensor weight = as_contiguous(weight_in);
   const ConvShape s{x_in.size(0), x_in.size(2), x_in.size(3), x_in.size(1), weight.size(out_dim)};
   Tensor y = empty_in_order({s.batch, s.out, Kind::length(s.height), Kind::length(s.width)},
@@ -27,7 +29,7 @@ Tensor convolve(const Tensor& x_in, const Tensor& weight_in, int64_t out_dim) {
     using A = Acc<T>;
     const Tensor x = channels_innermost<T>(x_in);
     const std::vector<ConvInput<T>> sources{input_of<T>(x)};
-    const std::vector<A> biases = padded_channels<T>({}, "bias", s.out, 0);
+    const std::vector<A> biases = padded_channels<T>(bias, "bias", s.out, 0);
     const std::vector<A> slopes = padded_channels<T>({}, "slope", s.out, 1);
     Winograd<Kind, T>(sources, s,
                       {data<T>(weight), weight.stride(out_dim), weight.stride(1 - out_dim), 1},
@@ -37,14 +39,14 @@ Tensor convolve(const Tensor& x_in, const Tensor& weight_in, int64_t out_dim) {
   return y;
 }
 
-Tensor conv4x4(const Tensor& x, const Tensor& weight) {
+Tensor conv4x4(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   require(x.dim() == 4 && x.size(2) % 2 == 0 && x.size(3) % 2 == 0,
           "x must have an even height and width");
-  return convolve<StridedConv4x4>(x, weight, 0);
+  return convolve<StridedConv4x4>(x, weight, bias, 0);
 }
 
-Tensor conv_transpose4x4(const Tensor& x, const Tensor& weight) {
-  return convolve<TransposedConv4x4>(x, weight, 1);
+Tensor conv_transpose4x4(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  return convolve<TransposedConv4x4>(x, weight, bias, 1);
 }
 
 // Of conv4x4's weight: grad is that of its output. With x and grad exchanged, that of

@@ -9,7 +9,7 @@ from torch import nn
 
 import aigc_fast
 from aigc_fast.integrations._patching import Replacement
-from aigc_fast.ops.conv2d import _most_pixels
+from aigc_fast.ops._winograd import CONV3X3, _most_pixels
 from aigc_fast.ops.linear import mkl_lags
 from tests.ops.test_every_op import assert_as_good_as_torch, recorded
 
@@ -61,7 +61,7 @@ def test_outputs_and_gradients_are_as_good_as_stock(name, dtype) -> None:
     names = {op.name.removesuffix("_full") for op, _ in calls}
     names = {n for n in names if "backward" not in n}
     assert names - {"conv3x3"} == CASES[name].operators
-    assert ("conv3x3" in names) == (name in CONVOLUTIONAL and _most_pixels(dtype) > 0)
+    assert ("conv3x3" in names) == (name in CONVOLUTIONAL and _most_pixels(CONV3X3, dtype) > 0)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)

@@ -40,6 +40,7 @@ def _own_calls() -> dict[str, dict[str, Any]]:
             "rates": torch.ones(2),
         },
         "conv2d": {"x": image, "weight": kernel, "bias": torch.ones(3)},
+        "conv_transpose2d": {"x": image, "weight": kernel, "bias": torch.ones(3)},
         "conv2d_resample": {"x": image, "weight": kernel, "filter": torch.ones(4), "up": 2},
         "decoder_step": {
             "hidden": torch.randn(1, 32),

@@ -6,7 +6,7 @@ DCGAN example, so that weights travel in either direction; what is fused leaves 
 
 from torch import Tensor, nn
 
-from aigc_fast.nn import Conv2dBiasAct, ConvTranspose2dBiasAct
+from aigc_fast.nn import Conv2d, Conv2dBiasAct, ConvTranspose2d, ConvTranspose2dBiasAct
 from aigc_fast.ops._checks import check_choice
 
 from ..labels import check_labels, join_labels
@@ -44,7 +44,7 @@ class DCGANGenerator(nn.Module):
         ]
         for kernel in kernels[:-1]:
             layers += [
-                nn.ConvTranspose2d(width, width // 2, kernel, 2, 1, bias=False),
+                ConvTranspose2d(width, width // 2, kernel, 2, 1, bias=False),
                 norm_act("batch", width // 2, **RELU),
                 nn.Identity(),
             ]
@@ -92,7 +92,7 @@ class DCGANDiscriminator(nn.Module):
                 layers += [conv, nn.Identity()]
             else:
                 layers += [
-                    nn.Conv2d(width, 2 * width, kernel, 2, 1, bias=False),
+                    Conv2d(width, 2 * width, kernel, 2, 1, bias=False),
                     norm_act(norm, 2 * width, **LEAKY),
                     nn.Identity(),
                 ]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from aigc_fast.nn import Conv2dBiasAct, GroupNormAct, Linear
+from aigc_fast.nn import Conv2d, Conv2dBiasAct, ConvTranspose2d, GroupNormAct, Linear
 
 from ..labels import join_labels
 
@@ -51,10 +51,10 @@ class ConvVAE(nn.Module):
         for kernel, before, after in zip(kernels, widths[:-1], widths[1:], strict=True):
             if not down:  # a norm would hide how bright the image is
                 down = [Conv2dBiasAct(before, after, kernel, 2, 1, act="swish", gain=1.0)]
-                up = [nn.ConvTranspose2d(after, before, kernel, 2, 1)]
+                up = [ConvTranspose2d(after, before, kernel, 2, 1)]
             else:
-                down += [nn.Conv2d(before, after, kernel, 2, 1, bias=False), _norm(after)]
-                up.insert(0, nn.ConvTranspose2d(after, before, kernel, 2, 1, bias=False))
+                down += [Conv2d(before, after, kernel, 2, 1, bias=False), _norm(after)]
+                up.insert(0, ConvTranspose2d(after, before, kernel, 2, 1, bias=False))
             up.insert(0, _norm(after))
         self.down, self.up = nn.Sequential(*down), nn.Sequential(*up)
         self.inner_shape = (widths[-1], sides[-1], sides[-1])

@@ -1,0 +1,204 @@
+"""Convolutions that CPUs make of fewer products, with derivatives of any order.
+
+Of y = conv(x, weight), linear in both, the gradient of x is a transposed convolution of that of y,
+and the gradient of weight a third operator; their own derivatives are these three again.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from aigc_fast import _libraries
+from aigc_fast._devices import (
+    has_bfloat16_instructions,
+    has_fast_bfloat16,
+    has_float16_instructions,
+)
+from aigc_fast.ops import _conv4x4
+from aigc_fast.ops._autograd import OpFunction, transforming
+from aigc_fast.ops._registry import FLOATS
+from aigc_fast.ops.conv3x3 import _conv3x3, _conv3x3_backward_input, _conv3x3_backward_weight
+
+#: Multiply-adds from which a few more microseconds a call are worth it.
+_LEAST = 2**20
+
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+
+
+class Kind(NamedTuple):
+    """One kernel size, stride and padding."""
+
+    kernel: int
+    stride: int
+    padding: int
+    #: (x, weight, bias), the same of the transposed convolution, and (gradient of y, x)
+    conv: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    transpose: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    weight_gradient: Callable[[Tensor, Tensor], Tensor]
+    #: height and width of y, of a transposed convolution of x, from which it pays
+    least_size: int
+    #: pixels up to which it pays in bfloat16, where the CPU has vector instructions for that
+    bfloat16_pixels: int
+
+
+def _conv3x3_biased(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _conv3x3([x], weight, bias, None, None, 1.0)
+
+
+def _conv3x3_transpose(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = _conv3x3_backward_input(x, weight)
+    return y if bias is None else y + bias[:, None, None]
+
+
+CONV3X3 = Kind(3, 1, 1, _conv3x3_biased, _conv3x3_transpose, _conv3x3_backward_weight, 2, 256)
+#: Tiles are three pixels wide: of fewer than twelve, too many are outside.
+CONV4X4 = Kind(
+    4, 2, 1, _conv4x4.conv4x4, _conv4x4.conv_transpose4x4, _conv4x4.conv4x4_backward_weight, 12, 0
+)
+
+
+def kind_of(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Kind | None:
+    """What a convolution, transposed or not, is made of, if it has enough channels."""
+    for kind in (CONV3X3, CONV4X4):
+        if (
+            weight.shape[2:] == (kind.kernel, kind.kernel)
+            and min(weight.shape[:2]) >= 16
+            and _is(stride, kind.stride)
+            and (_is(padding, kind.padding) or (padding == "same" and kind.stride == 1))
+            and _is(dilation, 1)
+            and groups == 1
+        ):
+            return kind
+    return None
+
+
+def _is(value: Any, wanted: int) -> bool:
+    return value == wanted or value == (wanted,) * 2 or value == [wanted] * 2
+
+
+def pays(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> bool:
+    """Whether our products serve these tensors, and take less time than torch's."""
+    into, out = (0, 1) if transposed else (1, 0)
+    step = 1 if transposed else kind.stride
+    return (
+        x.dim() == 4
+        and x.shape[1] == weight.shape[into]
+        and min(x.shape[2:]) >= step * kind.least_size
+        and x.shape[2] % step == x.shape[3] % step == 0
+        # Sums of fewer terms are less exact than torch's, for weight's gradient.
+        and x.numel() >= 64 * x.shape[1]
+        and x.numel() * weight.shape[out] * 9 >= _LEAST
+        and (bias is None or bias.shape == weight.shape[out : out + 1])
+        and all(
+            type(t) in _PLAIN  # other subclasses know torch's function only
+            and t.dtype is x.dtype
+            and t.device.type == "cpu"
+            and t.layout is torch.strided
+            for t in (x, weight, x if bias is None else bias)
+        )
+        and x.numel() <= _most_pixels(kind, x.dtype) * x.shape[1]
+        and not torch.is_autocast_enabled("cpu")
+        and not transforming()
+    )
+
+
+@functools.cache
+def _most_pixels(kind: Kind, dtype: torch.dtype) -> float:
+    """Up to how many pixels our products take less time on this processor."""
+    library = _libraries.loaded.get("cpu")
+    if library is None or library.stem not in ("cpu_avx512", "cpu_avx2"):
+        return 0
+    if dtype is torch.bfloat16 and has_bfloat16_instructions():
+        return 0 if has_fast_bfloat16("cpu") else kind.bfloat16_pixels
+    if dtype is torch.float16 and has_float16_instructions():
+        return 0
+    return math.inf if dtype in FLOATS else 0
+
+
+def conv(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The convolution, differentiable."""
+    if _wanted(x, weight, bias):
+        return _Conv.call(kind, x, weight, bias)
+    return kind.conv(x, weight, bias)
+
+
+def transpose(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The transposed convolution, differentiable."""
+    if _wanted(x, weight, bias):
+        return _Transpose.call(kind, x, weight, bias)
+    return kind.transpose(x, weight, bias)
+
+
+def _weight_gradient(kind: Kind, grad: Tensor, x: Tensor) -> Tensor:
+    if _wanted(grad, x):
+        return _WeightGradient.call(kind, grad, x)
+    return kind.weight_gradient(grad, x)
+
+
+def _wanted(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _bias_gradient(grad: Tensor) -> Tensor:
+    return grad.sum((0, 2, 3))
+
+
+class _Conv(OpFunction):
+    @staticmethod
+    def forward(ctx: Any, kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.kind = kind
+        ctx.save_for_backward(x, weight)
+        return kind.conv(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        _, by_x, by_weight, by_bias = ctx.needs_input_grad
+        return (
+            None,
+            transpose(ctx.kind, grad, weight) if by_x else None,
+            _weight_gradient(ctx.kind, grad, x) if by_weight else None,
+            _bias_gradient(grad) if by_bias else None,
+        )
+
+
+class _Transpose(OpFunction):
+    @staticmethod
+    def forward(ctx: Any, kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.kind = kind
+        ctx.save_for_backward(x, weight)
+        return kind.transpose(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        _, by_x, by_weight, by_bias = ctx.needs_input_grad
+        return (
+            None,
+            conv(ctx.kind, grad, weight) if by_x else None,
+            _weight_gradient(ctx.kind, x, grad) if by_weight else None,
+            _bias_gradient(grad) if by_bias else None,
+        )
+
+
+class _WeightGradient(OpFunction):
+    @staticmethod
+    def forward(ctx: Any, kind: Kind, grad: Tensor, x: Tensor) -> Tensor:
+        ctx.kind = kind
+        ctx.save_for_backward(grad, x)
+        return kind.weight_gradient(grad, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (by_result,), (grad, x) = grads, ctx.saved_tensors
+        _, by_grad, by_x = ctx.needs_input_grad
+        return (
+            None,
+            conv(ctx.kind, x, by_result) if by_grad else None,
+            transpose(ctx.kind, grad, by_result) if by_x else None,
+        )
