@@ -24,7 +24,7 @@ from aigc_fast.nn._replacing import (
     fast_class,
     take_back,
 )
-from aigc_fast.nn.conv2d import convolve
+from aigc_fast.nn.conv2d import as_torch_orders, convolve
 from aigc_fast.ops._winograd import kind_of
 from aigc_fast.ops.linear import mkl_lags
 
@@ -106,7 +106,8 @@ class Conv2d(Replacement):
         yield from super().assignments(module)
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolve(self, x, self.weight, self.bias)  # type: ignore[arg-type]
+        y = convolve(self, x, self.weight, self.bias)  # type: ignore[arg-type]
+        return as_torch_orders(y, x, self.weight)
 
 
 #: what takes the place of torch's own layers in a model that is known
@@ -132,7 +133,8 @@ def patch(model: Any, *, fuse_loss: bool = False) -> PatchReport:
     the norms of a residual block) do not run while it is patched. Speech's convolutions are ours on
     CPUs, where no gradient is wanted and no weight norm, hook or adapter hangs on them.
 
-    Dtype stays as well. Of layouts, 3x3 convolutions on a CPU give channels_last. Where it has
+    Dtype and memory order of results stay as well. Convolutions of ours give channels_last: the
+    results of a model in another order are copied back, so move it there first. Where a CPU has
     instructions for bfloat16, most of a convolutional model is faster still with these, by torch's
     own convolutions, which like channels_last best:
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn.bias_act import of_dtype
-from aigc_fast.nn.conv2d import convolve
+from aigc_fast.nn.conv2d import as_torch_orders, convolve
 from aigc_fast.nn.norm_act import Activated, BatchNormAct, SyncBatchNormAct
 from aigc_fast.ops._activations import ACTIVATIONS, activate, resolve
 
@@ -61,7 +61,8 @@ class Conv(Biased):
 
 class Conv2d(Biased):
     def without_bias(self, x: Tensor) -> Tensor:
-        return convolve(self, x, self.weight, None)  # type: ignore[arg-type]
+        y = convolve(self, x, self.weight, None)  # type: ignore[arg-type]
+        return as_torch_orders(y, x, self.weight)
 
 
 _CONV_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (
@@ -73,10 +74,11 @@ _CONV_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (
 
 class ConvTranspose(Biased):
     def without_bias(self, x: Tensor) -> Tensor:
-        return _CONV_TRANSPOSE[len(self.kernel_size) - 1](
+        y = _CONV_TRANSPOSE[len(self.kernel_size) - 1](
             x, self.weight, None, self.stride, self.padding, self.output_padding, self.groups,
             self.dilation,
         )  # fmt: skip
+        return as_torch_orders(y, x, self.weight)
 
 
 class BatchNorm(Fused, BatchNormAct):

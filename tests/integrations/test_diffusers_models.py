@@ -75,6 +75,23 @@ def test_channels_last(name) -> None:
     assert ours[0].stride() == stock[0].stride()
 
 
+def test_a_seed_drops_the_same() -> None:
+    """Dropout draws in memory order, which stays that of the stock model."""
+    model, inputs = make("unet").train(), inputs_of("unet")
+    inputs["sample"] = torch.randn(2, 3, 64, 64)  # enough pixels for our convolutions
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+
+    def seeded(model, inputs):
+        torch.manual_seed(1)
+        return outputs(model, inputs)
+
+    want, stock = exact(seeded, model, inputs), seeded(model, inputs)
+    aigc_fast.patch(model)
+    assert_as_good_as_torch(seeded(model, inputs), stock, want, torch.float32)
+
+
 @EVERY_MODEL
 def test_everything_comes_back(name) -> None:
     model = make(name)

@@ -85,6 +85,25 @@ def test_outputs_gradients_and_penalties_are_those_of_the_model(make, training) 
     torch.testing.assert_close(fused.state_dict(), plain.state_dict())
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_results_lie_in_memory_as_those_of_the_model(last) -> None:
+    """Which may `view` them, and whose dropout draws in that order."""
+    order = torch.channels_last if last else torch.contiguous_format
+    model = nn.Sequential(
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(32, 32, 4, 2, 1), nn.ReLU(),
+        nn.Conv2d(32, 32, 4, 2, 1), nn.ReLU(),
+    ).to(memory_format=order)  # fmt: skip
+    x = torch.randn(4, 16, 16, 16).contiguous(memory_format=order)
+    tokens = torch.randn(256, 1, 16).transpose(0, 1)  # of a batch of one: its stride is 16
+    views = (
+        x, x[:, :, 1:, ::2], x[:, :, :1].expand(-1, -1, 4, -1), x[0],
+        tokens.transpose(1, 2).unflatten(2, (16, 16)),
+    )  # fmt: skip
+    want = [model(view).stride() for view in views]
+    fuse(model)
+    assert [model(view).stride() for view in views] == want
+
+
 def test_unfuse_takes_all_back() -> None:
     model = made(dcgan_generator)
     before = [(m, type(m), dict(m.__dict__)) for m in model.modules()]
