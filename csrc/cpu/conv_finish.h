@@ -76,6 +76,7 @@ AIGC_INLINE void interleave_rows(const S* const (&rows)[kStep], S* to) {
 template <int64_t kOuts, int64_t kStep, class S, class T>
 void pack_outputs(const ConvWeight<T>& weight, const ConvSize& size, int64_t first, int64_t n,
                   int64_t depth, S* to) {
+  if (size.taps == 0) return;  // outputs between the taps of a transposed convolution
   constexpr int64_t kInputs = 16;
   const int64_t row = size.taps * kOuts;
   std::vector<S> some((kInputs + kStep - 1) * row);  // [input][tap][kOuts]
