@@ -50,12 +50,12 @@ class WinogradWeight {
     const int64_t in_plane = count * in_pitch_, grad_plane = count * grad_pitch;
     KeptBuffer<A> input_memory(kPositions * in_plane), grad_memory(kPositions * grad_plane);
     A *const inputs = input_memory.data(), *const grads = grad_memory.data();
+    std::vector<ConvInput<T>> some = grad_;  // its channels of these groups
+    some[0].data += g * kGroup;
+    some[0].channels = std::min(n * kGroup, s_.out - g * kGroup);
     in_parallel(count, kPositions * (in_pitch_ + grad_pitch), [&](int64_t t) {
       const auto tile = tiles_.at(first + t);
       transform_tile<Kind>(x_, s_, tile, zeros_.data(), inputs + t * in_pitch_, in_plane);
-      std::vector<ConvInput<T>> some = grad_;
-      some[0].data += g * kGroup;
-      some[0].channels = std::min(n * kGroup, s_.out - g * kGroup);
       transform_pixels<GradOutputPass<Kind::kOutputs>>(
           some, tiles_.height, tiles_.width, tile.image, tile.row, tile.column, 1, zeros_.data(),
           grads + t * grad_pitch, grad_plane);
