@@ -24,8 +24,8 @@ from aigc_fast.nn._replacing import (
     fast_class,
     take_back,
 )
-from aigc_fast.nn.conv2d import as_torch_orders, convolve
-from aigc_fast.ops._winograd import kind_of
+from aigc_fast.nn.conv2d import convolve
+from aigc_fast.ops._winograd import in_torch_order, kind_of
 from aigc_fast.ops.linear import mkl_lags
 
 #: package of a stock class -> the module that says what takes the place of its classes: TABLE, by
@@ -106,8 +106,9 @@ class Conv2d(Replacement):
         yield from super().assignments(module)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = convolve(self, x, self.weight, self.bias)  # type: ignore[arg-type]
-        return as_torch_orders(y, x, self.weight)
+        weight = self.weight  # once: a parametrization computes it anew each time
+        y = convolve(self, x, weight, self.bias)  # type: ignore[arg-type]
+        return in_torch_order(y, x, weight)
 
 
 #: what takes the place of torch's own layers in a model that is known

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn.bias_act import of_dtype
-from aigc_fast.nn.conv2d import as_torch_orders, convolve
+from aigc_fast.nn.conv2d import convolve
 from aigc_fast.nn.norm_act import Activated, BatchNormAct, SyncBatchNormAct
 from aigc_fast.ops._activations import ACTIVATIONS, activate, resolve
+from aigc_fast.ops._winograd import in_torch_order
 
 
 class Fused(Activated):
@@ -61,8 +62,9 @@ class Conv(Biased):
 
 class Conv2d(Biased):
     def without_bias(self, x: Tensor) -> Tensor:
-        y = convolve(self, x, self.weight, None)  # type: ignore[arg-type]
-        return as_torch_orders(y, x, self.weight)
+        weight = self.weight  # once: a parametrization computes it anew each time
+        y = convolve(self, x, weight, None)  # type: ignore[arg-type]
+        return in_torch_order(y, x, weight)
 
 
 _CONV_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (
@@ -74,11 +76,12 @@ _CONV_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (
 
 class ConvTranspose(Biased):
     def without_bias(self, x: Tensor) -> Tensor:
+        weight = self.weight
         y = _CONV_TRANSPOSE[len(self.kernel_size) - 1](
-            x, self.weight, None, self.stride, self.padding, self.output_padding, self.groups,
+            x, weight, None, self.stride, self.padding, self.output_padding, self.groups,
             self.dilation,
         )  # fmt: skip
-        return as_torch_orders(y, x, self.weight)
+        return in_torch_order(y, x, weight)
 
 
 class BatchNorm(Fused, BatchNormAct):

@@ -36,16 +36,3 @@ def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) ->
         return nn.Conv2d._conv_forward(conv, x, weight, bias)
     how: Any = conv.stride, conv.padding, conv.dilation, conv.groups
     return ops.conv2d(x, weight, bias, *how)
-
-
-def as_torch_orders(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """y, a convolution of x, in the memory order of torch's, for a model of someone else: it may
-    `view` it, and its dropout draws in that order."""
-    if x.dim() != 4 or _is_channels_last(x) or _is_channels_last(weight):
-        return y
-    return y.contiguous()
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """To torch's convolutions, which ask for the stride of a batch of one too."""
-    return x.stride(1) <= x.stride(3) <= x.stride(2) <= x.stride(0)

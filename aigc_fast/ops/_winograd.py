@@ -21,7 +21,8 @@ from aigc_fast._devices import (
 )
 from aigc_fast.ops import _conv4x4
 from aigc_fast.ops._autograd import OpFunction, transforming
-from aigc_fast.ops._registry import FLOATS
+from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.conv3x3 import _conv3x3, _conv3x3_backward_input, _conv3x3_backward_weight
 
 #: Multiply-adds from which a few more microseconds a call are worth it.
@@ -132,6 +133,37 @@ def transpose(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None)
     if _wanted(x, weight, bias):
         return _Transpose.call(kind, x, weight, bias)
     return kind.transpose(x, weight, bias)
+
+
+def in_torch_order(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y, a convolution of x, in the memory order of torch's, for a model of someone else: it may
+    `view` it, and its dropout draws in that order. Differentiable."""
+    if y.is_contiguous() or y.dim() != 4 or _is_last(x) or _is_last(weight) or not _is_last(y):
+        return y
+    return _Planes.call(y) if _wanted(y) else to_planes(y)
+
+
+def _is_last(x: Tensor) -> bool:
+    """To torch's convolutions, which ask for the stride of a batch of one too."""
+    return x.stride(1) <= x.stride(3) <= x.stride(2) <= x.stride(0)
+
+
+to_planes = define(
+    "to_planes(Tensor x) -> Tensor",
+    lambda x: x.clone(memory_format=torch.contiguous_format),
+    lambda x: check_tensor("x", x, ndim=4),
+    stem=None,
+)
+
+
+class _Planes(OpFunction):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return to_planes(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0]
 
 
 def _weight_gradient(kind: Kind, grad: Tensor, x: Tensor) -> Tensor:

@@ -292,3 +292,17 @@ def test_explain_knows_whose_products_they_are() -> None:
     found = aigc_fast.explain(ops.conv2d, x, weight, padding=1)
     assert found.implementation == "cpu" and "conv3x3" in found.reason
     assert aigc_fast.explain(ops.conv2d, x, weight).implementation == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 40, 9, 17), (1, 3, 2, 2), (0, 16, 4, 4)], ids=str)
+def test_memory_order_of_torchs(shape, dtype) -> None:
+    y = channels_last(rand(*shape).to(dtype)).requires_grad_()
+    x, weight = rand(*shape).to(dtype), rand(4, 4, 3, 3)
+    planes = module.in_torch_order(y, x, weight)
+    assert planes.is_contiguous() and planes.equal(y)
+    (planes * x).sum().backward()
+    assert y.grad.equal(x)
+    kept = channels_last(rand(2, 4, 3, 3))
+    assert module.in_torch_order(y, kept, weight) is y
+    assert module.in_torch_order(y, x, kept) is y
