@@ -25,7 +25,7 @@ from aigc_fast.nn._replacing import (
     take_back,
 )
 from aigc_fast.nn.conv2d import convolve
-from aigc_fast.ops._winograd import in_torch_order, kind_of
+from aigc_fast.ops._winograd import are_faster, in_torch_order, kind_of
 from aigc_fast.ops.linear import mkl_lags
 
 #: package of a stock class -> the module that says what takes the place of its classes: TABLE, by
@@ -101,6 +101,8 @@ class Conv2d(Replacement):
     def assignments(cls, module: nn.Module) -> Iterable[Assignment]:
         conv: Any = module
         how = conv.stride, conv.padding, conv.dilation, conv.groups
+        if not are_faster():
+            raise Unfit("torch's own convolution is as fast on this machine")
         if conv.padding_mode != "zeros" or kind_of(conv.weight, *how) is None:
             raise Unfit("torch's own convolution is as fast")
         yield from super().assignments(module)

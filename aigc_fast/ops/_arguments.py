@@ -48,10 +48,7 @@ def _misfit_of(name: str, value: object, kind: Any) -> str:
         return ""  # torch takes it for a number
     if kind in _TYPES:
         return "" if isinstance(value, _TYPES[kind][1]) else problem
-    if get_origin(kind) in (
-        None,
-        Literal,
-    ):  # Any; choices, which torch's modules check
+    if get_origin(kind) in (None, Literal):  # Any; choices, which torch's modules check
         return ""
     if isinstance(value, Tensor | str) or not isinstance(value, Iterable):
         return problem

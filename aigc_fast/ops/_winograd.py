@@ -79,7 +79,9 @@ def kind_of(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: in
 
 
 def _is(value: Any, wanted: int) -> bool:
-    return value == wanted or value == (wanted,) * 2 or value == [wanted] * 2
+    """Whether an argument of one number or two says so; torch refuses 1.0 and True."""
+    values = list(value) if isinstance(value, tuple | list) else [value, value]
+    return values == [wanted, wanted] and all(type(v) is int for v in values)
 
 
 def pays(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> bool:
@@ -111,14 +113,19 @@ def pays(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, transposed:
 @functools.cache
 def _most_pixels(kind: Kind, dtype: torch.dtype) -> float:
     """Up to how many pixels our products take less time on this processor."""
-    library = _libraries.loaded.get("cpu")
-    if library is None or library.stem not in ("cpu_avx512", "cpu_avx2"):
+    if not are_faster():
         return 0
     if dtype is torch.bfloat16 and has_bfloat16_instructions():
         return 0 if has_fast_bfloat16("cpu") else kind.bfloat16_pixels
     if dtype is torch.float16 and has_float16_instructions():
         return 0
     return math.inf if dtype in FLOATS else 0
+
+
+def are_faster() -> bool:
+    """Whether the library that runs here was compiled for AVX2 or AVX-512."""
+    library = _libraries.loaded.get("cpu")
+    return library is not None and library.stem in ("cpu_avx512", "cpu_avx2")
 
 
 def conv(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -29,7 +29,8 @@ def conv2d(
     place of 9, and kernel 4, stride 2, padding 1, from 24 x 24 pixels on, with 7.1 in place of 16.
     So do their derivatives. In float64 and float32, and in a 16-bit dtype for which the CPU has no
     instructions; kernel 3 in bfloat16 without AMX up to 256 pixels too. y is then in channels_last
-    memory order, whatever that of x is; an infinity or a NaN in x makes all outputs of a tile NaN.
+    memory order, whatever that of x is. Where torch's y is infinite it may be NaN, and for kernel 4
+    outputs beside these too.
 
     Everywhere else, under autocast, within torch.compile, torch.func and forward-mode derivatives
     it is torch's own function. Differentiable as often as one likes.

@@ -79,7 +79,7 @@ void pack_outputs(const ConvWeight<T>& weight, const ConvSize& size, int64_t fir
   if (size.taps == 0) return;  // outputs between the taps of a transposed convolution
   constexpr int64_t kInputs = 16;
   const int64_t row = size.taps * kOuts;
-  std::vector<S> some((kInputs + kStep - 1) * row);  // [input][tap][kOuts]
+  std::vector<S> some(kInputs * row);  // [input][tap][kOuts]
   for (int64_t c = 0; c < size.in; c += kInputs) {
     const int64_t inputs = std::min(kInputs, size.in - c);
     gather_outputs<kOuts>(weight, size.taps, first, n, c, inputs, some.data());

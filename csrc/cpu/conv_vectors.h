@@ -176,7 +176,7 @@ class VectorProducts {
 
   const ConvSize size_;
   const int64_t depth_;
-  KeptBuffer<S> packed_;
+  KeptBuffer<S> packed_;  // every element of which is written
 };
 
 // A few outputs leave most lanes of VectorProducts empty: here the lanes are inputs.
@@ -220,7 +220,7 @@ class DotProducts {
  private:
   const ConvSize size_;
   const int64_t depth_;
-  std::vector<A> packed_;
+  std::vector<A> packed_;  // zero where nothing is written
 };
 
 }  // namespace aigc_fast

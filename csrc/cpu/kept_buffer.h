@@ -34,6 +34,7 @@ class KeptMemory {
 
   // The oldest blocks go where there would be too many.
   static void give(Block block) {
+    if (block.size > kMost) return ::operator delete(block.memory, kAlignment);
     KeptMemory& kept = own();
     kept.blocks_.push_back(block);
     kept.total_ += block.size;

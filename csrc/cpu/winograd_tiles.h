@@ -4,7 +4,7 @@
 //
 // x is the tile, y its 2x2 outputs by 3x3 weights or its 3x3 outputs by 2x2 weights; * multiplies
 // each of the sixteen positions by itself, and summed over channels that is a matrix product for
-// each position. A tile with an infinity or a NaN makes all its outputs NaN.
+// each position. An infinity makes NaN.
 //
 // A convolution of 4x4 weights with stride 2 is four of 2x2 weights, of every second row and column
 // of x each, and their sum: four times the inputs. The transposed convolution with stride 2 has

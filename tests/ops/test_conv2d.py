@@ -306,3 +306,10 @@ def test_memory_order_of_torchs(shape, dtype) -> None:
     kept = channels_last(rand(2, 4, 3, 3))
     assert module.in_torch_order(y, kept, weight) is y
     assert module.in_torch_order(y, x, kept) is y
+
+
+@pytest.mark.parametrize("padding", [1.0, True])
+def test_what_torch_refuses_is_refused(padding) -> None:
+    x, weight = rand(4, 16, 4, 4), rand(16, 16, 3, 3)
+    with pytest.raises(TypeError):
+        ops.conv2d(x, weight, padding=padding)
