@@ -128,18 +128,13 @@ def are_faster() -> bool:
     return library is not None and library.stem in ("cpu_avx512", "cpu_avx2")
 
 
-def conv(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The convolution, differentiable."""
+def convolve(
+    kind: Kind, transposed: bool, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The convolution or the transposed one, differentiable."""
     if _wanted(x, weight, bias):
-        return _Conv.call(kind, x, weight, bias)
-    return kind.conv(x, weight, bias)
-
-
-def transpose(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The transposed convolution, differentiable."""
-    if _wanted(x, weight, bias):
-        return _Transpose.call(kind, x, weight, bias)
-    return kind.transpose(x, weight, bias)
+        return _Convolution.call(kind, transposed, x, weight, bias)
+    return (kind.transpose if transposed else kind.conv)(x, weight, bias)
 
 
 def in_torch_order(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -183,45 +178,27 @@ def _wanted(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _bias_gradient(grad: Tensor) -> Tensor:
-    return grad.sum((0, 2, 3))
-
-
-class _Conv(OpFunction):
+class _Convolution(OpFunction):
     @staticmethod
-    def forward(ctx: Any, kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.kind = kind
+    def forward(
+        ctx: Any, kind: Kind, transposed: bool, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.kind, ctx.transposed = kind, transposed
         ctx.save_for_backward(x, weight)
-        return kind.conv(x, weight, bias)
+        return (kind.transpose if transposed else kind.conv)(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,), (x, weight) = grads, ctx.saved_tensors
-        _, by_x, by_weight, by_bias = ctx.needs_input_grad
+        *_, by_x, by_weight, by_bias = ctx.needs_input_grad
+        # The gradient of the smaller image comes first: that is y, of a transposed convolution x.
+        pair = (x, grad) if ctx.transposed else (grad, x)
         return (
             None,
-            transpose(ctx.kind, grad, weight) if by_x else None,
-            _weight_gradient(ctx.kind, grad, x) if by_weight else None,
-            _bias_gradient(grad) if by_bias else None,
-        )
-
-
-class _Transpose(OpFunction):
-    @staticmethod
-    def forward(ctx: Any, kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.kind = kind
-        ctx.save_for_backward(x, weight)
-        return kind.transpose(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), (x, weight) = grads, ctx.saved_tensors
-        _, by_x, by_weight, by_bias = ctx.needs_input_grad
-        return (
             None,
-            conv(ctx.kind, grad, weight) if by_x else None,
-            _weight_gradient(ctx.kind, x, grad) if by_weight else None,
-            _bias_gradient(grad) if by_bias else None,
+            convolve(ctx.kind, not ctx.transposed, grad, weight) if by_x else None,
+            _weight_gradient(ctx.kind, *pair) if by_weight else None,
+            grad.sum((0, 2, 3)) if by_bias else None,
         )
 
 
@@ -238,6 +215,6 @@ class _WeightGradient(OpFunction):
         _, by_grad, by_x = ctx.needs_input_grad
         return (
             None,
-            conv(ctx.kind, x, by_result) if by_grad else None,
-            transpose(ctx.kind, grad, by_result) if by_x else None,
+            convolve(ctx.kind, False, x, by_result) if by_grad else None,
+            convolve(ctx.kind, True, grad, by_result) if by_x else None,
         )

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aigc_fast.ops._winograd import conv, kind_of, pays, transpose
+from aigc_fast.ops._winograd import convolve, kind_of, pays
 
 Pair = int | tuple[int, int]
 
@@ -40,7 +40,7 @@ def conv2d(
     if not torch.compiler.is_compiling():
         kind = kind_of(weight, stride, padding, dilation, groups)
         if kind is not None and pays(kind, x, weight, bias, transposed=False):
-            return conv(kind, x, weight, bias)
+            return convolve(kind, False, x, weight, bias)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -67,5 +67,5 @@ def conv_transpose2d(
     if not torch.compiler.is_compiling() and output_padding in (0, (0, 0), [0, 0]):
         kind = kind_of(weight, stride, padding, dilation, groups)
         if kind is not None and pays(kind, x, weight, bias, transposed=True):
-            return transpose(kind, x, weight, bias)
+            return convolve(kind, True, x, weight, bias)
     return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)

@@ -70,17 +70,10 @@ ConvShape shape_of(const std::vector<Tensor>& xs, const Tensor& weight, int64_t 
   return s;
 }
 
-// The weight with its taps a fixed stride apart.
-Tensor with_taps(const Tensor& weight) {
-  require(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
-          "weight must have shape (out, in, 3, 3)");
-  return weight.stride(2) == 3 * weight.stride(3) ? weight : as_contiguous(weight);
-}
-
 Tensor conv3x3(const std::vector<Tensor>& xs, const Tensor& weight_in, const MaybeTensor& bias,
                const MaybeTensor& slope, const MaybeTensor& residual_in, double gain) {
   const ScalarType dtype = weight_in.scalar_type();
-  const Tensor weight = with_taps(weight_in);
+  const Tensor weight = with_taps(weight_in, 3);
   const ConvShape s = shape_of(xs, weight, weight.size(1), weight.size(0));
   for (const auto& p : {bias, slope, residual_in})
     require(!p || p->scalar_type() == dtype, "bias, slope and residual must have the dtype of x");
@@ -105,7 +98,7 @@ Tensor conv3x3(const std::vector<Tensor>& xs, const Tensor& weight_in, const May
 
 // The gradient of the input: the convolution of that of the output by the weight turned around.
 Tensor conv3x3_backward_input(const Tensor& grad, const Tensor& weight_in) {
-  const Tensor weight = with_taps(weight_in);
+  const Tensor weight = with_taps(weight_in, 3);
   const ConvShape s = shape_of({grad}, weight, weight.size(0), weight.size(1));
   Tensor y = empty_in_order({s.batch, s.out, s.height, s.width}, grad.scalar_type(), true);
   if (y.numel() == 0) return y;
@@ -122,21 +115,8 @@ Tensor conv3x3_backward_input(const Tensor& grad, const Tensor& weight_in) {
 }
 
 // The gradient of the weight, contiguous.
-Tensor conv3x3_backward_weight(const Tensor& grad_in, const Tensor& x_in) {
-  const ConvShape s = shape_of({x_in}, grad_in, x_in.size(1), grad_in.size(1));
-  require(grad_in.dim() == 4 && grad_in.size(0) == s.batch && grad_in.size(2) == s.height &&
-              grad_in.size(3) == s.width,
-          "grad must have the batch, height and width of x");
-  Tensor weight = empty({s.out, s.in, 3, 3}, x_in.scalar_type());
-  dispatch(x_in, "x", [&]<class T>(T) {
-    if (x_in.numel() == 0 || weight.numel() == 0) {  // a sum of nothing
-      std::memset(static_cast<void*>(mutable_data<T>(weight)), 0, weight.numel() * sizeof(T));
-      return;
-    }
-    const Tensor x = channels_innermost<T>(x_in), grad = channels_innermost<T>(grad_in);
-    WinogradWeight<Conv3x3, T>(input_of<T>(x), input_of<T>(grad), s).run(mutable_data<T>(weight));
-  });
-  return weight;
+Tensor conv3x3_backward_weight(const Tensor& grad, const Tensor& x) {
+  return winograd_weight<Conv3x3>(grad, x);
 }
 
 // A contiguous copy of a channels_last image, by blocks of registers: torch's copies 2 GB/s.

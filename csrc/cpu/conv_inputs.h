@@ -51,4 +51,11 @@ ConvInput<T> input_of(const Tensor& x) {
   return {data<T>(x), x.size(1), x.stride(0), channel_stride, x.stride(2), x.stride(3)};
 }
 
+// A weight (., ., kernel, kernel) with its taps a fixed stride apart.
+inline Tensor with_taps(const Tensor& weight, int64_t kernel) {
+  require(weight.dim() == 4 && weight.size(2) == kernel && weight.size(3) == kernel,
+          "weight must have shape (out, in, ", kernel, ", ", kernel, ")");
+  return weight.stride(2) == kernel * weight.stride(3) ? weight : as_contiguous(weight);
+}
+
 }  // namespace aigc_fast

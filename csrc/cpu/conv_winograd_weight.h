@@ -127,4 +127,26 @@ class WinogradWeight {
   const int64_t in_pitch_ = (round_up(blocks_ * kInputs, kLanes<A>) / kLanes<A> | 1) * kLanes<A>;
 };
 
+// The same of tensors: grad (batch, out, height, width) of y, and x.
+template <class Kind>
+Tensor winograd_weight(const Tensor& grad_in, const Tensor& x_in) {
+  require(grad_in.dim() == 4 && x_in.dim() == 4, "grad and x must have 4 dimensions");
+  require(grad_in.scalar_type() == x_in.scalar_type(), "grad must have the dtype of x");
+  require(grad_in.size(0) == x_in.size(0) && grad_in.size(2) == Kind::length(x_in.size(2)) &&
+              grad_in.size(3) == Kind::length(x_in.size(3)),
+          "grad must have the sizes of the output");
+  const ConvShape s{x_in.size(0), x_in.size(2), x_in.size(3), x_in.size(1), grad_in.size(1)};
+  Tensor weight = empty({s.out, s.in, Kind::kKernel, Kind::kKernel}, x_in.scalar_type());
+  dispatch(x_in, "x", [&]<class T>(T) {
+    if (x_in.numel() == 0 || grad_in.numel() == 0) {  // a sum of nothing
+      if (weight.numel() > 0)
+        std::memset(static_cast<void*>(mutable_data<T>(weight)), 0, weight.numel() * sizeof(T));
+      return;
+    }
+    const Tensor x = channels_innermost<T>(x_in), grad = channels_innermost<T>(grad_in);
+    WinogradWeight<Kind, T>(input_of<T>(x), input_of<T>(grad), s).run(mutable_data<T>(weight));
+  });
+  return weight;
+}
+
 }  // namespace aigc_fast
