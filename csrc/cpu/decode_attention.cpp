@@ -12,6 +12,7 @@
 #include "attention.h"
 #include "attention_bf16.h"
 #include "attention_dot.h"
+#include "attention_dot_int8.h"
 #include "attention_int8.h"
 
 namespace aigc_fast {
@@ -184,6 +185,11 @@ std::tuple<Tensor, Tensor> decode_attention_full(
 #if AIGC_BF16_DOT
         if constexpr (std::is_same_v<T, bf16> && std::is_same_v<C, bf16>)
           if (has_bf16_dot()) return with(std::type_identity<Bf16DotProducts<R>>{});
+#endif
+#if AIGC_INT8_DOT
+        if constexpr (sizeof(T) == 2 && std::is_same_v<C, int8_t>)
+          if (Int8DotProducts<R>::fits(s.head_dim))
+            return with(std::type_identity<Int8DotProducts<R>>{});
 #endif
         with(std::type_identity<Products<A, C, R>>{});
       };

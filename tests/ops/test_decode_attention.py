@@ -87,6 +87,8 @@ def test_a_value_that_is_not_finite_stays_in_its_place(
         (1, 6, 2, 64, 190, None, 77),
         (1, 10, 2, 64, 150, 16, None),
         (3, 8, 2, 192, 141, 7, None),
+        (1, 2, 2, 80, 99, None, None),
+        (1, 4, 2, 520, 45, None, None),
     ],
 )
 @EVERYWHERE
@@ -106,15 +108,32 @@ def test_blocks_of_int8_caches(implementation, device, shape, dtype) -> None:
     assert_as_good_as_torch(list(ours), list(plain), list(exact), dtype)
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@EVERYWHERE
+def test_small_weights_and_numbers_count_over_int8_caches(implementation, device, dtype) -> None:
+    """The first key, whose value is 0, has e^11 times the weight of another; and queries have a
+    number that is far above their others."""
+    query, keys, values = inputs(1, 1, 4, 1, 64, 601)
+    keys, values = (x.mul(40).clamp(-127, 127).to(torch.int8) for x in (keys, values))
+    query[..., 0], keys[..., 0], keys[:, 0, :, 0], values[:, 0] = 60.0, 0, 127, 0
+    options: dict = {"scale": 11 / (60 * 127)}
+    query, lengths = query.to(dtype), torch.tensor([601])
+    exact = run("reference", "cpu", query.double(), keys, values, lengths, **options)
+    plain = run("reference", "cpu", query, keys, values, lengths, **options)
+    ours = run(implementation, device, query, keys, values, lengths, **options)
+    assert_as_good_as_torch(list(ours), list(plain), list(exact), dtype)
+
+
 @EVERYWHERE
 def test_nan_in_a_query_stays_with_its_head_over_int8_caches(implementation, device) -> None:
     query, keys, values = inputs(1, 1, 4, 1, 64, 70)
     keys, values = (x.mul(40).clamp(-127, 127).to(torch.int8) for x in (keys, values))
     query[0, 0, 2, 5] = torch.nan
-    out, lse = run(implementation, device, query, keys, values, torch.tensor([70]))
-    heads = torch.arange(4)
-    assert out[0, 0, 2].isnan().all() and out[0, 0, heads != 2].isfinite().all()
-    assert lse[0, 0].isnan().tolist() == [False, False, True, False]
+    for dtype in LOW:
+        out, lse = run(implementation, device, query.to(dtype), keys, values, torch.tensor([70]))
+        heads = torch.arange(4)
+        assert out[0, 0, 2].isnan().all() and out[0, 0, heads != 2].isfinite().all()
+        assert lse[0, 0].isnan().tolist() == [False, False, True, False]
 
 
 @EVERYWHERE
