@@ -83,9 +83,10 @@ def decode_attention(
     natural logarithm as float32 (float64 for float64) of (batch, q_len, num_heads). A query that
     sees nothing gets zeros, and -inf (or its sink) as its logarithm. What lies beyond cache_lengths
     or before the window of every query is never used: it may be NaN. Computes in fp32 (fp64 for
-    fp64) and rounds once, but for three: where all is bfloat16, CPUs with instructions for it
-    (AVX512_BF16, AMX) take subnormal keys as zero, AMX probabilities right to 16 bits; on a GPU
-    Triton rounds probabilities to the dtype of query.
+    fp64) and rounds once, but for these: where all is bfloat16, CPUs with instructions for it
+    (AVX512_BF16, AMX) take subnormal keys as zero, AMX probabilities right to 16 bits; over int8
+    caches AVX512_VNNI takes queries of 16 bits as integers of 16, in units of the largest in their
+    row, and so it takes probabilities; on a GPU Triton rounds probabilities to the dtype of query.
 
     Views whose last dimension is contiguous are read in place; others are copied once. Bytes that
     must move: the entries in sight of both caches, once for all the heads of a group and all q_len.
