@@ -112,7 +112,7 @@ def _spectral_norm(x: Inputs) -> Result:
 #: What aigc_fast.ops has without a kernel of its own.
 PLAIN = {
     "conv2d_resample", "dequantize_weight", "merge_attention", "modulated_conv2d", "pack_weight",
-    "conv2d", "conv_transpose2d", "linear", "quantize_weight", "upsample_conv2d",
+    "causal_conv3d", "conv2d", "conv_transpose2d", "linear", "quantize_weight", "upsample_conv2d",
 }  # fmt: skip
 #: A call of each public operator of aigc_fast.ops.
 CALLS: dict[str, Callable[[Inputs], Result]] = {

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from aigc_fast import ops
 from aigc_fast.integrations._patching import Assignment, Replacement, Unfit
+from aigc_fast.ops._winograd import in_torch_order
 
 
 class Timesteps(Replacement):
@@ -40,6 +41,26 @@ class SwiGLU(Replacement):
     def forward(self, hidden_states: Tensor) -> Tensor:
         up, gate = self.proj(hidden_states).chunk(2, dim=-1)
         return ops.swiglu(gate, up)
+
+
+class CausalConv3d(Replacement):
+    """Of video autoencoders that decode frame by frame, with the frames before as a cache."""
+
+    uses = "causal_conv3d"
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if module._padding[4] != module.kernel_size[0] - 1:
+            raise Unfit("it puts no frames before the first")
+        yield from super().assignments(module)
+
+    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        padding = self._padding[2], self._padding[0]
+        history = cache_x if self.kernel_size[0] > 1 else None
+        weight = self.weight  # once: a parametrization computes it anew each time
+        y = ops.causal_conv3d(x, weight, self.bias, self.stride, padding, history=history)
+        flat = in_torch_order(y.flatten(2, 3), x[:, :, 0], weight[:, :, 0])
+        return flat.unflatten(2, y.shape[2:4])
 
 
 class RMSNorm(Replacement):

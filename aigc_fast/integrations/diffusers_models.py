@@ -195,6 +195,8 @@ TABLE = _table(
     unets__unet_2d=dict(UNet2DModel=HasOutputNorm),
     unets__unet_2d_condition=dict(UNet2DConditionModel=HasOutputNorm),
     autoencoders__vae=dict(Encoder=HasOutputNorm, Decoder=HasOutputNorm),
+    autoencoders__autoencoder_kl_wan=dict(WanCausalConv3d=layers.CausalConv3d),
+    autoencoders__autoencoder_kl_qwenimage=dict(QwenImageCausalConv3d=layers.CausalConv3d),
     attention_processor=dict(Attention=Attention),
     embeddings=dict(Timesteps=layers.Timesteps),
     activations=dict(GEGLU=layers.GEGLU, SwiGLU=layers.SwiGLU),

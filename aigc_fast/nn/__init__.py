@@ -2,6 +2,7 @@
 
 from ._arguments import check_constructor
 from .bias_act import BiasAct, LinearBiasAct
+from .causal_conv3d import CausalConv3d
 from .conv2d import Conv2d, ConvTranspose2d
 from .conv_bias_act import Conv2dBiasAct, ConvTranspose2dBiasAct
 from .equalized import EqualizedConv2d, EqualizedLinear
@@ -37,6 +38,7 @@ __all__ = [
     "BatchNormAct3d",
     "BiasAct",
     "Blur",
+    "CausalConv3d",
     "Conv2d",
     "Conv2dBiasAct",
     "ConvTranspose2d",

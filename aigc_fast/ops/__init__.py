@@ -6,6 +6,7 @@ from aigc_fast.ops._quantized_format import dequantize_weight, pack_weight, quan
 from aigc_fast.ops.add_noise import add_noise
 from aigc_fast.ops.alias_free_snake import alias_free_snake
 from aigc_fast.ops.bias_act import bias_act
+from aigc_fast.ops.causal_conv3d import causal_conv3d
 from aigc_fast.ops.channel_moments import channel_moments
 from aigc_fast.ops.codebook_moments import codebook_moments
 from aigc_fast.ops.conv1d import conv1d, conv_transpose1d
@@ -61,6 +62,7 @@ __all__ = [
     "apply_rotary",
     "batch_norm_act",
     "bias_act",
+    "causal_conv3d",
     "channel_moments",
     "codebook_moments",
     "conv1d",

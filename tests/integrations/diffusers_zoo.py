@@ -77,6 +77,12 @@ CASES = {
         lambda: dict(sample=image()),
         {"group_norm_act"},
     ),
+    "video autoencoder": Case(
+        "AutoencoderKLWan",
+        dict(base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True]),
+        lambda: dict(sample=rand(1, 3, 5, 8, 8)),
+        set(),
+    ),
     "dit": Case(
         "DiTTransformer2DModel",
         TRANSFORMER | dict(sample_size=8, num_embeds_ada_norm=10),

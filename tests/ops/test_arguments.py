@@ -39,6 +39,12 @@ def _own_calls() -> dict[str, dict[str, Any]]:
             "skipped": one.clone(),
             "rates": torch.ones(2),
         },
+        "causal_conv3d": {
+            "x": image[:, :, None],
+            "weight": kernel[:, :, None],
+            "bias": torch.ones(3),
+            "history": image[:, :, None],
+        },
         "conv2d": {"x": image, "weight": kernel, "bias": torch.ones(3)},
         "conv_transpose2d": {"x": image, "weight": kernel, "bias": torch.ones(3)},
         "conv2d_resample": {"x": image, "weight": kernel, "filter": torch.ones(4), "up": 2},
