@@ -16,9 +16,11 @@ from pydoc_data.topics import topics
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from aigc_fast.io import load_tokenizer
 from aigc_fast.models.autoregressive import DecoderLM, calibrate_cache, generate
+from aigc_fast.training import perplexity, windows_of
 from benchmarks.bench_autoregressive import gguf_path
 
 QUESTIONS = (
@@ -45,27 +47,17 @@ def agreement(ours: list[int], dense: list[int]) -> int:
 
 
 @torch.inference_mode()
-def perplexity(model: DecoderLM, ids: list[int]) -> float:
-    """exp of the mean negative log-probability of the tokens, in windows of their own."""
-    total, count = 0.0, 0
-    for start in range(0, WINDOW * WINDOWS, WINDOW):
-        window = torch.tensor([ids[start : start + WINDOW]])
-        total += model.loss(window, reduction="sum").item()
-        count += WINDOW - 1
-    return math.exp(total / count)
-
-
-@torch.inference_mode()
-def decoding_perplexity(model: DecoderLM, ids: list[int], dtype: torch.dtype) -> float:
-    """The same of two windows, each token attending to a cache of that dtype."""
+def decoding_perplexity(model: DecoderLM, windows: Tensor, dtype: torch.dtype) -> float:
+    """`perplexity`, token by token, each attending to a cache of that dtype."""
     scales = calibrate_cache(model, dtype) if dtype == torch.int8 else None
+    count, seq = windows.shape
     total = 0.0
-    for start in (0, WINDOW):
-        cache = model.new_cache(1, WINDOW, dtype, scales)
-        for token, following in itertools.pairwise(ids[start : start + WINDOW]):
-            logits = model(torch.tensor([[token]]), cache)[0, 0].float()
+    for window in windows:
+        cache = model.new_cache(1, seq, dtype, scales)
+        for token, following in itertools.pairwise(window):
+            logits = model(token[None, None], cache)[0, 0].float()
             total -= logits.log_softmax(-1)[following].item()
-    return math.exp(total / (2 * (WINDOW - 1)))
+    return math.exp(total / (count * (seq - 1)))
 
 
 def llama_answers(path: str, prompts: list[list[int]]) -> list[list[int]]:
@@ -86,6 +78,7 @@ def main() -> int:
         return 2
     tokenizer = load_tokenizer(path)
     text = tokenizer.encode("\n".join(topics[name] for name in sorted(topics)))
+    windows = windows_of(torch.tensor(text), WINDOW)[:WINDOWS]
     prompts = [
         tokenizer.encode(tokenizer.chat_prompt([{"role": "user", "content": question}]))
         for question in QUESTIONS
@@ -106,12 +99,12 @@ def main() -> int:
     with suppress(ImportError):
         answers["llama.cpp"] = llama_answers(str(path), prompts)
     dense = answers["dense fp32"]
-    base = perplexity(variants["dense fp32"], text)
+    base = perplexity(variants["dense fp32"], windows)
     table = Table("", "same tokens as dense", "of", "prompts all the same", "perplexity", "dense")
     for name, given in answers.items():
         same = [agreement(a, d) for a, d in zip(given, dense, strict=True)]
         whole = sum(n == len(d) for n, d in zip(same, dense, strict=True))
-        value = perplexity(variants[name], text) if name in variants else None
+        value = perplexity(variants[name], windows) if name in variants else None
         table.add_row(
             name,
             str(sum(same)),
@@ -123,10 +116,10 @@ def main() -> int:
     console = Console()
     console.print(table)
     packed = variants["packed, exact activations"]
-    base = decoding_perplexity(packed, text, torch.float32)
+    base = decoding_perplexity(packed, windows[:2], torch.float32)
     table = Table("cache", "perplexity, token by token", "float32 cache")
     for dtype in CACHES:
-        value = decoding_perplexity(packed, text, dtype)
+        value = decoding_perplexity(packed, windows[:2], dtype)
         name = str(dtype).removeprefix("torch.")
         table.add_row(name, f"{value:.3f}", f"{100 * (value / base - 1):+.2f}%")
     console.print(table)

@@ -7,6 +7,7 @@ from .diffusion import DiffusionRecipe, DiffusionStep, DiffusionTrainer
 from .ema import EMA
 from .gan import GANStep, GANTrainer
 from .gan_recipe import RECIPES, GANRecipe
+from .language import LanguageRecipe, LanguageStep, LanguageTrainer, perplexity, windows_of
 from .log import CSVLog, TensorBoardLog
 from .optim import Adam, AdamW
 from .penalties import gradient_penalty, path_length_penalty, r1_penalty, r2_penalty
@@ -25,6 +26,9 @@ __all__ = [
     "GANRecipe",
     "GANStep",
     "GANTrainer",
+    "LanguageRecipe",
+    "LanguageStep",
+    "LanguageTrainer",
     "TensorBoardLog",
     "VAERecipe",
     "VAEStep",
@@ -35,7 +39,9 @@ __all__ = [
     "load_checkpoint",
     "log_likelihood",
     "path_length_penalty",
+    "perplexity",
     "r1_penalty",
     "r2_penalty",
     "save_checkpoint",
+    "windows_of",
 ]

@@ -77,6 +77,8 @@ class DiffusionTrainer(Trainer):
     average: the model with averaged weights, the one to sample from.
     """
 
+    ema: EMA
+
     def __init__(
         self,
         model: nn.Module,

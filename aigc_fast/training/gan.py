@@ -61,6 +61,8 @@ class GANTrainer(Trainer):
     record the networks.
     """
 
+    ema: EMA
+
     def __init__(
         self,
         generator: nn.Module,

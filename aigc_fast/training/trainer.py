@@ -18,7 +18,7 @@ class Trainer(ABC):
     """
     recipe:     a dataclass: what is minimised, and how.
     networks, optimizers: what a step changes, by the names that `state_dict` gives them.
-    ema:        the averaged weights, of the network to sample from.
+    ema:        the averaged weights, of the network to sample from; None for that network's own.
     done:       done(step) is the share of the training, 0 to 1, that lies behind at a step.
     seed:       of everything random. The same seed gives the same losses, to the bit, also where
                 training was interrupted and went on from `state_dict`.
@@ -29,18 +29,18 @@ class Trainer(ABC):
         recipe: Any,
         networks: dict[str, nn.Module],
         optimizers: dict[str, Adam],
-        ema: EMA,
+        ema: EMA | None,
         done: Callable[[int], float],
         seed: int,
     ) -> None:
         self.recipe, self.networks, self.optimizers, self.ema = recipe, networks, optimizers, ema
         self.done, self.seed, self.steps_done = done, seed, 0
-        self.device = next(ema.model.parameters()).device
+        self.device = next(self.average.parameters()).device
         self.random = torch.Generator(self.device).manual_seed(seed)
 
     @property
     def average(self) -> nn.Module:
-        return self.ema.model
+        return next(iter(self.networks.values())) if self.ema is None else self.ema.model
 
     @property
     def skipped(self) -> int:
@@ -72,14 +72,15 @@ class Trainer(ABC):
             yield self._run_step((epoch, epochs, step, steps), (as_floats(batch), *classes))
 
     def _parts(self) -> dict[str, Any]:
-        return {**self.networks, "average": self.average, **self.optimizers}
+        averages = {} if self.ema is None else {"average": self.average}
+        return {**self.networks, **averages, **self.optimizers}
 
     def state_dict(self) -> dict[str, Any]:
         """All that training needs to go on as if it had not been interrupted."""
         return {
             "recipe": asdict(self.recipe),
             **{name: part.state_dict() for name, part in self._parts().items()},
-            "average_updates": self.ema.updates,
+            "average_updates": self.ema.updates if self.ema else 0,
             "skipped": [optimizer.skipped for optimizer in self.optimizers.values()],
             "random": self.random.get_state(),
             "torch_random": self._torch_random(),
@@ -104,7 +105,8 @@ class Trainer(ABC):
             )
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.ema.updates = state["average_updates"]
+        if self.ema:
+            self.ema.updates = state["average_updates"]
         for optimizer, count in zip(self.optimizers.values(), state["skipped"], strict=True):
             optimizer.skipped.copy_(count)
         self.random.set_state(state["random"].cpu())

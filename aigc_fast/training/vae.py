@@ -96,6 +96,8 @@ class VAETrainer(Trainer):
     average: the model with averaged weights, the one to sample from.
     """
 
+    ema: EMA
+
     def __init__(
         self,
         model: nn.Module,
