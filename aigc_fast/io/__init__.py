@@ -9,7 +9,7 @@ from .ncnn import NcnnLayer, NcnnNetwork, find_realesrgan, read_ncnn
 from .onnx import OnnxFile, OnnxNode, read_onnx
 from .phonemes import phonemize
 from .quantized import pack_gguf
-from .tokenizer import TextTokenizer, load_tokenizer
+from .tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
 from .voice_tokenizer import VoiceTokenizer, find_voice, load_voice_tokenizer
 
 __all__ = [
@@ -35,4 +35,5 @@ __all__ = [
     "read_hf_folder",
     "read_ncnn",
     "read_onnx",
+    "save_tokenizer",
 ]

@@ -1,4 +1,5 @@
-"""Reading the folders that save_pretrained of transformers and diffusers writes, not trusted.
+"""The folders that save_pretrained of transformers and diffusers writes: read, not trusted, and
+written.
 
 Weights come from safetensors alone: a pickle can run any code. The package safetensors checks a
 file's header against its size and maps the tensors; what it leaves open is checked here.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,38 @@ def read_hf_folder(path: str | os.PathLike[str], stem: str = "model") -> HFFolde
             )
         raise ValueError(f"{folder}: there is neither {single} nor {index}")
     return HFFolder(str(folder), config, open_safetensors(folder / single))
+
+
+def write_hf_folder(
+    path: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Writes config.json and model.safetensors, or leaves what was there before.
+
+    Raises:
+        OSError: a file cannot be written.
+        ImportError: the package `safetensors` is not installed.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError("this needs the package safetensors: pip install safetensors") from error
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors"
+    partial = weights.with_name(weights.name + ".partial")
+    # transformers refuses a file that does not name its framework.
+    save_file(dict(tensors), partial, {"format": "pt"})
+    write_json(folder / "config.json", config)
+    # The old file may be mapped by this very model: it must stay until then, and is not written to.
+    os.replace(partial, weights)
+    (folder / f"{weights.name}.index.json").unlink(missing_ok=True)  # of the shards before
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object, or leaves the file as it was."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

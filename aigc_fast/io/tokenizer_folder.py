@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from .hf_folder import read_json
+from .hf_folder import read_json, write_json
 from .text_tokenizer import TextTokenizer, sound
 
 
@@ -41,6 +42,37 @@ def read_folder_tokenizer(folder: Path) -> TextTokenizer:
         chat_template=_chat_template(folder, config),
         special_tokens=special,
     )
+
+
+# What transformers' tokenizers write, beside old names for the same content.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def write_folder_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
+    """The inverse of `read_folder_tokenizer`; of a tokenizer that came from a folder, its files."""
+    source = Path(tokenizer.path)
+    names = [name for name in _FILES if source.is_dir() and (source / name).exists()]
+    if "tokenizer.json" not in names:
+        tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if tokenizer.chat_template is not None:
+            config["chat_template"] = tokenizer.chat_template
+        write_json(folder / "tokenizer_config.json", config | tokenizer.special_tokens)
+    elif not source.samefile(folder):
+        for name in names:
+            shutil.copyfile(source / name, folder / name)
+    if "generation_config.json" not in names and tokenizer.stop_tokens:
+        write_json(folder / "generation_config.json", {"eos_token_id": [*tokenizer.stop_tokens]})
 
 
 def _stop_tokens(folder: Path, vocab_size: int) -> set[int]:

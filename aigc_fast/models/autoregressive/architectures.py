@@ -24,11 +24,13 @@ class Key:
         name: of the entry.
         default: the value where it is absent, or a function of the fields read before it.
         convert: makes the field of the entry.
+        invert: makes the entry of the field, where `convert` is not None.
     """
 
     name: str
     default: Any = REQUIRED
     convert: Callable[[Any], Any] | None = None
+    invert: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Architecture:
         offset_norms: transformers stores the weights of the norms less one.
         paired_rotary: llama.cpp rotates neighbours, and its converter permutes query and key.
         ignored: ends of the names of tensors in old files that hold no weight.
+        model_class: of transformers, by which other programs know the kind.
     """
 
     names: Mapping[str, str]
@@ -64,6 +67,15 @@ class Architecture:
     offset_norms: bool = False
     paired_rotary: bool = False
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    model_class: str = "LlamaForCausalLM"
+
+    def weight_name(self, part: str, layer: int | None, kind: str) -> str:
+        """transformers' name of the `weight` or `bias` of a part, which llama.cpp names."""
+        return f"{self.names[part].format(layer)}.{kind}"
+
+    def is_transposed(self, layer: int | None, shape: tuple[int, ...]) -> bool:
+        """Whether transformers stores the transpose of a weight of that shape."""
+        return self.transposed and layer is not None and len(shape) == 2
 
 
 def _head_dim(fields: Fields) -> int:
@@ -127,7 +139,9 @@ _BIAS = {
 _GEMMA2_CONFIG = _BIAS | {
     "head_dim": Key("head_dim", 256),
     "tie_word_embeddings": Key("tie_word_embeddings", True),
-    "attention_scale": Key("query_pre_attn_scalar", 256, lambda dim: dim**-0.5),
+    "attention_scale": Key(
+        "query_pre_attn_scalar", 256, lambda dim: dim**-0.5, lambda scale: round(scale**-2)
+    ),
     "attention_softcap": Key("attn_logit_softcapping", 50.0),
     "logit_softcap": Key("final_logit_softcapping", 30.0),
 }
@@ -189,16 +203,24 @@ _QWEN2 = replace(
     window=4096,
     use_window=False,
     paired_rotary=False,
+    model_class="Qwen2ForCausalLM",
 )
 
 ARCHITECTURES = {
     "llama": _LLAMA,
-    "mistral": replace(_LLAMA, config=_LLAMA_CONFIG, slides=lambda layer, first: True, window=4096),
+    "mistral": replace(
+        _LLAMA,
+        config=_LLAMA_CONFIG,
+        slides=lambda layer, first: True,
+        window=4096,
+        model_class="MistralForCausalLM",
+    ),
     "qwen2": _QWEN2,
     "qwen3": replace(
         _QWEN2,
         config=_LLAMA_CONFIG | _BIAS | {"head_dim": Key("head_dim", 128)},
         fixed={"qk_norm": True},
+        model_class="Qwen3ForCausalLM",
     ),
     "gemma2": Architecture(
         names=_GEMMA2_NAMES,
@@ -210,6 +232,7 @@ ARCHITECTURES = {
         slides=lambda layer, first: layer % 2 == 0,
         window=4096,
         offset_norms=True,
+        model_class="Gemma2ForCausalLM",
     ),
     "gpt2": Architecture(
         names=_GPT2_NAMES,
@@ -232,6 +255,7 @@ ARCHITECTURES = {
         },
         transposed=True,
         ignored=("attn.bias", "attn.masked_bias"),
+        model_class="GPT2LMHeadModel",
     ),
     "stablelm": Architecture(
         names=_LLAMA_NAMES,
@@ -247,5 +271,6 @@ ARCHITECTURES = {
             "qk_layernorm": False,
             "use_parallel_residual": False,
         },
+        model_class="StableLmForCausalLM",
     ),
 }

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.io.tokenizer import TextTokenizer, save_tokenizer
 from aigc_fast.nn import Linear, QuantizedLinear
 from aigc_fast.nn._replacing import runs_as_written
 
@@ -22,6 +23,7 @@ from .layers import DecoderLayer, Norm, Step
 from .load_gguf import read_gguf_model
 from .load_hf import from_hf_state_dict, read_hf_model
 from .rope import rotary
+from .save_hf import save_hf_model
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -103,6 +105,27 @@ class DecoderLM(nn.Module):
         """
         empty = cls._empty(config)
         return cls._assemble(empty, from_hf_state_dict(empty, state, architecture))
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], tokenizer: TextTokenizer | None = None
+    ) -> None:
+        """Writes config.json and model.safetensors, which `from_pretrained` and transformers'
+        AutoModelForCausalLM read. `model_type` is the first of architectures.py that describes the
+        model: a Mistral without windows is a Llama.
+
+        Args:
+            folder: made where it is not there. Files of these names are replaced when the new ones
+                are complete; the model may have come from there.
+            tokenizer: what `io.load_tokenizer` gave; its files are written too.
+
+        Raises:
+            ValueError: packed weights or replaced layers; a config that none of the architectures
+                has.
+        """
+        empty = self._empty(self.config).state_dict()
+        save_hf_model(folder, self, {name: like.shape for name, like in empty.items()})
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, folder)
 
     @classmethod
     def _empty(cls, config: DecoderConfig) -> DecoderLM:

@@ -87,9 +87,8 @@ def _assemble(
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     def fetch_part(part: str, layer: int | None, kind: str, shape: tuple[int, ...]) -> Tensor:
-        name = f"{architecture.names[part].format(layer)}.{kind}"
-        flip = architecture.transposed and layer is not None and len(shape) == 2
-        weight = fetch(name, shape[::-1] if flip else shape)
+        flip = architecture.is_transposed(layer, shape)
+        weight = fetch(architecture.weight_name(part, layer, kind), shape[::-1] if flip else shape)
         if flip:
             weight = weight.t().contiguous()
         target = weight.dtype if dtype is None else dtype

@@ -1,4 +1,4 @@
-"""Weights of a file, brought into the layout of `DecoderLM`.
+"""Weights of a file, brought into the layout of `DecoderLM`, and out of it.
 
     llama.cpp                here
     token_embd               embed_tokens
@@ -19,7 +19,7 @@ Fused weights hold the rows of their parts one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,6 +70,18 @@ def assemble(model: DecoderLM, architecture: Architecture, fetch: Fetch) -> dict
         ]
         state[key] = torch.cat(weights) if len(weights) > 1 else weights[0]
     return state
+
+
+def disassemble(
+    state: Mapping[str, Tensor], config: DecoderConfig, architecture: Architecture
+) -> Iterator[tuple[str, int | None, str, Tensor]]:
+    """The inverse: part, layer, `weight` or `bias`, and the weight, of every part."""
+    for key, weight in state.items():
+        module, _, kind = key.rpartition(".")
+        layer, parts = parts_of(module, architecture)
+        rows = part_rows(config, parts, weight.shape[0])
+        for part, piece in zip(parts, weight.split(rows), strict=True):
+            yield part, layer, kind, piece
 
 
 def parts_of(module: str, architecture: Architecture) -> tuple[int | None, tuple[str, ...]]:

