@@ -21,8 +21,8 @@ from aigc_fast._devices import (
 )
 from aigc_fast.ops import _conv4x4
 from aigc_fast.ops._autograd import OpFunction, transforming
-from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._registry import FLOATS, define
+from aigc_fast.ops._layout import to_planes
+from aigc_fast.ops._registry import FLOATS
 from aigc_fast.ops.conv3x3 import _conv3x3, _conv3x3_backward_input, _conv3x3_backward_weight
 
 #: Multiply-adds from which a few more microseconds a call are worth it.
@@ -148,14 +148,6 @@ def in_torch_order(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def _is_last(x: Tensor) -> bool:
     """To torch's convolutions, which ask for the stride of a batch of one too."""
     return x.stride(1) <= x.stride(3) <= x.stride(2) <= x.stride(0)
-
-
-to_planes = define(
-    "to_planes(Tensor x) -> Tensor",
-    lambda x: x.clone(memory_format=torch.contiguous_format),
-    lambda x: check_tensor("x", x, ndim=4),
-    stem=None,
-)
 
 
 class _Planes(OpFunction):

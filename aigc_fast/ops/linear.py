@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aigc_fast import _libraries
 from aigc_fast.ops._autograd import OpFunction, transforming
+from aigc_fast.ops._layout import transposed_copy
 
 #: Multiply-adds from which oneDNN's 10 us a call are worth it.
 _LEAST = 2**22
@@ -112,6 +113,9 @@ def _piece(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # With gaps between its rows oneDNN takes a hundred times as long.
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
+    # It would copy x itself, in twice the time or more: weights' gradients have such an x.
+    if x.dim() == 2 and not x.is_contiguous() and x.t().is_contiguous():
+        x = transposed_copy(x)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

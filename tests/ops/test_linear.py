@@ -19,6 +19,7 @@ CASES = {
     "one_row": ((1, 50), (70, 50)),
     "no_rows": ((0, 8), (4, 8)),
     "long_sums": ((5, 1201), (8, 1201)),
+    "batch_of_long_sums": ((2, 5, 801), (9, 801)),
     "long_sums_of_a_wide_weight": ((3, 800), (25, 800)),
 }
 
