@@ -8,7 +8,7 @@ import pytest
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 
-from aigc_fast.io import load_tokenizer
+from aigc_fast.io import load_tokenizer, save_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6
 
@@ -162,3 +162,22 @@ def test_runs_of_spaces_are_tokens_of_gemma(tmp_path):
     tokenizer = load_tokenizer(path)
     assert tokenizer.encode("a   b").count(len(tokens) - 1) == 1
     assert tokenizer.decode(tokenizer.encode("a   b")) == "a   b"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt-2", "smollm", "qwen2", "llama-bpe"])
+def test_saved_to_a_folder_it_is_the_same(tmp_path, kind):
+    path = tmp_path / "t.gguf"
+    if kind == "llama":
+        tokens, kinds, scores = sentence_piece_vocab()
+        write_tokenizer(path, "llama", tokens, kinds, scores=scores, bos_token_id=1, eos_token_id=2)
+    else:
+        byte_level(path, kind, eos_token_id=1)
+    tokenizer = load_tokenizer(path)
+    save_tokenizer(tokenizer, tmp_path / "folder")
+    again = load_tokenizer(tmp_path / "folder")
+    assert again.stop_tokens == tokenizer.stop_tokens != ()
+    assert again.special_tokens == tokenizer.special_tokens
+    for text in ("I'm 12345 o'clock!\n\n  (x)</s>", "abc dé 🎉", ""):
+        ids = tokenizer.encode(text, add_special_tokens=True)
+        assert again.encode(text, add_special_tokens=True) == ids
+        assert again.decode(ids) == tokenizer.decode(ids)

