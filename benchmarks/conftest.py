@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast._timing import interleaved
-from benchmarks.machine import DEVICE, keep_freed_memory, plain_pass
+from benchmarks.machine import DEVICE, keep_freed_memory, peak_memory, plain_pass
 from tests.op_samples import OpSamples, Sample
 from tests.ops.test_every_op import (
     assert_as_good_as_torch,
@@ -114,7 +114,7 @@ class Measure:
             limit_seconds=passes,
             fraction_of_limit=passes[limit] / passes["ours"],
             extra_memory={
-                n: self._memory(lambda v=variants[n]: run(v, args, kwargs))
+                n: peak_memory(lambda v=variants[n]: run(v, args, kwargs))
                 for n in ("eager", "ours")
             },
             error={"eager": _worst(plain, exact), "ours": _worst(mine, exact)},
@@ -156,23 +156,6 @@ class Measure:
         if key not in self.upstream:
             self.upstream[key] = torch.empty_like(output).copy_(contiguous_grad(output, i))
         return self.upstream[key]
-
-    def _memory(self, call: Callable[[], Any]) -> int:
-        """Most bytes that the call holds at a time, its outputs included."""
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            call()
-            return torch.cuda.max_memory_allocated() - before
-        with torch.profiler.profile(profile_memory=True) as profile:
-            call()
-        held = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak = max(peak, held)
-        return peak
 
 
 @pytest.fixture

@@ -71,3 +71,21 @@ def plain_pass(size: int, kind: str) -> Callable[[], torch.Tensor]:
     tensors = {"read": 1, "copy": 2, "add": 3}[kind]
     x = torch.ones(max(size // (4 * tensors), 1), device=DEVICE)
     return {"read": x.sum, "copy": x.clone, "add": functools.partial(torch.add, x, x.clone())}[kind]
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Most bytes that the call holds at a time, beside those of before, its outputs included."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
