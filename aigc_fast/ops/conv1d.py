@@ -1,17 +1,20 @@
 """Convolutions along time with what vocoders have around them, in one pass."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from aigc_fast.ops._checks import check_positive, check_tensor
+from aigc_fast.ops._autograd import OpFunction
+from aigc_fast.ops._conv1d import (
+    bent,
+    conv1d_backward_weight,
+    conv1d_gated,
+    conv_transpose1d_gated,
+    unbent,
+)
 from aigc_fast.ops._layout import channels_innermost
-from aigc_fast.ops._registry import define
-
-_MAX_RESIDUALS = 3
 
 
 def conv1d(
@@ -42,14 +45,14 @@ def conv1d(
     Computes in fp32 (fp64 for fp64) and rounds once; bfloat16 on a CPU is rounded once more between
     leaky_relu and the products. Bytes that must move: x, residuals and y once.
 
-    Inference only; `models.vocoder` takes torch's operations where a gradient is wanted.
+    Differentiable as often as one likes, in all tensors: of y = conv(x, weight), linear in both,
+    the gradient of x is a transposed convolution of that of y, and the gradient of weight a third
+    operator; their own derivatives are these three again.
 
-    Raises TypeError or ValueError for a wrong dtype, shape or device; RuntimeError if a gradient is
-    asked for.
+    Raises TypeError or ValueError for a wrong dtype, shape or device.
     """
-    residuals = list(residuals)
-    _refuse_gradients("conv1d", x, weight, bias, *residuals)
-    return _conv1d(x, weight, bias, residuals, stride, padding, dilation, slope, gain)
+    places = _Places(False, stride, padding, dilation)
+    return _convolve(places, x, weight, bias, slope, gain, *residuals)
 
 
 def conv_transpose1d(
@@ -59,6 +62,8 @@ def conv_transpose1d(
     stride: int = 1,
     padding: int = 0,
     slope: float = 1.0,
+    output_padding: int = 0,
+    dilation: int = 1,
 ) -> Tensor:
     """y = conv_transpose(leaky_relu(x, slope), weight) + bias: `stride` outputs for every input.
 
@@ -67,119 +72,148 @@ def conv_transpose1d(
     stride:  steps of the result between two inputs. Every stride-th output is one convolution of
              the inputs, with every stride-th tap: no product with an inserted zero is made.
     padding: steps that are left out at the beginning and the end of the result.
+    output_padding: steps that the result is longer by, fewer than stride.
+    dilation: steps of the result between two taps.
 
-    Returns (batch, out, (time - 1) * stride + taps - 2 * padding), channels innermost in memory.
+    Returns (batch, out, (time - 1) * stride + dilation * (taps - 1) + 1 - 2 * padding +
+    output_padding), channels innermost in memory.
     Arithmetic, derivatives and errors as for `conv1d`.
     """
-    _refuse_gradients("conv_transpose1d", x, weight, bias)
-    return _conv_transpose1d(x, weight, bias, stride, padding, slope)
+    places = _Places(True, stride, padding, dilation, output_padding)
+    return _convolve(places, x, weight, bias, slope, 1.0)
 
 
-def _refuse_gradients(name: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(f"{name} has no derivative: call it under torch.no_grad()")
+class _Places(NamedTuple):
+    """Where taps read, of a convolution, or of a transposed one write."""
 
+    transposed: bool
+    stride: int
+    padding: int
+    dilation: int
+    output_padding: int = 0
 
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residuals: list[Tensor],
-    stride: int,
-    padding: int,
-    dilation: int,
-    slope: float,
-    gain: float,
-) -> Tensor:
-    y = F.conv1d(_bent(x, slope), weight, bias, stride, padding, dilation)
-    for residual in residuals:
-        y = y + residual
-    return channels_innermost(y * gain if gain != 1 else y)
-
-
-def _reference_transpose(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, slope: float
-) -> Tensor:
-    y = F.conv_transpose1d(_bent(x, slope), weight, bias, stride=stride, padding=padding)
-    return channels_innermost(y)
-
-
-def _bent(x: Tensor, slope: float) -> Tensor:
-    return F.leaky_relu(x, slope) if slope != 1 else x
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residuals: list[Tensor],
-    stride: int,
-    padding: int,
-    dilation: int,
-    *_: Any,
-) -> None:
-    out, taps = _check_input(x, weight, bias, channels_at=1)
-    check_positive(stride=stride, dilation=dilation)
-    _check_padding(padding)
-    length = (x.shape[2] + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-    if x.shape[2] < 1 or length < 1:
-        raise ValueError(
-            f"x must be as long as the filter, got {x.shape[2]} steps and padding {padding} for "
-            f"{taps} taps of dilation {dilation}"
-        )
-    if len(residuals) > _MAX_RESIDUALS:
-        raise ValueError(f"residuals must be at most {_MAX_RESIDUALS}, got {len(residuals)}")
-    for residual in residuals:
-        check_tensor("residuals", residual, like=("x", x), shape=(x.shape[0], out, length))
-
-
-def _check_transpose(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, *_: Any
-) -> None:
-    _out, taps = _check_input(x, weight, bias, channels_at=0)
-    check_positive(stride=stride)
-    _check_padding(padding)
-    length = (x.shape[2] - 1) * stride + taps - 2 * padding
-    if x.shape[2] < 1 or length < 1:
-        raise ValueError(
-            f"x must be longer than the padding, got {x.shape[2]} steps, stride {stride}, {taps} "
-            f"taps and padding {padding}"
+    def run(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        residuals: Sequence[Tensor] = (),
+        slope: float = 1.0,
+        gain: float = 1.0,
+        gate: Tensor | None = None,
+        gate_slope: float = 1.0,
+    ) -> Tensor:
+        """One operator. gate: a tensor of the result's shape, by the derivative of whose leaky ReLU
+        the result is multiplied."""
+        _, *places, more = self
+        if self.transposed:
+            stride, padding, dilation = places
+            return conv_transpose1d_gated(
+                x, weight, bias, stride, padding, slope, more, dilation, gate, gate_slope
+            )
+        return conv1d_gated(
+            x, weight, bias, list(residuals), *places, slope, gain, gate, gate_slope
         )
 
+    def weight_gradient(self, grad: Tensor, x: Tensor, taps: int, slope: float = 1.0) -> Tensor:
+        """One operator, of the result's gradient."""
+        _, *places, _ = self
+        if self.transposed:  # taps read the longer of the two
+            return conv1d_backward_weight(x, grad, taps, *places, slope, 1.0)
+        return conv1d_backward_weight(grad, x, taps, *places, 1.0, slope)
 
-def _check_input(
-    x: Tensor, weight: Tensor, bias: Tensor | None, channels_at: int
-) -> tuple[int, int]:
-    """Outputs and taps of the weight, whose dimension `channels_at` is x's channels."""
-    check_tensor("weight", weight, ndim=3)
-    if 0 in weight.shape:
-        raise ValueError(f"weight must have outputs, inputs and taps, got {tuple(weight.shape)}")
-    check_tensor("x", x, like=("weight", weight), ndim=3)
-    sizes = list(weight.shape)
-    sizes[channels_at] = x.shape[1]
-    check_tensor("weight", weight, shape=tuple(sizes))
-    out = weight.shape[1 - channels_at]
-    if bias is not None:
-        check_tensor("bias", bias, like=("weight", weight), shape=(out,))
-    return out, weight.shape[2]
+    def adjoint(self, x: Tensor, taps: int) -> "_Places":
+        """Those by which the gradient of the result becomes that of x."""
+        if self.transposed:
+            return self._replace(transposed=False, output_padding=0)
+        beyond = x.shape[2] + 2 * self.padding - self.dilation * (taps - 1) - 1
+        return self._replace(transposed=True, output_padding=beyond % self.stride)
 
 
-def _check_padding(padding: int) -> None:
-    if padding < 0:
-        raise ValueError(f"padding must be at least 0, got {padding}")
+def _wanted(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-_conv1d = define(
-    "conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor[] residuals, int stride, int padding, "
-    "int dilation, float slope, float gain) -> Tensor",
-    _reference,
-    _check,
-    stem="conv1d",
-)
-_conv_transpose1d = define(
-    "conv_transpose1d(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, float slope)"
-    " -> Tensor",
-    _reference_transpose,
-    _check_transpose,
-    stem="conv1d",
-)
+def _convolve(
+    places: _Places,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    slope: float = 1.0,
+    gain: float = 1.0,
+    *residuals: Tensor,
+) -> Tensor:
+    if _wanted(x, weight, bias, *residuals):
+        return _Convolution.call(places, x, weight, bias, slope, gain, *residuals)
+    return places.run(x, weight, bias, residuals, slope, gain)
+
+
+def _input_gradient(
+    places: _Places, grad: Tensor, weight: Tensor, x: Tensor, slope: float
+) -> Tensor:
+    back = places.adjoint(x, weight.shape[2])
+    if not _wanted(grad, weight):
+        return back.run(grad, weight, gate=None if slope == 1 else x, gate_slope=slope)
+    return unbent(_convolve(back, grad, weight), x, slope)
+
+
+def _weight_gradient(places: _Places, grad: Tensor, x: Tensor, taps: int, slope: float) -> Tensor:
+    if _wanted(grad, x):
+        return _WeightGradient.call(places, grad, bent(x, slope), taps)
+    return places.weight_gradient(grad, x, taps, slope)
+
+
+class _Convolution(OpFunction):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        places: _Places,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        slope: float,
+        gain: float,
+        *residuals: Tensor,
+    ) -> Tensor:
+        ctx.places, ctx.slope, ctx.gain = places, slope, gain
+        ctx.save_for_backward(x, weight)
+        return places.run(x, weight, bias, residuals, slope, gain)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        _, by_x, by_weight, by_bias, _, _, *by_residuals = ctx.needs_input_grad
+        grad = channels_innermost(grad)  # as all below read it fastest
+        if ctx.gain != 1:
+            grad = grad * ctx.gain
+        return (
+            None,
+            _input_gradient(ctx.places, grad, weight, x, ctx.slope) if by_x else None,
+            _weight_gradient(ctx.places, grad, x, weight.shape[2], ctx.slope)
+            if by_weight
+            else None,
+            grad.sum((0, 2)) if by_bias else None,
+            None,
+            None,
+            *(grad if wanted else None for wanted in by_residuals),
+        )
+
+
+class _WeightGradient(OpFunction):
+    @staticmethod
+    def forward(ctx: Any, places: _Places, grad: Tensor, x: Tensor, taps: int) -> Tensor:
+        ctx.places = places
+        ctx.save_for_backward(grad, x)
+        return places.weight_gradient(grad, x, taps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (by_result,), (grad, x) = grads, ctx.saved_tensors
+        _, by_grad, by_x, _ = ctx.needs_input_grad
+        back = ctx.places.adjoint(x, by_result.shape[2])
+        return (
+            None,
+            _convolve(ctx.places, x, by_result) if by_grad else None,
+            _convolve(back, grad, by_result) if by_x else None,
+            None,
+        )

@@ -1,8 +1,11 @@
 // Convolutions along time, channels innermost: y = gain * (conv(leaky_relu(x)) + bias + residuals),
-// and the transposed convolution, whose every stride-th output is a convolution of its own.
+// and the transposed convolution, whose every stride-th output is a convolution of its own. Each is
+// the gradient of the other, times the derivative of a leaky ReLU of `gate`.
 #include <limits>
+#include <numeric>
 
 #include "conv_products.h"
+#include "conv_sequences.h"
 #include "memory_order.h"
 
 namespace aigc_fast {
@@ -23,52 +26,8 @@ struct Sequences {
   int64_t apart, stride;                 // outputs of a phase are apart, their inputs a stride
 };
 
-// x as it lies; strides of batch, channel and time.
-template <class T>
-struct Source {
-  const T* data;
-  int64_t batch_stride, channel_stride, time_stride;
-  Acc<T> slope;
-
-  // leaky_relu of the channels of `count` steps from t on, which all exist, into to[step][depth].
-  template <class S>
-  void read(int64_t n, int64_t t, int64_t count, int64_t channels, S* to, int64_t depth) const {
-    const T* from = data + n * batch_stride + t * time_stride;
-    if (channel_stride == 1 && time_stride == depth && channels == depth)
-      return bend(from, count * depth, to);
-    if (channel_stride == 1) {
-      for (int64_t i = 0; i < count; ++i) bend(from + i * time_stride, channels, to + i * depth);
-      return;
-    }
-    if (time_stride == 1)
-      copy_transposed(from, channel_stride, count, channels, to, depth);
-    else
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t c = 0; c < channels; ++c)
-          copy_one(to + i * depth + c, from + c * channel_stride + i * time_stride);
-    if (slope != 1)
-      for (int64_t i = 0; i < count; ++i) bend(to + i * depth, channels, to + i * depth);
-  }
-
- private:
-  template <class From, class S>
-  AIGC_INLINE void bend(const From* from, int64_t n, S* to) const {
-    using A = Acc<T>;
-    if (slope == 1) return copy_channels(to, from, n);
-    const A below = slope;
-    int64_t i = 0;
-    for (; i + kLanes<A> <= n; i += kLanes<A>) {
-      const Vec<A> v = load(from + i);
-      store(to + i, v > 0 ? v : v * below);
-    }
-    if (i == n) return;
-    const Vec<A> v = load_n(from + i, n - i);
-    store_n(to + i, v > 0 ? v : v * below, n - i);
-  }
-};
-
 template <class Products, class T>
-void convolve(const Source<T>& x, const Sequences& s, const std::vector<Phase<T>>& phases,
+void convolve(const SequenceInput<T>& x, const Sequences& s, const std::vector<Phase<T>>& phases,
               const ConvFinish<T>& finish, const ConvTarget<T>& y) {
   using S = typename Products::S;
   std::vector<Products> products;
@@ -122,38 +81,44 @@ void convolve(const Source<T>& x, const Sequences& s, const std::vector<Phase<T>
 template <class T>
 void run(const Tensor& x, const Sequences& s, const std::vector<Phase<T>>& phases,
          const MaybeTensor& bias, const std::vector<Tensor>& residuals, double slope, double gain,
-         const Tensor& y) {
+         const MaybeTensor& gate, double gate_slope, const Tensor& y) {
   using A = Acc<T>;
   const std::vector<A> biases = padded_channels<T>(bias, "bias", s.out, 0);
   const std::vector<A> slopes = padded_channels<T>({}, "slope", s.out, 1);
-  const ConvFinish<T> finish{biases.data(), slopes.data(), 1, A(gain), s.out};
+  const ConvFinish<T> finish{biases.data(), slopes.data(), 1, A(gain), s.out, A(gate_slope)};
   ConvTarget<T> target{mutable_data<T>(y), s.out};
   for (size_t i = 0; i < residuals.size(); ++i) target.residuals[i] = data<T>(residuals[i]);
-  const Source<T> source{data<T>(x), x.stride(0), s.in == 1 ? 1 : x.stride(1), x.stride(2),
-                         A(slope)};
+  if (gate) target.gate = data<T>(*gate);
   with_products<T>(s.out, [&]<class Products>(std::type_identity<Products>) {
-    convolve<Products>(source, s, phases, finish, target);
+    convolve<Products>(sequence_of<T>(x, slope), s, phases, finish, target);
   });
 }
 
-void check_input(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+Tensor as_result(const Tensor& given, const Tensor& y, const char* name) {
+  check_like(given, y, name, "the result");
+  return in_order_of(given, y);
+}
+
+void check_input(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t stride,
+                 int64_t padding, int64_t dilation) {
   require(x.dim() == 3, "x must have 3 dimensions");
   require(weight.dim() == 3, "weight must have 3 dimensions");
   require(x.scalar_type() == weight.scalar_type(), "x must have the dtype of weight");
   require(!bias || bias->scalar_type() == weight.scalar_type(), "bias must have the dtype of x");
   require(weight.size(0) > 0 && weight.size(1) > 0 && weight.size(2) > 0,
           "weight must have outputs, inputs and taps");
+  require(padding >= 0 && padding < (1 << 30), "padding must not be negative");
+  require(dilation >= 1 && dilation < (1 << 30) / weight.size(2), "dilation must be positive");
+  require(stride >= 1 && stride < (1 << 20), "stride must be positive");
 }
 
 Tensor conv1d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
               const std::vector<Tensor>& residuals_in, int64_t stride, int64_t padding,
-              int64_t dilation, double slope, double gain) {
-  check_input(x, weight, bias);
+              int64_t dilation, double slope, double gain, const MaybeTensor& gate_in,
+              double gate_slope) {
+  check_input(x, weight, bias, stride, padding, dilation);
   const int64_t taps = weight.size(2);
   require(x.size(1) == weight.size(1), "weight must have the channels of x, ", x.size(1));
-  require(padding >= 0 && padding < (1 << 30), "padding must not be negative");
-  require(dilation >= 1 && dilation < (1 << 30) / taps, "dilation must be positive");
-  require(stride >= 1 && stride < (1 << 20), "stride must be positive");
   const int64_t beyond_first = x.size(2) + 2 * padding - dilation * (taps - 1) - 1;
   require(x.size(2) > 0 && beyond_first >= 0, "x must be as long as the filter");
   const int64_t length = beyond_first / stride + 1;
@@ -161,14 +126,15 @@ Tensor conv1d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
   Tensor y = empty_in_order({s.batch, s.out, s.length}, x.scalar_type(), true);
   require(residuals_in.size() <= kConvResiduals, "residuals must be at most 3");
   std::vector<Tensor> residuals;
-  for (const Tensor& residual : residuals_in) {
-    check_like(residual, y, "residuals", "the result");
-    residuals.push_back(in_order_of(residual, y));
-  }
+  for (const Tensor& residual : residuals_in)
+    residuals.push_back(as_result(residual, y, "residuals"));
+  MaybeTensor gate;
+  if (gate_in) gate = as_result(*gate_in, y, "gate");
   if (y.numel() == 0) return y;
   dispatch(x, "x", [&]<class T>(T) {
     const ConvWeight<T> w{data<T>(weight), weight.stride(0), weight.stride(1), weight.stride(2)};
-    run<T>(x, s, {{w, taps, -padding, dilation, 0}}, bias, residuals, slope, gain, y);
+    run<T>(x, s, {{w, taps, -padding, dilation, 0}}, bias, residuals, slope, gain, gate, gate_slope,
+           y);
   });
   return y;
 }
@@ -190,35 +156,48 @@ ConvWeight<T> inputs_innermost(const Tensor& weight, KeptBuffer<T>& memory) {
   return {memory.data(), weight.size(2) * in, 1, in};
 }
 
+// The outputs first, first + stride, ...: the sums over the taps for which first + padding - tap *
+// dilation is a multiple of the stride. These are `apart` taps from one another, and their inputs
+// `back` steps, the last tap's first.
+template <class T>
+Phase<T> phase_of(const ConvWeight<T>& w, int64_t taps, int64_t first, int64_t stride,
+                  int64_t padding, int64_t dilation) {
+  const int64_t common = std::gcd(stride, dilation), apart = stride / common;
+  int64_t tap = 0;
+  while (tap < std::min(apart, taps) && (first + padding - tap * dilation) % stride) ++tap;
+  if (tap == std::min(apart, taps)) return {w, 0, 0, 1, first};
+  const int64_t count = (taps - tap - 1) / apart + 1, back = dilation / common;
+  const int64_t last = tap + (count - 1) * apart;
+  return {{w.at(0, 0, last), w.out_stride, w.in_stride, -apart * w.tap_stride},
+          count,
+          (first + padding - last * dilation) / stride,
+          back,
+          first};
+}
+
 Tensor conv_transpose1d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
-                        int64_t stride, int64_t padding, double slope) {
-  check_input(x, weight, bias);
+                        int64_t stride, int64_t padding, double slope, int64_t output_padding,
+                        int64_t dilation, const MaybeTensor& gate_in, double gate_slope) {
+  check_input(x, weight, bias, stride, padding, dilation);
   const int64_t taps = weight.size(2);
   require(x.size(1) == weight.size(0), "weight must have the channels of x, ", x.size(1));
-  require(stride >= 1 && stride < (1 << 20), "stride must be positive");
-  require(padding >= 0 && padding < (1 << 30), "padding must not be negative");
-  const int64_t length = (x.size(2) - 1) * stride + taps - 2 * padding;
+  require(output_padding >= 0 && output_padding < stride,
+          "output_padding must be less than stride");
+  const int64_t length =
+      (x.size(2) - 1) * stride + dilation * (taps - 1) + 1 + output_padding - 2 * padding;
   require(x.size(2) > 0 && length > 0, "x must be longer than the padding");
   const Sequences s{x.size(0), x.size(1), x.size(2), weight.size(1), length, stride, 1};
   Tensor y = empty_in_order({s.batch, s.out, s.length}, x.scalar_type(), true);
+  MaybeTensor gate;
+  if (gate_in) gate = as_result(*gate_in, y, "gate");
   if (y.numel() == 0) return y;
   dispatch(x, "x", [&]<class T>(T) {
-    // Output t * stride + first is the sum over m of input t + ahead - m by tap nearest + m *
-    // stride.
     KeptBuffer<T> memory;
     const ConvWeight<T> w = inputs_innermost(weight, memory);
     std::vector<Phase<T>> phases;
-    for (int64_t first = 0; first < std::min(stride, length); ++first) {
-      const int64_t ahead = (first + padding) / stride, nearest = (first + padding) % stride;
-      const int64_t count = nearest < taps ? (taps - nearest - 1) / stride + 1 : 0;
-      const T* last = w.at(0, 0, nearest + (count - 1) * stride);
-      phases.push_back({{last, w.out_stride, w.in_stride, -stride * w.tap_stride},
-                        count,
-                        ahead - (count - 1),
-                        1,
-                        first});
-    }
-    run<T>(x, s, phases, bias, {}, slope, 1, y);
+    for (int64_t first = 0; first < std::min(stride, length); ++first)
+      phases.push_back(phase_of(w, taps, first, stride, padding, dilation));
+    run<T>(x, s, phases, bias, {}, slope, 1, gate, gate_slope, y);
   });
   return y;
 }

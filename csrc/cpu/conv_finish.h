@@ -100,30 +100,34 @@ void pack_outputs(const ConvWeight<T>& weight, const ConvSize& size, int64_t fir
 constexpr int kConvResiduals = 3;
 
 // Where the outputs of neighbouring pixels go, `pitch` apart, and what is added to them: as many
-// tensors of the same memory order as are not null.
+// tensors of the same memory order as are not null. Where `gate`, another such tensor, is not
+// positive, outputs are multiplied by a slope: the derivative of a leaky ReLU of it.
 template <class T>
 struct ConvTarget {
   T* y;
   int64_t pitch;
   std::array<const T*, kConvResiduals> residuals = {};
+  const T* gate = nullptr;
 
   AIGC_INLINE ConvTarget at(int64_t pixel) const {
     ConvTarget moved = *this;
     moved.y += pixel * pitch;
     for (const T*& residual : moved.residuals)
       if (residual) residual += pixel * pitch;
+    if (gate) moved.gate += pixel * pitch;
     return moved;
   }
 };
 
-// y = total_gain * (gain * prelu(sum + bias) + residuals); bias and slope are padded to whole
-// vectors.
+// y = total_gain * (gain * prelu(sum + bias) + residuals), and where the gate is not positive
+// gate_slope times that; bias and slope are padded to whole vectors.
 template <class T>
 struct ConvFinish {
   using A = Acc<T>;
   const A *bias, *slope;
   A gain, total_gain;
   int64_t out;
+  A gate_slope = 1;
 
   // Outputs o, o + 1, ... of n pixels, whose sums lie `pitch` apart.
   AIGC_INLINE void write(const ConvTarget<T>& to, int64_t n, int64_t o, const A* sums,
@@ -153,7 +157,9 @@ struct ConvFinish {
       if (first) v += get(first + at);
       if (second) v += get(second + at);
       if (third) v += get(third + at);
-      put(to.y + at, v * total_gain);
+      v *= total_gain;
+      if (to.gate) v = get(to.gate + at) > 0 ? v : v * gate_slope;
+      put(to.y + at, v);
     }
   }
 };

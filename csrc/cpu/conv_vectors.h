@@ -24,6 +24,24 @@ AIGC_INLINE void keep_sums(const Vec<A> (&sums)[P][kConvOuts], bool add, ConvSum
       totals.of[p][v] = add ? totals.of[p][v] + sums[p][v] : sums[p][v];
 }
 
+// The sums over `count` steps of the products of P rows' values with kConvOuts vectors of lanes.
+// Each step's rows lie side by side, rows_pitch behind the one before, and so do its lanes.
+template <int P, class A>
+AIGC_INLINE void add_outer_products(const A* rows, int64_t rows_pitch, const A* lanes,
+                                    int64_t lanes_pitch, int64_t count, bool add,
+                                    ConvSums<A>& totals) {
+  Vec<A> sums[P][kConvOuts] = {};
+  for (int64_t t = 0; t < count; ++t, rows += rows_pitch, lanes += lanes_pitch) {
+    Vec<A> all[kConvOuts];
+    for (int v = 0; v < kConvOuts; ++v) all[v] = load(lanes + v * kLanes<A>);
+#pragma GCC unroll 12
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+      for (int v = 0; v < kConvOuts; ++v) sums[p][v] += rows[p] * all[v];
+  }
+  keep_sums<P, A>(sums, add, totals);
+}
+
 // By fused multiply-add, an input at a time.
 template <class T>
 struct MultiplyAdd {

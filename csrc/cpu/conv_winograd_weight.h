@@ -70,25 +70,12 @@ class WinogradWeight {
         for (int64_t i = 0; i < kPositions; ++i, sums += blocks_)
           for (int64_t t = 0; t < count; t += kChain)
             for (int64_t b = blocks_ * split / splits; b < blocks_ * (split + 1) / splits; ++b)
-              add_products(inputs + i * in_plane + t * in_pitch_ + b * kInputs,
-                           grads + i * grad_plane + t * grad_pitch + group * kGroup, grad_pitch,
-                           std::min(kChain, count - t), first + t > 0, sums[b]);
+              add_outer_products<kInputs>(
+                  inputs + i * in_plane + t * in_pitch_ + b * kInputs, in_pitch_,
+                  grads + i * grad_plane + t * grad_pitch + group * kGroup, grad_pitch,
+                  std::min(kChain, count - t), first + t > 0, sums[b]);
       }
     });
-  }
-
-  AIGC_INLINE void add_products(const A* x, const A* grad, int64_t grad_pitch, int64_t count,
-                                bool more, ConvSums<A>& totals) const {
-    Vec<A> sums[kInputs][kConvOuts] = {};
-    for (int64_t t = 0; t < count; ++t, x += in_pitch_, grad += grad_pitch) {
-      Vec<A> g[kConvOuts];
-      for (int v = 0; v < kConvOuts; ++v) g[v] = load(grad + v * kLanes<A>);
-#pragma GCC unroll 12
-      for (int c = 0; c < kInputs; ++c)
-#pragma GCC unroll 2
-        for (int v = 0; v < kConvOuts; ++v) sums[c][v] += x[c] * g[v];
-    }
-    keep_sums<kInputs, A>(sums, more, totals);
   }
 
   void finish(int64_t g, int64_t n, const A* sums, T* to) const {

@@ -24,22 +24,36 @@ def _conv1d() -> list[Sample]:
     three = [y, innermost(rand(2, 4, 17, seed=3)), rand(2, 17, 4, seed=4).transpose(1, 2)]
     last = {"padding": 1, "slope": 0.1, "gain": 1 / 3}
     long, wide = innermost(rand(1, 32, 900)), innermost(rand(1, 128, 70))
+    # whose numeric derivatives would take too long: tests/ops/test_conv1d.py has others
+    once = {"differentiable": False}
     return [
         Sample("all", (rand(2, 3, 17), weight(4, 3, 3), rand(4), three), last),
         Sample("plain", (rand(1, 2, 9), weight(3, 2, 2))),
         Sample("one", (rand(1, 1, 1), weight(1, 1, 1), None, [rand(1, 1, 1)])),
         Sample("empty", (rand(0, 2, 5), weight(2, 2, 3), rand(2))),
         Sample("far_apart", (rand(1, 3, 8), weight(12, 3, 5)), {"padding": 40, "dilation": 17}),
-        Sample("tiles", (long, weight(32, 32, 7), rand(32), [long]), {"padding": 3, "slope": 0.1}),
-        Sample("dilated", (long, weight(32, 32, 5)), {"padding": 24, "dilation": 12, "slope": 0.2}),
-        Sample("deep", (wide, weight(70, 128, 3), rand(70)), {"padding": 1, "slope": 0.0}),
-        Sample("few_outputs", (long, weight(1, 32, 7), rand(1)), {"padding": 3, "slope": 0.01}),
+        Sample(
+            "tiles",
+            (long, weight(32, 32, 7), rand(32), [long]),
+            {"padding": 3, "slope": 0.1},
+            **once,
+        ),
+        Sample(
+            "dilated",
+            (long, weight(32, 32, 5)),
+            {"padding": 24, "dilation": 12, "slope": 0.2},
+            **once,
+        ),
+        Sample("deep", (wide, weight(70, 128, 3), rand(70)), {"padding": 1, "slope": 0.0}, **once),
+        Sample(
+            "few_outputs", (long, weight(1, 32, 7), rand(1)), {"padding": 3, "slope": 0.01}, **once
+        ),
         Sample("odd", (rand(2, 33, 50), weight(17, 33, 4), rand(17)), {"padding": 2, "gain": -1.5}),
-        Sample("permuted_weight", (wide, innermost(weight(48, 128, 5)).permute(0, 1, 2))),
-        Sample("special", (_special(), weight(9, 2, 3)), {"padding": 1, "slope": 0.5}),
+        Sample("permuted_weight", (wide, innermost(weight(48, 128, 5)).permute(0, 1, 2)), **once),
+        Sample("special", (_special(), weight(9, 2, 3)), {"padding": 1, "slope": 0.5}, **once),
         Sample("stride", (rand(2, 5, 31), weight(9, 5, 4), rand(9), [rand(2, 9, 15)], 2, 1)),
-        Sample("codec", (long, weight(64, 32, 16), rand(64)), {"stride": 8, "padding": 4}),
-        Sample("strided_dot", (long, weight(3, 32, 5)), {"stride": 3, "dilation": 2}),
+        Sample("codec", (long, weight(64, 32, 16), rand(64)), {"stride": 8, "padding": 4}, **once),
+        Sample("strided_dot", (long, weight(3, 32, 5)), {"stride": 3, "dilation": 2}, **once),
         Sample("beyond", (rand(1, 3, 5), weight(12, 3, 2)), {"stride": 9, "padding": 2}),
     ]
 
@@ -55,9 +69,12 @@ def _conv_transpose1d() -> list[Sample]:
         Sample("wide_gaps", (rand(2, 3, 40), weight(3, 12, 2), rand(12)), {"stride": 5}),
         Sample("part_of_a_stride", (rand(1, 3, 7), weight(3, 12, 7), rand(12), 3, 4)),
         Sample("short", (rand(1, 3, 1), weight(3, 12, 3), rand(12), 5)),
-        Sample("vocoder", (long, weight(64, 32, 8), rand(32), 4, 2, 0.1)),
+        Sample("vocoder", (long, weight(64, 32, 8), rand(32), 4, 2, 0.1), differentiable=False),
         Sample("one_output", (rand(2, 16, 40), weight(16, 1, 16), rand(1), 8, 4, 0.1)),
-        Sample("special", (_special(), weight(2, 10, 4)), {"stride": 2, "slope": 0.5}),
+        Sample("apart", (rand(2, 3, 9), weight(3, 10, 4), rand(10), 2, 3, 0.1, 1, 3)),
+        Sample("common_factor", (rand(1, 3, 7), weight(3, 12, 5), None, 6, 5, 1.0, 2, 4)),
+        Sample("stretched", (rand(1, 4, 11), weight(4, 9, 3), rand(9)), {"dilation": 5}),
+        Sample("special", (_special(), weight(2, 10, 4)), {"stride": 2, "slope": 0.5}, False),
     ]
 
 
@@ -99,6 +116,9 @@ def _transpose_refusals() -> list[Refusal]:
         *_refusals(),
         Refusal("length", (x, w), ValueError, longer, {"padding": 5}),
         Refusal("none", (x[..., :0], w), ValueError, longer, {"stride": 4}),
+        Refusal(
+            "more", (x, w), ValueError, "output_padding must be at least 0", {"output_padding": 1}
+        ),
     ]
 
 
@@ -121,12 +141,11 @@ def _large_transpose() -> list[Sample]:
 
 
 OPS = {
-    "conv1d": OpSamples(ops.conv1d, _conv1d, _conv1d_refusals, derivatives=0, large=_large),
+    "conv1d": OpSamples(ops.conv1d, _conv1d, _conv1d_refusals, large=_large),
     "conv_transpose1d": OpSamples(
         ops.conv_transpose1d,
         _conv_transpose1d,
         _transpose_refusals,
-        derivatives=0,
         large=_large_transpose,
     ),
 }
