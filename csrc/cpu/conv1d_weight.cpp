@@ -109,9 +109,9 @@ class Conv1dWeight {
             const int64_t ahead = s_.padding - tap * s_.dilation;
             const int64_t t = std::max(from, ceil_of(ahead));
             const int64_t to = std::min({from + kChain, end, ceil_of(s_.time + ahead)});
-            add_block(rows_.channels - row, rows.at(t, tap) + row, rows.pitch * rows_.move,
-                      lanes.at(t, tap) + g * kGroup, lanes.pitch * lanes_.move, to - t,
-                      add || from > begin, *sums);
+            add_block(rows_.channels - row, channels - g * kGroup, rows.at(t, tap) + row,
+                      rows.pitch * rows_.move, lanes.at(t, tap) + g * kGroup,
+                      lanes.pitch * lanes_.move, to - t, add || from > begin, *sums);
           }
       }
   }
@@ -119,15 +119,18 @@ class Conv1dWeight {
   // The first step that is not before `at`, of x.
   int64_t ceil_of(int64_t at) const { return at <= 0 ? 0 : (at + s_.stride - 1) / s_.stride; }
 
-  AIGC_INLINE static void add_block(int64_t left, const A* rows, int64_t rows_pitch, const A* lanes,
-                                    int64_t lanes_pitch, int64_t count, bool add,
-                                    ConvSums<A>& totals) {
-    if (left > kRows * 2 / 3)
-      return add_outer_products<kRows>(rows, rows_pitch, lanes, lanes_pitch, count, add, totals);
-    if (left > kRows / 3)
-      return add_outer_products<kRows * 2 / 3>(rows, rows_pitch, lanes, lanes_pitch, count, add,
-                                               totals);
-    add_outer_products<kRows / 3>(rows, rows_pitch, lanes, lanes_pitch, count, add, totals);
+  // Of the rows and lanes that are left.
+  AIGC_INLINE static void add_block(int64_t rows_left, int64_t lanes_left, const A* rows,
+                                    int64_t rows_pitch, const A* lanes, int64_t lanes_pitch,
+                                    int64_t count, bool add, ConvSums<A>& totals) {
+    const auto products = [&]<int P>(std::integral_constant<int, P>) {
+      if (lanes_left > kLanes<A>)
+        return add_outer_products<P, 2>(rows, rows_pitch, lanes, lanes_pitch, count, add, totals);
+      add_outer_products<P, 1>(rows, rows_pitch, lanes, lanes_pitch, count, add, totals);
+    };
+    if (rows_left > kRows * 2 / 3) return products(std::integral_constant<int, kRows>{});
+    if (rows_left > kRows / 3) return products(std::integral_constant<int, kRows * 2 / 3>{});
+    products(std::integral_constant<int, kRows / 3>{});
   }
 
   // Some channels of a side, those of a step side by side and converted. What lies beyond the last

@@ -70,7 +70,7 @@ class WinogradWeight {
         for (int64_t i = 0; i < kPositions; ++i, sums += blocks_)
           for (int64_t t = 0; t < count; t += kChain)
             for (int64_t b = blocks_ * split / splits; b < blocks_ * (split + 1) / splits; ++b)
-              add_outer_products<kInputs>(
+              add_outer_products<kInputs, kConvOuts>(
                   inputs + i * in_plane + t * in_pitch_ + b * kInputs, in_pitch_,
                   grads + i * grad_plane + t * grad_pitch + group * kGroup, grad_pitch,
                   std::min(kChain, count - t), first + t > 0, sums[b]);

@@ -49,6 +49,7 @@ def _conv1d() -> list[Sample]:
             "few_outputs", (long, weight(1, 32, 7), rand(1)), {"padding": 3, "slope": 0.01}, **once
         ),
         Sample("odd", (rand(2, 33, 50), weight(17, 33, 4), rand(17)), {"padding": 2, "gain": -1.5}),
+        Sample("blocks", (rand(1, 40, 7), weight(36, 40, 2), rand(36)), {"slope": 0.3}),
         Sample("permuted_weight", (wide, innermost(weight(48, 128, 5)).permute(0, 1, 2)), **once),
         Sample("special", (_special(), weight(9, 2, 3)), {"padding": 1, "slope": 0.5}, **once),
         Sample("stride", (rand(2, 5, 31), weight(9, 5, 4), rand(9), [rand(2, 9, 15)], 2, 1)),
