@@ -1,7 +1,7 @@
-"""Convolutions along time with what vocoders have around them, fused where no gradient is wanted.
+"""Convolutions along time with what vocoders have around them, fused.
 
-For training they are chains of torch's operations; on a GPU too, whose convolutions are cuDNN's,
-and on a CPU in 16 bits where its products are the slower ones.
+On a GPU, whose convolutions are cuDNN's, and on a CPU in 16 bits where its products are the slower
+ones, they are chains of torch's operations.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def convolve(
     assert isinstance(conv, nn.Conv1d)
     weight, bias = conv.weight[outputs], None if conv.bias is None else conv.bias[outputs]
     places = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
-    if is_fused(conv, x, *residuals):
+    if is_compiled(conv):
         while len(residuals) > 3:  # the operator adds three
             residuals = [*residuals[:-2], residuals[-2] + residuals[-1]]
         return ops.conv1d(x, weight, bias, residuals, *places, slope, gain)
@@ -48,23 +48,27 @@ def upsample(x: Tensor, conv: nn.Module, slope: float = 1.0) -> Tensor:
     x and slope are as for `convolve`.
     """
     assert isinstance(conv, nn.ConvTranspose1d)
-    if is_fused(conv, x):
+    if is_compiled(conv):
         stride, padding = conv.stride[0], int(conv.padding[0])
         return ops.conv_transpose1d(x, conv.weight, conv.bias, stride, padding, slope)
     return conv(_bent(x, slope))
 
 
-def is_fused(conv: nn.Conv1d | nn.ConvTranspose1d | nn.Conv2d, *tensors: Tensor | None) -> bool:
-    """Whether a compiled operator computes it: where no gradient is wanted, on a CPU."""
+def is_compiled(conv: nn.Conv1d | nn.ConvTranspose1d | nn.Conv2d) -> bool:
+    """Whether a compiled operator computes it: on a CPU, if not slower than torch's."""
     if conv.groups > 1 or conv.weight.device.type != "cpu":
-        return False
-    used = (*tensors, conv.weight, conv.bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in used):
         return False
     dtype = conv.weight.dtype
     if dtype == torch.bfloat16:
         return has_bfloat16_instructions()
     return dtype != torch.float16 or not has_float16_instructions()
+
+
+def is_fused(conv: nn.Conv1d | nn.ConvTranspose1d | nn.Conv2d, *tensors: Tensor | None) -> bool:
+    """The same of what has no derivative: where no gradient is wanted."""
+    used = (*tensors, conv.weight, conv.bias)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in used)
+    return not wanted and is_compiled(conv)
 
 
 def _bent(x: Tensor, slope: float) -> Tensor:
