@@ -20,7 +20,7 @@ def convolve(
     slope: float = 1.0,
     residuals: Sequence[Tensor] = (),
     gain: float = 1.0,
-    outputs: slice = slice(None),
+    outputs: slice | None = None,
 ) -> Tensor:
     """gain * (conv(leaky_relu(x, slope))[:, outputs] + sum(residuals)): see `ops.conv1d`.
 
@@ -30,7 +30,9 @@ def convolve(
     residuals: tensors of the shape of the result.
     """
     assert isinstance(conv, nn.Conv1d)
-    weight, bias = conv.weight[outputs], None if conv.bias is None else conv.bias[outputs]
+    weight, bias = conv.weight, conv.bias
+    if outputs is not None:  # the gradient of a slice is a copy
+        weight, bias = weight[outputs], None if bias is None else bias[outputs]
     places = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
     if is_compiled(conv):
         while len(residuals) > 3:  # the operator adds three

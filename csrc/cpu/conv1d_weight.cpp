@@ -5,7 +5,7 @@
 // of leaky_relu(grad) and leaky_relu(x). That of a transposed convolution is the same with its
 // input in the place of grad and the gradient of its output in that of x.
 #include "conv_sequences.h"
-#include "conv_vectors.h"
+#include "conv_sums.h"
 
 namespace aigc_fast {
 namespace {
@@ -30,8 +30,8 @@ struct Side {
 };
 
 // Products of matrices, a tap each, whose sums run over time: blocks of kRows channels of one side
-// by groups of kGroup of the other.
-template <class T>
+// by groups of kGroup of the other. S is what is multiplied: Acc<T>, or Bf16Pair.
+template <class T, class S>
 class Conv1dWeight {
  public:
   using A = Acc<T>;
@@ -46,18 +46,18 @@ class Conv1dWeight {
 
   // To (out, in, taps), contiguous.
   void run(T* to) const {
-    // Sums of so many parts of the time stay in the third cache. Few parts share the groups too:
-    // the number of both is that of neither threads nor processors, for the sums' order to be one.
+    // Items of so much work, whose number is that of neither threads nor processors: the order of
+    // sums is one. They share the time, while sums of so many parts stay in the third cache, and
+    // where parts are few the groups too, which read all rows each.
     const int64_t steps = steps_at_once(), pieces = (s_.length + steps - 1) / steps;
     const int64_t bytes = groups_ * per_group() * sizeof(A);
-    const int64_t parts =
-        std::clamp<int64_t>(std::min(s_.batch * pieces, kSumBytes / bytes), 1, kItems);
-    const int64_t splits = std::clamp<int64_t>(kItems / parts, 1, groups_);
-    KeptBuffer<A> sums(parts * groups_ * per_group());
     const int64_t work = s_.batch * s_.length * s_.taps * rows_.channels * lanes_.channels;
-    const int64_t grain =
-        std::max<int64_t>(1, (1 << 20) * parts * splits / std::max<int64_t>(1, work));
-    torch::stable::parallel_for(0, parts * splits, grain, [&](int64_t begin, int64_t end) {
+    const int64_t items = std::clamp<int64_t>(work / kItemWork, 1, kItems);
+    const int64_t parts =
+        std::clamp<int64_t>(kSumBytes / bytes, 1, std::min(s_.batch * pieces, items));
+    const int64_t splits = std::clamp<int64_t>(items / parts, 1, groups_);
+    KeptBuffer<A> sums(parts * groups_ * per_group());
+    torch::stable::parallel_for(0, parts * splits, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t part = item / splits, split = item % splits;
         const int64_t group = groups_ * split / splits, to_group = groups_ * (split + 1) / splits;
@@ -77,7 +77,8 @@ class Conv1dWeight {
   // Terms of a sum that meet before they join the others: short chains of additions round less.
   static constexpr int64_t kChain = 128;
   static constexpr int64_t kGroup = kConvOuts * kLanes<A>, kRows = kConvPixels;
-  static constexpr int64_t kSumBytes = 8 << 20, kItems = 16, kStepBytes = 1 << 18;
+  static constexpr int64_t kSumBytes = 8 << 20, kItems = 32, kItemWork = 1 << 21,
+                           kStepBytes = 1 << 18;
 
   int64_t per_group() const { return s_.taps * blocks_ * kRows * kGroup; }
 
@@ -120,8 +121,8 @@ class Conv1dWeight {
   int64_t ceil_of(int64_t at) const { return at <= 0 ? 0 : (at + s_.stride - 1) / s_.stride; }
 
   // Of the rows and lanes that are left.
-  AIGC_INLINE static void add_block(int64_t rows_left, int64_t lanes_left, const A* rows,
-                                    int64_t rows_pitch, const A* lanes, int64_t lanes_pitch,
+  AIGC_INLINE static void add_block(int64_t rows_left, int64_t lanes_left, const S* rows,
+                                    int64_t rows_pitch, const S* lanes, int64_t lanes_pitch,
                                     int64_t count, bool add, ConvSums<A>& totals) {
     const auto products = [&]<int P>(std::integral_constant<int, P>) {
       if (lanes_left > kLanes<A>)
@@ -138,22 +139,26 @@ class Conv1dWeight {
   struct Scratch {
     const Side<T>& side;
     const int64_t first, pitch;
-    KeptBuffer<A> memory;
+    KeptBuffer<S> memory;
 
     Scratch(const Side<T>& given, int64_t n, int64_t begin, int64_t end, int64_t taps,
             int64_t channel, int64_t channels)
-        : side(given),
-          first(side.first(begin)),
-          pitch(pitch_of(channels)),
-          // Blocks reach beyond the last step's channels.
-          memory(std::max<int64_t>(0, side.last(end, taps) - first) * pitch + kRows + kGroup) {
+        : side(given), first(side.first(begin)), pitch(pitch_of(channels)) {
+      const int64_t count = std::max<int64_t>(0, side.last(end, taps) - first);
+      memory = KeptBuffer<S>(count * pitch + kRows + kGroup);  // blocks reach beyond the last step
       SequenceInput<T> some = side.sequence;
       some.data += channel * some.channel_stride;
-      const int64_t count = side.last(end, taps) - first;
-      if (count > 0) some.read(n, first, count, channels, memory.data(), pitch);
+      if (count == 0) return;
+      if constexpr (std::is_same_v<S, A>) {
+        some.read(n, first, count, channels, memory.data(), pitch);
+      } else {
+        KeptBuffer<T> single((count + side.move) * pitch);
+        some.read(n, first, count, channels, single.data(), pitch);
+        pair_steps(single.data(), side.move * pitch, count * pitch, memory.data());
+      }
     }
 
-    const A* at(int64_t t, int64_t tap) const {
+    const S* at(int64_t t, int64_t tap) const {
       return memory.data() + (t * side.move - side.padding + tap * side.shift - first) * pitch;
     }
   };
@@ -213,7 +218,12 @@ Tensor conv1d_backward_weight(const Tensor& grad, const Tensor& x, int64_t taps,
     }
     const Side<T> of_grad{sequence_of<T>(grad, grad_slope), grad.size(1), s.length, 1, 0, 0};
     const Side<T> of_x{sequence_of<T>(x, slope), x.size(1), s.time, stride, dilation, padding};
-    Conv1dWeight<T>(of_grad, of_x, s).run(mutable_data<T>(weight));
+#if AIGC_BF16_DOT
+    if constexpr (std::is_same_v<T, bf16>)
+      if (has_bf16_dot())
+        return Conv1dWeight<T, Bf16Pair>(of_grad, of_x, s).run(mutable_data<T>(weight));
+#endif
+    Conv1dWeight<T, Acc<T>>(of_grad, of_x, s).run(mutable_data<T>(weight));
   });
   return weight;
 }

@@ -2,44 +2,9 @@
 #pragma once
 
 #include "conv_finish.h"
+#include "conv_sums.h"
 
 namespace aigc_fast {
-
-constexpr int kConvPixels = kVectorBytes == 64 ? 12 : 6, kConvOuts = 2;
-
-// Sums of kConvPixels pixels and kConvOuts vectors of channels.
-template <class A>
-struct ConvSums {
-  Vec<A> of[kConvPixels][kConvOuts];
-};
-
-// The totals of the first P pixels and V vectors become these sums, or have them added. Unrolled,
-// like every loop over them: else the sums stay in memory.
-template <int P, class A, int V>
-AIGC_INLINE void keep_sums(const Vec<A> (&sums)[P][V], bool add, ConvSums<A>& totals) {
-#pragma GCC unroll 12
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) totals.of[p][v] = add ? totals.of[p][v] + sums[p][v] : sums[p][v];
-}
-
-// The sums over `count` steps of the products of P rows' values with V vectors of lanes. Each
-// step's rows lie side by side, rows_pitch behind the one before, and so do its lanes.
-template <int P, int V, class A>
-AIGC_INLINE void add_outer_products(const A* rows, int64_t rows_pitch, const A* lanes,
-                                    int64_t lanes_pitch, int64_t count, bool add,
-                                    ConvSums<A>& totals) {
-  Vec<A> sums[P][V] = {};
-  for (int64_t t = 0; t < count; ++t, rows += rows_pitch, lanes += lanes_pitch) {
-    Vec<A> all[V];
-    for (int v = 0; v < V; ++v) all[v] = load(lanes + v * kLanes<A>);
-#pragma GCC unroll 12
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sums[p][v] += rows[p] * all[v];
-  }
-  keep_sums<P, A>(sums, add, totals);
-}
 
 // By fused multiply-add, an input at a time.
 template <class T>
