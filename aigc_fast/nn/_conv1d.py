@@ -1,7 +1,7 @@
-"""Convolutions along time with what vocoders have around them, fused.
+"""Convolutions along time with what vocoders have around them, fused, in training too.
 
-On a GPU, whose convolutions are cuDNN's, and on a CPU in 16 bits where its products are the slower
-ones, they are chains of torch's operations.
+On a GPU, whose convolutions are cuDNN's, under autocast, and on a CPU in 16 bits where its products
+are the slower ones, they are chains of torch's operations.
 """
 
 from collections.abc import Sequence
@@ -52,13 +52,14 @@ def upsample(x: Tensor, conv: nn.Module, slope: float = 1.0) -> Tensor:
     assert isinstance(conv, nn.ConvTranspose1d)
     if is_compiled(conv):
         stride, padding = conv.stride[0], int(conv.padding[0])
-        return ops.conv_transpose1d(x, conv.weight, conv.bias, stride, padding, slope)
+        places = conv.output_padding[0], conv.dilation[0]
+        return ops.conv_transpose1d(x, conv.weight, conv.bias, stride, padding, slope, *places)
     return conv(_bent(x, slope))
 
 
 def is_compiled(conv: nn.Conv1d | nn.ConvTranspose1d | nn.Conv2d) -> bool:
     """Whether a compiled operator computes it: on a CPU, if not slower than torch's."""
-    if conv.groups > 1 or conv.weight.device.type != "cpu":
+    if conv.groups > 1 or conv.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     dtype = conv.weight.dtype
     if dtype == torch.bfloat16:

@@ -1,12 +1,14 @@
 """Vocoders' compiled convolutions: which calls take them, and what parts of a sequence give."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aigc_fast._devices import has_bfloat16_instructions, has_float16_instructions
 from aigc_fast.models.vocoder import generator
-from aigc_fast.nn import _upsampling
+from aigc_fast.nn import _conv1d, _upsampling
 from tests.models import vocoders
 from tests.models.checkpoints import assert_error_ratio
 
@@ -56,10 +58,13 @@ def convolutions_of(model, x):
 
 
 @pytest.mark.parametrize("name", vocoders.GENERATORS)
-def test_compiled_where_no_gradient_is_wanted(name):
+def test_compiled_where_not_slower(name):
     model, x = make(name), torch.randn(1, 6, 20)
-    stock, names = convolutions_of(model, x)
-    assert names == {"aten.convolution"} and stock.requires_grad
+    y, names = convolutions_of(model, x)
+    assert names == OURS and y.requires_grad
+    with Convolutions() as seen:
+        y.sum().backward()
+    assert seen.names == OURS | {"aigc_fast.conv1d_backward_weight"}
     with torch.no_grad():
         _, names = convolutions_of(model, x)
         assert names == OURS
@@ -67,11 +72,27 @@ def test_compiled_where_no_gradient_is_wanted(name):
         assert names == (OURS if has_bfloat16_instructions() else {"aten.convolution"})
         _, names = convolutions_of(model.half(), x.half())
         assert names == (OURS if not has_float16_instructions() else {"aten.convolution"})
-    model = make(name)
-    exact = model.double()(x.double()).detach()
-    stock = model.float()(x).detach()
-    with torch.no_grad():
-        assert_error_ratio(model(x), stock, exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, names = convolutions_of(make(name), x)
+        assert names == {"aten.convolution"}
+
+
+@pytest.mark.parametrize("name", vocoders.GENERATORS)
+def test_as_good_as_torchs(monkeypatch, name):
+    def derivatives(model, x):
+        """The waveform and all gradients, in units of the largest of each."""
+        y = model(x)
+        found = [y, *torch.autograd.grad(y.square().mean(), model.parameters())]
+        return torch.cat([(t / u).detach().flatten() for t, u in zip(found, units, strict=True)])
+
+    model, x = make(name), torch.randn(1, 6, 20)
+    wide = copy.deepcopy(model).double()
+    y = wide(x.double())
+    found = torch.autograd.grad(y.square().mean(), wide.parameters())
+    units = [y.abs().max().item(), *(t.abs().max().item() for t in found)]
+    ours = derivatives(model, x)
+    monkeypatch.setattr(_conv1d, "is_compiled", lambda conv: False)
+    assert_error_ratio(ours, derivatives(model, x), derivatives(wide, x.double()))
 
 
 @pytest.mark.parametrize(
