@@ -1,7 +1,7 @@
 """What takes the place of the vocoders and the audio codec of transformers.
 
-The operators of convolutions have no derivative and are for CPUs. Elsewhere, and where something
-hangs on a layer whose work is done here (a hook, weight norm, an adapter), the stock code runs.
+The operators of convolutions are for CPUs. Elsewhere, and where something hangs on a layer whose
+work is done here (a hook, weight norm, an adapter), the stock code runs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.integrations._patching import Assignment, Replacement, Unfit
-from aigc_fast.nn._conv1d import convolve, is_fused, upsample
+from aigc_fast.nn._conv1d import convolve, is_compiled, is_fused, upsample
 from aigc_fast.nn._replacing import runs_as_written
 from aigc_fast.nn._upsampling import in_parts, mean, residual_pairs
 
@@ -24,10 +24,10 @@ WIDE = 512
 def takes(convs: Iterable[Any], x: Tensor) -> bool:
     """Whether our operators do what these layers would do to x, and to what follows from it."""
     # A trace would keep the number of parts of a sequence.
-    if x.dim() != 3 or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+    if x.dim() != 3 or torch.jit.is_tracing():
         return False
     return all(
-        _is_plain(conv) and conv.weight.dtype == x.dtype and is_fused(conv, x) for conv in convs
+        _is_plain(conv) and conv.weight.dtype == x.dtype and is_compiled(conv) for conv in convs
     )
 
 
@@ -97,6 +97,9 @@ def waveform(generator: HifiGan, x: Tensor) -> Tensor:
         return list(generator.resblocks[i * each : (i + 1) * each])
 
     for i, up in enumerate(generator.upsampler):
+        if not is_fused(generator.conv_post, x):  # whose parts would be kept beside the whole
+            x = stage(x, i)
+            continue
         reaches = [sum(int(conv.padding[0]) for conv in convs_of(block)) for block in blocks_of(i)]
         reach = max(reaches) + generator.conv_post.padding[0]
         x = in_parts(partial(stage, i=i), x, up, reach)

@@ -203,9 +203,7 @@ def test_gradients(name) -> None:
     aigc_fast.patch(model.train())
     with recorded() as calls:
         ours = gradients(model, inputs)
-    assert operators_of(calls) == MODELS[name][2] - CONVOLUTIONS
-    if name != "dac":
-        assert all(map(torch.equal, ours, stock))
+    assert operators_of(calls) == MODELS[name][2]
     # Over all of them, in units of the largest value of each: single ones are luck on either side.
     units = [e.abs().max() for e in want]
     error, limit = (

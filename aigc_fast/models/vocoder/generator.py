@@ -75,7 +75,7 @@ class Generator(nn.Module):
         """The waveform of what the first convolution gives."""
         for i in range(len(self.ups)):
             stage = partial(self._stage, i=i)
-            if is_fused(self.conv_post, x):
+            if is_fused(self.conv_post, x):  # in training the parts would be kept beside the whole
                 reach = max(block.reach for block in self._blocks(i)) + self._waveform_reach
                 x = in_parts(stage, x, self._up(i), reach)
             else:
