@@ -1,5 +1,5 @@
 """A vocoder's convolutions along time with leaky ReLU before and a residual after: of sequences
-with channels innermost and, as torch has them, contiguous."""
+with channels innermost and, as torch has them, contiguous. Forward, and forward with backward."""
 
 import pytest
 import torch
@@ -27,3 +27,15 @@ def bench_conv1d(measure, sample, dtype) -> None:
 @pytest.mark.parametrize("sample", OPS["conv_transpose1d"].large(), ids=lambda s: s.name)
 def bench_conv_transpose1d(measure, sample, dtype) -> None:
     measure(OPS["conv_transpose1d"], sample, dtype, eager=eager_conv_transpose1d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sample", OPS["conv1d"].large(), ids=lambda s: s.name)
+def bench_conv1d_backward(measure, sample, dtype) -> None:
+    measure(OPS["conv1d"], sample, dtype, eager=eager_conv1d, backward=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sample", OPS["conv_transpose1d"].large(), ids=lambda s: s.name)
+def bench_conv_transpose1d_backward(measure, sample, dtype) -> None:
+    measure(OPS["conv_transpose1d"], sample, dtype, eager=eager_conv_transpose1d, backward=True)

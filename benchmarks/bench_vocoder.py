@@ -20,11 +20,9 @@ from tests.models.checkpoints import assert_error_ratio
 PHONEMES = "ɹˈeɪn ɪz wˈɔːɾɚ ðæt fˈɔːlz fɹʌm klˈaʊdz, dɹˈɑːp baɪ dɹˈɑːp."
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@torch.inference_mode()
-def bench_hifigan(benchmark, quick, dtype) -> None:
-    """SpeechT5's vocoder, random weights: four stages of 4, blocks of kernels 3, 7, 11."""
-    transformers = pytest.importorskip("transformers")
+def _hifigan(transformers) -> tuple[torch.nn.Module, HiFiGANGenerator]:
+    """SpeechT5's vocoder, random weights: four stages of 4, blocks of kernels 3, 7, 11. Theirs, and
+    ours with the same weights."""
     torch.manual_seed(0)
     config = transformers.SpeechT5HifiGanConfig(normalize_before=False)
     stock = transformers.SpeechT5HifiGan(config).eval().to(DEVICE)
@@ -37,7 +35,14 @@ def bench_hifigan(benchmark, quick, dtype) -> None:
     ).eval()
     named = {k.replace("ups.", "upsampler."): w for k, w in model.state_dict().items()}
     stock.load_state_dict(named, strict=False)  # which has the mean and scale of spectrograms too
-    model = model.to(DEVICE, dtype)
+    return stock, model.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def bench_hifigan(benchmark, quick, dtype) -> None:
+    stock, model = _hifigan(pytest.importorskip("transformers"))
+    model = model.to(dtype)
     x = torch.randn(1, 80, 16 if quick else 64, device=DEVICE)
     wide = stock.double()(x.double().transpose(1, 2))
     theirs = stock.to(dtype)(x.to(dtype).transpose(1, 2))
@@ -49,7 +54,50 @@ def bench_hifigan(benchmark, quick, dtype) -> None:
         compiled = torch.compile(stock)
         variants["compile"] = lambda: compiled(frames)
     times = interleaved(variants, seconds=1.0 if quick else 15.0, rounds=1 if quick else 5)
-    _note(benchmark, times, variants, x.shape[2] * model.hop / config.sampling_rate)
+    _note(benchmark, times, variants, x.shape[2] * model.hop / stock.config.sampling_rate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def bench_hifigan_training(benchmark, quick, dtype) -> None:
+    """A step of the generator alone: an L1 loss of the waveform and all gradients, two segments of
+    8192 samples, every variant in the dtype of the benchmark."""
+    stock, model = _hifigan(pytest.importorskip("transformers"))
+    x = torch.randn(1 if quick else 2, 80, 8 if quick else 32, device=DEVICE)
+    goal = torch.randn(x.shape[0], x.shape[2] * model.hop, device=DEVICE)
+
+    def gradients(function, parameters, x: Tensor) -> list[Tensor]:
+        loss = (function(x).to(goal.dtype) - goal.to(x.device)).abs().mean()
+        return torch.autograd.grad(loss, parameters)
+
+    def step_of(network, function, x: Tensor):
+        parameters = [p for _, p in sorted(network.named_parameters(), key=_in_common)]
+        return lambda: gradients(function, parameters, x)
+
+    def theirs(x: Tensor) -> Tensor:
+        return stock(x.transpose(1, 2))
+
+    def ours(x: Tensor) -> Tensor:
+        return model(x)[:, 0]
+
+    wide = step_of(stock.double(), theirs, x.double())()
+    stock, model, x = stock.to(dtype), model.to(dtype), x.to(dtype)
+    variants = {"eager": step_of(stock, theirs, x), "ours": step_of(model, ours, x)}
+    # In units of the largest of each, all as one.
+    found = [variants["ours"](), variants["eager"](), wide]
+    units = [g.abs().max() for g in wide]
+    assert_error_ratio(
+        *(torch.cat([(g / u).flatten() for g, u in zip(gs, units, strict=True)]) for gs in found)
+    )
+    if not quick:
+        compiled = torch.compile(theirs)
+        variants["compile"] = step_of(stock, compiled, x)
+    times = interleaved(variants, seconds=1.0 if quick else 15.0, rounds=1 if quick else 5)
+    rate = stock.config.sampling_rate
+    _note(benchmark, times, variants, x.shape[0] * x.shape[2] * model.hop / rate)
+
+
+def _in_common(named: tuple[str, Tensor]) -> str:
+    return named[0].replace("upsampler.", "ups.")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
