@@ -15,6 +15,7 @@ from aigc_fast.io import find_voice
 from aigc_fast.models.vocoder import VITS, HiFiGANGenerator
 from benchmarks.machine import DEVICE
 from tests.models.checkpoints import assert_error_ratio
+from tests.ops.test_every_op import assert_as_good_as_torch
 
 #: what "rain is water that falls from clouds, drop by drop" is to a voice of Piper
 PHONEMES = "ɹˈeɪn ɪz wˈɔːɾɚ ðæt fˈɔːlz fɹʌm klˈaʊdz, dɹˈɑːp baɪ dɹˈɑːp."
@@ -82,12 +83,14 @@ def bench_hifigan_training(benchmark, quick, dtype) -> None:
     wide = step_of(stock.double(), theirs, x.double())()
     stock, model, x = stock.to(dtype), model.to(dtype), x.to(dtype)
     variants = {"eager": step_of(stock, theirs, x), "ours": step_of(model, ours, x)}
-    # In units of the largest of each, all as one.
-    found = [variants["ours"](), variants["eager"](), wide]
+    # In units of the largest of each, all as one. The sums of torch's are hundreds of times as
+    # wrong in float32 as ours: no limit would hold for both.
     units = [g.abs().max() for g in wide]
-    assert_error_ratio(
-        *(torch.cat([(g / u).flatten() for g, u in zip(gs, units, strict=True)]) for gs in found)
+    mine, plain, exact = (
+        [torch.cat([(g / u).flatten() for g, u in zip(found, units, strict=True)])]
+        for found in (variants["ours"](), variants["eager"](), wide)
     )
+    assert_as_good_as_torch(mine, plain, exact, dtype)
     if not quick:
         compiled = torch.compile(theirs)
         variants["compile"] = step_of(stock, compiled, x)
