@@ -154,7 +154,9 @@ def conv_transpose1d(
 def conv1d_backward_weight(grad, x, taps, stride, padding, dilation, grad_slope, slope) -> Tensor:
     grad, x = _innermost(grad), _innermost(x)
     (batch, length, outputs), (_batch, time, channels) = grad.shape, x.shape
-    block_o, block_c = (max(16, min(64, triton.next_power_of_2(n))) for n in (outputs, channels))
+    # 64 by 64 would spill on sm_80.
+    block_o = max(16, min(64, triton.next_power_of_2(outputs)))
+    block_c = 16 if channels <= 16 else 32
     blocks = triton.cdiv(outputs, block_o) * triton.cdiv(channels, block_c)
     steps = batch * length
     parts = max(1, min(_PROGRAMS // (blocks * taps), triton.cdiv(steps, _STEPS)))
