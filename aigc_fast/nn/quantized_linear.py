@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from aigc_fast import ops
 from aigc_fast._devices import has_fast_bfloat16
 from aigc_fast.ops._checks import check_positive
-from aigc_fast.ops._quantized_format import check_bits, check_group_size
+from aigc_fast.ops._quantized_format import check_bits, check_group_size, check_in_features
 
 from .bias_act import of_dtype
 
@@ -53,6 +53,8 @@ class QuantizedLinear(nn.Module):
         size = 16 * (self.group_size * bits // 8 + (2 if symmetric else 4))
         tiles = -(-out_features // 16)
         weight = torch.zeros(tiles, groups, size, dtype=torch.uint8, device=device)
+        whole = f"in_features must be that of whole groups of {self.group_size}"
+        check_in_features(whole, in_features, weight, bits, self.group_size)
         self.register_buffer("weight", weight)
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", zeros)
@@ -118,6 +120,7 @@ class QuantizedLinear(nn.Module):
             bits=self.bits,
             group_size=self.group_size,
             out_features=self.out_features,
+            in_features=self.in_features,
             quantize_activations=quantize_activations,
         )
 

@@ -87,6 +87,19 @@ def check_packed(name: str, weight: Tensor, bits: int, group_size: int, out_feat
         )
 
 
+def check_in_features(
+    what: str, in_features: int, weight: Tensor, bits: int, group_size: int
+) -> None:
+    """ValueError, `what` and which, unless a packed weight can have so many columns: a run of them
+    is padded, and within a single group alone."""
+    groups = weight.shape[1]
+    most = groups * group_size
+    least = most - (32 // bits - 1 if groups == 1 else 0)
+    if not least <= in_features <= most:
+        sizes = f"{most}" if least == most else f"{least} to {most}"
+        raise ValueError(f"{what}, {sizes}, got {in_features}")
+
+
 def check_bits(bits: int) -> None:
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits}")
@@ -113,11 +126,7 @@ def dequantize_weight(
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be {', '.join(map(name_of, FLOATS))}, got {dtype}")
     tiles, groups, _ = packed.shape
-    if not (groups - 1) * group_size < in_features <= groups * group_size:
-        raise ValueError(
-            f"in_features must be that of packed, {groups * group_size} or up to "
-            f"{group_size - 1} fewer, got {in_features}"
-        )
+    check_in_features("in_features must be that of packed", in_features, packed, bits, group_size)
     run = 32 // bits
     size = TILE * group_size * bits // 8
     accumulate = wide_dtype(dtype)

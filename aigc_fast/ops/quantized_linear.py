@@ -6,7 +6,7 @@ from torch import Tensor
 
 from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import wide
-from aigc_fast.ops._quantized_format import check_packed, dequantize_weight
+from aigc_fast.ops._quantized_format import check_in_features, check_packed, dequantize_weight
 from aigc_fast.ops._registry import define
 from aigc_fast.ops.linear import linear
 
@@ -19,6 +19,7 @@ def quantized_linear(
     bits: int,
     group_size: int,
     out_features: int,
+    in_features: int | None = None,
     quantize_activations: bool = False,
 ) -> Tensor:
     """y = x @ W.T + bias, W the weight that the codes stand for.
@@ -31,6 +32,8 @@ def quantized_linear(
     bits:         4 or 8.
     group_size:   columns that share a scale: a multiple of 8 for 4 bits, of 4 for 8 bits.
     out_features: rows of W; the last tile may be padded.
+    in_features:  columns of W, or None: then x may have any width that the padded columns of a
+                  weight of one group allow, up to 7 fewer for 4 bits, 3 for 8.
     quantize_activations: also round x to int8, each group by its own scale max|x| / 127, and
                   multiply integers. Faster on CPUs, where it is what llama.cpp does; the error is
                   that of the rounding, about 0.4% of the largest product of a group.
@@ -52,6 +55,8 @@ def quantized_linear(
             "quantized_linear has no derivative: call it under torch.no_grad(), or train with the "
             "weight of dequantize_weight"
         )
+    if in_features is not None and (x.dim() == 0 or x.shape[-1] != in_features):
+        raise ValueError(f"x must have in_features = {in_features} last, got {tuple(x.shape)}")
     return _quantized_linear(x, weight, bias, bits, group_size, out_features, quantize_activations)
 
 
@@ -81,12 +86,8 @@ def _check(
     check_tensor("x", x)
     check_packed("weight", weight, bits, group_size, out_features)
     check_device("weight", weight, ("x", x))
-    groups = weight.shape[1]
-    if x.dim() == 0 or not (groups - 1) * group_size < x.shape[-1] <= groups * group_size:
-        raise ValueError(
-            f"x must have the in_features of weight, {groups * group_size} or up to "
-            f"{group_size - 1} fewer, got shape {tuple(x.shape)}"
-        )
+    width = x.shape[-1] if x.dim() else 0
+    check_in_features("x must have the in_features of weight", width, weight, bits, group_size)
     if bias is not None:
         check_tensor("bias", bias, like=("x", x), shape=(out_features,))
 

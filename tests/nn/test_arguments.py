@@ -53,6 +53,7 @@ def test_synonyms_in_group_norms(known, synonym, channels_last) -> None:
         (TypeError, "kernel", lambda: fast.Blur("1331")),
         (ValueError, "bits", lambda: fast.QuantizedLinear(32, 16, bits=0, group_size=32)),
         (ValueError, "group_size", lambda: fast.QuantizedLinear(32, 16, bits=4, group_size=0)),
+        (ValueError, "in_features", lambda: fast.QuantizedLinear(100, 16, bits=4, group_size=64)),
         (ValueError, "num_codes", lambda: fast.VectorQuantizer(0, 4)),
         (ValueError, "in_features", lambda: fast.EqualizedLinear(0, 4)),
         (ValueError, "style_dim", lambda: fast.ModulatedConv2d(3, 4, 3, 0)),

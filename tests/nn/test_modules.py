@@ -207,6 +207,8 @@ def test_quantized_linear_of_any_width_has_one_scale_a_row():
     assert ours.quantize_activations and ours.group_size == 40
     x = torch.randn(3, 37, dtype=torch.float64)
     torch.testing.assert_close(ours(x), linear(x), rtol=0, atol=0.02)
+    with pytest.raises(ValueError, match="x must have in_features = 37 last"):
+        ours(torch.randn(3, 38, dtype=torch.float64))
 
 
 def test_many_rows_of_rounded_activations_are_multiplied_in_bfloat16(monkeypatch):

@@ -58,6 +58,7 @@ def _samples() -> list[Sample]:
 
 def _refusals() -> list[Refusal]:
     (x, weight, _), kwargs = _call((2,), 32, 64, 4, 32)
+    one_group = _call((2,), 32, 32, 4, 32)[0][1]
 
     def bad(name: str, error: type[Exception], match: str, *args: Tensor, **changes) -> Refusal:
         return Refusal(name, args or (x, weight, None), error, match, {**kwargs, **changes})
@@ -73,6 +74,9 @@ def _refusals() -> list[Refusal]:
         bad("tiles", ValueError, r"weight must have shape \(3, groups", out_features=33),
         bad("bytes", ValueError, "weight must have shape", x, weight[..., 1:], None),
         bad("in_features", ValueError, "x must have the in_features", x[:, :32], weight, None),
+        bad("part_of_a_group", ValueError, "of weight, 64, got 60", x[:, :60], weight, None),
+        bad("one_group", ValueError, "of weight, 25 to 32, got 24", x[:, :24], one_group, None),
+        bad("other_width", ValueError, "x must have in_features = 31 last", in_features=31),
         bad("scalar", ValueError, "x must have the in_features", x[0, 0], weight, None),
         bad("bias_shape", ValueError, r"bias must have shape \(32,\)", x, weight, x[0, :31]),
         bad("bias_dtype", TypeError, "bias must have the dtype", x, weight, x[0, :32].half()),

@@ -139,6 +139,7 @@ def test_rounded_activations_cost_little(dtype) -> None:
         ((4, 16, 8, 64), "packed must have shape"),
         ((8, 32, 8, 64), "packed must have shape"),
         ((4, 32, 8, 128), "in_features must be that of packed, 64"),
+        ((4, 32, 8, 60), "in_features must be that of packed, 64, got 60"),
         ((5, 32, 8, 64), "bits must be 4 or 8"),
     ],
 )

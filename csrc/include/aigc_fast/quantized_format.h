@@ -47,8 +47,9 @@ inline QuantizedFormat format_of(const Tensor& weight, int64_t bits, int64_t gro
 inline void check_operands(const QuantizedFormat& f, const Tensor& x, const MaybeTensor& bias,
                            int64_t out_features) {
   require(x.dim() > 0, "x must have at least 1 dimension");
-  const int64_t in_features = x.size(-1);
-  require(in_features > f.columns() - f.group_size && in_features <= f.columns(),
+  // A run of columns is padded, and within a single group alone.
+  const int64_t in_features = x.size(-1), padding = f.groups == 1 ? 32 / f.bits - 1 : 0;
+  require(in_features >= f.columns() - padding && in_features <= f.columns(),
           "x must have in_features of weight, at most ", f.columns(), ", got ", in_features);
   require(!bias || (bias->dim() == 1 && bias->size(0) == out_features &&
                     bias->scalar_type() == x.scalar_type()),
