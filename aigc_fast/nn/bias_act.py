@@ -33,7 +33,7 @@ class BiasAct(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        resolve(act, alpha)  # refuses what is none
+        resolve(act, alpha, clamp)  # refuses what is none
         self.dim, self.act, self.alpha, self.gain, self.clamp = dim, act, alpha, gain, clamp
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
@@ -66,7 +66,7 @@ class LinearBiasAct(nn.Linear):
         **linear: Any,
     ) -> None:
         super().__init__(in_features, out_features, **linear)
-        resolve(act, alpha)
+        resolve(act, alpha, clamp)
         self.act, self.alpha, self.gain, self.clamp = act, alpha, gain, clamp
 
     def forward(self, x: Tensor) -> Tensor:

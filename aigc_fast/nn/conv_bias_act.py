@@ -25,7 +25,7 @@ class _ConvBiasAct(nn.modules.conv._ConvNd):
         **conv: Any,
     ) -> None:
         super().__init__(*args, **conv)
-        resolve(act, alpha)  # refuses what is none
+        resolve(act, alpha, clamp)  # refuses what is none
         self.act, self.alpha, self.gain, self.clamp = act, alpha, gain, clamp
 
     def _activate(self, y: Tensor) -> Tensor:

@@ -40,8 +40,18 @@ _SELU_SCALE = 1.0507009873554804934193349852946
 _SELU_ALPHA = 1.6732632423543772848170429916717
 
 
-def resolve(act: str, alpha: float | None) -> tuple[int, float, float, bool]:
-    """Its row in ACTIVATIONS, with this alpha if given; ValueError for what is no activation."""
+def check_clamp(clamp: float | None) -> None:
+    """ValueError for a limit that is negative or NaN."""
+    if clamp is not None and not clamp >= 0:
+        raise ValueError(f"clamp must be at least 0 or None, got {clamp}")
+
+
+def resolve(
+    act: str, alpha: float | None, clamp: float | None = None
+) -> tuple[int, float, float, bool]:
+    """Its row in ACTIVATIONS, with this alpha if given; ValueError for what is no activation and
+    for a clamp that is none."""
+    check_clamp(clamp)
     row = _BY_NAME.get(act)
     if row is None:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")

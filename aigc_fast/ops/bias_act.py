@@ -37,18 +37,18 @@ def bias_act(
            silu are other names of linear, lrelu and swish.
     alpha: slope of lrelu for x < 0 (0.2) or scale of elu (1.0); no other activation takes it.
     gain:  factor on the activation; None is sqrt(2) for relu, lrelu and swish, 1 for the others.
-    clamp: limit on |y|, or None.
+    clamp: limit on |y|, at least 0, or None.
 
     Computes in fp32 (fp64 for fp64) and rounds once. NaN stays NaN. The derivative at |y| = clamp
     and that of relu and lrelu at 0 are those for x beyond and below. Saves one tensor for backward:
     y where its sign tells the slope (linear, relu, lrelu), else x. Bytes that must move:
     forward 2, backward 3, double backward 3 (5 for the smooth activations) times x.
 
-    Raises TypeError or ValueError for a wrong dtype, shape, device, dim, act or alpha.
+    Raises TypeError or ValueError for a wrong dtype, shape, device, dim, act, alpha or clamp.
 
     Source: the operation of StyleGAN2 (Karras et al. 2020, arXiv:1912.04958) and its defaults.
     """
-    number, alpha, default_gain, from_sign = resolve(act, alpha)
+    number, alpha, default_gain, from_sign = resolve(act, alpha, clamp)
     if gain is None:
         gain = default_gain
     if dim < 0:

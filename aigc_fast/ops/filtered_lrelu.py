@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aigc_fast.ops._activations import check_clamp
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import wide
@@ -56,11 +57,12 @@ def filtered_lrelu(
     piecewise linear: its derivative is the same kernel with the filters exchanged and the bits
     read, and so on for any order.
 
-    Raises TypeError or ValueError for a wrong dtype, shape or device, factors below 1, a filter
-    that is larger than its padded image, and one that requires a gradient.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or clamp, factors below 1, a
+    filter that is larger than its padded image, and one that requires a gradient.
 
     Source: Karras et al. 2021, arXiv:2106.12423 (StyleGAN3), and its argument order.
     """
+    check_clamp(clamp)
     first = torch.ones(1, device=x.device) if up_filter is None else up_filter
     second = torch.ones(1, device=x.device) if down_filter is None else down_filter
     for name, taps in (("up_filter", first), ("down_filter", second)):

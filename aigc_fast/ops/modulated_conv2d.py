@@ -50,14 +50,14 @@ def modulated_conv2d(
     divided by their largest values, which demodulation makes good, lest the products overflow.
     Differentiable as often as one likes.
 
-    Raises TypeError or ValueError for a wrong dtype, shape, device, act or alpha.
+    Raises TypeError or ValueError for a wrong dtype, shape, device, act, alpha or clamp.
 
     Source: Karras et al. 2020, arXiv:1912.04958, section 2.2.
     """
     check_tensor("x", x, ndim=4)
     check_tensor("weight", weight, ndim=4)
     check_tensor("style", style, shape=x.shape[:2])
-    linear = resolve(act, alpha)[0] == 0
+    linear = resolve(act, alpha, clamp)[0] == 0
     style, demodulation = style.to(torch.promote_types(x.dtype, torch.float32)), None
     if demodulate:
         if x.dtype == torch.float16:

@@ -46,12 +46,12 @@ def scale_bias_act(
     that of x; one of noise takes passes of its own. Saves x. Bytes that must move: forward 2,
     backward 3, double backward 5 times x.
 
-    Raises TypeError or ValueError for a wrong dtype, shape, device, act or alpha.
+    Raises TypeError or ValueError for a wrong dtype, shape, device, act, alpha or clamp.
 
     Source: the modulation, demodulation and noise of StyleGAN2 (Karras et al. 2020,
     arXiv:1912.04958).
     """
-    number, resolved, default_gain, _ = resolve(act, alpha)
+    number, resolved, default_gain, _ = resolve(act, alpha, clamp)
     recording = torch.is_grad_enabled()
     if noise is not None and recording and noise.requires_grad:
         z = scale_bias_act(x, scale) + (noise if strength is None else noise * strength)

@@ -50,8 +50,8 @@ def upfirdn2d(
     and rounds once. The derivative is an upfirdn2d with up and down exchanged and the filter
     flipped, and so on for any order. Bytes that must move: x once and y once.
 
-    Raises TypeError or ValueError for a wrong dtype, shape or device, factors below 1, and a filter
-    that is larger than the padded image.
+    Raises TypeError or ValueError for a wrong dtype, shape, device, act, alpha or clamp, factors
+    below 1, and a filter that is larger than the padded image.
 
     Source: the operation of StyleGAN2 (Karras et al. 2020, arXiv:1912.04958).
     """
@@ -59,7 +59,7 @@ def upfirdn2d(
         raise ValueError("filter must not require a gradient: it has none")
     (up_x, up_y), (down_x, down_y) = _pair("up", up), _pair("down", down)
     geometry = [up_x, up_y, down_x, down_y, *_sides(padding)]
-    number, resolved, default_gain, from_sign = resolve(act, alpha)
+    number, resolved, default_gain, from_sign = resolve(act, alpha, clamp)
     plain = bias is None and number == 0 and act_gain is None and clamp is None
     factor = default_gain if act_gain is None else act_gain
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):

@@ -226,6 +226,17 @@ def test_refuses_the_value(name, argument, value) -> None:
         getattr(ops, name)(**call | {argument: value})
 
 
+@pytest.mark.parametrize(
+    "name", ["bias_act", "filtered_lrelu", "modulated_conv2d", "scale_bias_act", "upfirdn2d"]
+)
+def test_a_clamp_is_a_limit(name) -> None:
+    call, function = CALLS[name, "bias"], getattr(ops, name)
+    for clamp in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"^clamp must be at least 0 or None, got {clamp}$"):
+            function(**call | {"clamp": clamp})
+    assert not function(**call | {"clamp": 0}).any()
+
+
 def test_the_style_of_an_adaptive_norm_is_named() -> None:
     x, style = torch.randn(2, 3, 4, 4), torch.randn(2, 3)
     with pytest.raises(ValueError, match=r"^scale must have shape \(2, 3\)"):
