@@ -62,6 +62,13 @@ def check_tensor(
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
 
 
+def check_class(name: str, value: object, wanted: type) -> None:
+    """TypeError unless `value` is of that class."""
+    if not isinstance(value, wanted):
+        what = "a class" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"{name} must be a {wanted.__name__}, got {what}")
+
+
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """ValueError unless `value` is one of `choices`."""
     if value not in choices:

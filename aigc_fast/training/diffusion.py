@@ -14,7 +14,13 @@ from .ema import EMA
 from .gradient_checkpointing import checkpoint_blocks
 from .optim import AdamW
 from .statistics import keep_statistics
-from .trainer import Trainer, check_not_negative, check_share, warm_up_and_cosine
+from .trainer import (
+    Trainer,
+    check_not_negative,
+    check_share,
+    recipe_or_default,
+    warm_up_and_cosine,
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class DiffusionTrainer(Trainer):
         null_label: int | None = None,
         seed: int = 0,
     ) -> None:
-        recipe = recipe or DiffusionRecipe()
+        recipe = recipe_or_default(recipe, DiffusionRecipe)
         self.model, self.null_label, self.scheduler = model, null_label, recipe.scheduler()
         ema = EMA(model, recipe.ema_decay)
         if recipe.gradient_checkpointing:

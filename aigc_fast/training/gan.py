@@ -8,14 +8,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from aigc_fast._graphs import Replay, check_graph
+from aigc_fast.io.token_ids import integer
 from aigc_fast.ops import discriminator_loss, generator_loss
+from aigc_fast.ops._checks import check_positive
 
 from .ema import EMA
 from .gan_recipe import GANRecipe
 from .optim import Adam
 from .penalties import gradient_penalty, r1_penalty, r2_penalty
 from .statistics import keep_statistics
-from .trainer import Trainer
+from .trainer import Trainer, recipe_or_default
 
 
 class GANStep(NamedTuple):
@@ -74,7 +76,8 @@ class GANTrainer(Trainer):
         seed: int = 0,
         cuda_graph: bool = False,
     ) -> None:
-        recipe = recipe or GANRecipe()
+        recipe = recipe_or_default(recipe, GANRecipe)
+        check_positive(latent_dim=integer("latent_dim", latent_dim))
         self.generator, self.discriminator, self.latent_dim = generator, discriminator, latent_dim
         self.g_parameters = [p for p in generator.parameters() if p.requires_grad]
         self.d_parameters = [p for p in discriminator.parameters() if p.requires_grad]

@@ -4,14 +4,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from aigc_fast.ops._checks import check_class
+
 from .batches import as_floats, epochs_of_batches, steps_of_epoch
 from .ema import EMA
 from .optim import Adam
+
+Recipe = TypeVar("Recipe")
 
 
 class Trainer(ABC):
@@ -115,6 +119,14 @@ class Trainer(ABC):
             if "cuda" in state["torch_random"] and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["torch_random"]["cuda"].cpu(), self.device)
         self.seed, self.steps_done = state["seed"], state["steps_done"]
+
+
+def recipe_or_default(recipe: Recipe | None, wanted: type[Recipe]) -> Recipe:
+    """The recipe, or that class with its defaults for None; TypeError for what is none."""
+    if recipe is None:
+        return wanted()
+    check_class("recipe", recipe, wanted)
+    return recipe
 
 
 def check_not_negative(recipe: Any, *names: str) -> None:

@@ -15,7 +15,13 @@ from aigc_fast.ops.elbo import HIGHEST, LIKELIHOODS, LOWEST
 from .ema import EMA
 from .optim import AdamW
 from .statistics import keep_statistics
-from .trainer import Trainer, check_not_negative, check_share, warm_up_and_cosine
+from .trainer import (
+    Trainer,
+    check_not_negative,
+    check_share,
+    recipe_or_default,
+    warm_up_and_cosine,
+)
 
 #: nats of an element that `ops.reconstruction_loss` leaves out
 _CONSTANTS = {"bernoulli": 0.0, "gaussian": math.log(2 * math.pi) / 2, "laplace": math.log(2)}
@@ -106,7 +112,7 @@ class VAETrainer(Trainer):
         done: Callable[[int], float],
         seed: int = 0,
     ) -> None:
-        recipe = recipe or VAERecipe()
+        recipe = recipe_or_default(recipe, VAERecipe)
         self.model = model
         ema = EMA(model, recipe.ema_decay)
         self.optimizer = AdamW(

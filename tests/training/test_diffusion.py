@@ -219,3 +219,8 @@ def test_gradient_checkpointing_keeps_less(kind):
 def test_recipes_refuse(options, match):
     with pytest.raises(ValueError, match=match):
         DiffusionRecipe(**options)
+
+
+def test_a_name_is_no_recipe():
+    with pytest.raises(TypeError, match="^recipe must be a DiffusionRecipe, got str$"):
+        DiffusionTrainer(nn.Linear(1, 1), "v", done=lambda step: 0.0)

@@ -11,6 +11,8 @@ from torch import nn
 from aigc_fast.models.gan import (
     DCGANDiscriminator,
     DCGANGenerator,
+    MLPDiscriminator,
+    MLPGenerator,
     StyleGAN2Discriminator,
     StyleGAN2Generator,
 )
@@ -169,6 +171,19 @@ def test_bf16_stays_near():
 def test_recipes_refuse(options, match):
     with pytest.raises(ValueError, match=match):
         GANRecipe(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((4, "wgan-gp"), "^recipe must be a GANRecipe, got str$"),
+        ((4, GANRecipe), "^recipe must be a GANRecipe, got a class$"),
+        (("wgan-gp",), "^latent_dim must be an integer, got str$"),
+    ],
+)
+def test_a_name_is_no_recipe(arguments, match):
+    with pytest.raises(TypeError, match=match):
+        GANTrainer(MLPGenerator((4, 6)), MLPDiscriminator((6, 1)), *arguments)
 
 
 def test_batch_norms_see_real_and_generated_samples_apart(monkeypatch):

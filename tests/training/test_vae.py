@@ -180,6 +180,11 @@ def test_recipes_refuse(options, match):
         VAERecipe(**options)
 
 
+def test_a_name_is_no_recipe():
+    with pytest.raises(TypeError, match="^recipe must be a VAERecipe, got str$"):
+        VAETrainer(nn.Linear(1, 1), "v", done=lambda step: 0.0)
+
+
 def test_the_bound_needs_a_sample():
     with pytest.raises(ValueError, match="samples must be at least 1"):
         log_likelihood(Linear(), torch.zeros(1, 1, 1, 1), samples=0)

@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from .config import DecoderConfig
 
 
-def check_class(name: str, value: object, wanted: type) -> None:
-    """Raises TypeError unless `value` is of that class."""
-    if not isinstance(value, wanted):
-        what = "a class" if isinstance(value, type) else type(value).__name__
-        raise TypeError(f"{name} must be a {wanted.__name__}, got {what}")
-
-
 def count(name: str, value: Any, least: int = 1) -> int:
     """`value` as an int that is at least `least`, 0 or 1, and fits in int32.
 

@@ -14,8 +14,9 @@ from aigc_fast import ops
 from aigc_fast.io.tokenizer import TextTokenizer, save_tokenizer
 from aigc_fast.nn import Linear, QuantizedLinear
 from aigc_fast.nn._replacing import runs_as_written
+from aigc_fast.ops._checks import check_class
 
-from .arguments import check_class, check_token_ids
+from .arguments import check_token_ids
 from .cache import KVCache
 from .config import DecoderConfig
 from .fused_step import FusedStep

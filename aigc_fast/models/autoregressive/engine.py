@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from aigc_fast._graphs import Replay, check_graph
+from aigc_fast.ops._checks import check_class
 
-from .arguments import check_class, count
+from .arguments import count
 from .cache import CACHE_DTYPES, KVCache, allocate
 from .cache_scales import calibrate_cache, check_scales
 from .decoder_lm import DecoderLM

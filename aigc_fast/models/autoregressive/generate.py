@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .arguments import check_class, count
+from aigc_fast.ops._checks import check_class
+
+from .arguments import count
 from .decoder_lm import DecoderLM
 from .engine import Engine
 from .prompts import check_tokenizer, prompt_ids

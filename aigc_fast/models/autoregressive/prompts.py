@@ -6,8 +6,7 @@ from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING, Any
 
 from aigc_fast.io.token_ids import ids_of
-
-from .arguments import check_class
+from aigc_fast.ops._checks import check_class
 
 if TYPE_CHECKING:
     from aigc_fast.io import TextTokenizer
