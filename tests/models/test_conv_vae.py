@@ -39,7 +39,7 @@ def test_refuses():
         ConvVAE(4)
     with pytest.raises(ValueError, match="channels must be a multiple of 8"):
         ConvVAE(channels=12)
-    with pytest.raises(ValueError, match="images must be of 8 x 8 pixels"):
+    with pytest.raises(ValueError, match=r"images must have shape \(batch, 1, 8, 8\)"):
         model.encode(torch.randn(2, 1, 9, 9))
     with pytest.raises(ValueError, match="labels must be given if, and only if"):
         model.encode(torch.randn(2, 1, 8, 8), torch.tensor([0, 1]))

@@ -22,9 +22,9 @@ def test_output_has_the_shape_of_the_sample(size):
     assert out.shape == sample.shape
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 7, 8), (2, 3, 8, 7), (3, 8, 8)])
+@pytest.mark.parametrize("shape", [(2, 3, 7, 8), (2, 3, 8, 7)])
 def test_samples_of_other_sizes_are_refused(shape):
-    with pytest.raises(ValueError, match="the latter multiples of 2, got"):
+    with pytest.raises(ValueError, match="height and width that are multiples of 2, got"):
         small_unet(image_channels=3)(torch.randn(shape), torch.tensor([0, 999]))
 
 

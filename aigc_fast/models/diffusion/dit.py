@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from aigc_fast import ops
 from aigc_fast.nn import Linear
 
+from ..inputs import check_input, timesteps_of
 from .attention import GELU, Attention, FeedForward
 from .blocks import TimestepMLP
 from .load import DiffusersModel, resolve
@@ -147,12 +148,17 @@ class DiT(DiffusersModel):
         self.proj_out_1 = _zero_linear(width, 2 * width)
         self.proj_out_2 = _zero_linear(width, math.prod(patch) * self.out_channels)
 
-    def forward(self, sample: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
-        """sample (batch, channels, [frames,] height, width), each a multiple of its patch, and
-        timesteps (batch,), to the same shape with out_channels.
+    def forward(
+        self, sample: Tensor, timesteps: Tensor | float, labels: Tensor | None = None
+    ) -> Tensor:
+        """sample (batch, in_channels, [frames,] height, width), each a multiple of its patch, and
+        timesteps (batch,) or a number for all of them, to the same shape with out_channels.
 
         labels: int64 (batch,), num_embeds_ada_norm standing for "any", as None does throughout.
         """
+        sizes = ("frames", "height", "width")[-len(self.patch) :]
+        check_input("sample", sample, self.config.in_channels, *sizes)
+        timesteps = timesteps_of(timesteps, sample)
         grid = tuple(n // p for n, p in zip(sample.shape[2:], self.patch, strict=True))
         if tuple(n * p for n, p in zip(grid, self.patch, strict=True)) != sample.shape[2:]:
             raise ValueError(

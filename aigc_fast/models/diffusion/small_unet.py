@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from aigc_fast import ops
 from aigc_fast.nn import Conv2d, GroupNormAct, Linear, ModulatedGroupNormAct
 
+from ..inputs import check_input, timesteps_of
+
 
 class ResBlock(nn.Module):
     """x + conv(silu((1 + scale) * norm(conv(silu(norm(x)))) + shift)), the embedding giving scale
@@ -59,7 +61,8 @@ class SmallUNet(nn.Module):
         num_classes: int = 10,
     ) -> None:
         super().__init__()
-        self.patch, self.blocks, self.num_classes = patch, blocks, num_classes
+        self.image_channels, self.patch, self.blocks = image_channels, patch, blocks
+        self.num_classes = num_classes
         self.time_features, dim = channels[0], 4 * channels[0]
         self.time = nn.Sequential(Linear(channels[0], dim), nn.SiLU(), Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim)
@@ -79,17 +82,22 @@ class SmallUNet(nn.Module):
         self.conv_out = Conv2d(width, image_channels * patch**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
 
-    def forward(self, sample: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
-        """sample (batch, channels, height, width), timesteps (batch,) -> shape of sample.
+    def forward(
+        self, sample: Tensor, timesteps: Tensor | float, labels: Tensor | None = None
+    ) -> Tensor:
+        """sample (batch, image_channels, height, width), timesteps (batch,) or a number for all of
+        them -> shape of sample.
 
         height and width: multiples of patch.
         labels: int64 (batch,), or None for "any" throughout.
         """
-        if sample.dim() != 4 or sample.shape[2] % self.patch or sample.shape[3] % self.patch:
+        check_input("sample", sample, self.image_channels, "height", "width")
+        if sample.shape[2] % self.patch or sample.shape[3] % self.patch:
             raise ValueError(
-                "sample must be (batch, channels, height, width), the latter multiples of "
-                f"{self.patch}, got {tuple(sample.shape)}"
+                f"sample must have height and width that are multiples of {self.patch}, got "
+                f"{tuple(sample.shape)}"
             )
+        timesteps = timesteps_of(timesteps, sample)
         if labels is None:
             labels = torch.full_like(timesteps, self.num_classes, dtype=torch.int64)
         time = ops.timestep_embedding(

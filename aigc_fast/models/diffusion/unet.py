@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from aigc_fast import ops
 from aigc_fast.nn import Conv2d, GroupNormAct
 
+from ..inputs import check_input, timesteps_of
 from .attention import SpatialAttention, SpatialTransformer
 from .blocks import (
     DownLevel,
@@ -167,21 +168,23 @@ class UNet(DiffusersModel):
     def forward(
         self,
         sample: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | float,
         labels: Tensor | None = None,
         *,
         text: Tensor | None = None,
     ) -> Tensor:
-        """sample (batch, channels, height, width), timesteps (batch,) to a sample's prediction.
+        """sample (batch, in_channels, height, width), timesteps (batch,) or a number for all of
+        them, to a sample's prediction.
 
         labels: int64 (batch,), for a model with classes and for no other.
         text:   (batch, tokens, cross_attention_dim), diffusers' encoder_hidden_states.
         """
+        o = self.config
+        check_input("sample", sample, o.in_channels, "height", "width")
         if (labels is None) != (self.class_embedding is None):
             raise ValueError("labels must be given to a model with classes, and to no other")
-        o = self.config
         time = ops.timestep_embedding(
-            timesteps,
+            timesteps_of(timesteps, sample),
             self.time_embedding.linear_1.in_features,
             flip_sin_to_cos=o.flip_sin_to_cos,
             downscale_freq_shift=o.freq_shift,

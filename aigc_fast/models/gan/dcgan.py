@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from aigc_fast.nn import Conv2d, Conv2dBiasAct, ConvTranspose2d, ConvTranspose2dBiasAct
 from aigc_fast.ops._checks import check_choice
 
+from ..inputs import check_input
 from ..labels import check_labels, join_labels
 from .layers import LEAKY, NORMS, RELU, norm_act
 
@@ -56,6 +57,7 @@ class DCGANGenerator(nn.Module):
         _initialise(self)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        check_input("latents", latents, self.latent_dim)
         return self.main(join_labels(latents, labels, self.num_classes)[:, :, None, None])
 
 
@@ -80,6 +82,7 @@ class DCGANDiscriminator(nn.Module):
         super().__init__()
         check_choice("norm", norm, NORMS)
         kernels = _kernels(size)[::-1]
+        self.image_shape = image_channels, size, size
         bias = norm is None
         layers: list[nn.Module] = [
             Conv2dBiasAct(image_channels, channels, kernels[0], 2, 1, bias=bias, **LEAKY),
@@ -103,6 +106,7 @@ class DCGANDiscriminator(nn.Module):
         _initialise(self)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        check_input("images", images, *self.image_shape)
         check_labels(labels, self.embed is not None)
         *body, head = self.main
         x = images

@@ -8,9 +8,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
 
 from aigc_fast.nn import Linear, LinearBiasAct
+
+from ..inputs import check_input
 
 
 def _leaky(in_features: int, out_features: int) -> nn.Module:
@@ -30,6 +32,10 @@ class MLPGenerator(nn.Sequential):
         super().__init__(_numbered([*hidden, LinearBiasAct(sizes[-2], sizes[-1], "tanh")]))
         self.latent_dim = sizes[0]
 
+    def forward(self, latents: Tensor) -> Tensor:
+        check_input("latents", latents, self.latent_dim)
+        return super().forward(latents)
+
 
 class MLPDiscriminator(nn.Sequential):
     """Images (batch, sizes[0]) to logits (batch, sizes[-1]): above zero means real."""
@@ -37,3 +43,8 @@ class MLPDiscriminator(nn.Sequential):
     def __init__(self, sizes: Sequence[int] = (784, 1024, 512, 256, 1)) -> None:
         hidden = [_leaky(a, b) for a, b in pairwise(sizes[:-1])]
         super().__init__(_numbered([*hidden, Linear(sizes[-2], sizes[-1])]))
+        self.in_features = sizes[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_input("images", images, self.in_features)
+        return super().forward(images)

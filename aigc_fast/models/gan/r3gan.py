@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aigc_fast.nn import Conv2dBiasAct, Downsample2d, Linear, Upsample2d
 
+from ..inputs import check_input
 from ..labels import check_labels
 from .layers import LEAKY
 
@@ -85,6 +86,7 @@ class R3GANGenerator(nn.Module):
         self.main = nn.Sequential(*layers)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        check_input("latents", latents, self.latent_dim)
         check_labels(labels, self.embed is not None)
         if self.embed is not None:
             latents = torch.cat([latents, self.embed(labels).to(latents.dtype)], 1)
@@ -111,6 +113,7 @@ class R3GANDiscriminator(nn.Module):
         blocks: int = 2,
     ) -> None:
         super().__init__()
+        self.image_shape = image_channels, size, size
         last, widths = _stages(size, channels, max_channels)
         depth, features = blocks * len(widths), widths[0]
         layers: list[nn.Module] = [_plain(nn.Conv2d(image_channels, channels, 1, bias=False))]
@@ -127,6 +130,7 @@ class R3GANDiscriminator(nn.Module):
             nn.init.normal_(self.embed.weight, 0.0, dim**-0.5)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        check_input("images", images, *self.image_shape)
         check_labels(labels, self.embed is not None)
         x = self.main(images)
         logits = self.linear((x * self.basis.to(x.dtype)).sum((2, 3)))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..inputs import check_input
 from .convolution import convolve
 
 
@@ -74,7 +75,7 @@ class RRDBNet(nn.Module):
         super().__init__()
         if scale not in (1, 2, 4):
             raise ValueError(f"scale must be 1, 2 or 4, got {scale}")
-        self.scale, self.fold = scale, 4 // scale
+        self.num_in_ch, self.scale, self.fold = num_in_ch, scale, 4 // scale
         self.conv_first = _conv(num_in_ch * self.fold**2, num_feat)
         self.body = nn.Sequential(*[RRDB(num_feat, num_grow_ch) for _ in range(num_block)])
         self.conv_body = _conv(num_feat, num_feat)
@@ -96,6 +97,7 @@ class RRDBNet(nn.Module):
         return read_generator(path, cls)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_input("x", x, self.num_in_ch, "height", "width")
         if x.shape[2] % self.fold or x.shape[3] % self.fold:
             raise ValueError(
                 f"x must have height and width that are multiples of {self.fold}, got "

@@ -7,6 +7,7 @@ import os
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..inputs import check_input
 from .convolution import convolve
 
 
@@ -33,7 +34,7 @@ class SRVGGNetCompact(nn.Module):
         scale: int | None = None,
     ) -> None:
         super().__init__()
-        self.upscale, self.scale = upscale, scale or upscale
+        self.num_in_ch, self.upscale, self.scale = num_in_ch, upscale, scale or upscale
         layers: list[nn.Module] = []
         for i in range(num_conv + 1):
             layers.append(nn.Conv2d(num_feat if i else num_in_ch, num_feat, 3, padding=1))
@@ -55,6 +56,7 @@ class SRVGGNetCompact(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         *pairs, last = self.body
+        check_input("x", x, self.num_in_ch, "height", "width")
         y = x
         for conv, act in zip(pairs[::2], pairs[1::2], strict=True):
             y = convolve(y, conv, act.get_parameter("weight"))

@@ -13,6 +13,7 @@ from aigc_fast.models.gan.stylegan2_layers import (
     pixel_norm,
     resolutions_up_to,
 )
+from aigc_fast.models.inputs import check_input
 from aigc_fast.nn import EqualizedLinear
 
 
@@ -89,8 +90,7 @@ class StyleGAN2Generator(nn.Module):
         truncation: the styles' distance from the average, as a factor: below 1 for fewer but more
                     typical images. The average is `latent_avg`; see `update_average`.
         """
-        if z.dim() != 2 or z.shape[1] != self.style_dim:
-            raise ValueError(f"z must have shape (batch, {self.style_dim}), got {tuple(z.shape)}")
+        check_input("z", z, self.style_dim)
         if self.embed is not None:
             given = self.embed(one_hot(labels, self.num_classes, z))
             w = self.style[1:](torch.cat([pixel_norm(z), pixel_norm(given)], 1))
@@ -140,11 +140,7 @@ class StyleGAN2Generator(nn.Module):
         noise: "random", drawn anew for every image; "constant", the buffers `noises`; "none"; or
                num_layers tensors (batch or 1, 1, H, W), which may require gradients.
         """
-        if styles.shape[1:] != (self.num_styles, self.style_dim):
-            raise ValueError(
-                f"styles must have shape (batch, {self.num_styles}, {self.style_dim}), "
-                f"got {tuple(styles.shape)}"
-            )
+        check_input("styles", styles, self.num_styles, self.style_dim)
         noises = self._noises(noise, styles)
         x = self.input["input"].to(styles.dtype).expand(len(styles), -1, -1, -1)
         w = styles.unbind(1)

@@ -10,6 +10,7 @@ from aigc_fast.models.gan.stylegan2_layers import (
     pixel_norm,
     resolutions_up_to,
 )
+from aigc_fast.models.inputs import check_input
 from aigc_fast.nn import EqualizedLinear, MinibatchStddev
 
 
@@ -35,7 +36,8 @@ class StyleGAN2Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         sizes = resolutions_up_to(resolution)
-        self.resolution, self.num_classes = resolution, num_classes
+        self.resolution, self.image_channels = resolution, image_channels
+        self.num_classes = num_classes
         c = channels_at(resolution, channel_multiplier, max_channels)
         layers: list[nn.Module] = [ConvLayer(image_channels, c, 1, clamp=clamp)]
         for size in reversed(sizes):
@@ -51,11 +53,7 @@ class StyleGAN2Discriminator(nn.Module):
         self.embed = EqualizedLinear(num_classes, c) if num_classes else None
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        if images.shape[2:] != (self.resolution, self.resolution):
-            raise ValueError(
-                f"images must have {self.resolution} x {self.resolution} pixels, "
-                f"got shape {tuple(images.shape)}"
-            )
+        check_input("images", images, self.image_channels, self.resolution, self.resolution)
         x = self.final_conv(self.stddev(self.convs(images)))
         y = self.final_linear(x.flatten(1))
         if self.embed is not None:

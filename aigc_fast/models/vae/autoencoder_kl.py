@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from aigc_fast.models.diffusion.load import DiffusersModel, resolve
 from aigc_fast.ops._checks import check_positive
 
+from ..inputs import check_input
 from .networks import OPTIONS, Decoder, Encoder, check
 from .tiles import blend_tiles
 
@@ -76,6 +77,8 @@ class AutoencoderKL(DiffusersModel):
 
         tile, overlap: in latents, see `decode`; the bound of memory has block_out_channels[0].
         """
+        channels = self.config.in_channels
+        check_input("images", images, channels, "height", "width", least=self.factor)
         return self._in_tiles(self._encode, images, tile, overlap, (self.factor, 1))
 
     def decode(
@@ -94,6 +97,7 @@ class AutoencoderKL(DiffusersModel):
         level has more than four times the channels of the one above it; beside them, what torch's
         convolutions and attention take for themselves.
         """
+        check_input("latents", latents, self.config.latent_channels, "height", "width")
         return self._in_tiles(self._decode, latents, tile, overlap, (1, self.factor))
 
     def scale(self, latents: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from aigc_fast.nn import Conv2d, Conv2dBiasAct, ConvTranspose2d, GroupNormAct, Linear
 
+from ..inputs import check_input
 from ..labels import join_labels
 
 _GROUP = 8  # channels that are normalised together
@@ -39,7 +40,8 @@ class ConvVAE(nn.Module):
             raise ValueError(f"size must be at least 5, got {size}")
         if channels < _GROUP or channels % _GROUP:
             raise ValueError(f"channels must be a multiple of {_GROUP}, got {channels}")
-        self.size, self.latent_dim, self.num_classes = size, latent_dim, num_classes
+        self.size, self.image_channels = size, image_channels
+        self.latent_dim, self.num_classes = latent_dim, num_classes
         sides = [size]
         while sides[-1] > 4:
             sides.append((sides[-1] + 1) // 2)
@@ -65,16 +67,14 @@ class ConvVAE(nn.Module):
     def encode(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images (batch, image_channels, size, size) to (batch, 2 * latent_dim): means, then
         log-variances, as `ops.sample_gaussian` takes them."""
-        if images.dim() != 4 or images.shape[-2:] != (self.size, self.size):
-            raise ValueError(
-                f"images must be of {self.size} x {self.size} pixels, got {tuple(images.shape)}"
-            )
+        check_input("images", images, self.image_channels, self.size, self.size)
         features = self.down(images).flatten(1)
         return self.to_latent(join_labels(features, labels, self.num_classes))
 
     def decode(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Latents (batch, latent_dim) to (batch, image_channels, size, size): what those numbers
         are, logits or pixels, is the likelihood's to say."""
+        check_input("latents", latents, self.latent_dim)
         features = self.from_latent(join_labels(latents, labels, self.num_classes))
         return self.up(features.view(-1, *self.inner_shape))
 

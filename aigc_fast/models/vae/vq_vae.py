@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from aigc_fast.models.diffusion.load import DiffusersModel, resolve
 from aigc_fast.nn import VectorQuantizer
 
+from ..inputs import check_input
 from .networks import OPTIONS, Decoder, Encoder, check
 
 _OPTIONS: dict[str, Any] = OPTIONS | dict(
@@ -71,9 +72,12 @@ class VQVAE(DiffusersModel):
     def encode(self, images: Tensor) -> Tensor:
         """(batch, in_channels, height, width) to vectors that are not quantized yet, (batch,
         vq_embed_dim, height / factor, width / factor), rounded down."""
+        channels = self.config.in_channels
+        check_input("images", images, channels, "height", "width", least=self.factor)
         return self.quant_conv(self.encoder(images))
 
     def decode(self, quantized: Tensor) -> Tensor:
         """(batch, vq_embed_dim, h, w) to (batch, out_channels, factor h, factor w); quantizes
         nothing."""
+        check_input("quantized", quantized, self.post_quant_conv.in_channels, "height", "width")
         return self.decoder(self.post_quant_conv(quantized))
