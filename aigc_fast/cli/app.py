@@ -233,7 +233,7 @@ def speak(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    family: Annotated[str, typer.Argument(help="One suite, such as norms; all if left out.")] = "",
+    family: Annotated[str, typer.Argument(help="A suite, such as rms_norm; all if left out.")] = "",
 ) -> None:
     """Runs the benchmark suites of a source checkout; further options go to pytest."""
     from .bench import run

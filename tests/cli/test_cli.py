@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 import wave
 from pathlib import Path
 
@@ -137,6 +139,11 @@ def test_bench_outside_of_a_checkout(monkeypatch):
     assert "Clone the repository" in result.output
 
 
+def test_bench_names_a_suite_that_there_is():
+    [name] = re.findall(r"A suite, such as (\w+);", run("bench", "--help").output)
+    assert name in bench.suites()
+
+
 def test_bench_runs_the_suite_it_is_asked_for(monkeypatch, tmp_path):
     (tmp_path / "bench_tiny.py").write_text("def test_tiny(benchmark):\n    benchmark(lambda: 1)\n")
     (tmp_path / "bench_other.py").write_text("raise RuntimeError('not asked for')\n")
@@ -200,6 +207,12 @@ def test_samples_need_a_place_before_they_are_drawn(kind, output, why, tmp_path)
 def test_version():
     result = run("--version")
     assert result.exit_code == 0 and aigc_fast.__version__ in result.output
+
+
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "aigc_fast.cli", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout == f"aigc-fast {aigc_fast.__version__}\n", result.stderr
 
 
 def test_generate_refuses_what_is_no_model(tmp_path):

@@ -69,6 +69,14 @@ PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [16, 0, 9], [3, 3, 3, 3]]
 # ---- generate -------------------------------------------------------------------------------
 
 
+def test_a_request_shows_itself_in_short(model):
+    [request] = generate(model, PROMPTS[:1], 12, tokenizer=Letters())
+    assert len(request.text) == 12
+    assert repr(request) == f"Request(text={request.text!r}, 12 tokens, finish_reason='length')"
+    request.text *= 10
+    assert len(repr(request)) < 80
+
+
 def test_prompts_of_different_lengths_are_independent(model):
     expected = [naive_greedy(model, prompt, 12) for prompt in PROMPTS]
     assert tokens(generate(model, PROMPTS, 12)) == expected

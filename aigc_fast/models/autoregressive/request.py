@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -62,6 +63,10 @@ class Request:
         self.choice = choice
         self.held: HeldPages | None = None
         self.computed = 0  # tokens with keys and values
+
+    def __repr__(self) -> str:
+        text, tokens = reprlib.repr(self.text), len(self.tokens)
+        return f"Request(text={text}, {tokens} tokens, finish_reason={self.finish_reason!r})"
 
     @property
     def capacity(self) -> int:

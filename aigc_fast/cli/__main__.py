@@ -1,0 +1,5 @@
+"""`python -m aigc_fast.cli` is `aigc-fast`."""
+
+from . import main
+
+main()
