@@ -9,8 +9,8 @@ from tests.op_samples import OPS
 OP = OPS["group_norm_act"]
 
 
-def eager(x, num_groups, weight, bias, *, activation):
-    assert activation == "silu"
+def eager(x, num_groups, weight, bias, *, act):
+    assert act == "silu"
     return F.silu(F.group_norm(x, num_groups, weight, bias))
 
 

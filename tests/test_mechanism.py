@@ -53,6 +53,8 @@ def test_explain_checks_arguments() -> None:
         aigc_fast.explain(ops.bias_act, X, torch.zeros(3))
     with pytest.raises(TypeError, match="function must be one of aigc_fast.ops"):
         aigc_fast.explain(torch.relu, X)
+    with pytest.raises(TypeError, match=r"aigc_fast.ops itself, such as ops.rms_norm, got 'rms_"):
+        aigc_fast.explain("rms_norm", X)
 
 
 def test_explain_knows_what_backend_forces() -> None:

@@ -169,7 +169,7 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "geglu": lambda x: ops.geglu(x(5, 127), x(5, 127)),
     "generator_loss": lambda x: ops.generator_loss(x(5, 7)),
     "gradient_norm": lambda x: ops.gradient_norm([x.constant(5, 127), x.constant(3)]),
-    "group_norm_act": lambda x: ops.group_norm_act(x(2, 6, 5, 7), 3, x(6), x(6), activation="silu"),
+    "group_norm_act": lambda x: ops.group_norm_act(x(2, 6, 5, 7), 3, x(6), x(6), act="silu"),
     "instance_norm_act": lambda x: ops.instance_norm_act(x(2, 6, 5, 7), x(6), x(6), act="lrelu"),
     "layer_norm": lambda x: ops.layer_norm(x(5, 127), x(127), x(127)),
     "linear_cross_entropy": lambda x: ops.linear_cross_entropy(

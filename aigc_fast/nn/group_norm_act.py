@@ -13,9 +13,9 @@ from aigc_fast.ops.group_norm_act import activate, check_activation
 class GroupNormAct(nn.GroupNorm):
     """nn.GroupNorm with the activation that follows it, in one operator: weight, bias as there.
 
-    activation: "none", "silu", "gelu" or "gelu_tanh", as for `ops.group_norm_act`.
+    act: "none", "silu", "gelu" or "gelu_tanh", as for `ops.group_norm_act`.
 
-    >>> GroupNormAct(32, 128, activation="silu")  # nn.GroupNorm(32, 128), then nn.SiLU()
+    >>> GroupNormAct(32, 128, act="silu")  # nn.GroupNorm(32, 128), then nn.SiLU()
     """
 
     def __init__(
@@ -23,31 +23,31 @@ class GroupNormAct(nn.GroupNorm):
         num_groups: int,
         num_channels: int,
         *args: Any,
-        activation: str = "none",
+        act: str = "none",
         **kwargs: Any,
     ) -> None:
         super().__init__(num_groups, num_channels, *args, **kwargs)
-        check_activation(activation)
-        self.activation = activation
+        check_activation(act)
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = of_dtype(self.weight, x), of_dtype(self.bias, x)
-        return ops.group_norm_act(x, self.num_groups, weight, bias, self.eps, self.activation)
+        return ops.group_norm_act(x, self.num_groups, weight, bias, self.eps, self.act)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation}"
+        return f"{super().extra_repr()}, act={self.act}"
 
 
 class ModulatedGroupNormAct(GroupNormAct):
-    """activation(group_norm(x) * (1 + scale) + shift), scale and shift (batch, channels): as a
+    """act(group_norm(x) * (1 + scale) + shift), scale and shift (batch, channels): as a
     time embedding modulates a U-Net's residual block."""
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
-        return modulated_group_norm_act(self, x, scale, shift, self.activation)
+        return modulated_group_norm_act(self, x, scale, shift, self.act)
 
 
 def modulated_group_norm_act(
-    norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor, activation: str
+    norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor, act: str
 ) -> Tensor:
     """The forward of `ModulatedGroupNormAct` for any nn.GroupNorm; one operator but for a batch in
     channels_last, where it is one operator and plain PyTorch."""
@@ -63,7 +63,7 @@ def modulated_group_norm_act(
             of_dtype(weight.flatten(), x),
             of_dtype(bias.flatten(), x),
             norm.eps,
-            activation,
+            act,
         )
         return y.reshape(x.shape)
     y = ops.group_norm_act(
@@ -71,4 +71,4 @@ def modulated_group_norm_act(
     )
     view = (batch, channels, *[1] * (x.dim() - 2))
     y = torch.addcmul(shift.to(x.dtype).view(view), y, factor.to(x.dtype).view(view))
-    return activate(y, check_activation(activation))
+    return activate(y, check_activation(act))

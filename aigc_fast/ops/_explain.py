@@ -40,6 +40,10 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     torch's own operators alone has the implementation "torch". Nothing is computed; the arguments
     are checked, and within a block of `backend` RuntimeError says what the call would say.
     """
+    if not callable(function):
+        raise TypeError(
+            f"function must be one of aigc_fast.ops itself, such as ops.rms_norm, got {function!r}"
+        )
     name = getattr(function, "__name__", "")
     public = PUBLIC.get(name) is function
     shapes_alone: contextlib.AbstractContextManager = contextlib.nullcontext()

@@ -19,7 +19,7 @@ def group_norm_act(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    activation: str = "none",
+    act: str = "none",
 ) -> Tensor:
     """y = act((x - mean) / sqrt(var + eps) * weight + bias), mean and var of each sample's groups.
 
@@ -29,7 +29,7 @@ def group_norm_act(
     num_groups: channels / num_groups neighbouring channels form a group.
     weight, bias: shape (channels,), dtype of x, or None for ones and zeros.
     eps:        added to the variance.
-    activation: "none", "silu", "gelu" (the erf form) or "gelu_tanh" (its approximation); "linear"
+    act:        "none", "silu", "gelu" (the erf form) or "gelu_tanh" (its approximation); "linear"
                 and "swish" are other names of the first two.
 
     Computes in fp32 (fp64 for fp64) and rounds once. The variance comes from differences to the
@@ -38,18 +38,18 @@ def group_norm_act(
     x and the mean and 1 / sqrt(var + eps) of each group. Bytes that must move: forward 2, backward
     3 times x; where a group outgrows the cache, and in channels_last, 3 and 5.
 
-    Raises TypeError or ValueError for a wrong dtype, shape, device, num_groups or activation.
+    Raises TypeError or ValueError for a wrong dtype, shape, device, num_groups or act.
 
     Source: Wu and He 2018, arXiv:1803.08494; Chan, Golub and LeVeque 1979 (STAN-CS-79-773).
     """
-    act = check_activation(activation)
+    number = check_activation(act)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _GroupNormAct.call(x, weight, bias, num_groups, eps, act)
-    return _group_norm_act(x, weight, bias, num_groups, eps, act)[0]
+        return _GroupNormAct.call(x, weight, bias, num_groups, eps, number)
+    return _group_norm_act(x, weight, bias, num_groups, eps, number)[0]
 
 
 #: activation: number in the schema
@@ -57,12 +57,12 @@ ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 _BY_NAME = with_synonyms(ACTIVATIONS)
 
 
-def check_activation(activation: str) -> int:
+def check_activation(act: str) -> int:
     """Its number; ValueError for what is no activation."""
-    act = _BY_NAME.get(activation)
-    if act is None:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    return act
+    number = _BY_NAME.get(act)
+    if number is None:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    return number
 
 
 _GATES = {1: None, 2: False, 3: True}  # the same in ops/gated_mlp.py

@@ -17,11 +17,11 @@ from aigc_fast import nn as fast
         lambda: fast.InstanceNormAct(3, act="mish"),
         lambda: fast.PixelNormAct(act="mish"),
         lambda: fast.EqualizedLinear(3, 4, "mish"),
-        lambda: fast.GroupNormAct(2, 8, activation="mish"),
+        lambda: fast.GroupNormAct(2, 8, act="mish"),
     ],
 )
 def test_refuses_an_unknown_activation(make) -> None:
-    with pytest.raises(ValueError, match=r"^act(ivation)? must be one of .*, got"):
+    with pytest.raises(ValueError, match=r"^act must be one of .*, got"):
         make()
 
 
@@ -31,7 +31,7 @@ def test_synonyms_in_group_norms(known, synonym, channels_last) -> None:
     x, style = torch.randn(2, 4, 3, 5), torch.randn(2, 4)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     for kind, args in ((fast.GroupNormAct, ()), (fast.ModulatedGroupNormAct, (style, style))):
-        one, other = (kind(2, 4, activation=name) for name in (known, synonym))
+        one, other = (kind(2, 4, act=name) for name in (known, synonym))
         assert one(x, *args).equal(other(x, *args))
 
 
@@ -120,7 +120,7 @@ def test_after_a_product_under_autocast(layer, shape) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_modulated_group_norm_of_volumes(channels_last) -> None:
-    layer = fast.ModulatedGroupNormAct(2, 4, activation="silu")
+    layer = fast.ModulatedGroupNormAct(2, 4, act="silu")
     x, scale, shift = torch.randn(2, 4, 3, 5, 2), torch.randn(2, 4), torch.randn(2, 4)
     want = layer(x, scale, shift)
     if channels_last:

@@ -91,7 +91,7 @@ def test_rms_norm_is_that_of_torch(eps):
 def test_group_norm_act_is_group_norm_and_activation(activation, torch_module, affine):
     options = {"eps": 1e-3, "affine": affine, "dtype": torch.float64}
     ours, theirs = (
-        GroupNormAct(3, 6, activation=activation, **options),
+        GroupNormAct(3, 6, act=activation, **options),
         nn.GroupNorm(3, 6, **options),
     )
     if affine:
@@ -115,7 +115,7 @@ def test_group_norm_act_is_group_norm_and_activation(activation, torch_module, a
     ],
 )
 def test_modulated_group_norm_act(activation, act, layout, affine) -> None:
-    ours = ModulatedGroupNormAct(3, 6, affine=affine, activation=activation).double()
+    ours = ModulatedGroupNormAct(3, 6, affine=affine, act=activation).double()
     for parameter in ours.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(1 if layout == "one sample" else 2, 6, 5, 4, dtype=torch.float64)
@@ -129,7 +129,7 @@ def test_modulated_group_norm_act(activation, act, layout, affine) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_modulated_group_norm_act_under_autocast(layout) -> None:
-    norm = ModulatedGroupNormAct(3, 6, activation="silu")
+    norm = ModulatedGroupNormAct(3, 6, act="silu")
     x = torch.randn(2, 6, 5, 4).bfloat16().contiguous(memory_format=layout)
     scale, shift = torch.randn(2, 2, 6)
     with torch.autocast("cpu", torch.bfloat16):

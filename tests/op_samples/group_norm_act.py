@@ -23,10 +23,10 @@ def _with_x(sample: Sample, x: Tensor, name: str, differentiable: bool | None = 
 
 
 def _samples() -> list[Sample]:
-    silu = {"activation": "silu"}
+    silu = {"act": "silu"}
     image = _call(2, 6, 5, 7, groups=3, name="image", **silu)
     wide = _call(2, 72, 33, 3, groups=4, name="wide", **silu)
-    video = _call(2, 4, 3, 2, 5, groups=2, name="video", activation="gelu")
+    video = _call(2, 4, 3, 2, 5, groups=2, name="video", act="gelu")
     special = rand(3, 4, 17)
     special[0, 0, 2], special[0, 2, 3] = torch.nan, torch.inf
     special[1, :2], special[1, 2:] = 0, 3e4 * special[1, 2:]
@@ -35,8 +35,8 @@ def _samples() -> list[Sample]:
     large_mean = _call(1, 4, 1025, groups=2)
     return [
         image,
-        _call(2, 6, 5, 7, groups=3, name="gelu", activation="gelu", eps=1e-2),
-        _call(2, 6, 5, 7, groups=3, name="gelu_tanh", activation="gelu_tanh"),
+        _call(2, 6, 5, 7, groups=3, name="gelu", act="gelu", eps=1e-2),
+        _call(2, 6, 5, 7, groups=3, name="gelu_tanh", act="gelu_tanh"),
         _call(2, 6, 5, 7, groups=3, name="none"),
         _with_x(image, channels_last(image.args[0]), "channels_last"),
         _with_x(wide, channels_last(wide.args[0]), "channels_last_wide", False),
@@ -75,11 +75,11 @@ def _refusals() -> list[Refusal]:
         Refusal("weight_dtype", (x, 2, w.float()), TypeError, "weight must have the dtype of x"),
         Refusal("bias", (x, 2, w, rand(1, 4)), ValueError, r"bias must have shape \(4,\)"),
         Refusal(
-            "activation",
+            "act",
             (x, 2),
             ValueError,
-            "activation must be one of none, silu, gelu, gelu_tanh, got 'relu'",
-            {"activation": "relu"},
+            "act must be one of none, silu, gelu, gelu_tanh, got 'relu'",
+            {"act": "relu"},
         ),
     ]
 
@@ -87,7 +87,7 @@ def _refusals() -> list[Refusal]:
 def _large() -> list[Sample]:
     samples = []
     for shape in SHAPES:
-        sample = _call(*shape, groups=32, activation="silu")
+        sample = _call(*shape, groups=32, act="silu")
         order = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
         x = sample.args[0].contiguous(memory_format=order)
         samples += [sample, _with_x(sample, x, f"{sample.name}-channels_last")]

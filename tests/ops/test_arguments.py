@@ -196,7 +196,7 @@ def test_synonyms_of_activations(known, synonym) -> None:
     for call in calls:
         assert call(synonym).equal(call(known))
     if known != "lrelu":
-        group_norms = [ops.group_norm_act(x, 3, activation=name) for name in (known, synonym)]
+        group_norms = [ops.group_norm_act(x, 3, act=name) for name in (known, synonym)]
         assert group_norms[0].equal(group_norms[1])
 
 

@@ -43,11 +43,11 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.modulated, self.output_scale = modulated, output_scale
         norm = ModulatedGroupNormAct if modulated else GroupNormAct
-        self.norm1 = GroupNormAct(groups, in_channels, eps, activation="silu")
+        self.norm1 = GroupNormAct(groups, in_channels, eps, act="silu")
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if embedding_dim is not None:
             self.time_emb_proj = Linear(embedding_dim, (1 + modulated) * out_channels)
-        self.norm2 = norm(groups, out_channels, eps, activation="silu")
+        self.norm2 = norm(groups, out_channels, eps, act="silu")
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = (

@@ -24,10 +24,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int) -> None:
         super().__init__()
-        self.norm1 = GroupNormAct(8, in_channels, activation="silu")
+        self.norm1 = GroupNormAct(8, in_channels, act="silu")
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.modulation = Linear(embedding_dim, 2 * out_channels)
-        self.norm2 = ModulatedGroupNormAct(8, out_channels, activation="silu")
+        self.norm2 = ModulatedGroupNormAct(8, out_channels, act="silu")
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
         self.skip = (
@@ -78,7 +78,7 @@ class SmallUNet(nn.Module):
             for _ in range(blocks):
                 self.up.append(ResBlock(width + out, out, dim))
                 width = out
-        self.norm_out = GroupNormAct(8, width, activation="silu")
+        self.norm_out = GroupNormAct(8, width, act="silu")
         self.conv_out = Conv2d(width, image_channels * patch**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
 

@@ -162,7 +162,7 @@ class UNet(DiffusersModel):
             if level:
                 up.extend(Upsample(width))
             self.up_blocks.append(up)
-        self.conv_norm_out = GroupNormAct(o.norm_num_groups, width, o.norm_eps, activation="silu")
+        self.conv_norm_out = GroupNormAct(o.norm_num_groups, width, o.norm_eps, act="silu")
         self.conv_out = Conv2d(width, o.out_channels, 3, padding=1)
 
     def forward(

@@ -21,12 +21,12 @@ class LayerNormAct(GroupNormAct):
 
     def __init__(self, channels: int, **act: Any) -> None:
         super().__init__(1, channels)
-        self.act = act
+        self.options = act
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = of_dtype(self.weight, x), of_dtype(self.bias, x)
         y = ops.group_norm_act(x, self.num_groups, weight, bias, self.eps)
-        return ops.bias_act(y, None, 1, **self.act)
+        return ops.bias_act(y, None, 1, **self.options)
 
 
 def norm_act(norm: str | None, channels: int, **act: Any) -> nn.Module:

@@ -97,4 +97,4 @@ class ConvVAE(nn.Module):
 
 
 def _norm(channels: int) -> nn.Module:
-    return GroupNormAct(channels // _GROUP, channels, activation="silu")
+    return GroupNormAct(channels // _GROUP, channels, act="silu")

@@ -67,7 +67,7 @@ class Encoder(nn.Module):
             self.down_blocks.append(down)
             width = out
         self.mid_block = _middle(o, width)
-        self.conv_norm_out = GroupNormAct(o.norm_num_groups, width, _EPS, activation="silu")
+        self.conv_norm_out = GroupNormAct(o.norm_num_groups, width, _EPS, act="silu")
         self.conv_out = Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
                 up.extend(Upsample(out))
             self.up_blocks.append(up)
             width = out
-        self.conv_norm_out = GroupNormAct(o.norm_num_groups, width, _EPS, activation="silu")
+        self.conv_norm_out = GroupNormAct(o.norm_num_groups, width, _EPS, act="silu")
         self.conv_out = Conv2d(width, o.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
