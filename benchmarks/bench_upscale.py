@@ -1,6 +1,6 @@
 """Real-ESRGAN's generators on a photograph: as a user would write them in PyTorch, the same under
-torch.compile, and ours, in turns. `psnr` is against float32; no figure is given below 50 dB, but in
-bfloat16 for a network that plain PyTorch does not bring there either, within 1 dB of it.
+torch.compile, and ours, in turns. `psnr` is against float32; no figure is given below 50 dB for
+float32 and for what `aigc-fast upscale` chooses. Of the other dtype, `psnr` says what it costs.
 
 Patterns finer than pixels are no measure: a generator adds several times more to them than to a
 photograph, and bfloat16 rounds what it adds (40 to 50 dB)."""
@@ -17,6 +17,7 @@ from torch import nn
 from aigc_fast._timing import interleaved
 from aigc_fast.io import find_realesrgan
 from aigc_fast.models.gan import load_generator
+from aigc_fast.models.gan.upscale import choose_dtype
 from benchmarks.machine import DEVICE
 from tests.models.test_upscalers import plain_compact, plain_rrdb
 
@@ -62,7 +63,8 @@ def bench_upscale(benchmark, quick, name, dtype) -> None:
         -10 * (y - exact).square().mean().log10().item()
         for y in (mine(), plain_in_dtype(x.to(dtype)).float())
     )
-    assert psnr > min(50, theirs - 1)
+    if dtype in (torch.float32, choose_dtype(model, DEVICE)):
+        assert psnr > 50
     variants = {"eager": lambda: plain(x), "ours": mine}
     if not quick:
         compiled = torch.compile(plain)

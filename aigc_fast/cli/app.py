@@ -165,7 +165,9 @@ def upscale(
     overlap: Annotated[
         int | None, typer.Option(min=0, help="Pixels a tile reads beyond its sides; at most 32.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 where that is fast.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: bfloat16 where that is fast and shows nothing.")
+    ] = Dtype.auto,
 ) -> None:
     """Enlarges a picture with a generator of Real-ESRGAN; alpha, grey and profile are kept.
 

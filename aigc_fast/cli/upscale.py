@@ -68,7 +68,8 @@ def _load_model(name: str, dtype: str) -> SRVGGNetCompact | RRDBNet:
     is_file = any(Path(f"{name}{suffix}").is_file() for suffix in ("", ".param"))
     model = load_generator(name if is_file else find_realesrgan(name))
     device = default_device()
-    return model.to(device, choose_dtype(device) if dtype == "auto" else getattr(torch, dtype))
+    kept = choose_dtype(model, device) if dtype == "auto" else getattr(torch, dtype)
+    return model.to(device, kept)
 
 
 # ---- pictures ------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aigc_fast.models.gan import RRDBNet, SRVGGNetCompact, upscale
-from aigc_fast.models.gan.upscale import count_tiles, upscale_tiles
+from aigc_fast.models.gan.upscale import choose_dtype, count_tiles, upscale_tiles
 
 
 def compact(**options):
@@ -37,6 +37,14 @@ def test_every_pixel_is_written_once():
         assert max(pixels.shape[1:]) <= 14
         written[top : top + pixels.shape[1], left : left + pixels.shape[2]] += 1
     assert (written == 1).all() and len(tiles) == count_tiles(9, 20, 7) == 6
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_dtype_of_deep_networks_is_float32(monkeypatch, fast):
+    monkeypatch.setattr("aigc_fast._devices._has", lambda feature: fast)
+    best = torch.bfloat16 if fast else torch.float32
+    rrdb = [RRDBNet(num_feat=4, num_block=n, num_grow_ch=2) for n in (6, 23)]  # the published ones
+    assert [choose_dtype(m, "cpu") for m in (compact(), *rrdb)] == [best, best, torch.float32]
 
 
 def test_the_published_depth_and_its_default_overlap():
