@@ -41,8 +41,10 @@ class Kind(NamedTuple):
     conv: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     transpose: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     weight_gradient: Callable[[Tensor, Tensor], Tensor]
-    #: height and width of y, of a transposed convolution of x, from which it pays
-    least_size: int
+    #: rows and columns of the outputs of a tile
+    tile: tuple[int, int]
+    #: how many outputs tiles may have for one that is inside the image
+    waste: float
     #: pixels up to which it pays in bfloat16, where the CPU has vector instructions for that
     bfloat16_pixels: int
 
@@ -56,11 +58,14 @@ def _conv3x3_transpose(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return y if bias is None else y + bias[:, None, None]
 
 
-CONV3X3 = Kind(3, 1, 1, _conv3x3_biased, _conv3x3_transpose, _conv3x3_backward_weight, 2, 256)
-#: Tiles are three pixels wide: of fewer than twelve, too many are outside.
-CONV4X4 = Kind(
-    4, 2, 1, _conv4x4.conv4x4, _conv4x4.conv_transpose4x4, _conv4x4.conv4x4_backward_weight, 12, 0
+CONV3X3 = Kind(
+    3, 1, 1, _conv3x3_biased, _conv3x3_transpose, _conv3x3_backward_weight, (2, 2), 1.8, 256
 )
+#: With 7.5 products for each output of a tile, 10 for each of the image.
+CONV4X4 = Kind(
+    4, 2, 1, _conv4x4.conv4x4, _conv4x4.conv_transpose4x4, _conv4x4.conv4x4_backward_weight,
+    (2, 4), 1.34, 0,
+)  # fmt: skip
 
 
 def kind_of(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Kind | None:
@@ -91,11 +96,11 @@ def pays(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, transposed:
     return (
         x.dim() == 4
         and x.shape[1] == weight.shape[into]
-        and min(x.shape[2:]) >= step * kind.least_size
         and x.shape[2] % step == x.shape[3] % step == 0
         # Sums of fewer terms are less exact than torch's, for weight's gradient.
         and x.numel() >= 64 * x.shape[1]
         and x.numel() * weight.shape[out] * 9 >= _LEAST
+        and _waste(kind, x.shape[2] // step, x.shape[3] // step) <= kind.waste
         and (bias is None or bias.shape == weight.shape[out : out + 1])
         and all(
             type(t) in _PLAIN  # other subclasses know torch's function only
@@ -108,6 +113,12 @@ def pays(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, transposed:
         and not torch.is_autocast_enabled("cpu")
         and not transforming()
     )
+
+
+def _waste(kind: Kind, height: int, width: int) -> float:
+    """Outputs of all tiles for each of y, of a transposed convolution for each pixel of x."""
+    down, across = kind.tile
+    return -(height // -down) * down * -(width // -across) * across / (height * width)
 
 
 @functools.cache

@@ -26,7 +26,8 @@ def conv2d(
 
     On a CPU with AVX2 or AVX-512 two kinds run by Winograd's algorithm, from 16 channels on either
     side on, about as exact as torch's: kernel 3, stride 1, padding 1 with 4 products an output in
-    place of 9, and kernel 4, stride 2, padding 1, from 24 x 24 pixels on, with 7.1 in place of 16.
+    place of 9, and kernel 4, stride 2, padding 1 with 7.5 in place of 16, where y is made of tiles
+    of 2 x 4 outputs with a third more at most, as from 4 x 4, 8 x 8 and all sizes above 9 x 9.
     So do their derivatives. In float64 and float32, and in a 16-bit dtype for which the CPU has no
     instructions; kernel 3 in bfloat16 without AMX up to 256 pixels too. y is then in channels_last
     memory order, whatever that of x is. Where torch's y is infinite it may be NaN, and for kernel 4
@@ -61,8 +62,8 @@ def conv_transpose2d(
     weight: (in_channels, out_channels / groups, kernel height, kernel width).
     bias:   (out_channels,) or None.
 
-    Kernel 4, stride 2, padding 1, from 12 x 12 pixels on, and kernel 3, stride 1, padding 1 run as
-    `conv2d` says; all others are torch's.
+    Kernel 4, stride 2, padding 1 of images x that are made of such tiles, and kernel 3, stride 1,
+    padding 1 run as `conv2d` says; all others are torch's.
     """
     if not torch.compiler.is_compiling() and output_padding in (0, (0, 0), [0, 0]):
         kind = kind_of(weight, stride, padding, dilation, groups)

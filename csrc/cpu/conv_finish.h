@@ -46,6 +46,14 @@ void gather_outputs(const ConvWeight<T>& weight, int64_t taps, int64_t first, in
     for (int64_t tap = 0; tap < taps; ++tap)
       copy_transposed(weight.at(first, c, tap), weight.out_stride, inputs, n, to + tap * kOuts,
                       taps * kOuts);
+  } else if (weight.out_stride == 1) {
+    for (int64_t i = 0; i < inputs; ++i)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        copy_channels(to + (i * taps + tap) * kOuts, weight.at(first, c + i, tap), n);
+  } else if (weight.tap_stride == 1) {
+    for (int64_t i = 0; i < inputs; ++i)
+      copy_transposed(weight.at(first, c + i, 0), weight.out_stride, taps, n, to + i * taps * kOuts,
+                      kOuts);
   } else {
     for (int64_t i = 0; i < inputs; ++i)
       for (int64_t tap = 0; tap < taps; ++tap)

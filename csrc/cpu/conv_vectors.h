@@ -98,14 +98,11 @@ class VectorProducts {
     });
   }
 
-  // The products of `depth` inputs of `count` pixels, which lie `depth` apart, with the weights of
-  // kGroup outputs, [input][kGroup].
-  static void sum_pixels(const S* from, int64_t depth, int64_t count, const S* w,
-                         ConvSums<A>* totals) {
-    for (int64_t c = 0; c < depth; c += How::kChain)
-      for (int64_t b = 0; b * kPixels < count; ++b)
-        sum_block(count - b * kPixels, &from, 1, depth, b * kPixels * depth + c, w + c * kGroup,
-                  std::min(How::kChain, depth - c), c > 0, totals[b]);
+  // The products of `depth` inputs of up to kPixels pixels, of which the first `left` matter, with
+  // the weights of kGroup outputs, [input][kGroup].
+  static void sum_pixels(const S* from, int64_t depth, int64_t pitch, int64_t left, const S* w,
+                         bool more, ConvSums<A>& totals) {
+    sum_block(left, &from, 1, pitch, 0, w, depth, more, totals);
   }
 
   // The outputs of `width` pixels; taps has the first pixel's input of each tap, the next pixel's

@@ -2,7 +2,7 @@
 //
 //   dw = G' [ sum over tiles of (A dy A') * (B' x B) ] G
 //
-// which are sixteen products of matrices whose sums run over the tiles.
+// which is a product of matrices for each position, whose sums run over the tiles.
 #pragma once
 
 #include "conv_vectors.h"
@@ -13,7 +13,7 @@ namespace aigc_fast {
 
 template <class Kind, class T>
 class WinogradWeight {
-  static_assert(Kind::kOutPhases == 1);
+  static_assert(Kind::kStepOut == 1);
 
  public:
   using A = Acc<T>;
@@ -38,6 +38,9 @@ class WinogradWeight {
   }
 
  private:
+  using Down = typename Kind::Down;
+  using Across = typename Kind::Across;
+  static constexpr int64_t kPositions = aigc_fast::kPositions<Kind>;
   static constexpr int64_t kGroup = kConvOuts * kLanes<A>, kInputs = kConvPixels, kChain = 16;
   static constexpr int64_t kSumBytes = 8 << 20, kTileBytes = 2 << 20;
 
@@ -56,7 +59,7 @@ class WinogradWeight {
     in_parallel(count, kPositions * (in_pitch_ + grad_pitch), [&](int64_t t) {
       const auto tile = tiles_.at(first + t);
       transform_tile<Kind>(x_, s_, tile, zeros_.data(), inputs + t * in_pitch_, in_plane);
-      transform_pixels<GradOutputPass<Kind::kOutputs>>(
+      transform_pixels<typename Down::GradOutput, typename Across::GradOutput>(
           some, tiles_.height, tiles_.width, tile.image, tile.row, tile.column, 1, zeros_.data(),
           grads + t * grad_pitch, grad_plane);
     });
@@ -86,16 +89,16 @@ class WinogradWeight {
       const int64_t inputs = std::min(kSome, s_.in - c), first = (g + group) * kGroup;
       alignas(64) A taps[kSome * kAll * kGroup];  // [input][tap][kGroup]
       for (int64_t i = 0; i < inputs; ++i)
-        for (int phase = 0; phase < Kind::kInPhases * Kind::kInPhases; ++phase)
+        for (int phase = 0; phase < kPhases<Kind>; ++phase)
           for (int64_t o = 0; o < kGroup; o += kLanes<A>) {
             const int64_t row = phase * s_.in + c + i;
             const A* from = sums + group * per_group() + row * kGroup + o;
             A* at = taps + i * kAll * kGroup + o;
-            both_ways<GradWeightPass<Kind::kTaps>, A>(
-                [&](int y, int x) { return load(from + (4 * y + x) * plane); },
+            both_ways<typename Down::GradWeight, typename Across::GradWeight, A>(
+                [&](int y, int x) { return load(from + (Across::kPoints * y + x) * plane); },
                 [&](int y, int x, Vec<A> v) {
-                  const int tap_y = Kind::tap(phase / Kind::kInPhases, y);
-                  const int tap_x = Kind::tap(phase % Kind::kInPhases, x);
+                  const int tap_y = Kind::tap(phase / Kind::kPhases, y);
+                  const int tap_x = Kind::tap(phase % Kind::kPhases, x);
                   store(at + (tap_y * Kind::kKernel + tap_x) * kGroup, v);
                 });
           }
@@ -109,7 +112,7 @@ class WinogradWeight {
   const ConvShape s_;
   const WinogradTiles<Kind> tiles_;
   const int64_t groups_ = (s_.out + kGroup - 1) / kGroup;
-  const int64_t blocks_ = (Kind::kInPhases * Kind::kInPhases * s_.in + kInputs - 1) / kInputs;
+  const int64_t blocks_ = (kPhases<Kind> * s_.in + kInputs - 1) / kInputs;
   // An odd number of lines of memory: neighbouring tiles then lie in different sets of the cache.
   const int64_t in_pitch_ = (round_up(blocks_ * kInputs, kLanes<A>) / kLanes<A> | 1) * kLanes<A>;
 };

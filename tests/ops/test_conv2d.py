@@ -15,6 +15,7 @@ from tests.ops.test_every_op import assert_as_good_as_torch
 from tests.ops.test_linear import derivatives
 
 module = importlib.import_module("aigc_fast.ops._winograd")
+CONV4X4 = module.CONV4X4
 #: ours, torch's, and with which arguments
 KINDS = {
     "3x3": (ops.conv2d, F.conv2d, {"padding": 1}),
@@ -34,11 +35,16 @@ SERVED = {
     "strided_smallest": ("4x4", 16, 16, 16, 2, 2),
     "strided_tiles": ("4x4", 24, 20, 2, 36, 50),
     "strided_deep": ("4x4", 130, 16, 3, 6, 14),
+    "strided_one_tile_wide": ("4x4", 140, 36, 4, 8, 8),
+    "strided_whole_tiles": ("4x4", 40, 70, 4, 16, 16),
     "transposed": ("3x3_transposed", 20, 40, 3, 6, 5),
     "doubled": ("4x4_transposed", 17, 33, 2, 5, 7),
     "doubled_smallest": ("4x4_transposed", 16, 16, 64, 1, 1),
     "doubled_tiles": ("4x4_transposed", 24, 20, 2, 18, 25),
     "doubled_deep": ("4x4_transposed", 130, 16, 3, 3, 8),
+    "doubled_one_tile_wide": ("4x4_transposed", 200, 36, 4, 4, 4),
+    "doubled_whole_tiles": ("4x4_transposed", 40, 70, 4, 8, 8),
+    "doubled_many_images": ("4x4_transposed", 216, 16, 86, 4, 4),
 }
 ONE_OF_EACH = ["odd", "strided", "transposed", "doubled"]
 
@@ -60,7 +66,7 @@ def calls(monkeypatch):
     for name in ("CONV3X3", "CONV4X4"):
         kind = getattr(module, name)
         kind = kind._replace(
-            least_size=min(kind.least_size, kind.padding),
+            waste=math.inf,
             conv=counted(kind.conv),
             transpose=counted(kind.transpose),
         )
@@ -204,13 +210,17 @@ def test_other_images_are_torchs(shape, calls) -> None:
     assert not calls
 
 
-def test_small_images_of_4x4_are_torchs(monkeypatch, calls) -> None:
-    kind = module.CONV4X4._replace(least_size=12)
-    monkeypatch.setattr(module, "CONV4X4", kind)
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(4, 4, 1), (3, 4, 1), (5, 5, 0), (9, 9, 0), (6, 8, 1)]
+)
+def test_images_that_tiles_fit_badly_are_torchs(
+    height, width, expected, monkeypatch, calls
+) -> None:
+    monkeypatch.setattr(module, "CONV4X4", module.CONV4X4._replace(waste=CONV4X4.waste))
     weight = rand(16, 16, 4, 4)
-    for size, expected in ((22, 0), (24, 1)):
-        ops.conv2d(rand(2, 16, size, 24), weight, None, 2, 1)
-        assert len(calls) == expected
+    ops.conv2d(rand(4, 16, 2 * height, 2 * width), weight, None, 2, 1)
+    ops.conv_transpose2d(rand(16, 16, height, width), weight, None, 2, 1)
+    assert len(calls) == 2 * expected
 
 
 @pytest.mark.parametrize(
