@@ -21,8 +21,8 @@ from aigc_fast import schedulers
 from aigc_fast.integrations.diffusers_noise import NOISE
 from aigc_fast.schedulers.adams import pndm_step
 from aigc_fast.schedulers.flow_match import growing_step, renoise_step
-from aigc_fast.schedulers.linear import Tables
 from aigc_fast.schedulers.scheduler import shift_in
+from aigc_fast.schedulers.tables import Tables
 
 #: class -> {attribute: the stock method}, while installed
 _stock: dict[type, dict[str, Any]] = {}

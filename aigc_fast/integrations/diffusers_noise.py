@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from aigc_fast import ops
-from aigc_fast.schedulers.linear import Tables
 from aigc_fast.schedulers.log_snr import levels_of
+from aigc_fast.schedulers.tables import once
 
 
 def _level_tables(self: Any, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """(alpha, sigma) by timestep of training, or by step of the schedule."""
-    made: dict = Tables.of(self).made
-    found = made.get((kind, device))
-    if found is None:
+
+    def build() -> tuple[Tensor, ...]:
         if kind == "training":
             alphas = self.alphas_cumprod.cpu()
             levels = (alphas**0.5, (1 - alphas) ** 0.5)
@@ -32,8 +31,9 @@ def _level_tables(self: Any, kind: str, device: torch.device) -> tuple[Tensor, T
                 levels = (1.0 - sigma, sigma)
             else:
                 levels = (torch.ones_like(sigma), sigma)
-        found = made[kind, device] = tuple(v.to(device) for v in levels)
-    return found
+        return tuple(v.to(device, copy=True) for v in levels)  # not the schedule itself
+
+    return once(self, (kind, device), build)
 
 
 def _step_indices(self: Any, timesteps: Tensor, device: torch.device) -> Tensor | None:

@@ -15,10 +15,11 @@ from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.ancestral import alphas
 from aigc_fast.schedulers.diffusion_scheduler import DiffusionScheduler
 from aigc_fast.schedulers.euler import VarianceExploding, denoised, slope
-from aigc_fast.schedulers.linear import OUTPUT, SAMPLE, Form, Row, named, predictions, steps_of
+from aigc_fast.schedulers.linear import OUTPUT, SAMPLE, Form, Row, named, predictions
 from aigc_fast.schedulers.noise import Generator
 from aigc_fast.schedulers.schedule import space_timesteps
 from aigc_fast.schedulers.scheduler import Scheduler
+from aigc_fast.schedulers.tables import steps_of
 
 #: Adams-Bashforth, the newest first
 ADAMS = {

@@ -10,19 +10,10 @@ from torch import Tensor
 
 from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.diffusion_scheduler import DiffusionScheduler
-from aigc_fast.schedulers.linear import (
-    NOISE,
-    SAMPLE,
-    X0,
-    Form,
-    Row,
-    Threshold,
-    once,
-    predictions,
-    steps_of,
-)
+from aigc_fast.schedulers.linear import NOISE, SAMPLE, X0, Form, Row, Threshold, predictions
 from aigc_fast.schedulers.noise import Generator, draw_noise
 from aigc_fast.schedulers.schedule import falling, space_timesteps
+from aigc_fast.schedulers.tables import once, steps_of
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned",
              "learned_range")  # fmt: skip
@@ -92,7 +83,9 @@ def ddpm_step(
     if step.noisy:
         noise = draw_noise(output, generator)
         if learned:
-            _, _, ratio, small = (v[index] for v in once(s, ddpm_variances))
+            _, _, ratio, small = (
+                v[index] for v in once(s, ddpm_variances, lambda: ddpm_variances(s))
+            )
             if s.variance_type == "learned":
                 noise = noise * variance**0.5
             else:  # Nichol & Dhariwal 2021, arXiv:2102.09672, equation 15

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from aigc_fast.schedulers.ancestral import alphas, clipping
 from aigc_fast.schedulers.diffusion_scheduler import DiffusionScheduler
-from aigc_fast.schedulers.linear import NOISE, OUTPUT, SAMPLE, X0, Row, predictions, steps_of
+from aigc_fast.schedulers.linear import NOISE, OUTPUT, SAMPLE, X0, Row, predictions
 from aigc_fast.schedulers.noise import Generator, draw_noise
 from aigc_fast.schedulers.schedule import falling, karras
 from aigc_fast.schedulers.scheduler import Scheduler
+from aigc_fast.schedulers.tables import steps_of
 
 
 def _levels(s: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from aigc_fast.schedulers.ancestral import clipping
 from aigc_fast.schedulers.dpm_solver import H1, H2, check_solver, integral, kept_of
-from aigc_fast.schedulers.linear import SAMPLE, X0, Row, named, steps_of
+from aigc_fast.schedulers.linear import SAMPLE, X0, Row, named
 from aigc_fast.schedulers.log_snr import FinalSigma, converted, levels_of, without_variance
 from aigc_fast.schedulers.noise import Generator, draw_noise
 from aigc_fast.schedulers.scheduler import shift_in
+from aigc_fast.schedulers.tables import steps_of
 
 
 def singlestep_rows(s: Any, order: int) -> Row:

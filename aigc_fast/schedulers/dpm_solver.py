@@ -12,7 +12,7 @@ from torch import Tensor
 from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.ancestral import clipping
 from aigc_fast.schedulers.euler import EDMScheduler
-from aigc_fast.schedulers.linear import NOISE, SAMPLE, X0, Form, Mixed, Row, named, steps_of
+from aigc_fast.schedulers.linear import NOISE, SAMPLE, X0, Form, Mixed, Row, named
 from aigc_fast.schedulers.log_snr import (
     FinalSigma,
     LambdaScheduler,
@@ -25,6 +25,7 @@ from aigc_fast.schedulers.log_snr import (
 )
 from aigc_fast.schedulers.noise import Generator, draw_noise
 from aigc_fast.schedulers.scheduler import shift_in
+from aigc_fast.schedulers.tables import steps_of
 
 H1, H2 = named("h1"), named("h2")
 HISTORY = ("h1", "h2", "h3")

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.diffusion_scheduler import SigmaScheduler
-from aigc_fast.schedulers.linear import NOISE, OUTPUT, SAMPLE, X0, Form, Row, steps_of
+from aigc_fast.schedulers.linear import NOISE, OUTPUT, SAMPLE, X0, Form, Row
 from aigc_fast.schedulers.noise import Generator, draw_noise
 from aigc_fast.schedulers.schedule import karras, sigma_to_timestep, space_timesteps
 from aigc_fast.schedulers.scheduler import Scheduler
+from aigc_fast.schedulers.tables import steps_of
 
 
 def denoised(s: Any, sigma: Tensor, hat: Tensor | None = None) -> Form:

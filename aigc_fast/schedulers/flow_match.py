@@ -13,10 +13,11 @@ from aigc_fast import ops
 from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.diffusion_scheduler import check_spacings, spacing_of
 from aigc_fast.schedulers.euler import churn, churned, slope
-from aigc_fast.schedulers.linear import NOISE, OUTPUT, SAMPLE, X0, Row, named, steps_of
+from aigc_fast.schedulers.linear import NOISE, OUTPUT, SAMPLE, X0, Row, named
 from aigc_fast.schedulers.noise import Generator, draw_noise
 from aigc_fast.schedulers.schedule import respace, shift_sigmas
 from aigc_fast.schedulers.scheduler import Scheduler
+from aigc_fast.schedulers.tables import steps_of
 from aigc_fast.schedulers.two_stage import FIRST, doubled
 
 # ---- rows ---------------------------------------------------------------------------------------

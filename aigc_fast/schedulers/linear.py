@@ -1,7 +1,7 @@
 """Solvers as linear algebra: what a step computes, and the rows of ops.scheduler_step it makes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -193,63 +193,6 @@ class Row(NamedTuple):
         ]
 
 
-class Tables:
-    """The steps that a scheduler has made of its schedule, for as long as that stays the same."""
-
-    __slots__ = ("config", "index_of", "inputs", "made", "pointer", "size", "span")
-
-    INPUTS = ("timesteps", "sigmas", "alphas_cumprod", "betas", "num_inference_steps")
-
-    def __init__(self, scheduler: Any) -> None:
-        state = scheduler.__dict__
-        self.inputs = tuple(state.get(name) for name in self.INPUTS)
-        self.config = state.get("_internal_dict")
-        self.made: dict[Any, Any] = {}
-        timesteps = scheduler.timesteps
-        self.pointer = timesteps.data_ptr() if timesteps.device.type != "meta" else -1
-        self.size = timesteps.element_size()
-        self.span = self.size * timesteps.numel() if timesteps.is_contiguous() else 0
-        self.index_of: dict[float, int] | None = None
-
-    @staticmethod
-    def of(scheduler: Any) -> "Tables":
-        state = scheduler.__dict__
-        tables: Tables | None = state.get("_aigc_fast_tables")
-        if tables is not None:
-            a, b, c, d, n = tables.inputs
-            if (
-                state.get("timesteps") is a
-                and state.get("sigmas") is b
-                and state.get("alphas_cumprod") is c
-                and state.get("betas") is d
-                and state.get("num_inference_steps") == n
-                and state.get("_internal_dict") is tables.config
-            ):
-                return tables
-        tables = state["_aigc_fast_tables"] = Tables(scheduler)
-        return tables
-
-    def index(self, timestep: float | Tensor) -> int | None:
-        """Where `timestep` stands in the schedule. A view of the schedule's own tensor, what a
-        loop over it yields, is found by its address: its value is not read."""
-        if isinstance(timestep, Tensor):
-            at = timestep.data_ptr() - self.pointer
-            if 0 <= at < self.span and timestep.dim() == 0:
-                return at // self.size
-            if timestep.numel() != 1:
-                return None
-            timestep = timestep.item()
-        if self.index_of is None:
-            self.index_of = {t: i for i, t in reversed(list(enumerate(self.values())))}
-        return self.index_of.get(timestep)
-
-    def values(self) -> list[float]:
-        """The timesteps as numbers; read from their device once."""
-        if "values" not in self.made:
-            self.made["values"] = self.inputs[0].tolist()
-        return self.made["values"]
-
-
 class Mixed(NamedTuple):
     """Steps of several orders: step i is that of rows[orders[i]]."""
 
@@ -259,22 +202,3 @@ class Mixed(NamedTuple):
     def steps(self, count: int, device: torch.device | str | None) -> list[Step]:
         steps = {order: row.steps(count, device) for order, row in self.rows.items()}
         return [steps[order][i] for i, order in enumerate(self.orders)]
-
-
-def once(scheduler: Any, build: Callable[[Any], Any]) -> Any:
-    """build(scheduler), made once for each schedule."""
-    made = Tables.of(scheduler).made
-    if build not in made:
-        made[build] = build(scheduler)
-    return made[build]
-
-
-def steps_of(scheduler: Any, device: torch.device, build: Any, *key: Any) -> list[Step]:
-    """The steps of `build(scheduler, *key)`, on the device of the samples; made once."""
-    made = Tables.of(scheduler).made
-    steps: list[Step] | None = made.get((build, device, key))
-    if steps is None:
-        with torch.no_grad():
-            steps = build(scheduler, *key).steps(len(scheduler.timesteps), device)
-        made[build, device, key] = steps
-    return steps

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from aigc_fast.schedulers.linear import NOISE, SAMPLE, X0, Form, Mixed, Row, named, steps_of
+from aigc_fast.schedulers.linear import NOISE, SAMPLE, X0, Form, Mixed, Row, named
 from aigc_fast.schedulers.log_snr import LambdaScheduler, Levels, levels_of, without_variance
 from aigc_fast.schedulers.noise import Generator, draw_noise
 from aigc_fast.schedulers.scheduler import shift_in
+from aigc_fast.schedulers.tables import steps_of
 from aigc_fast.schedulers.unipc import EARLIER, LAST, slot, x0_of
 
 LAST_NOISE = named("last_noise")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from aigc_fast import ops
 from aigc_fast.schedulers.configuration import Configured
-from aigc_fast.schedulers.linear import Row, Tables
+from aigc_fast.schedulers.linear import Row
 from aigc_fast.schedulers.noise import Generator, draw_noise
+from aigc_fast.schedulers.tables import once
 
 
 @dataclass
@@ -21,9 +22,9 @@ class Scheduler(Configured):
 
     Fields have the names, the meaning and the defaults of diffusers' constructor arguments.
     Coefficients are computed in fp32 in diffusers' order of operations: its published results
-    depend on how they round. All rows of a schedule are made at once, in the first step of it; a
-    step is one call of ops.scheduler_step, does no arithmetic on scalars and never waits for the
-    device.
+    depend on how they round. All rows of a schedule are made at once, in the first step of it, and
+    found again by every scheduler that has the same. A step is one call of ops.scheduler_step,
+    does no arithmetic on scalars and never waits for the device.
 
     `advance(scheduler, index, sample, output, generator, return_x0, guidance, **options)` is the
     solver: (sample at the next timestep, x0 or None). It reads and keeps its history in attributes
@@ -213,15 +214,15 @@ class Scheduler(Configured):
         return result if return_x0 else (result,)
 
     def _table_for_each(self, device: torch.device, options: tuple) -> Any:
-        made: dict = Tables.of(self).made
-        if ("each", device, options) not in made:
+        def build() -> tuple[Tensor, Tensor, bool]:
             row: Row = type(self).rows(self, **dict(options))  # type: ignore[misc]
             table = row.table(len(self._steps))
             index_of = torch.zeros(self.num_train_timesteps, dtype=torch.int64)
             index_of[torch.tensor(self._steps)] = torch.arange(len(self._steps))
             noisy = bool((table[:, 6] != 0).any())
-            made["each", device, options] = (table.to(device), index_of.to(device), noisy)
-        return made["each", device, options]
+            return table.to(device), index_of.to(device), noisy
+
+        return once(self, ("each", device, options), build)
 
     # ---- training -----------------------------------------------------------------------------
 

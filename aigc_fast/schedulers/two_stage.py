@@ -16,9 +16,10 @@ from aigc_fast.schedulers.euler import (
     no_sample_prediction,
     slope,
 )
-from aigc_fast.schedulers.linear import NOISE, SAMPLE, Row, named, steps_of
+from aigc_fast.schedulers.linear import NOISE, SAMPLE, Row, named
 from aigc_fast.schedulers.noise import Generator, draw_noise
 from aigc_fast.schedulers.schedule import sigma_to_timestep
+from aigc_fast.schedulers.tables import steps_of
 
 #: sample and x0 of the first stage
 FIRST, FIRST_X0 = named("first"), named("first_x0")

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from aigc_fast.schedulers.ancestral import clipping
-from aigc_fast.schedulers.linear import SAMPLE, X0, Form, Mixed, Row, named, steps_of
+from aigc_fast.schedulers.linear import SAMPLE, X0, Form, Mixed, Row, named
 from aigc_fast.schedulers.log_snr import FinalSigma, Levels, converted, levels_of
 from aigc_fast.schedulers.noise import Generator
 from aigc_fast.schedulers.schedule import shift_sigmas
 from aigc_fast.schedulers.scheduler import shift_in
+from aigc_fast.schedulers.tables import steps_of
 
 EARLIER: tuple[str, ...] = ("h1", "h2", "h3")
 LAST = named("last")
