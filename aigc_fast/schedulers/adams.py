@@ -15,7 +15,17 @@ from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.ancestral import alphas
 from aigc_fast.schedulers.diffusion_scheduler import DiffusionScheduler
 from aigc_fast.schedulers.euler import VarianceExploding, denoised, slope
-from aigc_fast.schedulers.linear import OUTPUT, SAMPLE, Form, Row, named, predictions
+from aigc_fast.schedulers.linear import (
+    OUTPUT,
+    SAMPLE,
+    Form,
+    Mixed,
+    Row,
+    began,
+    histories,
+    named,
+    predictions,
+)
 from aigc_fast.schedulers.noise import Generator
 from aigc_fast.schedulers.schedule import space_timesteps
 from aigc_fast.schedulers.scheduler import Scheduler
@@ -64,17 +74,28 @@ def _pndm_x0(s: Any, t: Tensor) -> Form:
     return predictions(s.config.prediction_type, alpha**0.5, (1 - alpha) ** 0.5)[0]
 
 
-def plms_rows(s: Any, count: int, second: bool) -> Row:
-    """`second`: the second call of a loop repeats its first step, with the mean of two slopes."""
+def plms_rows(s: Any, start: int) -> Mixed:
+    """The rows of a loop that begins at step `start`, but for its second call."""
+    t, x0 = s.timesteps.cpu(), _pndm_x0(s, s.timesteps.cpu())
+    later = t - s.config.num_train_timesteps // s.num_inference_steps
+    orders = [1 + earlier for earlier in histories(len(t), start, 3)]
+    orders = [orders[0], *orders[:-1]]
+    rows = {
+        order: Row(
+            x0, pndm_update(s, t, later, SAMPLE, adams(OUTPUT, order)), history=EARLIER[: order - 1]
+        )
+        for order in set(orders)
+    }
+    return Mixed(rows, orders)
+
+
+def plms_second_rows(s: Any) -> Row:
+    """The second call repeats the first step, with the mean of two slopes."""
     t = s.timesteps.cpu()
     ratio = s.config.num_train_timesteps // s.num_inference_steps
-    if second:
-        slope, base = (OUTPUT + named("h1")) / 2, named("first")
-        earlier = (t + ratio).clamp(max=s.config.num_train_timesteps - 1)
-        prev = pndm_update(s, earlier, t, base, slope)
-        return Row(_pndm_x0(s, t), prev, history=("h1", "first"))
-    prev = pndm_update(s, t, t - ratio, SAMPLE, adams(OUTPUT, count))
-    return Row(_pndm_x0(s, t), prev, history=EARLIER[: count - 1])
+    earlier = (t + ratio).clamp(max=s.config.num_train_timesteps - 1)
+    prev = pndm_update(s, earlier, t, named("first"), (OUTPUT + named("h1")) / 2)
+    return Row(_pndm_x0(s, t), prev, history=("h1", "first"))
 
 
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
@@ -115,18 +136,19 @@ def pndm_step(
         s.cur_model_output = 0 if stage == 3 else total  # diffusers' name of the sum of slopes
         x0 = x0s[0] if return_x0 else None
     else:
-        second = s.counter == 1
-        if not second:
-            del ets[:-3]
-            ets.append(output)
-        step = steps_of(s, sample.device, plms_rows, 1 if second else len(ets), second)[index]
-        if s.counter == 0:
-            s.cur_sample = sample
-        if second:
+        if s.counter == 1:
+            step = steps_of(s, sample.device, plms_second_rows)[index]
             history: Sequence[Tensor] = (ets[-1], s.cur_sample)
             s.cur_sample = None
         else:
-            history = newest_first(ets, 4)[1:]
+            history = newest_first(ets, 3)
+            # After the second call, which repeats it, the first step is the one before.
+            start = began(max(index - 1, 0), len(history), 3)
+            step = steps_of(s, sample.device, plms_rows, start)[index]
+            del ets[:-3]
+            ets.append(output)
+            if s.counter == 0:
+                s.cur_sample = sample
         result = step(sample, output, None, history, return_x0=return_x0, **guidance)
         prev, x0 = result if return_x0 else (result, None)
     s.counter += 1
@@ -191,13 +213,22 @@ class PNDMScheduler(DiffusionScheduler):
 # ---- IPNDM --------------------------------------------------------------------------------------
 
 
-def ipndm_rows(s: Any, count: int) -> Row:
+def ipndm_rows(s: Any, start: int) -> Mixed:
+    """The rows of a loop that begins at step `start`."""
     alpha, sigma = s.alphas.cpu(), s.betas.cpu()
-    slope = sigma[:-1] * SAMPLE + alpha[:-1] * OUTPUT
-    x0 = alpha[:-1] * SAMPLE - sigma[:-1] * OUTPUT
-    mean = adams(slope, count)
-    pred = (SAMPLE - sigma[:-1] * mean) / alpha[:-1].clamp(min=1e-8)
-    return Row(x0, alpha[1:] * pred + sigma[1:] * mean, slope, EARLIER[: count - 1])
+    alpha_next, sigma_next = alpha[1:], sigma[1:]
+    alpha, sigma = alpha[:-1], sigma[:-1]
+    slope = sigma * SAMPLE + alpha * OUTPUT
+    x0 = alpha * SAMPLE - sigma * OUTPUT
+    floor = alpha.clamp(min=1e-8)
+
+    def row(order: int) -> Row:
+        mean = adams(slope, order)
+        prev = alpha_next * ((SAMPLE - sigma * mean) / floor) + sigma_next * mean
+        return Row(x0, prev, slope, EARLIER[: order - 1])
+
+    orders = [1 + earlier for earlier in histories(len(alpha), start, 3)]
+    return Mixed({order: row(order) for order in set(orders)}, orders)
 
 
 def ipndm_step(
@@ -205,7 +236,7 @@ def ipndm_step(
     guidance: dict,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     history = newest_first(s.ets, 3)
-    step = steps_of(s, sample.device, ipndm_rows, len(history) + 1)[index]
+    step = steps_of(s, sample.device, ipndm_rows, began(index, len(history), 3))[index]
     prev, *x0, slope = step(sample, output, None, history, return_x0=return_x0, **guidance)
     s.ets.append(slope)
     return prev, x0[0] if return_x0 else None
@@ -262,8 +293,7 @@ def lms_rows(s: Any, order: int, count: int) -> Row:
     sigma = sigmas[:-1]
     x0 = denoised(s, sigma)
     derivative = slope(x0, sigma)
-    with np.errstate(all="ignore"):  # steps too early for this order are not used
-        weights = torch.from_numpy(lms_weights(sigmas.double().numpy(), len(sigma), order)).float()
+    weights = torch.from_numpy(lms_weights(sigmas.double().numpy(), len(sigma), order)).float()
     prev = SAMPLE + weights[0] * derivative
     for weight, name in zip(weights[1:count], EARLIER, strict=False):
         prev += weight * named(name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from aigc_fast.ops._checks import check_choice
 from aigc_fast.schedulers.ancestral import clipping
 from aigc_fast.schedulers.euler import EDMScheduler
-from aigc_fast.schedulers.linear import NOISE, SAMPLE, X0, Form, Mixed, Row, named
+from aigc_fast.schedulers.linear import NOISE, SAMPLE, X0, Form, Mixed, Row, began, histories, named
 from aigc_fast.schedulers.log_snr import (
     FinalSigma,
     LambdaScheduler,
@@ -144,12 +144,16 @@ def final_orders(s: Any, most: int) -> list[int]:
     return orders
 
 
-def multistep_rows(s: Any, history: int) -> Mixed:
-    """The rows where `history` earlier outputs are at hand."""
+def multistep_rows(s: Any, start: int) -> Mixed:
+    """The rows of a loop that begins at step `start`."""
     levels = levels_of(s)
-    now = levels.at(0)
+    now, most = levels.at(0), s.config.solver_order
     x0, kept = converted(s, now)[0], kept_of(s, now)
-    orders = final_orders(s, min(s.config.solver_order, history + 1))
+    finals = final_orders(s, most)
+    orders = [
+        min(order, 1 + history)
+        for order, history in zip(finals, histories(len(finals), start, most), strict=True)
+    ]
     rows = {
         order: Row(
             x0, multistep(s, levels, kept, order), None if kept is X0 else kept,
@@ -166,7 +170,8 @@ def multistep_step(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     output = without_variance(s, sample, output)
     kept = s.model_outputs
-    step = steps_of(s, sample.device, multistep_rows, s.lower_order_nums)[index]
+    start = began(index, s.lower_order_nums, len(kept))
+    step = steps_of(s, sample.device, multistep_rows, start)[index]
     noise = None
     if step.stochastic:
         if variance_noise is None:

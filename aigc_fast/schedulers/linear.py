@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +20,14 @@ class Form:
     A coefficient is a number or a tensor (steps,) with one for each step. Formulas of the papers
     are written with these, and the rows fall out. The scalars of a formula are fp32 tensors, in
     diffusers' order of operations, with IEEE's inf and NaN; what multiplies a form is a float64
-    from there, so that a row is rounded once.
+    from there, so that a row is rounded once. These are numpy's: on a few numbers torch's own
+    take three times as long.
     """
 
     __slots__ = ("terms",)
     __array_ufunc__ = None  # a numpy scalar on the left leaves the arithmetic to this class
 
-    def __init__(self, terms: dict[str, Scalar]) -> None:
+    def __init__(self, terms: dict[str, Any]) -> None:
         self.terms = terms
 
     def __add__(self, other: "Form") -> "Form":
@@ -41,14 +43,18 @@ class Form:
         return Form({name: -scale for name, scale in self.terms.items()})
 
     def __mul__(self, factor: Scalar) -> "Form":
-        factor = factor.double() if isinstance(factor, Tensor) else factor
+        factor = wide(factor)
         return Form({name: factor * scale for name, scale in self.terms.items()})
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Scalar) -> "Form":
-        divisor = divisor.double() if isinstance(divisor, Tensor) else divisor
+        divisor = wide(divisor)
         return Form({name: scale / divisor for name, scale in self.terms.items()})
+
+
+def wide(scalar: Scalar) -> Any:
+    return scalar.double().numpy() if isinstance(scalar, Tensor) else scalar
 
 
 def named(name: str) -> Form:
@@ -153,7 +159,7 @@ class Row(NamedTuple):
     clip: Scalar = math.inf
     threshold: Threshold | None = None
 
-    def table(self, count: int) -> Tensor:
+    def table(self, count: int) -> np.ndarray:
         """(count, columns) fp32"""
         names = ("x0", "sample", "output", "noise", *self.history)
         columns = [self.x0.terms.get(name, 0.0) for name in ("sample", "output")] + [self.clip]
@@ -161,18 +167,26 @@ class Row(NamedTuple):
         for form in results:
             assert not set(form.terms) - set(names), form.terms
             columns += [form.terms.get(name, 0.0) for name in names]
-        values = [torch.as_tensor(c, dtype=torch.float32) for c in columns]
-        return torch.stack([v[:count] if v.dim() else v.expand(count) for v in values], 1)
+        table = np.empty((count, len(columns)), np.float32)
+        for k, column in enumerate(columns):
+            table[:, k] = column[:count] if np.ndim(column) else column
+        return table
 
     def steps(self, count: int, device: torch.device | str | None) -> list[Step]:
         """One Step each; history and noise that have the coefficient 0 are not read."""
+        return self.steps_at(range(count), count, device)
+
+    def steps_at(
+        self, places: Sequence[int], count: int, device: torch.device | str | None
+    ) -> list[Step]:
+        """The steps at `places` of `count`."""
         table = self.table(count)
         optional = 1 + len(self.history)
         firsts = [6] if self.second is None else [6, 9 + optional]
         used = (table[:, firsts[0] : firsts[0] + optional] != 0) | (
             table[:, firsts[-1] : firsts[-1] + optional] != 0
         )
-        patterns = [tuple(row) for row in used.tolist()]
+        patterns = [tuple(used[i].tolist()) for i in places]
         rows: dict[tuple, tuple[Tensor, ...]] = {}
         for pattern in set(patterns):
             kept = [
@@ -180,7 +194,7 @@ class Row(NamedTuple):
                 for c in range(table.shape[1])
                 if not any(f <= c < f + optional and c != f and not pattern[c - f] for f in firsts)
             ]
-            rows[pattern] = table[:, kept].to(device).unbind()
+            rows[pattern] = torch.from_numpy(table.take(kept, axis=1)).to(device).unbind()
         return [
             Step(
                 rows[p][i],
@@ -189,7 +203,7 @@ class Row(NamedTuple):
                 self.threshold,
                 "noise" in self.prev.terms,
             )
-            for i, p in enumerate(patterns)
+            for i, p in zip(places, patterns, strict=True)
         ]
 
 
@@ -200,5 +214,22 @@ class Mixed(NamedTuple):
     orders: list[int]
 
     def steps(self, count: int, device: torch.device | str | None) -> list[Step]:
-        steps = {order: row.steps(count, device) for order, row in self.rows.items()}
-        return [steps[order][i] for i, order in enumerate(self.orders)]
+        steps: dict[int, Step] = {}
+        for order, row in self.rows.items():
+            places = [i for i, at in enumerate(self.orders) if at == order]
+            steps.update(zip(places, row.steps_at(places, count, device), strict=True))
+        return [steps[i] for i in range(count)]
+
+
+# ---- how much history a step has ----------------------------------------------------------------
+
+
+def began(index: int, history: int, most: int) -> int:
+    """Where the loop began in which step `index` has so much history, of `most` that count: the
+    rows of one loop are made together. With all history it does not matter."""
+    return index - history if history < most else min(index - most, 0)
+
+
+def histories(count: int, start: int, most: int) -> list[int]:
+    """How much history each step has in a loop that began at `start`."""
+    return [min(max(index - start, 0), most) for index in range(count)]

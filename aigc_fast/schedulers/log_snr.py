@@ -24,8 +24,7 @@ class Levels(NamedTuple):
 
     def at(self, shift: int) -> "Levels":
         """Of step i, those at i + shift. For shift < 0 the first steps have none."""
-        count = len(self.sigma) - 1
-        return Levels(*(torch.roll(v, -shift)[:count] for v in self))
+        return Levels(*torch.stack(self).roll(-shift, 1)[:, :-1])
 
 
 def is_edm(s: Any) -> bool:

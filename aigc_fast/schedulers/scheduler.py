@@ -216,7 +216,7 @@ class Scheduler(Configured):
     def _table_for_each(self, device: torch.device, options: tuple) -> Any:
         def build() -> tuple[Tensor, Tensor, bool]:
             row: Row = type(self).rows(self, **dict(options))  # type: ignore[misc]
-            table = row.table(len(self._steps))
+            table = torch.from_numpy(row.table(len(self._steps)))
             index_of = torch.zeros(self.num_train_timesteps, dtype=torch.int64)
             index_of[torch.tensor(self._steps)] = torch.arange(len(self._steps))
             noisy = bool((table[:, 6] != 0).any())

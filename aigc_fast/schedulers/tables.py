@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -81,7 +82,8 @@ def once(scheduler: Any, key: Any, build: Callable[[], Any]) -> Any:
     made = Tables.of(scheduler).made
     if key not in made:
         # Tensors of inference_mode could not be used again where gradients are wanted.
-        with torch.inference_mode(False), torch.no_grad():
+        # Steps that no solver takes may divide by zero.
+        with torch.inference_mode(False), torch.no_grad(), np.errstate(all="ignore"):
             made[key] = build()
     return made[key]
 

@@ -143,3 +143,13 @@ def test_a_schedule_that_cannot_be_read_has_rows_of_its_own() -> None:
     scheduler.set_timesteps(3)
     loop(scheduler)
     assert tables._made.cache_info().currsize == 0
+
+
+def test_rows_of_one_loop_are_made_together() -> None:
+    """Step `index` finds those for its history, wherever the loop began."""
+    for most in (1, 2, 3):
+        for index in range(6):
+            for history in range(most + 1):
+                start = linear.began(index, history, most)
+                assert linear.histories(index + 1, start, most)[index] == history
+    assert {linear.began(i, min(i, 3), 3) for i in range(9)} == {0}
