@@ -1,17 +1,19 @@
-"""step() of diffusers' own schedulers, with aigc_fast.integrations.diffusers installed and without.
+"""diffusers' own schedulers, with aigc_fast.integrations.diffusers installed and without.
 
-Loops over one schedule, from the same noise; a stochastic solver draws its noise with torch in
-both, and `noise` is what that alone takes. The rows are made in the first loop, which is not timed.
+Loops from the same noise: over one schedule, for the time of step(), and with set_timesteps. A
+stochastic solver draws its noise with torch in both, and `noise` is what that alone takes.
 """
 
 import inspect
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aigc_fast._timing import interleaved
+from aigc_fast.schedulers import tables
 from benchmarks.machine import DEVICE
 
 STEPS = 20
@@ -58,68 +60,118 @@ class Draws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Calls:
+    """What a loop of a diffusers scheduler needs: class, arguments, tensors."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        diffusers = pytest.importorskip("diffusers")
+        if name == "LMSDiscrete":
+            pytest.importorskip("scipy")
+        logging.getLogger("diffusers").setLevel(logging.ERROR)
+        config = dict(CONFIGS[name])
+        self.options = {"eta": config.pop("eta")} if "eta" in config else {}
+        self.cls = getattr(diffusers, f"{name.split()[0]}Scheduler")
+        self.scheduler = self.cls(**config)
+        self.sample = torch.randn(shape, device=DEVICE)
+        self.outputs = [torch.randn(shape, device=DEVICE) for _ in range(4)]
+        self.generator = torch.Generator(DEVICE)
+        if "generator" in inspect.signature(self.cls.step).parameters:
+            self.options["generator"] = self.generator
+
+    def lay_out(self, steps: int) -> None:
+        self.scheduler.set_timesteps(steps)
+        if hasattr(self.scheduler, "scale_model_input"):
+            self.scheduler.scale_model_input(self.sample, self.scheduler.timesteps[0])
+
+    def run(self, step: Callable) -> torch.Tensor:
+        self.generator.manual_seed(0)
+        x = self.sample
+        for i, t in enumerate(self.scheduler.timesteps):
+            x = step(
+                self.scheduler, self.outputs[i % 4], t, x, return_dict=False, **self.options
+            )[0]  # fmt: skip
+        return x
+
+    def steps(self) -> tuple[Callable, Callable]:
+        """The class's own step, and that of install()."""
+        from aigc_fast.integrations import diffusers as integration
+
+        stock = self.cls.step
+        integration.install()
+        try:
+            return stock, self.cls.step
+        finally:
+            integration.uninstall()
+
+    def measure(self, benchmark, request, loops: dict[str, Callable], count: int) -> None:
+        """Of `loops` without noise, once they are found to agree; seconds of one of `count`."""
+        with torch.no_grad():
+            want, got = loops["diffusers"](), loops["installed"]()
+            assert (want - got).abs().max() <= 1e-3 * want.abs().max()
+            with Draws() as recorder:
+                loops["installed"]()
+            draws = recorder.count
+
+            def draw() -> None:
+                for _ in range(draws):
+                    torch.randn(self.sample.shape, generator=self.generator, device=DEVICE)
+
+            seconds = 0.3 if request.config.getoption("--quick") else 2
+            times = interleaved({**loops, **({"noise": draw} if draws else {})}, seconds=seconds)
+            noise = times.get("noise", 0.0)
+            benchmark.extra_info.update(
+                dtype="float32",
+                threads=torch.get_num_threads(),
+                seconds={key: value / count for key, value in times.items()},
+                diffusers_over_installed=times["diffusers"] / times["installed"],
+                without_noise=(times["diffusers"] - noise) / (times["installed"] - noise),
+            )
+            if "first" in times:
+                benchmark.extra_info["diffusers_over_first"] = times["diffusers"] / times["first"]
+            benchmark.pedantic(loops["installed"], rounds=3, warmup_rounds=1)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def bench_step_through_install(benchmark, request, name, shape) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    if name == "LMSDiscrete":
-        pytest.importorskip("scipy")
-    from aigc_fast.integrations import diffusers as integration
+    """Seconds of a step."""
+    calls = Calls(name, shape)
+    calls.lay_out(STEPS)
+    begin, scheduler = dict(vars(calls.scheduler)), vars(calls.scheduler)
 
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    config = dict(CONFIGS[name])
-    options = {"eta": config.pop("eta")} if "eta" in config else {}
-    cls = getattr(diffusers, f"{name.split()[0]}Scheduler")
-    sample = torch.randn(shape, device=DEVICE)
-    outputs = [torch.randn(shape, device=DEVICE) for _ in range(4)]
-    generator = torch.Generator(DEVICE)
-    if "generator" in inspect.signature(cls.step).parameters:
-        options["generator"] = generator
-
-    def loop(step):
-        scheduler = cls(**config)
-        scheduler.set_timesteps(STEPS)
-        if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(sample, scheduler.timesteps[0])
-        begin = dict(vars(scheduler))
-        timesteps = list(scheduler.timesteps)
-
-        def run():
+    def again(step: Callable) -> Callable:
+        def run() -> torch.Tensor:
             for key, value in begin.items():  # as set_timesteps leaves it
-                vars(scheduler)[key] = list(value) if isinstance(value, list) else value
-            generator.manual_seed(0)
-            x = sample
-            for i, t in enumerate(timesteps):
-                x = step(scheduler, outputs[i % 4], t, x, return_dict=False, **options)[0]
-            return x
+                scheduler[key] = list(value) if isinstance(value, list) else value
+            return calls.run(step)
 
-        return run, len(timesteps)
+        return run
 
-    def draw():
-        for _ in range(draws):
-            torch.randn(shape, generator=generator, device=DEVICE)
+    stock, fused = calls.steps()
+    loops = {"diffusers": again(stock), "installed": again(fused)}
+    calls.measure(benchmark, request, loops, len(calls.scheduler.timesteps))
 
-    stock, count = loop(cls.step)
-    integration.install()
-    try:
-        fused, _ = loop(cls.step)
-    finally:
-        integration.uninstall()
-    with torch.no_grad():
-        want, got = stock(), fused()
-        assert (want - got).abs().max() <= 1e-3 * want.abs().max()
-        seconds = 0.3 if request.config.getoption("--quick") else 2
-        with Draws() as recorder:
-            fused()
-        draws = recorder.count
-        variants = {"diffusers": stock, "installed": fused, **({"noise": draw} if draws else {})}
-        times = interleaved(variants, seconds=seconds)
-        benchmark.extra_info.update(
-            dtype="float32",
-            threads=torch.get_num_threads(),
-            seconds={key: value / count for key, value in times.items()},
-            diffusers_over_installed=times["diffusers"] / times["installed"],
-            without_noise=(times["diffusers"] - times.get("noise", 0.0))
-            / (times["installed"] - times.get("noise", 0.0)),
-        )
-        benchmark.pedantic(fused, rounds=3, warmup_rounds=1)
+
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("name", CONFIGS)
+def bench_loop_through_install(benchmark, request, name, steps) -> None:
+    """Seconds of a loop with set_timesteps before it; `first` makes the rows, the others find them.
+
+    Of two stages a step asks the model twice, and is two calls.
+    """
+    calls = Calls(name, SHAPES[0])
+    stock, fused = calls.steps()
+
+    def whole(step: Callable) -> Callable:
+        def run() -> torch.Tensor:
+            calls.lay_out(steps)
+            return calls.run(step)
+
+        return run
+
+    def first() -> torch.Tensor:
+        tables._made.cache_clear()
+        return whole(fused)()
+
+    loops = {"diffusers": whole(stock), "installed": whole(fused), "first": first}
+    calls.measure(benchmark, request, loops, 1)

@@ -4,6 +4,8 @@ python -m benchmarks.readme [results/<machine>.json]
 """
 
 import json
+import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -46,8 +48,33 @@ def tables(results: dict) -> str:
             "| loop or step | time of each other / ours |",
             "|---|---|",
             *whole,
+            *of_schedulers(results["benchmarks"]),
         ]
     )
+
+
+def of_schedulers(rows: list[dict]) -> list[str]:
+    """diffusers' schedulers as install() makes them: of all of them together, one line for each
+    shape or number of steps."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        if "diffusers_over_installed" in row:
+            groups.setdefault(re.sub(r"\[.*?-", "[", row["name"]), []).append(row)
+    lines = []
+    for name, group in groups.items():
+        ratios = {
+            "diffusers": "diffusers_over_installed",
+            "without noise": "without_noise",
+            "first loop": "diffusers_over_first",
+        }
+        cells = []
+        for label, key in ratios.items():
+            found = sorted(row[key] for row in group if key in row)
+            if found:
+                middle = statistics.median(found)
+                cells.append(f"{label} {found[0]:.2f} to {found[-1]:.2f}, median {middle:.2f}")
+        lines.append(f"| `{name}`, {len(group)} solvers | {'; '.join(cells)} |")
+    return lines
 
 
 def flat(row: dict) -> dict[str, float]:

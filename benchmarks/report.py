@@ -77,6 +77,12 @@ def table(rows: list[dict]) -> str:
             lines.append(f"{row['name'][:72]:72} stock over: {over}{compiling}")
         elif "diffusers_over_ours" in row:
             lines.append(f"{row['name'][:72]:72} diffusers/ours {row['diffusers_over_ours']:.2f}x")
+        elif "diffusers_over_installed" in row:
+            over = f"diffusers/installed {row['diffusers_over_installed']:.2f}x"
+            over += f", without noise {row['without_noise']:.2f}x"
+            if "diffusers_over_first" in row:
+                over += f", first loop {row['diffusers_over_first']:.2f}x"
+            lines.append(f"{row['name'][:72]:72} {over}")
         elif "peers_over_ours" in row:
             peers = ", ".join(f"{name} {x:.2f}x" for name, x in row["peers_over_ours"].items())
             lines.append(f"{row['name'][:72]:72} time of others over ours: {peers}")
