@@ -4,7 +4,7 @@ Where the weight outgrows a core's cache and there are few outputs, oneDNN's con
 longer than its matrix product, most of all for the gradient of the weight. Forward and backward
 of 32 maps of 256 x 8 x 8 to 512 channels, kernel 4, stride 2, on one core with AMX: 150 against
 23 ms in bfloat16, and the convolution 1.2 to 1.5 times the product in float32, 1.1 times in
-bfloat16 without AMX.
+bfloat16 without AMX. What `ops.conv2d` has products of its own for is quicker still.
 """
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.ops._winograd import kind_of, pays
 
 #: elements of a weight from which the product is the faster one; half as many are a tie
 _LARGE = 1 << 20
@@ -31,6 +32,9 @@ def is_better(conv: nn.Conv2d, x: Tensor) -> bool:
     rows, columns = ((n + 2 * p) // step for n, p in zip(x.shape[2:], conv.padding, strict=True))
     if min(rows, columns) < height // step or conv.weight.numel() < _LARGE:
         return False
+    kind = kind_of(conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if kind is not None and pays(kind, x, conv.weight, None, transposed=False):
+        return False  # fewer products still
     last = all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, conv.weight))
     return last and 0 < x.shape[0] * rows * columns <= x.shape[1] * height * width
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from aigc_fast.nn import Conv2dBiasAct
 from aigc_fast.nn import conv_bias_act as layers
 from aigc_fast.nn._strided_conv import strided_conv2d
+from aigc_fast.ops._winograd import are_faster
 from tests.op_samples import channels_last, rand
 from tests.ops.test_every_op import assert_as_good_as_torch
 
@@ -63,8 +64,9 @@ def test_layer_takes_it_where_it_can(monkeypatch) -> None:
     monkeypatch.setattr(layers, "strided_conv2d", spy)
     last = {"memory_format": torch.channels_last}
     for options, size, layout, takes in (
-        ({}, 8, last, True),
-        ({}, 8, {}, False),
+        ({"padding": 2}, 8, last, True),
+        ({"padding": 2}, 8, {}, False),
+        ({}, 8, last, not are_faster()),  # for which conv2d has products of its own
         ({}, 128, last, False),  # more outputs than products in each
         ({"groups": 2}, 8, last, False),
         ({"dilation": 2}, 8, last, False),
