@@ -117,6 +117,8 @@ class DDPMScheduler(DiffusionScheduler):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("variance_type", self.variance_type, VARIANCES)
+        # As in diffusers it runs through all timesteps where set_timesteps is not called.
+        self.set_timesteps(timesteps=range(self.num_train_timesteps)[::-1])
 
     def lay_out(self, steps: int | None, timesteps: Any = None) -> None:
         if timesteps is None:

@@ -116,8 +116,6 @@ class FlowMatchScheduler(Scheduler):
     num_train_timesteps: int = 1000
     shift: float = 1.0
 
-    dynamic: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         rising = np.linspace(
             1, self.num_train_timesteps, self.num_train_timesteps, dtype=np.float32
@@ -176,6 +174,8 @@ class ShiftedFlowMatch(FlowMatchScheduler):
     use_beta_sigmas: bool | None = False
     time_shift_type: str = "exponential"
 
+    counts_lists: ClassVar = True
+
     def __post_init__(self) -> None:
         check_spacings(self)
         check_choice("time_shift_type", self.time_shift_type, ("exponential", "linear"))
@@ -186,13 +186,9 @@ class ShiftedFlowMatch(FlowMatchScheduler):
     ) -> None:
         if self.use_dynamic_shifting and mu is None:
             raise ValueError("mu must be given to set_timesteps for use_dynamic_shifting")
-        lengths = {n for n in (steps, *(len(v) for v in (sigmas, timesteps) if v is not None)) if n}
-        if len(lengths) > 1:
-            raise ValueError(
-                "sigmas, timesteps and num_inference_steps must be of one length, "
-                f"got {sorted(lengths)}"
-            )
-        (count,) = lengths
+        given = timesteps if sigmas is None else sigmas
+        count = steps if given is None else len(given)
+        assert count is not None
         if sigmas is not None:
             sigmas = np.array(sigmas).astype(np.float32)
         elif timesteps is not None:

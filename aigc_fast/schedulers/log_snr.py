@@ -112,12 +112,13 @@ class LambdaScheduler(SigmaScheduler):
     def shift_of(self, mu: float | None) -> float:
         if mu is None:
             return self.flow_shift
-        if not (self.use_dynamic_shifting and self.time_shift_type == "exponential"):  # type: ignore[attr-defined]
+        dynamic = getattr(self, "use_dynamic_shifting", False)
+        if not (dynamic and self.time_shift_type == "exponential"):  # type: ignore[attr-defined]
             raise AssertionError("mu is for use_dynamic_shifting with time_shift_type exponential")
         return math.exp(mu)
 
     def lay_out(self, steps: int | None, timesteps: Any = None, mu: float | None = None) -> None:
-        train = self.train_sigmas()
+        train, shift = self.train_sigmas(), self.shift_of(mu)
         kind = self.spacing()
         lu = getattr(self, "use_lu_lambdas", False)
         if timesteps is not None:
@@ -141,7 +142,7 @@ class LambdaScheduler(SigmaScheduler):
             if (lu or kind == "karras") and self.rounds_karras:
                 timesteps = timesteps.round()
         elif self.use_flow_sigmas:
-            sigmas = self.flow_sigmas(steps, mu)
+            sigmas = self.flow_sigmas(steps, shift)
             timesteps = sigmas * self.num_train_timesteps
         else:
             sigmas = np.interp(timesteps, np.arange(len(train)), train)
@@ -151,9 +152,9 @@ class LambdaScheduler(SigmaScheduler):
         self.sigmas = torch.from_numpy(values)
         self.timesteps = torch.from_numpy(timesteps.astype(np.int64))
 
-    def flow_sigmas(self, steps: int, mu: float | None) -> np.ndarray:
+    def flow_sigmas(self, steps: int, shift: float) -> np.ndarray:
         rising = 1.0 - np.linspace(1, 1 / self.num_train_timesteps, steps + 1)
-        return shift_sigmas(rising, self.shift_of(mu))[:0:-1]
+        return shift_sigmas(rising, shift)[:0:-1]
 
     def last_sigma(self, sigmas: np.ndarray, spaced: bool) -> float:
         """The sigma behind the last step."""

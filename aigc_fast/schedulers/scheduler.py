@@ -37,6 +37,8 @@ class Scheduler(Configured):
     order: ClassVar[int] = 1
     #: what diffusers calls the second output of a step, where its class has one
     second_output: ClassVar[str | None] = None
+    #: set_timesteps takes lists beside their length
+    counts_lists: ClassVar[bool] = False
     #: solvers without history: rows(scheduler, *key), and the key
     rows: ClassVar[Callable[..., Row] | None] = None
     advance: ClassVar[Callable[..., tuple[Tensor, Tensor | None]]]
@@ -89,12 +91,20 @@ class Scheduler(Configured):
                 f"got {num_inference_steps}"
             )
         given = [name for name, value in custom.items() if value is not None]
-        if (num_inference_steps is None) == (not {"timesteps", "sigmas"} & set(given)):
-            if num_inference_steps is None or "mu" not in given:
-                raise ValueError(
-                    "set_timesteps takes either num_inference_steps or a list of timesteps or "
-                    f"sigmas, got num_inference_steps={num_inference_steps} and {given or 'none'}"
-                )
+        lists = [custom[name] for name in ("timesteps", "sigmas") if name in given]
+        lengths = set(map(len, lists))
+        if num_inference_steps is not None:
+            lengths.add(num_inference_steps)
+        if not lengths or (num_inference_steps is not None and lists and not self.counts_lists):
+            raise ValueError(
+                "set_timesteps takes either num_inference_steps or a list of timesteps or "
+                f"sigmas, got num_inference_steps={num_inference_steps} and {given or 'none'}"
+            )
+        if len(lengths) > 1:
+            raise ValueError(
+                "sigmas, timesteps and num_inference_steps must be of one length, "
+                f"got {sorted(lengths)}"
+            )
         try:
             self.lay_out(num_inference_steps, **{name: custom[name] for name in given})
         except TypeError as error:
@@ -176,6 +186,10 @@ class Scheduler(Configured):
             SimpleNamespace(**dict(zip(names, outputs, strict=False))) if return_dict else outputs
         )
 
+    def _check_laid_out(self) -> None:
+        if not self._steps:
+            raise ValueError(f"{type(self).__name__} has no timesteps: call set_timesteps first")
+
     def _locate(self, timestep: float | Tensor) -> int:
         index = self._step_index
         if isinstance(timestep, Tensor):
@@ -184,6 +198,7 @@ class Scheduler(Configured):
             timestep = timestep.item()
         if index < len(self._steps) and self._steps[index] == timestep:
             return index
+        self._check_laid_out()
         if timestep not in self._steps:
             raise ValueError(
                 f"timestep must be one of the {len(self._steps)} of set_timesteps, got {timestep}"
@@ -200,8 +215,7 @@ class Scheduler(Configured):
         guidance: dict,
         options: dict,
     ) -> Any:
-        if not self._steps:
-            raise ValueError("timestep must be one of the 0 of set_timesteps")
+        self._check_laid_out()
         table, index_of, noisy = self._table_for_each(sample.device, tuple(options.items()))
         result = ops.scheduler_step(
             sample,

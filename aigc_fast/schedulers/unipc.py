@@ -145,6 +145,7 @@ class UniPCMultistepScheduler(FinalSigma):
     sigma_max: float | None = None
     shift_terminal: float | None = None
 
+    counts_lists: ClassVar = True
     advance: ClassVar = unipc_step
 
     def __post_init__(self) -> None:
@@ -170,8 +171,8 @@ class UniPCMultistepScheduler(FinalSigma):
             raise ValueError("mu must be given to set_timesteps for use_dynamic_shifting")
         if sigmas is not None and not self.use_flow_sigmas:
             raise ValueError("sigmas can be given only with use_flow_sigmas")
-        self._given = sigmas
-        super().lay_out(len(sigmas) if sigmas is not None else steps, None, mu)
+        self._given = sigmas, mu
+        super().lay_out(len(sigmas) if sigmas is not None else steps)
         if self.use_karras_sigmas and self.use_flow_sigmas:
             values = self.sigmas[:-1].double()
             values = values / (values + 1)
@@ -179,9 +180,10 @@ class UniPCMultistepScheduler(FinalSigma):
             final = values[-1:] if self.final_sigmas_type == "sigma_min" else torch.zeros(1)
             self.sigmas = torch.cat([values, final]).float()
 
-    def flow_sigmas(self, steps: int, mu: float | None) -> np.ndarray:
-        if self._given is not None:
-            sigmas = np.array(self._given)
+    def flow_sigmas(self, steps: int, shift: float) -> np.ndarray:
+        given, mu = self._given
+        if given is not None:
+            sigmas = np.array(given)
         else:
             sigmas = np.linspace(1, 1 / self.num_train_timesteps, steps + 1)[:-1]
         if self.use_dynamic_shifting:
@@ -189,7 +191,7 @@ class UniPCMultistepScheduler(FinalSigma):
             factor = math.exp(mu) if self.time_shift_type == "exponential" else mu
             sigmas = factor / (factor + (1 / sigmas - 1) ** 1.0)
         else:
-            sigmas = shift_sigmas(sigmas, self.flow_shift)
+            sigmas = shift_sigmas(sigmas, shift)
         if self.shift_terminal:
             signal = 1 - sigmas
             sigmas = 1 - signal / (signal[-1] / (1 - self.shift_terminal))

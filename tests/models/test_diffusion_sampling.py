@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from aigc_fast import schedulers
-from aigc_fast.models.diffusion import sample
+from aigc_fast.models.diffusion import Sampler, sample
 from aigc_fast.schedulers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 IMAGE = torch.linspace(-0.5, 0.5, 16, dtype=torch.float64).view(1, 1, 4, 4)
@@ -89,3 +89,23 @@ def test_without_guidance_the_model_is_asked_once(monkeypatch):
 def test_refusals(options, match):
     with pytest.raises(ValueError, match=match):
         sample(Blur(), schedulers.DDIMScheduler(), (2, 1, 4, 4), **options)
+
+
+def test_what_is_of_diffusers_is_told_what_to_use():
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler()
+    message = r"scheduler must be one of aigc_fast.schedulers, got DDIMScheduler of diffusers"
+    for call in (lambda: sample(Blur(), theirs, (1, 1, 4, 4)), lambda: Sampler(Blur(), theirs)):
+        with pytest.raises(TypeError, match=message):
+            call()
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(32,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+    )
+    with pytest.raises(TypeError, match="model must return a tensor, got UNet2DOutput"):
+        sample(unet, DDIMScheduler.from_config(theirs.config), (1, 1, 8, 8), num_steps=2)

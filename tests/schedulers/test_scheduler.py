@@ -12,6 +12,7 @@ from aigc_fast.schedulers import (
     FlowMatchEulerDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     Scheduler,
     UniPCMultistepScheduler,
 )
@@ -139,8 +140,9 @@ def test_gradients_flow_through_a_trajectory() -> None:
 def test_refusals() -> None:
     x = torch.randn(2, 3)
     scheduler = DDIMScheduler()
-    with pytest.raises(ValueError, match="timestep must be one of the 0 of set_timesteps"):
-        scheduler.step(x, 1, x)
+    for timestep in (1, torch.tensor([1, 2])):
+        with pytest.raises(ValueError, match="DDIMScheduler has no timesteps: call set_timesteps"):
+            scheduler.step(x, timestep, x)
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match="timestep must be one of the 4 of set_timesteps, got 3"):
         scheduler.step(x, 3, x)
@@ -183,10 +185,33 @@ def test_refused_lists_and_arguments() -> None:
         FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).set_timesteps(4)
     with pytest.raises(ValueError, match="of one length, got"):
         FlowMatchEulerDiscreteScheduler().set_timesteps(sigmas=[0.9, 0.5], timesteps=[900.0])
+    with pytest.raises(ValueError, match=r"of one length, got \[2, 3\]"):
+        FlowMatchEulerDiscreteScheduler().set_timesteps(3, sigmas=[0.9, 0.5])
+    for scheduler in (DPMSolverMultistepScheduler(), SASolverScheduler()):
+        with pytest.raises(AssertionError, match="mu is for use_dynamic_shifting"):
+            scheduler.set_timesteps(3, mu=0.5)
     with pytest.raises(ValueError, match="timesteps cannot be given with karras"):
         DPMSolverMultistepScheduler(use_karras_sigmas=True).set_timesteps(timesteps=[9, 5])
     with pytest.raises(TypeError, match="num_steps"):
         UniPCMultistepScheduler.from_config({"solver_order": 3}, num_steps=3)
+
+
+def test_a_list_beside_its_length() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(2, sigmas=[0.9, 0.5])
+    assert scheduler.sigmas.tolist() == pytest.approx([0.9, 0.5, 0.0])
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True)
+    scheduler.set_timesteps(2, sigmas=[0.9, 0.5])
+    assert scheduler.sigmas[:2].tolist() == pytest.approx([0.9, 0.5])
+
+
+def test_ddpm_runs_without_set_timesteps() -> None:
+    """Through all timesteps of training, as diffusers'."""
+    scheduler, x = DDPMScheduler(), torch.randn(2, 3)
+    noise = [torch.Generator().manual_seed(0) for _ in range(2)]
+    got = scheduler.step(x, 700, x, noise[0])
+    scheduler.set_timesteps(1000)
+    assert torch.equal(got, scheduler.step(x, 700, x, noise[1]))
 
 
 @pytest.mark.parametrize("cls", ALL)

@@ -38,6 +38,7 @@ def sample(
     Raises ValueError for a number of labels or seeds that is not the batch, or what `sample_images`
     raises.
     """
+    _check_scheduler(scheduler)
     noise, random = _begin(model, shape, labels, seed)
     result = noise
     stages = sample_images(
@@ -98,6 +99,7 @@ class Sampler:
         guidance_rescale: float = 0.0,
         cuda_graph: bool = False,
     ) -> None:
+        _check_scheduler(scheduler)
         self._model, self._scheduler = model, copy.deepcopy(scheduler)
         self._guidance = null_label, guidance_scale, guidance_rescale
         device = next(model.parameters()).device
@@ -156,13 +158,26 @@ def sample_images(
     guidance_rescale: see ops.scheduler_step.
     generator: of the noise of stochastic solvers, or one for each sample.
 
-    Raises ValueError for a guidance_scale without null_label and labels.
+    Raises ValueError for a guidance_scale without null_label and labels; TypeError for a scheduler
+    that is not of aigc_fast.schedulers (diffusers', for instance), or a model whose result is no
+    tensor.
     """
+    _check_scheduler(scheduler)
     _check_guidance(guidance_scale, null_label, labels)
     scheduler.set_timesteps(num_steps, noise.device)
     return _steps_from(
         model, noise, scheduler, labels, null_label, guidance_scale, guidance_rescale, generator
     )
+
+
+def _check_scheduler(scheduler: object) -> None:
+    if not isinstance(scheduler, Scheduler):
+        name = type(scheduler).__name__
+        raise TypeError(
+            f"scheduler must be one of aigc_fast.schedulers, got {name} of "
+            f"{type(scheduler).__module__}; one of diffusers becomes one by "
+            f"aigc_fast.schedulers.{name}.from_config(scheduler.config)"
+        )
 
 
 def _check_guidance(scale: float, null_label: int | None, labels: Tensor | None) -> None:
@@ -190,7 +205,13 @@ def _steps_from(
         with torch.no_grad():  # no longer than the step: it must not outlive a yield
             model_input = torch.cat([scheduler.scale_model_input(sample, timestep)] * copies)
             steps = torch.full((len(model_input),), timestep, device=noise.device)
-            output, *uncond = model(model_input, steps, labels).chunk(copies)
+            predicted = model(model_input, steps, labels)
+            if not isinstance(predicted, Tensor):
+                raise TypeError(
+                    f"model must return a tensor, got {type(predicted).__name__}: of diffusers' "
+                    "models, aigc_fast.models.diffusion.UNet and DiT take the weights"
+                )
+            output, *uncond = predicted.chunk(copies)
             sample, x0 = scheduler.step(
                 output,
                 timestep,
