@@ -30,7 +30,6 @@ def run_suites(suites: list[str], quick: bool) -> list[dict]:
         run = subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", *map(str, files), "--benchmark-enable", "-q"),
-                *("-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"),
                 *("-p", "no:cacheprovider", f"--benchmark-json={report.name}"),
                 *("--benchmark-columns=median,rounds", *(["--quick"] if quick else [])),
             ],

@@ -142,6 +142,7 @@ def test_bench_outside_of_a_checkout(monkeypatch):
 def test_bench_names_a_suite_that_there_is():
     [name] = re.findall(r"A suite, such as (\w+);", run("bench", "--help").output)
     assert name in bench.suites()
+    assert run("bench", name, "--collect-only", "-q").exit_code == 0  # 5: it has no benchmark
 
 
 def test_bench_runs_the_suite_it_is_asked_for(monkeypatch, tmp_path):
