@@ -15,7 +15,7 @@ from aigc_fast.ops._checks import check_positive
 from .ema import EMA
 from .gan_recipe import GANRecipe
 from .optim import Adam
-from .penalties import gradient_penalty, r1_penalty, r2_penalty
+from .penalties import gradient_penalty, path_length_penalty, r1_penalty, r2_penalty
 from .statistics import keep_statistics
 from .trainer import Trainer, recipe_or_default
 
@@ -78,6 +78,11 @@ class GANTrainer(Trainer):
     ) -> None:
         recipe = recipe_or_default(recipe, GANRecipe)
         check_positive(latent_dim=integer("latent_dim", latent_dim))
+        if recipe.path_length_weight and not hasattr(generator, "synthesize"):
+            raise ValueError(
+                "path_length_weight must be 0 for a generator without styles, got "
+                f"{recipe.path_length_weight} for {type(generator).__name__}"
+            )
         self.generator, self.discriminator, self.latent_dim = generator, discriminator, latent_dim
         self.g_parameters = [p for p in generator.parameters() if p.requires_grad]
         self.d_parameters = [p for p in discriminator.parameters() if p.requires_grad]
@@ -100,6 +105,8 @@ class GANTrainer(Trainer):
         # batch norm would mix them: it tells them apart by their statistics.
         self._jointly = not any(isinstance(m, _BatchNorm) for m in discriminator.modules())
         self.g_loss = torch.zeros((), device=self.device)
+        #: of the paths of the generator, a moving average
+        self.path_length = torch.zeros((), device=self.device)
         check_graph(cuda_graph, self.device)
         self._records = cuda_graph
         self._record()
@@ -120,14 +127,17 @@ class GANTrainer(Trainer):
         recipe = self.recipe
         of_generator = self.steps_done % recipe.n_critic == 0
         penalised = recipe.penalty is not None and self.steps_done % recipe.penalty_interval == 0
+        updates = self.steps_done // recipe.n_critic
+        bounded = updates % recipe.path_length_interval == 0 and recipe.path_length_weight > 0
+        kind = of_generator, penalised, of_generator and bounded
         self._set_learning_rates()
         if self._graph is None:
-            d_loss, *g_loss = self._update(real, labels, None, of_generator, penalised)
+            d_loss, *g_loss = self._update(real, labels, None, *kind)
         else:
             (g,), (d,) = self.g_optimizer.param_groups, self.d_optimizer.param_groups
             rates = [[g["lr"], self.ema.next_decay()], [d["lr"], 0.0]]
             d_loss, *g_loss = self._graph(
-                real, labels, torch.tensor(rates, dtype=torch.float64), of_generator, penalised
+                real, labels, torch.tensor(rates, dtype=torch.float64), *kind
             )
             self.ema.updates += of_generator
         if g_loss:
@@ -150,6 +160,7 @@ class GANTrainer(Trainer):
         rates: Tensor | None,
         of_generator: bool,
         penalised: bool,
+        bounded: bool,
     ) -> tuple[Tensor, ...]:
         """A step of that kind, all that a CUDA graph holds of it: (d_loss, and maybe g_loss).
 
@@ -180,12 +191,16 @@ class GANTrainer(Trainer):
         with torch.no_grad():
             real_logits = self._judge(real, labels) if paired else None
         g_loss = generator_loss(fake_logits, real_logits, self.recipe.loss)
+        total = g_loss
+        if bounded:
+            weight = self.recipe.path_length_weight * self.recipe.path_length_interval
+            total = g_loss + weight * self._path_length_penalty(len(real), labels)
         self.g_optimizer.zero_grad(set_to_none=rates is None)
         # The discriminator's own gradients are not wanted here, so they are not computed.
-        g_loss.backward(inputs=self.g_parameters)
+        total.backward(inputs=self.g_parameters)
         restore()
         self.ema.update_buffers(self.generator, None if g_rates is None else g_rates[1])
-        self.g_optimizer.step(loss=g_loss, rates=g_rates)  # moves the averaged weights too
+        self.g_optimizer.step(loss=total, rates=g_rates)  # moves the averaged weights too
         return d_loss.detach(), g_loss.detach()
 
     def _discriminator_loss(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
@@ -206,18 +221,29 @@ class GANTrainer(Trainer):
         ]
         return sum(terms[1:], terms[0])
 
+    def _path_length_penalty(self, batch_size: int, labels: Tensor | None) -> Tensor:
+        """With respect to the styles of new latents, half a batch of them as in the paper."""
+        generator: Any = self.generator
+        count = (batch_size + 1) // 2
+        some = None if labels is None else labels[:count]
+        w = self._run(generator.map, self.latents(count), some)
+        styles = w.unsqueeze(1).repeat(1, generator.num_styles, 1)
+        images = self._run(generator.synthesize, styles, None)
+        return path_length_penalty(images, styles, self.path_length, generator=self.random)
+
     def _run_step(self, place: tuple[int, int, int, int], batch: tuple[Tensor, ...]) -> GANStep:
         return GANStep(*place, *self.step(*batch))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "g_loss": self.g_loss}
+        return {**super().state_dict(), "g_loss": self.g_loss, "path_length": self.path_length}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.g_loss = state["g_loss"].to(self.device)
+        self.path_length.copy_(state["path_length"])
         self._record()  # the optimizers have other tensors now
 
-    def _run(self, network: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+    def _run(self, network: Callable[..., Tensor], x: Tensor, labels: Tensor | None) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             y = network(x) if labels is None else network(x, labels)
         return y.float() if self.recipe.bf16 else y

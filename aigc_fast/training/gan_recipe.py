@@ -20,6 +20,9 @@ class GANRecipe:
     penalty_weight:   its factor.
     penalty_interval: it is computed every so many steps only, and then weighs so many times more
                       (lazy regularisation, arXiv:1912.04958).
+    path_length_weight: factor of the generator's path length penalty (arXiv:1912.04958, where it is
+                      2); 0 for none. For generators with styles, such as StyleGAN2Generator.
+    path_length_interval: updates of the generator from one such penalty to the next, as above.
     n_critic:         updates of the discriminator for one of the generator.
     weight_clip:      limit on the discriminator's weights, as of the first WGAN; None for none.
     g_lr, d_lr, betas: of the two Adams.
@@ -36,6 +39,8 @@ class GANRecipe:
     penalty: str | None = None
     penalty_weight: float = 10.0
     penalty_interval: int = 1
+    path_length_weight: float = 0.0
+    path_length_interval: int = 4
     n_critic: int = 1
     weight_clip: float | None = None
     g_lr: float = 2e-4
@@ -51,11 +56,12 @@ class GANRecipe:
         check_choice("loss", self.loss, LOSSES)
         if self.penalty is not None:
             check_choice("penalty", self.penalty, PENALTIES)
-        for name in ("penalty_interval", "n_critic"):
+        for name in ("penalty_interval", "path_length_interval", "n_critic"):
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value}")
-        check_not_negative(self, "penalty_weight", "g_lr", "d_lr", "instance_noise")
+        check_not_negative(self, "penalty_weight", "path_length_weight")
+        check_not_negative(self, "g_lr", "d_lr", "instance_noise")
         check_share(self, "lr_falls_from")
         if self.weight_clip is not None and not self.weight_clip > 0:
             raise ValueError(f"weight_clip must be positive, got {self.weight_clip}")

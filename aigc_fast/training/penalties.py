@@ -63,7 +63,7 @@ def path_length_penalty(
 
     images:      (batch, channels, height, width), computed from latents, (batch, ..., dim).
     mean_length: scalar tensor a, the moving average of |J^T y|, updated in place by a share `decay`
-                 of the batch's mean. Start with zero.
+                 of the batch's mean, where that is finite. Start with zero.
 
     Source: Karras et al. 2020, arXiv:1912.04958, section 3.2.
     """
@@ -73,7 +73,8 @@ def path_length_penalty(
     lengths = torch.linalg.vector_norm(_rows(gradient), dim=1)
     if latents.dim() > 2:  # a latent for each layer: their root mean square
         lengths = lengths / latents[0, ..., 0].numel() ** 0.5
-    mean_length.lerp_(lengths.detach().mean().to(mean_length), decay)
+    moved = mean_length.lerp(lengths.detach().mean().to(mean_length), decay)
+    mean_length.copy_(torch.where(moved.isfinite(), moved, mean_length))
     return (lengths - mean_length).square().mean()
 
 

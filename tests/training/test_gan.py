@@ -92,6 +92,71 @@ def test_networks_that_draw_from_torch_itself_go_on_to_the_bit():
     assert next_losses(second, 5) == expected
 
 
+def stylegan2(seed=0, cuda_graph=False, **recipe):
+    torch.manual_seed(0)
+    generator = StyleGAN2Generator(8, 16, 2, max_channels=8).double()
+    discriminator = StyleGAN2Discriminator(8, max_channels=8).double()
+    recipe = GANRecipe(**recipe)
+    return GANTrainer(generator, discriminator, 16, recipe, seed=seed, cuda_graph=cuda_graph)
+
+
+def test_path_length_is_a_part_of_the_generators_gradient():
+    """Value, gradient and moving average are those of plain torch, every second update."""
+    real = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    ours, without = stylegan2(path_length_weight=3.0, path_length_interval=2), stylegan2()
+    before = copy.deepcopy(ours.generator)
+    ours.step(real)
+    without.step(real)
+    random = torch.Generator().manual_seed(0)  # as the trainer draws: of a step, then of penalties
+    torch.empty(4, 16, dtype=torch.float64).normal_(generator=random)
+    z = torch.empty(2, 16, dtype=torch.float64).normal_(generator=random)
+    w = before.map(z).unsqueeze(1).repeat(1, before.num_styles, 1)
+    images = before.synthesize(w, "none")  # its strength starts at zero
+    noise = torch.empty_like(images).normal_(generator=random) / 8
+    (j,) = torch.autograd.grad((images * noise).sum(), w, create_graph=True)
+    lengths = j.square().sum(2).mean(1).sqrt()
+    mean = 0.01 * lengths.mean().detach()
+    expected = torch.autograd.grad(
+        3.0 * 2 * (lengths - mean).square().mean(), list(before.parameters()), allow_unused=True
+    )
+    torch.testing.assert_close(ours.path_length.double(), mean, rtol=1e-6, atol=0)
+    found = zip(ours.g_parameters, without.g_parameters, expected, strict=True)
+    assert sum(e is not None and bool(e.any()) for e in expected) > 5
+    for (with_it, plain, e), (name, _) in zip(found, before.named_parameters(), strict=True):
+        if not name.endswith("noise.weight"):  # whose gradient is of the noise that was drawn
+            gradient = with_it.grad - plain.grad
+            torch.testing.assert_close(gradient, torch.zeros_like(plain) if e is None else e)
+    ours.step(real)
+    assert ours.path_length.double().sub(mean).abs() < 1e-6 * mean  # not in this update
+    ours.step(real)
+    assert ours.path_length > 1.5 * mean
+
+
+def test_path_length_goes_on_to_the_bit_and_survives_nan():
+    options = dict(path_length_weight=2.0, path_length_interval=2, n_critic=2, betas=(0.0, 0.99))
+    real = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    whole = stylegan2(**options)
+    for _ in range(3):
+        whole.step(real)
+    state = copy.deepcopy(whole.state_dict())
+    expected = [whole.step(real)[0].item() for _ in range(4)]
+    continued = stylegan2(seed=1, **options)
+    continued.load_state_dict(state)
+    assert [continued.step(real)[0].item() for _ in range(4)] == expected
+    assert continued.path_length.equal(whole.path_length) and whole.path_length > 0
+    kept = whole.path_length.clone()
+    with torch.no_grad():
+        whole.generator.input["input"].mul_(torch.nan)
+    for _ in range(4):
+        whole.step(real)
+    assert whole.path_length.equal(kept) and whole.skipped > 0
+
+
+def test_path_length_needs_styles():
+    with pytest.raises(ValueError, match="path_length_weight must be 0 for a generator without"):
+        trainer(GANRecipe(path_length_weight=2.0))
+
+
 def test_a_checkpoint_of_another_recipe_is_refused():
     state = trainer(RECIPES["wgan-gp"]).state_dict()
     with pytest.raises(ValueError, match="the checkpoint, d_lr, g_lr differ"):

@@ -9,7 +9,7 @@ import torch
 from aigc_fast.models.gan import DCGANDiscriminator, DCGANGenerator
 from aigc_fast.training import RECIPES, GANTrainer
 from tests.tape import tapes
-from tests.training.test_gan import LABELS, SAMPLES, trainer
+from tests.training.test_gan import LABELS, SAMPLES, stylegan2, trainer
 
 BATCHES = list(itertools.islice(itertools.cycle([slice(0, 4), slice(4, 8), slice(2, 6)]), 11))
 CASES = {
@@ -53,6 +53,17 @@ def test_replayed_steps_are_plain_steps(name):
     assert len(ours._graph._recorded) == kinds
     for key, value in weights(ours).items():
         assert value.equal(weights(plain)[key]), key
+
+
+def test_path_length_in_replays():
+    options = dict(path_length_weight=2.0, path_length_interval=2)
+    real, plain = torch.rand(4, 3, 8, 8, dtype=torch.float64), stylegan2(**options)
+    expected = [plain.step(real)[0].item() for _ in range(9)]
+    with tapes():
+        ours = stylegan2(cuda_graph=True, **options)
+        assert [ours.step(real)[0].item() for _ in range(9)] == expected
+    assert len(ours._graph._recorded) == 2
+    assert ours.path_length.equal(plain.path_length) and plain.path_length > 0
 
 
 def test_nan_is_skipped_and_counted_in_replays():
