@@ -192,9 +192,7 @@ rule cxx_host
 rule nvcc
   command = {nvcc} -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr --threads 2 $
     {cuda_arch_flags()} -Xcompiler=-fPIC,-fvisibility=hidden {TORCH_TARGET} -DUSE_CUDA $
-    -I{CSRC / "include"} {torch_includes} -Xptxas=-v -MD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
+    -I{CSRC / "include"} {torch_includes} -Xptxas=-v -c $in -o $out
 rule link
   command = {cxx} -shared {sanitize} $in -o $out {torch_link}
 rule link_cuda
@@ -208,6 +206,10 @@ rule link_host
             header = f"{build}/{lib.name}/precompiled.h"
             text += f"build {header}.gch: header {CSRC}/cpu/precompiled.h\n  flags = {flags}\n"
             flags, needs = f"{flags} -include {header}", f"| {header}.gch"
+        if lib.compile_rule == "nvcc":
+            # nvcc --threads 2 may leave its own list of them empty.
+            headers = [*CSRC.glob("cuda/*.*h"), *CSRC.glob("include/aigc_fast/*.h")]
+            needs = "| " + " ".join(map(str, sorted(headers)))
         for source in lib.sources:
             objects.append(f"{build}/{lib.name}/{source.stem}.o")
             text += f"build {objects[-1]}: {lib.compile_rule} {source} {needs}\n"
