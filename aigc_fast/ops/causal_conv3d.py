@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._winograd import are_faster, kind_of
 from aigc_fast.ops.conv2d import Pair, conv2d
 
 Triple = int | tuple[int, int, int]
@@ -35,11 +36,11 @@ def causal_conv3d(
               that repeats. What is missing, all of it for None, counts as zero.
     y:        (batch, out_channels, (frames - 1) // stride + 1, new height, new width).
 
-    On CPUs it is a sum of `conv2d`s over frames, one for each frame of the kernel, in any strides
-    of x: no product with zeros before the first frame, so one frame with a kernel of three costs a
-    third, and the products of 3 x 3 kernels are fewer. y may then be in channels_last_3d memory
-    order whatever that of x is, and a 16-bit y is rounded at each frame of the kernel. On other
-    devices it is torch's conv3d of a padded copy, unless x is a single frame.
+    Where `conv2d` has products of its own for the kernel (on CPUs with AVX2 or AVX-512), it is a
+    sum of these over frames, one for each frame of the kernel, in any strides of x, with no
+    product of a zero before the first frame. y may then be in channels_last_3d memory order
+    whatever that of x is, and a 16-bit y is rounded at each frame of the kernel. A single frame
+    without history is one `conv2d` anywhere. All else is torch's conv3d of a padded copy.
 
     Differentiable as often as one likes.
 
@@ -50,7 +51,8 @@ def causal_conv3d(
     how = strides[1:], padding, dilations[1:], groups
     if x.shape[2] == 1 and history is None:  # nothing but zeros before it
         return conv2d(x.squeeze(2), weight[:, :, -1], bias, *how).unsqueeze(2)
-    if x.device.type == "cpu" and len(x):
+    own = x.device.type == "cpu" and are_faster() and kind_of(weight[:, :, -1], *how) is not None
+    if own and len(x):
         samples = x.transpose(1, 2)
         pasts = [None] * len(x) if history is None else history.transpose(1, 2)
         y = [
