@@ -1,5 +1,6 @@
 """Fine-tuning a language model: checkpoints, a log, perplexity and samples of held-out text."""
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,10 @@ class Session(TrainingSession):
         aside = torch.zeros(len(windows), dtype=torch.bool)
         aside[:: max(_HELD_OUT, len(windows) // _MOST)] = True
         self.samples, self.held_out, self.labels = windows[~aside], windows[aside], None
-        self.networks = {**asdict(model.config), "seq": options.seq}
+        tokens = hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()
+        self.networks = {**asdict(model.config), "seq": options.seq, "tokens": tokens}
+        self.prompt = min(_PROMPT, options.seq // 2)
+        self.new_tokens = min(_NEW, longest - self.prompt)
         self.trainer = LanguageTrainer(
             model.to(windows.device), recipe, done=self.share_done, seed=options.seed
         )
@@ -85,9 +89,9 @@ class Session(TrainingSession):
     def _look(self) -> dict[str, Any]:
         """What the model is worth, and what it writes."""
         model: Any = self.trainer.average
-        prompts = self.held_out[:_SAMPLES, :_PROMPT].tolist()
+        prompts = self.held_out[:_SAMPLES, : self.prompt].tolist()
         found = generate(
-            model, prompts, _NEW, tokenizer=self.tokenizer,
+            model, prompts, self.new_tokens, tokenizer=self.tokenizer,
             sampling=Sampling(temperature=0.7, top_p=0.9, seed=self.options.seed),
             stop_tokens=self.tokenizer.stop_tokens,
         )  # fmt: skip
@@ -97,8 +101,8 @@ class Session(TrainingSession):
         }
 
     def keep_samples(self) -> None:
+        self.notes["after"] = self._look()  # first: a model that came to nothing is not kept
         self.trainer.average.save_pretrained(self.options.output / "model", self.tokenizer)
-        self.notes["after"] = self._look()
         samples = self.options.output / "samples.txt"
         samples.write_text(self._report(), encoding="utf-8")
 
@@ -114,9 +118,9 @@ class Session(TrainingSession):
             f"{after['perplexity']:.4g} after {self.trainer.steps_done} steps"
         ]
         for window, *texts in zip(self.held_out, before["texts"], after["texts"], strict=False):
-            ids = window[: _PROMPT + _NEW].tolist()
-            parts.append(f"====== the text\n{self.tokenizer.decode(ids[:_PROMPT])}")
-            goes_on = self.tokenizer.decode(ids[_PROMPT:])
+            ids = window[: self.prompt + self.new_tokens].tolist()
+            parts.append(f"====== the text\n{self.tokenizer.decode(ids[: self.prompt])}")
+            goes_on = self.tokenizer.decode(ids[self.prompt :])
             for name, text in zip(("goes on", "before", "after"), (goes_on, *texts), strict=True):
                 parts.append(f"------ {name}\n{text}")
         return "\n\n".join(parts) + "\n"

@@ -78,7 +78,7 @@ def read_hf_folder(path: str | os.PathLike[str], stem: str = "model") -> HFFolde
 def write_hf_folder(
     path: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Writes config.json and model.safetensors, or leaves what was there before.
+    """Writes config.json and model.safetensors; each is written whole, or stays as it was.
 
     Raises:
         OSError: a file cannot be written.
@@ -94,10 +94,11 @@ def write_hf_folder(
     partial = weights.with_name(weights.name + ".partial")
     # transformers refuses a file that does not name its framework.
     save_file(dict(tensors), partial, {"format": "pt"})
-    write_json(folder / "config.json", config)
+    # Shards from before: their index would be preferred.
+    (folder / f"{weights.name}.index.json").unlink(missing_ok=True)
     # The old file may be mapped by this very model: it must stay until then, and is not written to.
     os.replace(partial, weights)
-    (folder / f"{weights.name}.index.json").unlink(missing_ok=True)  # of the shards before
+    write_json(folder / "config.json", config)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -71,8 +71,11 @@ def write_folder_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     elif not source.samefile(folder):
         for name in names:
             shutil.copyfile(source / name, folder / name)
-    if "generation_config.json" not in names and tokenizer.stop_tokens:
-        write_json(folder / "generation_config.json", {"eos_token_id": [*tokenizer.stop_tokens]})
+    # The source may have named them in its config.json alone.
+    generation = folder / "generation_config.json"
+    written = read_json(generation) if "generation_config.json" in names else {}
+    if written.get("eos_token_id") is None and tokenizer.stop_tokens:
+        write_json(generation, {**written, "eos_token_id": [*tokenizer.stop_tokens]})
 
 
 def _stop_tokens(folder: Path, vocab_size: int) -> set[int]:

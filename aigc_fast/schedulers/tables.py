@@ -16,7 +16,10 @@ from aigc_fast.schedulers.linear import Step
 class Tables:
     """What a scheduler has made of its schedule, for as long as that stays the same."""
 
-    __slots__ = ("config", "frozen_config", "inputs", "made", "pointer", "size", "span")
+    __slots__ = (
+        "config", "frozen_config", "index_of", "inputs", "made", "numbers", "pointer", "shared",
+        "size", "span",
+    )  # fmt: skip
 
     INPUTS = ("timesteps", "sigmas", "alphas_cumprod", "betas", "num_inference_steps")
 
@@ -28,7 +31,11 @@ class Tables:
             self.frozen_config: Any = before.frozen_config
         else:
             self.frozen_config = frozen(configuration(scheduler))
-        self.made: dict[Any, Any] = made_for(scheduler, self.frozen_config)
+        found = made_for(scheduler, self.frozen_config)
+        self.made: dict[Any, Any] = {} if found is None else found
+        self.shared = found is not None
+        self.index_of: dict[float, int] | None = None
+        self.numbers: list[float] | None = None
         timesteps = scheduler.timesteps
         self.pointer = timesteps.data_ptr() if timesteps.device.type != "meta" else -1
         self.size = timesteps.element_size()
@@ -65,21 +72,35 @@ class Tables:
             if timestep.numel() != 1:
                 return None
             timestep = timestep.item()
-        if "index_of" not in self.made:
+        if self.index_of is None:
             places = reversed(list(enumerate(self.values())))
-            self.made["index_of"] = {value: place for place, value in places}
-        return self.made["index_of"].get(timestep)
+            self.index_of = {value: place for place, value in places}
+        return self.index_of.get(timestep)
 
     def values(self) -> list[float]:
         """The timesteps as numbers; read from their device once."""
-        if "values" not in self.made:
-            self.made["values"] = self.inputs[0].tolist()
-        return self.made["values"]
+        if self.numbers is None:
+            self.numbers = self.inputs[0].tolist()
+        return self.numbers
+
+    def look_again(self, scheduler: Any) -> None:
+        """Before something is made: what was changed in place since is another schedule, and must
+        not be found by those that have the first."""
+        self.frozen_config = frozen(configuration(scheduler))
+        found = made_for(scheduler, self.frozen_config)
+        if found is not None:
+            self.made = found
+        elif self.shared:
+            self.made = {}
+        self.shared = found is not None
 
 
 def once(scheduler: Any, key: Any, build: Callable[[], Any]) -> Any:
     """build(), made once for each schedule and key; build depends on these alone."""
-    made = Tables.of(scheduler).made
+    tables = Tables.of(scheduler)
+    if key not in tables.made:
+        tables.look_again(scheduler)
+    made = tables.made
     if key not in made:
         # Tensors of inference_mode could not be used again where gradients are wanted.
         # Steps that no solver takes may divide by zero.
@@ -107,22 +128,22 @@ TENSORS = ("timesteps", "sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down",
 OTHERS = ("num_inference_steps", "variance_type", "predict_x0", "tau_func")
 
 
-def made_for(scheduler: Any, config: Any) -> dict[Any, Any]:
+def made_for(scheduler: Any, config: Any) -> dict[Any, Any] | None:
     """What is made of this schedule already: by this scheduler before another set_timesteps, or by
     another of its class. Making it takes as long as some dozens of steps.
 
-    What cannot be read or compared at no cost has a dict of its own: tensors on a GPU, which would
-    be waited for; and so has what runs in a TorchDispatchMode, whose tensors may be fakes.
+    None for what cannot be read or compared at no cost, tensors on a GPU, which would be waited
+    for; and for what runs in a TorchDispatchMode, whose tensors may be fakes.
     """
     if _get_current_dispatch_mode() is not None:
-        return {}
+        return None
     state = scheduler.__dict__
     try:
         tensors = tuple(content(state[name]) for name in TENSORS if name in state)
         cls: Any = type(scheduler)
         return _made(cls, config, tensors, tuple(map(state.get, OTHERS)))
     except (TypeError, RuntimeError):  # of Tensor.numpy, and of what has no hash
-        return {}
+        return None
 
 
 @functools.lru_cache(maxsize=64)  # a thousand steps take 0.5 MB

@@ -240,7 +240,7 @@ class GANTrainer(Trainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.g_loss = state["g_loss"].to(self.device)
-        self.path_length.copy_(state["path_length"])
+        self.path_length.copy_(state.get("path_length", torch.zeros(())))  # older ones have none
         self._record()  # the optimizers have other tensors now
 
     def _run(self, network: Callable[..., Tensor], x: Tensor, labels: Tensor | None) -> Tensor:

@@ -8,12 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aigc_fast.io.token_ids import integer
 from aigc_fast.ops._checks import check_positive
 
 from .ema import EMA
 from .gradient_checkpointing import checkpoint_blocks
 from .optim import AdamW
-from .trainer import Trainer, check_not_negative, check_share, warm_up_and_cosine
+from .trainer import (
+    Trainer,
+    check_not_negative,
+    check_share,
+    recipe_or_default,
+    warm_up_and_cosine,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class LanguageRecipe:
     def __post_init__(self) -> None:
         check_share(self, "label_smoothing")
         check_not_negative(self, "z_loss", "lr", "weight_decay")
-        check_positive(micro_batches=self.micro_batches)
+        check_positive(micro_batches=integer("micro_batches", self.micro_batches))
 
 
 class LanguageStep(NamedTuple):
@@ -89,7 +96,7 @@ class LanguageTrainer(Trainer):
         done: Callable[[int], float],
         seed: int = 0,
     ) -> None:
-        recipe = recipe or LanguageRecipe()
+        recipe = recipe_or_default(recipe, LanguageRecipe)
         self.model = model
         ema = None if recipe.ema_decay is None else EMA(model, recipe.ema_decay)
         if recipe.gradient_checkpointing:
@@ -141,7 +148,9 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def windows_of(tokens: Tensor, seq: int) -> Tensor:
     """One text, (count,), cut into windows side by side, (count // seq, seq); the rest is left
     out."""
-    check_positive(seq=seq)
+    check_positive(seq=integer("seq", seq))
+    if tokens.dim() != 1:
+        raise ValueError(f"tokens must be (count,), got shape {tuple(tokens.shape)}")
     return tokens[: len(tokens) // seq * seq].view(-1, seq)
 
 

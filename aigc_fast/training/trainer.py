@@ -102,8 +102,9 @@ class Trainer(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave, the state of torch's own generators too; ValueError
         where it is of another recipe."""
-        recipe, other = asdict(self.recipe), state["recipe"]
-        if differing := sorted(name for name in recipe if recipe[name] != other.get(name)):
+        # An older checkpoint lacks what was added since, whose default is what was done before.
+        recipe, other = asdict(self.recipe), asdict(type(self.recipe)()) | state["recipe"]
+        if differing := sorted(name for name in recipe if recipe[name] != other[name]):
             raise ValueError(
                 f"recipe must be that of the checkpoint, {', '.join(differing)} differ"
             )

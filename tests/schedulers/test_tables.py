@@ -80,6 +80,31 @@ def test_what_differs_is_made_anew(change, built) -> None:
     assert torch.equal(first, loop(plain, 5))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: setattr(s, "clip_sample_range", 0.05),
+        lambda s: s.alphas_cumprod.mul_(0.9),
+    ],
+)
+def test_a_change_in_the_middle_of_a_loop_reaches_no_other_scheduler(change) -> None:
+    sample = torch.linspace(-1, 1, 12).reshape(1, 3, 4)
+
+    def last(scheduler: Any) -> torch.Tensor:
+        seed = torch.Generator().manual_seed(0)
+        return scheduler.step(sample, scheduler.timesteps[2], sample, seed, eta=1.0)
+
+    plain, changed, later = (DDIMScheduler() for _ in range(3))
+    for scheduler in (plain, changed, later):
+        scheduler.set_timesteps(5)
+    want = last(plain)
+    tables._made.cache_clear()
+    changed.step(sample, changed.timesteps[0], sample)  # other rows than those of eta=1
+    change(changed)
+    assert not torch.equal(last(changed), want)
+    assert torch.equal(last(later), want)
+
+
 def test_a_class_and_a_function_are_told_apart(built) -> None:
     loop(SASolverScheduler(tau_func=lambda t: 0.0), 3)
     count = len(built)

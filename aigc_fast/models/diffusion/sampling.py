@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from aigc_fast import schedulers
 from aigc_fast._graphs import Replay, check_graph
 from aigc_fast.schedulers import Scheduler
 from aigc_fast.schedulers.noise import Generator, draw_noise
@@ -173,11 +174,13 @@ def sample_images(
 def _check_scheduler(scheduler: object) -> None:
     if not isinstance(scheduler, Scheduler):
         name = type(scheduler).__name__
-        raise TypeError(
-            f"scheduler must be one of aigc_fast.schedulers, got {name} of "
-            f"{type(scheduler).__module__}; one of diffusers becomes one by "
-            f"aigc_fast.schedulers.{name}.from_config(scheduler.config)"
-        )
+        message = f"scheduler must be one of aigc_fast.schedulers, got {name}"
+        if hasattr(schedulers, name):
+            message += (
+                f" of {type(scheduler).__module__}; it becomes one by "
+                f"aigc_fast.schedulers.{name}.from_config(scheduler.config)"
+            )
+        raise TypeError(message)
 
 
 def _check_guidance(scale: float, null_label: int | None, labels: Tensor | None) -> None:
