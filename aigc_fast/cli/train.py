@@ -167,8 +167,9 @@ class TextOptions(RunOptions):
 @takes(TextOptions)
 def text(options: TextOptions) -> None:
     """Fine-tunes a language model on a text, all but every tenth window of it (of more than 500
-    windows, all but fifty): checkpoint.pt to go on from, a folder of the model for `aigc-fast generate` and transformers, log.csv, the loss curve
-    and what the model writes before and after in OUTPUT."""
+    windows, all but fifty): checkpoint.pt to go on from, a folder of the model for `aigc-fast
+    generate` and transformers, log.csv, the loss curve and what the model writes before and after
+    in OUTPUT."""
     from .train_text import Session
 
     _train(Session, options, "--seq, --batch, or more of --micro-batches,")
