@@ -29,12 +29,13 @@ class CausalConv3d(nn.Conv3d):
         dilation: Triple = 1,
         groups: int = 1,
         bias: bool = True,
-        **where: Any,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         pair: Any = (padding, padding) if isinstance(padding, int) else tuple(padding)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, (0, *pair), dilation, groups, bias,
-            **where,
+            device=device, dtype=dtype,
         )  # fmt: skip
 
     def forward(self, input: Tensor, history: Tensor | None = None) -> Tensor:

@@ -11,6 +11,8 @@ from aigc_fast.ops._winograd import are_faster, kind_of
 from aigc_fast.ops.conv2d import Pair, conv2d
 
 Triple = int | tuple[int, int, int]
+#: Multiply-adds of a sample with one pixel of the kernel, from which the calls for each pay.
+_LEAST = 2**21
 
 
 def causal_conv3d(
@@ -38,9 +40,10 @@ def causal_conv3d(
 
     Where `conv2d` has products of its own for the kernel (on CPUs with AVX2 or AVX-512), it is a
     sum of these over frames, one for each frame of the kernel, in any strides of x, with no
-    product of a zero before the first frame. y may then be in channels_last_3d memory order
-    whatever that of x is, and a 16-bit y is rounded at each frame of the kernel. A single frame
-    without history is one `conv2d` anywhere. All else is torch's conv3d of a padded copy.
+    product of a zero before the first frame; few products excepted. y is then in channels_last_3d
+    memory order or frame by frame, whatever that of x is, and a 16-bit y is rounded at each frame
+    of the kernel. A single frame without history is one `conv2d` anywhere. All else is torch's
+    conv3d of a padded copy.
 
     Differentiable as often as one likes.
 
@@ -52,7 +55,7 @@ def causal_conv3d(
     if x.shape[2] == 1 and history is None:  # nothing but zeros before it
         return conv2d(x.squeeze(2), weight[:, :, -1], bias, *how).unsqueeze(2)
     own = x.device.type == "cpu" and are_faster() and kind_of(weight[:, :, -1], *how) is not None
-    if own and len(x):
+    if own and len(x) and x[0].numel() * weight.shape[0] >= _LEAST:
         samples = x.transpose(1, 2)
         pasts = [None] * len(x) if history is None else history.transpose(1, 2)
         y = [
@@ -84,14 +87,14 @@ def _sum_over_taps(
     y = conv2d(frames[::stride], last, bias, *how)
     for reach, tap in zip(itertools.count(dilation, dilation), earlier, strict=False):
         # From this frame of y on the tap meets the sample.
-        first = min(-(-reach // stride), len(y))
-        if first < len(y):
-            met = frames[first * stride - reach :: stride][: len(y) - first]
+        first = min(-(-reach // stride), y.shape[0])
+        if first < y.shape[0]:
+            met = frames[first * stride - reach :: stride][: y.shape[0] - first]
             y[first:] += conv2d(met, tap, None, *how)
         if past is not None:
-            start = max(-((len(past) - reach) // stride), 0)
+            start = max(-((past.shape[0] - reach) // stride), 0)
             if start < first:
-                met = past[len(past) + start * stride - reach :: stride][: first - start]
+                met = past[past.shape[0] + start * stride - reach :: stride][: first - start]
                 y[start:first] += conv2d(met, tap, None, *how)
     return y
 

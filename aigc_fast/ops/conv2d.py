@@ -27,7 +27,7 @@ def conv2d(
     On a CPU with AVX2 or AVX-512 two kinds run by Winograd's algorithm, from 16 channels on either
     side on, about as exact as torch's: kernel 3, stride 1, padding 1 with 4 products an output in
     place of 9, and kernel 4, stride 2, padding 1 with 7.5 in place of 16, where y is made of tiles
-    of 2 x 4 outputs with a third more at most, as from 4 x 4, 8 x 8 and all sizes above 9 x 9.
+    of 2 x 4 outputs with a third more at most, as from 4 x 4, 8 x 8 and nearly all above 9 x 9.
     So do their derivatives. In float64 and float32, and in a 16-bit dtype for which the CPU has no
     instructions; kernel 3 in bfloat16 without AMX up to 256 pixels too. y is then in channels_last
     memory order, whatever that of x is. Where torch's y is infinite it may be NaN, and for kernel 4

@@ -85,8 +85,9 @@ def decode_attention(
     or before the window of every query is never used: it may be NaN. Computes in fp32 (fp64 for
     fp64) and rounds once, but for these: where all is bfloat16, CPUs with instructions for it
     (AVX512_BF16, AMX) take subnormal keys as zero, AMX probabilities right to 16 bits; over int8
-    caches AVX512_VNNI takes queries of 16 bits as integers of 16, in units of the largest in their
-    row, and so it takes probabilities; on a GPU Triton rounds probabilities to the dtype of query.
+    caches AVX512_VNNI takes queries of 16 bits to 2^-16 of the largest in their row, probabilities
+    of that in their block, and to 2^-31 where others are small beside it; on a GPU Triton rounds
+    probabilities to the dtype of query.
 
     Views whose last dimension is contiguous are read in place; others are copied once. Bytes that
     must move: the entries in sight of both caches, once for all the heads of a group and all q_len.

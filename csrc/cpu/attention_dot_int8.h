@@ -2,8 +2,11 @@
 // 16-bit integers at once: half as many as of fp32, and no number of the caches is converted to it.
 //
 // For queries of 16 bits, which become integers by the largest of their row, as probabilities do by
-// the largest of their block: each is off by at most 2^-16 of that. The sums are exact.
+// the largest of their block: each is off by at most 2^-16 of that. Where that is much to the
+// others, what was rounded off is multiplied too. The sums are exact.
 #pragma once
+
+#include <vector>
 
 #include "attention_products.h"
 #include "narrow.h"
@@ -24,57 +27,62 @@ struct Int8DotProducts : Products<float, int8_t, rows> {
   // Sums of more products might leave 32 bits.
   static bool fits(int64_t head_dim) { return head_dim <= 512; }
 
-  // Behind the queries what the products of each row are to be multiplied by.
-  int64_t query_size() const { return Base::query_size() + L; }
+  // Twice the queries; behind them what the products of each row are to be multiplied by, those of
+  // the first part and those of the second.
+  int64_t query_size() const { return Base::query_size() + 2 * L; }
 
-  // From [number / 32][half][R][16] to int16 [number / 32][R][32], in place.
+  // From [number / 32][half][R][16] to int16 [part][number / 32][R][32], in place: the integers,
+  // and in units of 1 / kOne what they were rounded by.
   void prepare(float* query) const {
     const int64_t size = Base::query_size();
-    V scales = {}, units = {};
+    V scales = {}, units = {}, low_units = {};
     for (int r = 0; r < R; ++r) {
       // As integers magnitudes have the same order, and NaN is the largest.
       I top = {};
+      V sum = {};
       for (int64_t i = r * L; i < size; i += R * L) {
         const I bits = reinterpret_cast<I>(load(query + i)) & 0x7fffffff;
         top = bits > top ? bits : top;
+        sum += reinterpret_cast<V>(bits);
       }
       const float largest =
           std::max(std::bit_cast<float>(_mm512_reduce_max_epi32((__m512i)top)), kSmallest);
       scales[r] = kOne / largest;
-      for (int lane = r; lane < L; lane += R)
+      // Where one number is far above the others of its row, these would be mostly rounded away.
+      const float others = (sum_lanes<float>(sum) - largest) / head_dim;
+      for (int lane = r; lane < L; lane += R) {
         units[lane] = largest / kOne + (largest - largest);  // NaN for a row with NaN or inf
+        low_units[lane] = others < largest * (1.0f / 64) ? units[lane] / kOne : 0;
+      }
     }
+    std::vector<float> low(size / 2);
     for (int64_t i = 0; i < size; i += 2 * R * L)
       for (int r = 0; r < R; ++r) {
-        const auto half = [&](int h) {
-          return _mm512_cvtepi32_epi16(
-              (__m512i)rounded(load(query + i + (h * R + r) * L) * scales[r]));
-        };
-        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(half(0)), half(1), 1);
-        _mm512_storeu_si512(query + i / 2 + r * L, both);
+        __m256i high[2], rest[2];
+        for (int h = 0; h < 2; ++h) {
+          const V q = load(query + i + (h * R + r) * L) * scales[r];
+          const I whole = rounded(q);
+          high[h] = _mm512_cvtepi32_epi16((__m512i)whole);
+          rest[h] = _mm512_cvtepi32_epi16(
+              (__m512i)rounded((q - __builtin_convertvector(whole, V)) * kOne));
+        }
+        _mm512_storeu_si512(query + i / 2 + r * L, joined(high));
+        _mm512_storeu_si512(low.data() + i / 2 + r * L, joined(rest));
       }
+    std::copy(low.begin(), low.end(), query + size / 2);
     store(query + size, units);
+    store(query + size + L, low_units);
   }
 
   void scores(const float* query, const int8_t* const* keys, int64_t count,
               const int8_t* const* next, float* scores) const {
-    const V units = load(query + Base::query_size());
+    const int64_t size = Base::query_size();
+    const V units = load(query + size), low_units = load(query + size + L);
+    const bool twice = _mm512_movepi32_mask((__m512i)(low_units > 0));
     for (int64_t k = 0; k < count; k += K) {
-      I sums[L] = {};
-      for (int64_t d = 0; d < head_dim; d += kStep) {
-        const __mmask32 some = first_bytes(head_dim - d);
-        __m512i q[R];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) q[r] = _mm512_loadu_si512(query + d / 2 * R + r * L);
-#pragma GCC unroll 16
-        for (int i = 0; i < K; ++i) {
-          if (next) this->prefetch(next[k + i], d);
-          const __m512i x = wide(keys[k + i] + d, some);
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) add(sums[i * R + r], x, q[r]);
-        }
-      }
-      store(scores + k * R, __builtin_convertvector(sum_each<int32_t>(sums), V) * units);
+      V score = dot(query, keys + k, next ? next + k : nullptr) * units;
+      if (twice) score += dot(query + size / 2, keys + k, nullptr) * low_units;
+      store(scores + k * R, score);
     }
   }
 
@@ -100,7 +108,7 @@ struct Int8DotProducts : Products<float, int8_t, rows> {
     add_products(high, values, padded, units, decays, result, next);
     // Where one key outweighs the rest of its block, as the first of a text may, the rest would be
     // mostly rounded away, and if that key's value is small, the rest is what is seen.
-    const auto outweighed = sum - top < top * (1.0f / 16);
+    const auto outweighed = sum - top < top * 0.5f;
     if (_mm512_movepi32_mask((__m512i)outweighed)) {
       alignas(64) float ones[L];
       store(ones, broadcast(1.0f));
@@ -120,6 +128,9 @@ struct Int8DotProducts : Products<float, int8_t, rows> {
     const __m512i after = _mm512_slli_epi32(_mm512_alignr_epi32(v, v, R), 16);
     _mm512_store_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaa, v, after));
   }
+  static __m512i joined(const __m256i* halves) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1);
+  }
   static __m512i wide(const int8_t* p, __mmask32 some) {
     return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(some, p));
   }
@@ -135,6 +146,26 @@ struct Int8DotProducts : Products<float, int8_t, rows> {
       add_pairs<kPairs>(factors, values, count, pair, units, decays, result, next);
     for (; pair * kStep < head_dim; ++pair)
       add_pairs<1>(factors, values, count, pair, units, decays, result, next);
+  }
+
+  // The products of K keys: lane k * R + r.
+  AIGC_INLINE V dot(const float* query, const int8_t* const* keys,
+                    const int8_t* const* next) const {
+    I sums[L] = {};
+    for (int64_t d = 0; d < head_dim; d += kStep) {
+      const __mmask32 some = first_bytes(head_dim - d);
+      __m512i q[R];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) q[r] = _mm512_loadu_si512(query + d / 2 * R + r * L);
+#pragma GCC unroll 16
+      for (int i = 0; i < K; ++i) {
+        if (next) this->prefetch(next[i], d);
+        const __m512i x = wide(keys[i] + d, some);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) add(sums[i * R + r], x, q[r]);
+      }
+    }
+    return __builtin_convertvector(sum_each<int32_t>(sums), V);
   }
 
   // P vectors of each value, from `pair` on.

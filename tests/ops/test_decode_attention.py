@@ -109,19 +109,34 @@ def test_blocks_of_int8_caches(implementation, device, shape, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("logit", [3.5, 5.0, 6.2, 11.0])
 @EVERYWHERE
-def test_small_weights_and_numbers_count_over_int8_caches(implementation, device, dtype) -> None:
-    """The first key, whose value is 0, has e^11 times the weight of another; and queries have a
-    number that is far above their others."""
+def test_small_weights_count_over_int8_caches(implementation, device, logit, dtype) -> None:
+    """The first key, whose value is 0, has e^logit times the weight of another."""
     query, keys, values = inputs(1, 1, 4, 1, 64, 601)
     keys, values = (x.mul(40).clamp(-127, 127).to(torch.int8) for x in (keys, values))
     query[..., 0], keys[..., 0], keys[:, 0, :, 0], values[:, 0] = 60.0, 0, 127, 0
-    options: dict = {"scale": 11 / (60 * 127)}
-    query, lengths = query.to(dtype), torch.tensor([601])
-    exact = run("reference", "cpu", query.double(), keys, values, lengths, **options)
-    plain = run("reference", "cpu", query, keys, values, lengths, **options)
-    ours = run(implementation, device, query, keys, values, lengths, **options)
-    assert_as_good_as_torch(list(ours), list(plain), list(exact), dtype)
+    check_int8_caches(implementation, device, query.to(dtype), keys, values, logit / (60 * 127))
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("outlier", [10.0, 100.0, 1000.0])
+@EVERYWHERE
+def test_small_numbers_count_over_int8_caches(implementation, device, outlier, dtype) -> None:
+    """A query has a number that is far above its others, which meets small keys."""
+    query, keys, values = inputs(2, 1, 4, 1, 64, 70)
+    keys, values = (x.mul(40).clamp(-127, 127).to(torch.int8) for x in (keys, values))
+    query[..., 3] = outlier
+    keys[..., 3] = (keys[..., 3] > 0).to(torch.int8)
+    check_int8_caches(implementation, device, query.to(dtype), keys, values, 1 / 320)
+
+
+def check_int8_caches(implementation, device, query, keys, values, scale) -> None:
+    lengths = torch.tensor([keys.shape[1]] * len(keys))
+    exact = run("reference", "cpu", query.double(), keys, values, lengths, scale=scale)
+    plain = run("reference", "cpu", query, keys, values, lengths, scale=scale)
+    ours = run(implementation, device, query, keys, values, lengths, scale=scale)
+    assert_as_good_as_torch(list(ours), list(plain), list(exact), query.dtype)
 
 
 @EVERYWHERE
