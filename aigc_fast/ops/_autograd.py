@@ -12,6 +12,11 @@ def transforming() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def wanted(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient with respect to one of these is asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 class OpFunction(Function):
     """An autograd Function to be entered by `call`, which is `apply` less 2 of its 7 us."""
 

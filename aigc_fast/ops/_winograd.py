@@ -20,7 +20,7 @@ from aigc_fast._devices import (
     has_float16_instructions,
 )
 from aigc_fast.ops import _conv4x4
-from aigc_fast.ops._autograd import OpFunction, transforming
+from aigc_fast.ops._autograd import OpFunction, transforming, wanted
 from aigc_fast.ops._layout import to_planes
 from aigc_fast.ops._registry import FLOATS
 from aigc_fast.ops.conv3x3 import _conv3x3, _conv3x3_backward_input, _conv3x3_backward_weight
@@ -143,7 +143,7 @@ def convolve(
     kind: Kind, transposed: bool, x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """The convolution or the transposed one, differentiable."""
-    if _wanted(x, weight, bias):
+    if wanted(x, weight, bias):
         return _Convolution.call(kind, transposed, x, weight, bias)
     return (kind.transpose if transposed else kind.conv)(x, weight, bias)
 
@@ -153,7 +153,7 @@ def in_torch_order(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     `view` it, and its dropout draws in that order. Differentiable."""
     if y.is_contiguous() or y.dim() != 4 or _is_last(x) or _is_last(weight) or not _is_last(y):
         return y
-    return _Planes.call(y) if _wanted(y) else to_planes(y)
+    return _Planes.call(y) if wanted(y) else to_planes(y)
 
 
 def _is_last(x: Tensor) -> bool:
@@ -172,13 +172,9 @@ class _Planes(OpFunction):
 
 
 def _weight_gradient(kind: Kind, grad: Tensor, x: Tensor) -> Tensor:
-    if _wanted(grad, x):
+    if wanted(grad, x):
         return _WeightGradient.call(kind, grad, x)
     return kind.weight_gradient(grad, x)
-
-
-def _wanted(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _Convolution(OpFunction):

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from aigc_fast.ops._autograd import OpFunction
+from aigc_fast.ops._autograd import OpFunction, wanted
 from aigc_fast.ops._conv1d import (
     bent,
     conv1d_backward_weight,
@@ -130,10 +129,6 @@ class _Places(NamedTuple):
         return self._replace(transposed=True, output_padding=beyond % self.stride)
 
 
-def _wanted(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _convolve(
     places: _Places,
     x: Tensor,
@@ -143,7 +138,7 @@ def _convolve(
     gain: float = 1.0,
     *residuals: Tensor,
 ) -> Tensor:
-    if _wanted(x, weight, bias, *residuals):
+    if wanted(x, weight, bias, *residuals):
         return _Convolution.call(places, x, weight, bias, slope, gain, *residuals)
     return places.run(x, weight, bias, residuals, slope, gain)
 
@@ -152,13 +147,13 @@ def _input_gradient(
     places: _Places, grad: Tensor, weight: Tensor, x: Tensor, slope: float
 ) -> Tensor:
     back = places.adjoint(x, weight.shape[2])
-    if not _wanted(grad, weight):
+    if not wanted(grad, weight):
         return back.run(grad, weight, gate=None if slope == 1 else x, gate_slope=slope)
     return unbent(_convolve(back, grad, weight), x, slope)
 
 
 def _weight_gradient(places: _Places, grad: Tensor, x: Tensor, taps: int, slope: float) -> Tensor:
-    if _wanted(grad, x):
+    if wanted(grad, x):
         return _WeightGradient.call(places, grad, bent(x, slope), taps)
     return places.weight_gradient(grad, x, taps, slope)
 
@@ -195,7 +190,7 @@ class _Convolution(OpFunction):
             grad.sum((0, 2)) if by_bias else None,
             None,
             None,
-            *(grad if wanted else None for wanted in by_residuals),
+            *(grad if asked else None for asked in by_residuals),
         )
 
 
