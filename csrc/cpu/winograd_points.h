@@ -108,25 +108,9 @@ struct ThreePoints {
     }
   };
 
-  struct GradOutput {
-    static constexpr int kFrom = kOutputs, kTo = kPoints;
-    template <class V>
-    AIGC_INLINE static void apply(const V (&y)[2], V (&to)[3]) {
-      const V odd = y[1] * 0.5f;
-      to[0] = y[0] + odd;
-      to[1] = y[0] - odd;
-      to[2] = y[1];
-    }
-  };
-
-  struct GradWeight {
-    static constexpr int kFrom = kPoints, kTo = kTaps;
-    template <class V>
-    AIGC_INLINE static void apply(const V (&u)[3], V (&to)[2]) {
-      to[0] = u[0] + u[1];
-      to[1] = (u[0] - u[1]) * 0.5f + u[2];
-    }
-  };
+  // As many outputs as weights: the gradients are made as they are.
+  using GradOutput = Weight;
+  using GradWeight = Output;
 };
 
 // At p, -p, q, -q and infinity: four outputs of two weights. Of five points near these the least of
