@@ -1,5 +1,7 @@
 """Upsampling and convolution as one: the two calls in a row are the oracle."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,12 @@ CASES = {
     "no_batch": ((0, 4, 5, 5), (6, 4, 3, 3)),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MODULE = importlib.import_module("aigc_fast.ops.upsample_conv2d")
+
+
+@pytest.fixture(params=[0, 10**9], ids=["folded", "upsampled_first"], autouse=True)
+def way(request, monkeypatch) -> None:
+    monkeypatch.setattr(MODULE, "_PIXELS", request.param)
 
 
 def two_calls(x, weight, bias=None):
