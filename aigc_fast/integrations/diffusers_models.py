@@ -9,10 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast.integrations import _packed
 from aigc_fast.integrations import diffusers_attention as attention
 from aigc_fast.integrations import diffusers_blocks as blocks
 from aigc_fast.integrations import diffusers_layers as layers
-from aigc_fast.integrations._patching import Assignment, Replacement, Unfit, become
+from aigc_fast.integrations._patching import (
+    Assignment,
+    Replacement,
+    Unfit,
+    become,
+    stock_class,
+)
 from aigc_fast.nn._replacing import runs_as_written
 from aigc_fast.nn.group_norm_act import modulated_group_norm_act
 
@@ -165,14 +172,33 @@ class Upsample(Replacement):
         # An adapter's convolution is of a class of its own.
         if output_size is not None or args or kwargs or not _is_plain(conv):
             return super().forward(hidden_states, output_size, *args, **kwargs)
-        return ops.upsample_conv2d(hidden_states, conv.weight, conv.bias)
+        return self.upsample(conv, hidden_states)
+
+    def upsample(self, conv: Any, x: Tensor) -> Tensor:
+        return ops.upsample_conv2d(x, conv.weight, conv.bias)
+
+
+class FrozenUpsample(Upsample):
+    uses = "upsample_conv2d, its weight packed once"
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        yield from super().assignments(module)
+        yield Assignment(module, "_packed", _packed.Packed(_packed.pack_upsampling))
+
+    def upsample(self, conv: Any, x: Tensor) -> Tensor:
+        y = _packed.upsample(conv, self._packed, x)
+        return super().upsample(conv, x) if y is None else y
+
+
+Upsample.frozen = FrozenUpsample
 
 
 def _is_plain(conv: Any) -> bool:
     """Whether it is torch's own convolution with "same" padding, and nobody's hook is on it."""
     same = tuple(size // 2 for size in conv.kernel_size)
     return (
-        type(conv) is nn.Conv2d
+        stock_class(conv) is nn.Conv2d
         and (conv.padding, conv.stride, conv.dilation, conv.groups) == (same, (1, 1), (1, 1), 1)
         and all(size % 2 for size in conv.kernel_size)
         and conv.padding_mode == "zeros"

@@ -157,8 +157,13 @@ def in_torch_order(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _is_last(x: Tensor) -> bool:
-    """To torch's convolutions, which ask for the stride of a batch of one too."""
-    return x.stride(1) <= x.stride(3) <= x.stride(2) <= x.stride(0)
+    """Channels innermost, to torch's convolutions: they look at strides of dimensions of one too."""
+    least = 1
+    for dim in (1, 3, 2, 0):
+        if x.stride(dim) < least or (dim == 0 and x.stride(1) == least):
+            return False
+        least = x.stride(dim) * max(1, x.shape[dim])
+    return True
 
 
 class _Planes(OpFunction):
