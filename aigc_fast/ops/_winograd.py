@@ -157,7 +157,7 @@ def in_torch_order(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _is_last(x: Tensor) -> bool:
-    """Channels innermost, to torch's convolutions: they look at strides of dimensions of one too."""
+    """Channels innermost to torch's convolutions, which see strides of dimensions of one too."""
     least = 1
     for dim in (1, 3, 2, 0):
         if x.stride(dim) < least or (dim == 0 and x.stride(1) == least):
