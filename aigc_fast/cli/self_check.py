@@ -113,6 +113,7 @@ def _spectral_norm(x: Inputs) -> Result:
 PLAIN = {
     "conv2d_resample", "dequantize_weight", "merge_attention", "modulated_conv2d", "pack_weight",
     "causal_conv3d", "conv2d", "conv_transpose2d", "linear", "quantize_weight", "upsample_conv2d",
+    "scaled_dot_product_attention",
 }  # fmt: skip
 #: A call of each public operator of aigc_fast.ops.
 CALLS: dict[str, Callable[[Inputs], Result]] = {

@@ -1,14 +1,74 @@
-"""What takes the place of attention with rotary embedding in diffusers."""
+"""What takes the place of attention in diffusers: of U-Nets and DiT, and with rotary embedding."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import Tensor
 
 from aigc_fast import ops
-from aigc_fast.integrations._patching import Assignment, Replacement, Unfit
+from aigc_fast.integrations._patching import Assignment, Replacement, Unfit, become
+from aigc_fast.integrations.diffusers_layers import GroupNorm, check_group_norm
+
+
+class Attention(Replacement):
+    """That of U-Nets, autoencoders and DiT."""
+
+    uses = "scaled_dot_product_attention, group_norm_act in its norm"
+    processor_name = "AttnProcessor2_0"
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if (name := type(module.processor).__name__) != cls.processor_name:
+            raise Unfit(f"its processor is {name}")
+        if module.group_norm is not None:
+            check_group_norm(module.group_norm)
+            yield become(GroupNorm, module.group_norm)
+        yield from super().assignments(module)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        # Another processor may have been chosen since.
+        plain = type(self.processor).__name__ == self.processor_name
+        if not plain or self.spatial_norm is not None or attention_mask is not None or kwargs:
+            if temb is not None:  # which not every processor takes
+                kwargs["temb"] = temb
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        x, context = hidden_states, encoder_hidden_states
+        if x.dim() == 4:
+            x = x.flatten(2).transpose(1, 2)
+        if self.group_norm is not None:
+            x = self.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        if context is None:
+            context = x
+        elif self.norm_cross:
+            context = self.norm_encoder_hidden_states(context)
+        query, key, value = (
+            to(of).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for to, of in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )
+        if self.norm_q is not None:
+            query = self.norm_q(query)
+        if self.norm_k is not None:
+            key = self.norm_k(key)
+        out = ops.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        out = self.to_out[1](self.to_out[0](out.to(query.dtype)))
+        if hidden_states.dim() == 4:
+            out = out.transpose(1, 2).reshape(hidden_states.shape)
+        if self.residual_connection:
+            out = out + hidden_states
+        return out if self.rescale_output_factor == 1 else out / self.rescale_output_factor
 
 
 class _Attention(Replacement):
@@ -100,7 +160,12 @@ def _attend(
     processor: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     parallel: bool = True,
 ) -> Tensor:  # fmt: skip
-    """diffusers' attention, with the backend that was chosen for the processor."""
+    """diffusers' attention, with the backend that was chosen for the processor; torch's own, which
+    it is by default, is ours."""
+    backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+    if backend == AttentionBackendName.NATIVE and processor._parallel_config is mask is None:
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        return ops.scaled_dot_product_attention(query, key, value).transpose(1, 2).to(query.dtype)
     out = dispatch_attention_fn(
         query, key, value, attn_mask=mask, backend=processor._attention_backend,
         parallel_config=processor._parallel_config if parallel else None,

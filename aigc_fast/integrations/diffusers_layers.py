@@ -4,11 +4,36 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.integrations._patching import Assignment, Replacement, Unfit
 from aigc_fast.ops._winograd import in_torch_order
+
+
+def check_group_norm(norm: Any) -> None:
+    if not isinstance(norm, nn.GroupNorm) or norm.weight is None:
+        raise Unfit(f"its norm is {type(norm).__name__}")
+
+
+def group_norm(norm: Any, x: Tensor, activation: str = "none") -> Tensor:
+    """activation(norm(x)) in one operator. Queries of attention, (batch, channels, pixels), that
+    lie pixel by pixel are read as channels_last."""
+    args = norm.num_groups, norm.weight, norm.bias, norm.eps, activation
+    if x.dim() == 3 and not x.is_contiguous():
+        return ops.group_norm_act(x.unsqueeze(-1), *args).squeeze(-1)
+    return ops.group_norm_act(x, *args)
+
+
+class GroupNorm(Replacement):
+    uses = "group_norm_act"
+    weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Autocast brings an x of another dtype.
+        if x.dtype != self.weight.dtype:
+            return super().forward(x)
+        return group_norm(self, x)
 
 
 class Timesteps(Replacement):

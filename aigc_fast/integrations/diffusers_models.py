@@ -20,6 +20,7 @@ from aigc_fast.integrations._patching import (
     become,
     stock_class,
 )
+from aigc_fast.integrations.diffusers_layers import GroupNorm, check_group_norm, group_norm
 from aigc_fast.nn._replacing import runs_as_written
 from aigc_fast.nn.group_norm_act import modulated_group_norm_act
 
@@ -33,48 +34,17 @@ def activation_of(module: nn.Module) -> str:
     raise Unfit(f"its activation is {type(module).__name__}")
 
 
-def _check_norm(norm: Any) -> None:
-    if not isinstance(norm, nn.GroupNorm) or norm.weight is None:
-        raise Unfit(f"its norm is {type(norm).__name__}")
-
-
-def group_norm(norm: Any, x: Tensor, activation: str = "none") -> Tensor:
-    """activation(norm(x)) in one operator. Queries of attention, (batch, channels, pixels), that
-    lie pixel by pixel are read as channels_last."""
-    args = norm.num_groups, norm.weight, norm.bias, norm.eps, activation
-    if x.dim() == 3 and not x.is_contiguous():
-        return ops.group_norm_act(x.unsqueeze(-1), *args).squeeze(-1)
-    return ops.group_norm_act(x, *args)
-
-
-class GroupNorm(Replacement):
-    uses = "group_norm_act"
-    weight: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Autocast brings an x of another dtype.
-        if x.dtype != self.weight.dtype:
-            return super().forward(x)
-        return group_norm(self, x)
-
-
 class HasGroupNorm(Replacement):
     """A module whose own work stays, with a group norm that no activation follows."""
 
     uses = "group_norm_act in its norm"
-    norm_name = "norm"
 
     @classmethod
     def assignments(cls, module: Any) -> Iterable[Assignment]:
-        norm = getattr(module, cls.norm_name, None)
-        if norm is None:
+        if getattr(module, "norm", None) is None:
             raise Unfit("it has no group norm")
-        _check_norm(norm)
-        yield become(GroupNorm, norm)
-
-
-class Attention(HasGroupNorm):
-    norm_name = "group_norm"
+        check_group_norm(module.norm)
+        yield become(GroupNorm, module.norm)
 
 
 class NormThenSiLU(Replacement):
@@ -106,7 +76,7 @@ class HasOutputNorm(Replacement):
     @classmethod
     def assignments(cls, module: Any) -> Iterable[Assignment]:
         norm, act = module.conv_norm_out, module.conv_act
-        _check_norm(norm)
+        check_group_norm(norm)
         if not isinstance(act, nn.SiLU):
             raise Unfit(f"its activation is {type(act).__name__}")
         yield from (become(NormThenSiLU, norm), become(DoneBefore, act))
@@ -120,7 +90,7 @@ class ResnetBlock(Replacement):
     def assignments(cls, module: Any) -> Iterable[Assignment]:
         activation_of(module.nonlinearity)
         for norm in (module.norm1, module.norm2):
-            _check_norm(norm)
+            check_group_norm(norm)
         if module.up or module.down:
             raise Unfit("it changes the resolution")
         if module.time_embedding_norm not in ("default", "scale_shift"):
@@ -223,7 +193,7 @@ TABLE = _table(
     autoencoders__vae=dict(Encoder=HasOutputNorm, Decoder=HasOutputNorm),
     autoencoders__autoencoder_kl_wan=dict(WanCausalConv3d=layers.CausalConv3d),
     autoencoders__autoencoder_kl_qwenimage=dict(QwenImageCausalConv3d=layers.CausalConv3d),
-    attention_processor=dict(Attention=Attention),
+    attention_processor=dict(Attention=attention.Attention),
     embeddings=dict(Timesteps=layers.Timesteps),
     activations=dict(GEGLU=layers.GEGLU, SwiGLU=layers.SwiGLU),
     normalization=dict(

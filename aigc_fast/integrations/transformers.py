@@ -167,20 +167,24 @@ def attention(
     head_dim), and the weights or None.
 
     One query for each sequence, without a gradient, goes to decode_attention, under any mask that
-    transformers made of positions and padding. Softcaps on longer queries, and weights, are plain
+    transformers made of positions and padding; several without a mask go to
+    `scaled_dot_product_attention`. Softcaps on longer queries, and weights, are plain
     PyTorch; all else is what transformers has for torch's attention.
     """
     if kwargs.get("output_attentions"):
         return _plain(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
-    if (
-        query.shape[2] == 1
-        and not torch.compiler.is_compiling()
-        and (attention_mask is None or (hasattr(attention_mask, _VISIBLE) and key.shape[2] > 1))
+    infers = (
+        not torch.compiler.is_compiling()
         and dropout == 0
-        and key.shape == value.shape
-        and query.dtype == key.dtype == value.dtype
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
         and kwargs.get("position_bias") is kwargs.get("cache") is None
+    )
+    if (
+        infers
+        and query.shape[2] == 1
+        and (attention_mask is None or (hasattr(attention_mask, _VISIBLE) and key.shape[2] > 1))
+        and key.shape == value.shape
+        and query.dtype == key.dtype == value.dtype
     ):
         return _decode(query, key, value, attention_mask, scaling, softcap), None
     if softcap is not None:
@@ -188,6 +192,17 @@ def attention(
             module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs
         )
         return out, None
+    if infers and query.shape[2] > 1 and attention_mask is None:
+        causal = kwargs.get("is_causal")
+        out = ops.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )

@@ -41,6 +41,7 @@ from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
 from aigc_fast.ops.rotary import apply_rotary
 from aigc_fast.ops.sampling import sample_tokens
 from aigc_fast.ops.scale_bias_act import scale_bias_act
+from aigc_fast.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from aigc_fast.ops.scheduler_step import scheduler_step
 from aigc_fast.ops.snake import snake
 from aigc_fast.ops.spectral_norm import spectral_norm
@@ -102,6 +103,7 @@ __all__ = [
     "sample_gaussian",
     "sample_tokens",
     "scale_bias_act",
+    "scaled_dot_product_attention",
     "scheduler_step",
     "snake",
     "spectral_norm",

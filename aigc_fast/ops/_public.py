@@ -33,6 +33,7 @@ _MADE_OF: dict[str, tuple[str, ...]] = {
     "pixel_norm_act": ("norm_act",),
     "quantize_weight": (TORCH,),
     "scale_bias_act": ("scale_bias_act", "bias_act"),
+    "scaled_dot_product_attention": ("dense_attention", TORCH),
     "upsample_conv2d": (TORCH,),
 }
 #: what `publish` has made, by name

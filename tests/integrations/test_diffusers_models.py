@@ -15,6 +15,8 @@ from tests.ops.test_every_op import assert_as_good_as_torch, recorded
 
 pytest.importorskip("diffusers")
 
+from diffusers.models.attention_processor import AttnProcessor
+
 from tests.integrations.diffusers_zoo import CASES, exact, gradients, inputs_of, make, outputs
 
 EVERY_MODEL = pytest.mark.parametrize("name", CASES)
@@ -228,15 +230,35 @@ def test_what_does_not_fit_is_kept_and_reported() -> None:
     resnet.nonlinearity = nn.Mish()
     model.mid_block.resnets[0].norm1 = nn.Identity()
     model.conv_act.forward = lambda x: x
+    attention = model.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    attention.set_processor(AttnProcessor())
     report = aigc_fast.patch(model)
     kept = {(name, why) for name, (_, why) in report.kept.items()}
     assert ("UNet2DConditionModel", "the forward of its SiLU was replaced on the object") in kept
     assert ("BasicTransformerBlock", "its norm_type is layer_norm") in kept
-    assert ("Attention", "it has no group norm") in kept
+    assert ("Attention", "its processor is AttnProcessor") in kept
     assert report.kept["ResnetBlock2D"][1] == "its activation is Mish; its norm is Identity"
     assert not isinstance(model.conv_norm_out, Replacement)
     aigc_fast.unpatch(model)
     assert not any(isinstance(m, Replacement) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["unet", "unet with text", "autoencoder", "dit"])
+def test_attention_without_gradients_is_ours(name) -> None:
+    model, inputs = make(name), inputs_of(name)
+    want, stock = exact(outputs, model, inputs), outputs(model, inputs)
+    report = aigc_fast.patch(model)
+    assert "scaled_dot_product_attention" in report.replaced["Attention"][1]
+    with recorded() as calls:
+        ours = outputs(model, inputs)
+    assert_as_good_as_torch(ours, stock, want, torch.float32)
+    assert ("dense_attention" in {op.name for op, _ in calls}) == mkl_lags()
+    for module in model.modules():
+        if hasattr(module, "processor"):
+            module.set_processor(AttnProcessor())  # another one, chosen later
+    with recorded() as calls:
+        assert_as_good_as_torch(outputs(model, inputs), stock, want, torch.float32)
+    assert "dense_attention" not in {op.name for op, _ in calls}
 
 
 def test_another_processor_chosen_later() -> None:

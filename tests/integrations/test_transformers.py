@@ -87,7 +87,9 @@ def test_the_same_greedy_tokens(name, padded, cache) -> None:
         got = greedy(model, ids, mask, cache_implementation=cache)
     assert torch.equal(got, want)
     names = [op.name.removesuffix("_full") for op, _ in calls]
-    assert set(names) == MODELS[name][1]
+    assert set(names) - {"dense_attention"} == MODELS[name][1]
+    if not padded and name in ("llama", "qwen3", "gpt2"):  # no mask of the prompt in any layer
+        assert names.count("dense_attention") == (3 if mkl_lags() else 0)
     # Eleven steps follow the prompt, in three layers: all of them decoded.
     assert names.count("decode_attention") == 33
 

@@ -91,6 +91,12 @@ def _own_calls() -> dict[str, dict[str, Any]]:
             "bits": 4,
         },
         "quantize_weight": {"weight": torch.randn(16, 32), "bits": 4},
+        "scaled_dot_product_attention": {
+            "query": image,
+            "key": image,
+            "value": image,
+            "attn_mask": torch.ones(image.shape[2], image.shape[2]),
+        },
         "scheduler_step": {"sample": x, "model_output": x, "coefficients": torch.ones(7)},
         "upsample_conv2d": {"x": image, "weight": kernel, "bias": torch.ones(3)},
         "vector_quantize": {"x": torch.randn(3, 2), "codebook": torch.randn(4, 2)},

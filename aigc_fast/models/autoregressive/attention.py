@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast import ops
@@ -44,7 +43,7 @@ def attend(
     if window is not None and window >= length and block_table is None:
         window = None
     if ends is None and softcap is None:
-        return F.scaled_dot_product_attention(
+        return ops.scaled_dot_product_attention(
             query.transpose(1, 2),
             keys.transpose(1, 2),
             values.transpose(1, 2),

@@ -23,7 +23,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):  # which would lower them again
             y = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
             return y.to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value)
+    return ops.scaled_dot_product_attention(query, key, value)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,226 @@
+"""Attention of many queries, beside torch's."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aigc_fast import ops
+from aigc_fast.ops.linear import mkl_lags
+from aigc_fast.ops.scaled_dot_product_attention import dense_attention
+from tests.op_samples.sample import rand
+from tests.ops.test_every_op import assert_as_good_as_torch, recorded
+
+#: batch, heads, kv_heads, queries, keys, head_dim, value_dim, causal
+CASES = {
+    "image": (2, 1, 1, 64, 64, 256, 256, False),
+    "odd": (1, 3, 3, 37, 53, 33, 17, False),
+    "cross": (2, 2, 2, 50, 7, 40, 40, False),
+    "one": (1, 1, 1, 1, 1, 1, 1, False),
+    "grouped": (2, 6, 2, 49, 61, 24, 40, False),
+    "causal": (1, 4, 2, 150, 150, 64, 64, True),
+    "causal, more keys": (1, 2, 1, 33, 70, 8, 8, True),
+    "causal, fewer keys": (1, 2, 2, 70, 33, 8, 8, True),
+    "blocks of keys": (1, 2, 2, 49, 2500, 16, 40, False),
+    "causal blocks": (1, 1, 1, 2100, 2100, 8, 8, True),
+    "several rounds": (3, 2, 2, 5, 3000, 128, 128, False),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def tokens(case, dtype, scale=1.0):
+    batch, heads, kv_heads, queries, keys, dim, value_dim, causal = CASES[case]
+    query = scale * rand(batch, queries, heads, dim)
+    key = rand(batch, keys, kv_heads, dim, seed=1)
+    value = rand(batch, keys, kv_heads, value_dim, seed=2)
+    return [t.to(dtype) for t in (query, key, value)], causal
+
+
+def plain(query, key, value, causal, scale=None):
+    """torch's, in its own layout."""
+    by_head = [t.transpose(1, 2) for t in (query, key, value)]
+    grouped = query.shape[2] != key.shape[2]
+    y = F.scaled_dot_product_attention(*by_head, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+@pytest.mark.parametrize("order", ["tokens", "heads", "strided"])
+@EVERY_DTYPE
+@pytest.mark.parametrize("case", CASES)
+def test_is_as_good_as_torch(case, dtype, order) -> None:
+    (query, key, value), causal = tokens(case, dtype)
+    if order == "heads":
+        query, key, value = (
+            t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)
+        )
+    elif order == "strided":
+        query, key, value = (
+            t.repeat_interleave(2, -1)[..., ::2].flip(1).contiguous().flip(1)
+            for t in (query, key, value)
+        )
+        query = query.transpose(2, 3).contiguous().transpose(2, 3)
+    scale = query.shape[3] ** -0.5
+    mine = dense_attention(query, key, value, scale, causal)
+    exact = plain(query.double(), key.double(), value.double(), causal)
+    assert_as_good_as_torch([mine], [plain(query, key, value, causal)], [exact], dtype)
+    assert mine.is_contiguous()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_float64(case) -> None:
+    (query, key, value), causal = tokens(case, torch.float64)
+    mine = dense_attention(query, key, value, 0.3, causal)
+    want = plain(query, key, value, causal, 0.3)
+    torch.testing.assert_close(mine, want, rtol=1e-12, atol=1e-13)
+
+
+@EVERY_DTYPE
+def test_large_scores(dtype) -> None:
+    """One key takes all, in whichever block it is; none overflows."""
+    (query, key, value), causal = tokens("blocks of keys", dtype, scale=100)
+    mine = dense_attention(query, key, value, 1.0, causal)
+    exact = plain(query.double(), key.double(), value.double(), causal, 1.0)
+    assert_as_good_as_torch([mine], [plain(query, key, value, causal, 1.0)], [exact], dtype)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_any_scale(scale) -> None:
+    (query, key, value), causal = tokens("odd", torch.float32)
+    mine = dense_attention(query, key, value, scale, causal)
+    torch.testing.assert_close(mine, plain(query, key, value, causal, scale))
+
+
+def test_nan_stays_in_its_row() -> None:
+    (query, key, value), causal = tokens("odd", torch.float32)
+    query[0, 3, 1, 5] = math.nan
+    mine = dense_attention(query, key, value, 1.0, causal)
+    lost = mine.isnan().all(-1)
+    assert lost[0, 3, 1] and lost.sum() == mine.isnan().any(-1).sum() == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads(threads) -> None:
+    (query, key, value), causal = tokens("causal", torch.bfloat16)
+    want, before = dense_attention(query, key, value, 0.1, causal), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert dense_attention(query, key, value, 0.1, causal).equal(want)
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- the function of torch's name -----------------------------------------------------------
+
+
+def by_head(case, dtype):
+    found, causal = tokens(case, dtype)
+    return [t.transpose(1, 2) for t in found], causal
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_takes_what_pays(dtype) -> None:
+    inputs, causal = by_head("causal", dtype)
+    with recorded() as calls:
+        mine = ops.scaled_dot_product_attention(*inputs, is_causal=causal, enable_gqa=True)
+    stock, exact = (
+        F.scaled_dot_product_attention(*of, is_causal=causal, enable_gqa=True)
+        for of in (inputs, [t.double() for t in inputs])
+    )
+    assert_as_good_as_torch([mine], [stock], [exact], dtype)
+    assert mine.stride() == stock.stride()
+    assert bool(calls) == mkl_lags()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_mask": torch.rand(37, 53) > 0.3},
+        {"dropout_p": 0.5},
+        {"requires_grad": True},
+        {"queries": 7},
+        {"dtype": torch.float64},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_everything_else_is_torch(change) -> None:
+    inputs, _ = by_head("odd", change.pop("dtype", torch.float32))
+    inputs[0] = inputs[0][:, :, : change.pop("queries", None)]
+    if change.pop("requires_grad", False):
+        inputs[1].requires_grad_()
+    torch.manual_seed(0)
+    with recorded() as calls:
+        mine = ops.scaled_dot_product_attention(*inputs, **change)
+    torch.manual_seed(0)
+    assert mine.equal(F.scaled_dot_product_attention(*inputs, **change)) and not calls
+
+
+def test_gradients() -> None:
+    inputs, causal = by_head("causal", torch.float32)
+    inputs = [t.requires_grad_() for t in inputs]
+    how = dict(is_causal=causal, enable_gqa=True)
+    mine, stock = (
+        torch.autograd.grad(f(*inputs, **how).square().sum(), inputs)
+        for f in (ops.scaled_dot_product_attention, F.scaled_dot_product_attention)
+    )
+    for a, b in zip(mine, stock, strict=True):
+        assert a.equal(b)
+
+
+def test_compiles_whole() -> None:
+    inputs, _ = by_head("odd", torch.float32)
+    compiled = torch.compile(ops.scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), F.scaled_dot_product_attention(*inputs))
+
+
+def test_under_autocast() -> None:
+    inputs, _ = by_head("odd", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mine, stock = (
+            f(*inputs) for f in (ops.scaled_dot_product_attention, F.scaled_dot_product_attention)
+        )
+    assert mine.equal(stock) and mine.dtype is stock.dtype
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        (((1, 2, 40, 8), (1, 2, 40, 9), (1, 2, 40, 8)), {}),
+        (((1, 4, 40, 8), (1, 3, 40, 8), (1, 3, 40, 8)), {"enable_gqa": True}),
+    ],
+)
+def test_errors_are_those_of_torch(shapes, options) -> None:
+    inputs = [rand(*shape).float() for shape in shapes]
+    with pytest.raises(Exception) as stock:
+        F.scaled_dot_product_attention(*inputs, **options)
+    with pytest.raises(type(stock.value)):
+        ops.scaled_dot_product_attention(*inputs, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": rand(1, 8, 4)}, ValueError, "query must have 4 dimensions"),
+        ({"key": rand(1, 9, 2, 4).float()}, TypeError, "key must have the dtype of query"),
+        ({"key": rand(1, 9, 2, 5)}, ValueError, "key must have shape"),
+        ({"value": rand(1, 8, 2, 4)}, ValueError, "value must have shape"),
+        ({"query": rand(1, 8, 3, 4)}, ValueError, "key must have tokens, and heads by which"),
+        (
+            {"key": rand(1, 0, 2, 4), "value": rand(1, 0, 2, 4)},
+            ValueError,
+            "key must have tokens",
+        ),
+    ],
+)
+def test_the_operator_refuses(change, error, message) -> None:
+    inputs = {
+        "query": rand(1, 8, 4, 4), "key": rand(1, 9, 2, 4), "value": rand(1, 9, 2, 4)
+    } | change  # fmt: skip
+    with pytest.raises(error, match=message):
+        dense_attention(*inputs.values(), 1.0, False)
+
+
+def test_no_queries() -> None:
+    y = dense_attention(rand(2, 0, 4, 8), rand(2, 5, 2, 8), rand(2, 5, 2, 3), 1.0, False)
+    assert y.shape == (2, 0, 4, 3)
