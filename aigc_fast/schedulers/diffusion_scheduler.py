@@ -16,6 +16,7 @@ from aigc_fast.schedulers.schedule import (
     respace,
 )
 from aigc_fast.schedulers.scheduler import Scheduler
+from aigc_fast.schedulers.tables import version_of
 
 
 @dataclass
@@ -33,6 +34,7 @@ class DiffusionScheduler(Scheduler):
 
     predictions: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
 
+    @torch.inference_mode(False)  # as in set_timesteps
     def __post_init__(self) -> None:
         check_choice("prediction_type", self.prediction_type, self.predictions)
         check_choice("timestep_spacing", self.timestep_spacing, ("linspace", "leading", "trailing"))
@@ -46,18 +48,19 @@ class DiffusionScheduler(Scheduler):
             betas = rescale_zero_terminal_snr(betas)
         self.betas = betas
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
-        self._levels: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._levels: dict[Any, tuple[Tensor, Tensor]] = {}
         super().__post_init__()
 
     def training_levels(self) -> tuple[Tensor, Tensor]:
         return self.alphas_cumprod**0.5, (1 - self.alphas_cumprod) ** 0.5
 
     def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        table = self._levels.get(timesteps.device)
+        key = (timesteps.device, self.alphas_cumprod, version_of(self.alphas_cumprod))
+        table = self._levels.get(key)
         if table is None:
             alpha, sigma = self.training_levels()
             table = (alpha.to(timesteps.device), sigma.to(timesteps.device))
-            self._levels[timesteps.device] = table
+            self._levels = {key: table}
         index = timesteps if timesteps.dtype == torch.int64 else timesteps.round().long()
         return table[0].index_select(0, index), table[1].index_select(0, index)
 

@@ -13,7 +13,7 @@ from aigc_fast import ops
 from aigc_fast.schedulers.configuration import Configured
 from aigc_fast.schedulers.linear import Row
 from aigc_fast.schedulers.noise import Generator, draw_noise
-from aigc_fast.schedulers.tables import once
+from aigc_fast.schedulers.tables import once, version_of
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Scheduler(Configured):
     def __post_init__(self) -> None:
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)
-        self._steps: list[float] = []
+        self._keep([])
         self.set_begin_index(0)
 
     def forget(self) -> None:
@@ -69,6 +69,7 @@ class Scheduler(Configured):
 
     # ---- the loop -----------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # whose tensors would not count their changes
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -111,9 +112,17 @@ class Scheduler(Configured):
             if "unexpected keyword argument" not in str(error):
                 raise
             raise TypeError(f"{type(self).__name__}.set_timesteps: {error}") from None
-        self._steps = self.timesteps.tolist()
+        steps = self.timesteps.tolist()
         self.timesteps = self.timesteps.to(device)
+        self._keep(steps)
         self.set_begin_index(0)
+
+    def _keep(self, steps: list[float]) -> list[float]:
+        """`steps` are the timesteps as numbers, for as long as those stay the same."""
+        version = version_of(self.timesteps)
+        # Of a tensor that does not count its changes they are read each time.
+        self._steps = (self.timesteps if version is not None else None, version, steps)
+        return steps
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """The next step is that of timesteps[begin_index], with no history."""
@@ -122,8 +131,12 @@ class Scheduler(Configured):
 
     @property
     def timestep_values(self) -> list[float]:
-        """`timesteps` as numbers, known without waiting for their device."""
-        return self._steps
+        """`timesteps` as numbers; their device is waited for only if they were changed by hand."""
+        timesteps = self.timesteps
+        of, version, steps = self._steps
+        if timesteps is of and timesteps._version == version:
+            return steps
+        return self._keep(timesteps.tolist())
 
     @property
     def step_index(self) -> int:
@@ -187,23 +200,26 @@ class Scheduler(Configured):
         )
 
     def _check_laid_out(self) -> None:
-        if not self._steps:
+        if not self.timestep_values:
             raise ValueError(f"{type(self).__name__} has no timesteps: call set_timesteps first")
 
     def _locate(self, timestep: float | Tensor) -> int:
-        index = self._step_index
+        index, timesteps = self._step_index, self.timesteps
+        of, version, steps = self._steps
+        if timesteps is not of or timesteps._version != version:
+            steps = self._keep(timesteps.tolist())
         if isinstance(timestep, Tensor):
-            if timestep.device.type != "cpu" and index < len(self._steps):
+            if timestep.device.type != "cpu" and index < len(steps):
                 return index
             timestep = timestep.item()
-        if index < len(self._steps) and self._steps[index] == timestep:
+        if index < len(steps) and steps[index] == timestep:
             return index
         self._check_laid_out()
-        if timestep not in self._steps:
+        if timestep not in steps:
             raise ValueError(
-                f"timestep must be one of the {len(self._steps)} of set_timesteps, got {timestep}"
+                f"timestep must be one of the {len(steps)} of set_timesteps, got {timestep}"
             )
-        return self._steps.index(timestep)
+        return steps.index(timestep)
 
     def _step_each(
         self,
@@ -230,9 +246,10 @@ class Scheduler(Configured):
     def _table_for_each(self, device: torch.device, options: tuple) -> Any:
         def build() -> tuple[Tensor, Tensor, bool]:
             row: Row = type(self).rows(self, **dict(options))  # type: ignore[misc]
-            table = torch.from_numpy(row.table(len(self._steps)))
+            steps = self.timestep_values
+            table = torch.from_numpy(row.table(len(steps)))
             index_of = torch.zeros(self.num_train_timesteps, dtype=torch.int64)
-            index_of[torch.tensor(self._steps)] = torch.arange(len(self._steps))
+            index_of[torch.tensor(steps)] = torch.arange(len(steps))
             noisy = bool((table[:, 6] != 0).any())
             return table.to(device), index_of.to(device), noisy
 

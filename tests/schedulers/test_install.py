@@ -203,6 +203,32 @@ def test_a_changed_schedule_is_seen() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("DDIMScheduler", "alphas_cumprod"),
+        ("EulerDiscreteScheduler", "sigmas"),
+        ("KDPM2DiscreteScheduler", "sigmas_interpol"),
+        ("IPNDMScheduler", "betas"),
+    ],
+)
+def test_a_schedule_changed_in_place_in_the_middle_of_a_loop_is_seen(name, tensor) -> None:
+    stock, fused = make(name), make(name)
+    results: list[list[Tensor]] = []
+    for scheduler in (stock, fused):
+        x, samples = torch.ones(SHAPE), []
+        for i, t in enumerate(scheduler.timesteps):
+            if i == 3:
+                getattr(scheduler, tensor).mul_(0.9)
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
+            x = scheduler.step(torch.tanh(x), t, x).prev_sample
+            samples.append(x)
+        results.append(samples)
+        integration.install()
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
     "name", [name for name, how in integration.FUSED.items() if how.noise_levels]
 )
 def test_noise(name) -> None:

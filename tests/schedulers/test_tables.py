@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aigc_fast.schedulers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
+    IPNDMScheduler,
+    KDPM2AncestralDiscreteScheduler,
     SASolverScheduler,
     linear,
     tables,
@@ -72,7 +74,6 @@ def test_what_differs_is_made_anew(change, built) -> None:
     for scheduler in (changed, alone):
         scheduler.set_timesteps(5)
         change(scheduler)
-        scheduler._steps = scheduler.timesteps.tolist()
     got = loop(changed)
     assert built == [5, 5] and not torch.equal(got, first)
     tables._made.cache_clear()
@@ -103,6 +104,46 @@ def test_a_change_in_the_middle_of_a_loop_reaches_no_other_scheduler(change) -> 
     change(changed)
     assert not torch.equal(last(changed), want)
     assert torch.equal(last(later), want)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    ("cls", "change"),
+    [
+        (DDIMScheduler, lambda s: s.alphas_cumprod.mul_(0.9)),
+        (DDIMScheduler, lambda s: s.timesteps.add_(1)),
+        (DDIMScheduler, lambda s: setattr(s, "timesteps", s.timesteps + 1)),
+        (DDIMScheduler, lambda s: s.timesteps.copy_(s.timesteps.flip(0))),
+        (EulerDiscreteScheduler, lambda s: s.sigmas.mul_(0.9)),
+        (KDPM2AncestralDiscreteScheduler, lambda s: s.sigmas_interpol.mul_(0.9)),
+        (KDPM2AncestralDiscreteScheduler, lambda s: s.sigmas.mul_(0.9)),
+        (IPNDMScheduler, lambda s: s.betas.mul_(0.9)),
+    ],
+)
+def test_a_change_in_place_after_steps_is_seen(cls, change, inference) -> None:
+    """Also by the step itself: rows that are made already are not found."""
+    with torch.inference_mode(inference):
+        used, fresh = cls(), cls()
+        first = loop(used, 4)
+        fresh.set_timesteps(4)
+        for scheduler in (used, fresh):
+            change(scheduler)
+            torch.manual_seed(0)
+            scheduler.set_begin_index(0)
+        got = loop(used)
+        torch.manual_seed(0)
+        tables._made.cache_clear()
+        assert torch.equal(got, loop(fresh)) and not torch.equal(got, first)
+
+
+def test_levels_of_training_follow_a_change_in_place() -> None:
+    used, fresh = DDIMScheduler(), DDIMScheduler()
+    x, noise, at = torch.randn(2, 3), torch.randn(2, 3), torch.tensor([3, 700])
+    first = used.add_noise(x, noise, at)
+    for scheduler in (used, fresh):
+        scheduler.alphas_cumprod.mul_(0.9)
+    got = used.add_noise(x, noise, at)
+    assert torch.equal(got, fresh.add_noise(x, noise, at)) and not torch.equal(got, first)
 
 
 def test_a_class_and_a_function_are_told_apart(built) -> None:
