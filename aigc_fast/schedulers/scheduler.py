@@ -214,12 +214,17 @@ class Scheduler(Configured):
             timestep = timestep.item()
         if index < len(steps) and steps[index] == timestep:
             return index
-        self._check_laid_out()
-        if timestep not in steps:
-            raise ValueError(
-                f"timestep must be one of the {len(steps)} of set_timesteps, got {timestep}"
-            )
+        self._check_timesteps([timestep])
         return steps.index(timestep)
+
+    def _check_timesteps(self, timesteps: list[float]) -> None:
+        """ValueError unless all of them are in the schedule."""
+        self._check_laid_out()
+        steps = self.timestep_values
+        if missing := set(timesteps).difference(steps):
+            raise ValueError(
+                f"timestep must be one of the {len(steps)} of set_timesteps, got {min(missing)}"
+            )
 
     def _step_each(
         self,
@@ -232,6 +237,9 @@ class Scheduler(Configured):
         options: dict,
     ) -> Any:
         self._check_laid_out()
+        if timesteps.device.type == "cpu":
+            self._check_timesteps(timesteps.tolist())
+            timesteps = timesteps.long()
         table, index_of, noisy = self._table_for_each(sample.device, tuple(options.items()))
         result = ops.scheduler_step(
             sample,
@@ -248,7 +256,8 @@ class Scheduler(Configured):
             row: Row = type(self).rows(self, **dict(options))  # type: ignore[misc]
             steps = self.timestep_values
             table = torch.from_numpy(row.table(len(steps)))
-            index_of = torch.zeros(self.num_train_timesteps, dtype=torch.int64)
+            # Behind the table for all others: on a GPU, where they are not read, the index fails.
+            index_of = torch.full((self.num_train_timesteps,), len(steps))
             index_of[torch.tensor(steps)] = torch.arange(len(steps))
             noisy = bool((table[:, 6] != 0).any())
             return table.to(device), index_of.to(device), noisy

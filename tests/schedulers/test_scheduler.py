@@ -144,8 +144,15 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match="DDIMScheduler has no timesteps: call set_timesteps"):
             scheduler.step(x, timestep, x)
     scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match="timestep must be one of the 4 of set_timesteps, got 3"):
-        scheduler.step(x, 3, x)
+    for timestep in (3, torch.tensor(3), torch.tensor([3]), torch.tensor([3, 750]), [3.0]):
+        timestep = torch.tensor(timestep) if isinstance(timestep, list) else timestep
+        with pytest.raises(ValueError, match="must be one of the 4 of set_timesteps, got 3"):
+            scheduler.step(x, timestep, x)
+    for wrong in (-250, 1000):  # from the end, or behind it
+        with pytest.raises(ValueError, match=f"of set_timesteps, got {wrong}"):
+            scheduler.step(x, torch.tensor([wrong]), x)
+    assert torch.equal(scheduler.step(x, torch.tensor([750.0, 500.0]), x),
+                       scheduler.step(x, torch.tensor([750, 500]), x))  # fmt: skip
     with pytest.raises(ValueError, match=r"num_inference_steps must be in \[1, 1000\], got 0"):
         scheduler.set_timesteps(0)
     for wrong in ({"prediction_type": "score"}, {"timestep_spacing": "random"}):
