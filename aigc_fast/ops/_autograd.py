@@ -17,6 +17,10 @@ def wanted(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+#: Set while torch loops over a batch of gradients.
+_BATCHES: Any = torch._C._parse_dispatch_key("VmapMode")
+
+
 class OpFunction(Function):
     """An autograd Function to be entered by `call`, which is `apply` less 2 of its 7 us."""
 
@@ -33,6 +37,12 @@ class OpFunction(Function):
             return cls.apply(*args)
         if transforming():
             return cls.transformed(*args)
+        if torch._C._dispatch_tls_is_dispatch_key_included(_BATCHES):
+            # Called in a backward that is differentiated: torch would drop what this remembers.
+            raise NotImplementedError(
+                "is_grads_batched=True with create_graph=True is not supported: take the gradients "
+                "one after another, or by torch.func"
+            )
         return cls._apply(*args)
 
     @classmethod

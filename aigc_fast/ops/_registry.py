@@ -17,6 +17,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.compiler import is_dynamo_compiling
 
 from aigc_fast import _libraries
 from aigc_fast.ops._autograd import transforming
+from aigc_fast.ops._batched import one_by_one
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -88,6 +90,8 @@ class Op:
         # The functions of ops/ enter autograd themselves; torch's default kernel costs 0.1 us.
         _library.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
         self.overload = getattr(torch.ops.aigc_fast, self.name).default
+        if "Tensor[]" in schema:
+            _library.impl(self.name, partial(one_by_one, self.overload), "Batched")
         if cuda is not None:
             _cuda_library.define(schema)
         OPS[self.name] = self

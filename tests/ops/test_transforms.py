@@ -101,6 +101,41 @@ def test_gradients_of_many_samples_at_once() -> None:
     torch.testing.assert_close(found, torch.stack(one_by_one))
 
 
+WEIGHT, IMAGES, SOUNDS = torch.randn(16, 16, 3, 3), torch.randn(2, 16, 16, 16), torch.randn(2, 4, 9)
+ROW = torch.tensor([1.0, 0.5, 1.0, 0.3, 0.4, 0.5, 0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("function", "x"),
+    [
+        (lambda x: ops.conv2d(x, WEIGHT, padding=1), IMAGES),
+        (lambda x: ops.conv_transpose2d(x, WEIGHT, padding=1), IMAGES),
+        (lambda x: ops.conv_transpose1d(x, WEIGHT[0, :4, :2]), SOUNDS),
+        (lambda x: ops.scheduler_step(x, x.cos(), ROW, history=[x * 2]), SOUNDS),
+        (lambda x: ops.spectral_norm([x], [torch.ones(2)], [torch.ones(36)])[0][0], SOUNDS),
+    ],
+)
+def test_a_batch_of_gradients(function, x, monkeypatch) -> None:
+    """Of operators that take lists, too; by the compiled kernels."""
+    monkeypatch.setenv("AIGC_FAST_STRICT", "1")
+    leaf = x.clone().requires_grad_()
+    y = function(leaf)
+    upstream = torch.randn(3, *y.shape)
+    (found,) = torch.autograd.grad(y, leaf, upstream, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(y, leaf, grad, retain_graph=True)[0] for grad in upstream]
+    assert torch.equal(found, torch.stack(each))
+
+
+def test_a_batch_of_gradients_to_be_differentiated_again() -> None:
+    """Where a gradient is an operator again torch would lose it."""
+    leaf, weight = IMAGES.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
+    for y in (ops.conv2d(leaf, weight, padding=1), ops.bias_act(leaf, act="tanh")):
+        with pytest.raises(NotImplementedError, match="is_grads_batched=True with create_graph"):
+            torch.autograd.grad(
+                y, leaf, torch.ones(2, *y.shape), is_grads_batched=True, create_graph=True
+            )
+
+
 def test_a_kernel_that_is_forced_says_that_it_has_no_such_derivative() -> None:
     x, weight = torch.randn(3, 8), torch.ones(8)
     with aigc_fast.backend("cpu"), pytest.raises(RuntimeError, match="rms_norm: .* torch.func"):
