@@ -92,8 +92,11 @@ class Scheduler(Configured):
                 f"got {num_inference_steps}"
             )
         given = [name for name, value in custom.items() if value is not None]
-        lists = [custom[name] for name in ("timesteps", "sigmas") if name in given]
-        lengths = set(map(len, lists))
+        lists = [name for name in ("timesteps", "sigmas") if name in given]
+        for name in lists:
+            if len(custom[name]) == 0:
+                raise ValueError(f"{name} must not be empty")
+        lengths = {len(custom[name]) for name in lists}
         if num_inference_steps is not None:
             lengths.add(num_inference_steps)
         if not lengths or (num_inference_steps is not None and lists and not self.counts_lists):
@@ -113,6 +116,8 @@ class Scheduler(Configured):
                 raise
             raise TypeError(f"{type(self).__name__}.set_timesteps: {error}") from None
         steps = self.timesteps.tolist()
+        if not steps:  # of sigmas that are one more
+            raise ValueError("sigmas must be at least two, got one")
         self.timesteps = self.timesteps.to(device)
         self._keep(steps)
         self.set_begin_index(0)

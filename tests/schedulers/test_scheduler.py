@@ -1,5 +1,6 @@
 """The loop of the schedulers: order, history, guidance, refusals."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,6 +10,7 @@ from aigc_fast.schedulers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
@@ -172,7 +174,17 @@ def test_refusals() -> None:
         DDPMScheduler(variance_type="large")
 
 
+@pytest.mark.parametrize("name", ["timesteps", "sigmas"])
+@pytest.mark.parametrize("empty", [[], torch.empty(0), np.array([])], ids=type)
+@pytest.mark.parametrize("cls", ALL)
+def test_empty_lists_are_refused(cls, name, empty) -> None:
+    with pytest.raises(ValueError, match=f"{name} must not be empty"):
+        cls().set_timesteps(**{name: empty})
+
+
 def test_refused_lists_and_arguments() -> None:
+    with pytest.raises(ValueError, match="sigmas must be at least two, got one"):
+        EulerDiscreteScheduler().set_timesteps(sigmas=[1.0])
     with pytest.raises(ValueError, match="timesteps must be in descending order"):
         DDPMScheduler().set_timesteps(timesteps=[10, 20, 5])
     with pytest.raises(ValueError, match="timesteps must start before 1000, got 1000"):
