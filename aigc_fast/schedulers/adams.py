@@ -182,6 +182,15 @@ class PNDMScheduler(DiffusionScheduler):
     predictions: ClassVar = ("epsilon", "v_prediction")
     advance: ClassVar = pndm_step
 
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        # Three Runge-Kutta steps; the later calls of one need what the first has kept.
+        if not self.skip_prk_steps and begin_index < 12 and begin_index % 4:
+            raise ValueError(
+                "begin_index must be 0, 4, 8, or 12 and more without skip_prk_steps, where a loop "
+                f"begins with Runge-Kutta steps of four calls, got {begin_index}"
+            )
+        super().set_begin_index(begin_index)
+
     def forget(self) -> None:
         self.ets: list[Tensor] = []
         self.counter = self._step_index

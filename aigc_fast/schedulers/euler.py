@@ -254,6 +254,8 @@ class EDMScheduler(Scheduler):
     rho: float = 7.0
     final_sigmas_type: str = "zero"
 
+    counts_lists: ClassVar = True
+
     def __post_init__(self) -> None:
         check_choice("sigma_schedule", self.sigma_schedule, ("karras", "exponential"))
         check_choice("prediction_type", self.prediction_type, ("epsilon", "v_prediction"))

@@ -10,6 +10,7 @@ from aigc_fast.schedulers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LMSDiscreteScheduler,
@@ -92,6 +93,29 @@ def test_history_starts_anew_in_the_middle() -> None:
     scheduler.set_timesteps(6)
     scheduler.set_begin_index(3)
     assert torch.equal(run(scheduler, start=3), middle)
+
+
+def test_a_loop_begins_with_a_whole_runge_kutta_step() -> None:
+    scheduler, x = PNDMScheduler(), torch.randn(2, 3)
+    scheduler.set_timesteps(8)
+    samples = [x]
+    for t in scheduler.timesteps.tolist():
+        samples.append(scheduler.step(samples[-1].sin(), t, samples[-1]))
+    for begin in (4, 8):
+        scheduler.set_begin_index(begin)
+        x = samples[begin]
+        for t in scheduler.timesteps.tolist()[begin:12]:
+            x = scheduler.step(x.sin(), t, x)
+        assert torch.equal(x, samples[12])
+    for begin in (1, 6, 11):
+        with pytest.raises(ValueError, match=f"begin_index must be 0, 4, 8, or .* got {begin}"):
+            scheduler.set_begin_index(begin)
+        scheduler.set_begin_index(0)
+        with pytest.raises(ValueError, match="begin_index must be 0, 4, 8, or"):
+            scheduler.step(x, scheduler.timesteps[begin] + 0, x)
+    plms = PNDMScheduler(skip_prk_steps=True)
+    plms.set_timesteps(8)
+    plms.set_begin_index(3)
 
 
 @pytest.mark.parametrize("cls", [DDIMScheduler, DDPMScheduler])
@@ -219,6 +243,12 @@ def test_a_list_beside_its_length() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(2, sigmas=[0.9, 0.5])
     assert scheduler.sigmas.tolist() == pytest.approx([0.9, 0.5, 0.0])
+    several, alone = EDMEulerScheduler(), EDMEulerScheduler()
+    several.set_timesteps(3, sigmas=[0.0, 0.4, 1.0])
+    alone.set_timesteps(sigmas=[0.0, 0.4, 1.0])
+    assert torch.equal(several.sigmas, alone.sigmas)
+    with pytest.raises(ValueError, match=r"of one length, got \[2, 3\]"):
+        several.set_timesteps(2, sigmas=[0.0, 0.4, 1.0])
     scheduler = UniPCMultistepScheduler(use_flow_sigmas=True)
     scheduler.set_timesteps(2, sigmas=[0.9, 0.5])
     assert scheduler.sigmas[:2].tolist() == pytest.approx([0.9, 0.5])
