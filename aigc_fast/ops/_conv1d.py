@@ -92,7 +92,7 @@ def _check(
     gate_slope: float = 1.0,
 ) -> None:
     out, taps = _check_input(x, weight, bias, channels_at=1)
-    _check_places(stride, padding, dilation)
+    _check_places(stride, padding, dilation, taps)
     length = (x.shape[2] + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
     if x.shape[2] < 1 or length < 1:
         raise ValueError(
@@ -119,7 +119,7 @@ def _check_transpose(
     gate_slope: float = 1.0,
 ) -> None:
     out, taps = _check_input(x, weight, bias, channels_at=0)
-    _check_places(stride, padding, dilation)
+    _check_places(stride, padding, dilation, taps)
     if not 0 <= output_padding < stride:
         raise ValueError(
             f"output_padding must be at least 0 and less than stride, {stride}, got "
@@ -141,7 +141,7 @@ def _check_backward_weight(
     check_tensor("x", x, ndim=3)
     check_tensor("grad", grad, like=("x", x), ndim=3)
     check_positive(taps=taps)
-    _check_places(stride, padding, dilation)
+    _check_places(stride, padding, dilation, taps)
     length = (x.shape[2] + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
     check_tensor("grad", grad, shape=(x.shape[0], grad.shape[1], length))
 
@@ -163,10 +163,19 @@ def _check_input(
     return out, weight.shape[2]
 
 
-def _check_places(stride: int, padding: int, dilation: int) -> None:
-    check_positive(stride=stride, dilation=dilation)
-    if padding < 0:
-        raise ValueError(f"padding must be at least 0, got {padding}")
+def _check_places(stride: int, padding: int, dilation: int, taps: int) -> None:
+    """Sums of these must not overflow in a kernel."""
+    reach = 2**30
+    for name, value, least, end in (
+        ("stride", stride, 1, 2**20),
+        ("padding", padding, 0, reach),
+        ("dilation", dilation, 1, reach // taps),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value >= end:
+            of = f" for {taps} taps" if name == "dilation" else ""
+            raise ValueError(f"{name} must be less than {end}{of}, got {value}")
 
 
 conv1d_gated = define(

@@ -94,6 +94,13 @@ def _refusals() -> list[Refusal]:
         Refusal("bias", (x, w, rand(3)), ValueError, r"bias must have shape \(2,\)"),
         Refusal("stride", (x, w), ValueError, "stride must be at least 1", {"stride": 0}),
         Refusal("padding", (x, w), ValueError, "padding must be at least 0", {"padding": -1}),
+        *(
+            Refusal(
+                f"{name}_{value}", (x, w), ValueError, f"{name} must be less than", {name: value}
+            )
+            for name, end in (("stride", 2**20), ("padding", 2**30), ("dilation", 2**30 // 3))
+            for value in (end, 2**62, 2**64)
+        ),
     ]
 
 
