@@ -1,13 +1,14 @@
 """Weights of trained models as files: safetensors, with what they are made of in the header."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from aigc_fast.io._whole import written_whole
 
 from .errors import reading
 
@@ -23,9 +24,8 @@ def save_weights(path: Path, model: nn.Module, family: str, config: dict[str, An
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial, {"aigc_fast": json.dumps({family: config})})
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        save_file(weights, partial, {"aigc_fast": json.dumps({family: config})})
 
 
 def load_weights(

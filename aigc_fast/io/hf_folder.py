@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ._whole import written_whole
+
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
@@ -91,21 +93,20 @@ def write_hf_folder(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "model.safetensors"
-    partial = weights.with_name(weights.name + ".partial")
-    # transformers refuses a file that does not name its framework.
-    save_file(dict(tensors), partial, {"format": "pt"})
-    # Shards from before: their index would be preferred.
-    (folder / f"{weights.name}.index.json").unlink(missing_ok=True)
     # The old file may be mapped by this very model: it must stay until then, and is not written to.
-    os.replace(partial, weights)
+    with written_whole(weights) as partial:
+        # transformers refuses a file that does not name its framework.
+        save_file(dict(tensors), partial, {"format": "pt"})
+        # Shards from before: their index would be preferred.
+        (folder / f"{weights.name}.index.json").unlink(missing_ok=True)
     write_json(folder / "config.json", config)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object, or leaves the file as it was."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ._whole import written_whole
 from .hf_folder import read_json, write_json
 from .text_tokenizer import TextTokenizer, sound
 
@@ -63,14 +64,16 @@ def write_folder_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     source = Path(tokenizer.path)
     names = [name for name in _FILES if source.is_dir() and (source / name).exists()]
     if "tokenizer.json" not in names:
-        tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+        with written_whole(folder / "tokenizer.json") as partial:
+            tokenizer.tokenizer.save(str(partial))
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         if tokenizer.chat_template is not None:
             config["chat_template"] = tokenizer.chat_template
         write_json(folder / "tokenizer_config.json", config | tokenizer.special_tokens)
     elif not source.samefile(folder):
         for name in names:
-            shutil.copyfile(source / name, folder / name)
+            with written_whole(folder / name) as partial:
+                shutil.copyfile(source / name, partial)
     # The source may have named them in its config.json alone.
     generation = folder / "generation_config.json"
     written = read_json(generation) if "generation_config.json" in names else {}

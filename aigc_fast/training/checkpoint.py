@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 
+from aigc_fast.io._whole import written_whole
+
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Writes tensors, numbers and strings in dicts and lists. Until the new file is complete and on
     the disk, `path` holds the old one."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with written_whole(Path(path)) as partial, partial.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def load_checkpoint(

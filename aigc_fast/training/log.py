@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from aigc_fast.io._whole import written_whole
+
 
 class CSVLog:
     """Appends a row of numbers a step; each is on the disk's side of the process at once.
@@ -18,12 +20,10 @@ class CSVLog:
         self.path, self.columns = Path(path), ["step", *columns]
         rows = self.read() if last_step and self.path.exists() else []
         # The old log stays until the new one is complete: a kill may come at any moment.
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", newline="") as file:
+        with written_whole(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(self.columns)
             writer.writerows([int(row[0]), *row[1:]] for row in rows if row[0] <= last_step)
-        partial.replace(self.path)
         self._file = self.path.open("a", newline="")
         self._writer = csv.writer(self._file)
 

@@ -1,7 +1,11 @@
 """Models written to Hugging Face folders, read again by us and by transformers."""
 
+import copy
 import json
+import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +113,49 @@ def test_training_changes_what_is_saved_to_the_folder_it_came_from(tmp_path):
         "generation_config.json",
         "model.safetensors",
     }
+
+
+def test_special_tokens_stay_without_a_tokenizer(tmp_path):
+    ids = {"bos_token_id": 5, "eos_token_id": [7, 9], "pad_token_id": 0}
+    saved(hf_model(hf_config("llama", **ids)), tmp_path)
+    assert read_by_transformers(tmp_path / "ours").config.to_dict().items() >= ids.items()
+    again = DecoderLM.from_pretrained(tmp_path / "ours")
+    copy.deepcopy(again).save_pretrained(tmp_path / "twice")
+    found = json.loads((tmp_path / "twice" / "config.json").read_text())
+    assert found.items() >= ids.items() and again.special_token_ids == ids
+
+
+def test_special_tokens_of_a_gguf_file_stay(gguf, tmp_path):
+    model = DecoderLM.from_pretrained(gguf)
+    assert model.special_token_ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_rights_of_new_files(umask, gguf, tmp_path):
+    before = os.umask(umask)
+    try:
+        DecoderLM(CONFIG).save_pretrained(tmp_path, load_tokenizer(gguf))
+    finally:
+        os.umask(before)
+    rights = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()}
+    assert {"model.safetensors", "tokenizer.json"} < set(rights)
+    assert set(rights.values()) == {oct(0o666 & ~umask)}
+
+
+def test_a_failed_write_leaves_the_old_tokenizer(gguf, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(gguf)
+    for name in ("one", "two"):
+        save_tokenizer(tokenizer, tmp_path / name)
+    files = {file: file.read_bytes() for file in (tmp_path / "one").iterdir()}
+
+    def fails(source, target):
+        Path(target).write_text("half of it")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(shutil, "copyfile", fails)
+    with pytest.raises(OSError, match="no space left"):
+        save_tokenizer(load_tokenizer(tmp_path / "two"), tmp_path / "one")
+    assert {file: file.read_bytes() for file in (tmp_path / "one").iterdir()} == files
 
 
 def test_shards_give_way(tmp_path):

@@ -45,6 +45,8 @@ class DecoderLM(nn.Module):
         super().__init__()
         check_class("config", config, DecoderConfig)
         self.config = config
+        #: bos_token_id, eos_token_id and pad_token_id, so far as the file has them it came from
+        self.special_token_ids: dict[str, Any] = {}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.learned_positions:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -110,9 +112,9 @@ class DecoderLM(nn.Module):
     def save_pretrained(
         self, folder: str | os.PathLike[str], tokenizer: TextTokenizer | None = None
     ) -> None:
-        """Writes config.json and model.safetensors, which `from_pretrained` and transformers'
-        AutoModelForCausalLM read. `model_type` is the first of architectures.py that describes the
-        model: a Mistral without windows is a Llama.
+        """Writes config.json, with `special_token_ids`, and model.safetensors, which
+        `from_pretrained` and transformers' AutoModelForCausalLM read. `model_type` is the first of
+        architectures.py that describes the model: a Mistral without windows is a Llama.
 
         Args:
             folder: made where it is not there. Files of these names are replaced when the new ones

@@ -78,6 +78,10 @@ def read_gguf_model(
         return None if weight is None else QuantizedLinear.from_packed(linear, *weight, GROUP_SIZE)
 
     model = build(config)
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None:
+            model.special_token_ids[f"{name}_token_id"] = token
     if packed:
         _replace_linears(model, pack)
     state = assemble(model, architecture, fetch)

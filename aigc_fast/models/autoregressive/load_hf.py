@@ -47,6 +47,8 @@ def read_hf_model(
     except ValueError as error:
         raise ValueError(f"{folder.path}: config.json: {error}") from None
     model = build(config)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.special_token_ids = {name: folder.config[name] for name in names if name in folder.config}
     prefix = _prefix(folder, architecture)
     unread = set(folder.tensors)
 

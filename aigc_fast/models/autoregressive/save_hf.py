@@ -45,6 +45,7 @@ def save_hf_model(
         raise ValueError(f"model must have the weights of its config, {differing[0]} is not so")
     kind, config = describe(model.config)
     architecture = ARCHITECTURES[kind]
+    config |= model.special_token_ids
     config["torch_dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     write_hf_folder(path, config, _hf_state_dict(state, model.config, architecture))
 
