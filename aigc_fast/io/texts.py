@@ -19,14 +19,15 @@ def load_texts(path: str | os.PathLike[str]) -> list[str]:
         files = sorted(
             file
             for file in files[0].rglob("*.txt")
-            if not any(part.startswith(".") for part in file.relative_to(path).parts)
+            if not file.is_dir()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
         )
         if not files:
             raise ValueError(f"{path}: holds no .txt files")
     texts = []
     for file in files:
         try:
-            texts.append(file.read_text(encoding="utf-8"))
+            texts.append(file.read_text(encoding="utf-8-sig"))  # without a byte order mark
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not UTF-8 text: {error}") from None
     if not (texts := [text for text in texts if text.strip()]):

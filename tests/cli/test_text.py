@@ -157,6 +157,8 @@ def test_texts_of_a_folder_end_with_their_token(model, tmp_path):
     for name, content in (("b.txt", "bb" * 40), ("more/a.txt", "aa" * 40), ("empty.txt", "\n")):
         (tmp_path / "texts" / name).write_text(content)
     (tmp_path / "texts" / "c.md").write_text("cc" * 40)
+    (tmp_path / "texts" / "folder.txt").mkdir()
+    (tmp_path / "texts" / "b.txt").write_text("bb" * 40, encoding="utf-8-sig")
     assert load_texts(tmp_path / "texts") == ["bb" * 40, "aa" * 40]
     result = train(model, tmp_path / "texts", tmp_path / "out", "--steps", 1, "--batch", 1)
     assert result.exit_code == 0, result.output
