@@ -78,10 +78,12 @@ class GANTrainer(Trainer):
     ) -> None:
         recipe = recipe_or_default(recipe, GANRecipe)
         check_positive(latent_dim=integer("latent_dim", latent_dim))
-        if recipe.path_length_weight and not hasattr(generator, "synthesize"):
+        lacking = [n for n in ("map", "synthesize", "num_styles") if not hasattr(generator, n)]
+        if recipe.path_length_weight and lacking:
             raise ValueError(
                 "path_length_weight must be 0 for a generator without styles, got "
-                f"{recipe.path_length_weight} for {type(generator).__name__}"
+                f"{recipe.path_length_weight} for {type(generator).__name__}, which has no "
+                f"{', '.join(lacking)}"
             )
         self.generator, self.discriminator, self.latent_dim = generator, discriminator, latent_dim
         self.g_parameters = [p for p in generator.parameters() if p.requires_grad]

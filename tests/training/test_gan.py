@@ -153,8 +153,13 @@ def test_path_length_goes_on_to_the_bit_and_survives_nan():
 
 
 def test_path_length_needs_styles():
+    recipe = GANRecipe(path_length_weight=2.0)
     with pytest.raises(ValueError, match="path_length_weight must be 0 for a generator without"):
-        trainer(GANRecipe(path_length_weight=2.0))
+        trainer(recipe)
+    generator, discriminator = nn.Linear(4, 4), nn.Linear(4, 1)
+    generator.synthesize, generator.num_styles = generator.forward, 1
+    with pytest.raises(ValueError, match="for Linear, which has no map$"):
+        GANTrainer(generator, discriminator, 4, recipe)
 
 
 def test_a_checkpoint_of_another_recipe_is_refused():
