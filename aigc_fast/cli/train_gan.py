@@ -9,6 +9,7 @@ from torch import Tensor
 from aigc_fast._devices import default_device
 from aigc_fast.ops._checks import check_choice
 from aigc_fast.training import RECIPES, GANRecipe, GANStep, GANTrainer
+from aigc_fast.training.gan_recipe import PENALTIES
 
 from .gan_networks import (
     ARCHITECTURES,
@@ -67,9 +68,22 @@ class Session(TrainingSession):
 
 
 def _recipe(options: GANOptions) -> GANRecipe:
+    """That of the loss, with what else is asked for."""
     check_choice("loss", options.loss, RECIPES)
-    recipe = replace(RECIPES[options.loss], bf16=options.bf16)
-    return recipe if options.lr is None else replace(recipe, g_lr=options.lr, d_lr=options.lr)
+    changes: dict[str, Any] = {
+        "penalty_weight": options.penalty_weight,
+        "penalty_interval": options.penalty_interval,
+        "g_lr": options.lr,
+        "d_lr": options.lr,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if options.penalty is not None:
+        check_choice("penalty", options.penalty, (*PENALTIES, "none"))
+        changes["penalty"] = None if options.penalty == "none" else options.penalty
+    recipe = replace(RECIPES[options.loss], bf16=options.bf16, **changes)
+    if recipe.penalty is None and {"penalty_weight", "penalty_interval"} & set(changes):
+        raise ValueError(f"penalty must be given with its weight or interval for {options.loss}")
+    return recipe
 
 
 def _networks(options: GANOptions, image_channels: int, num_classes: int) -> Config:

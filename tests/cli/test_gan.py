@@ -60,6 +60,20 @@ def test_train_resume_and_sample(tmp_path):
     assert beyond.exit_code == 2 and "label must be a class of the model" in beyond.output
 
 
+def test_a_penalty_of_ones_own(tmp_path):
+    options = ("--loss", "hinge", "--penalty", "r1+r2", "--penalty-weight", 2, "--steps", 3)
+    result = train(tmp_path / "lazy", *options, "--penalty-interval", 2)
+    assert result.exit_code == 0, result.output
+    state = torch.load(tmp_path / "lazy" / "checkpoint.pt", weights_only=True)
+    recipe = state["trainer"]["recipe"]
+    assert [recipe["penalty" + key] for key in ("", "_weight", "_interval")] == ["r1+r2", 2.0, 2]
+    assert recipe["loss"] == "hinge" and state["networks"]["norm"] is None
+    result = train(tmp_path / "none", "--penalty", "none", "--steps", 1)  # of wgan-gp
+    assert result.exit_code == 0, result.output
+    state = torch.load(tmp_path / "none" / "checkpoint.pt", weights_only=True)
+    assert state["trainer"]["recipe"]["penalty"] is None and state["networks"]["norm"] == "batch"
+
+
 def test_stops_after_some_minutes(tmp_path):
     result = train(tmp_path / "out", "--minutes", 0.0001, "--arch", "mlp", "--loss", "hinge")
     assert result.exit_code == 0, result.output
@@ -87,6 +101,8 @@ def test_trains_on_a_folder_of_images(tmp_path):
     [
         (("--loss", "bce"), "loss must be one of non-saturating"),
         (("--arch", "biggan"), "arch must be one of mlp, dcgan"),
+        (("--penalty", "r3"), "penalty must be one of gradient, r1, r2, r1+r2, none, got 'r3'"),
+        (("--loss", "hinge", "--penalty-weight", 2), "penalty must be given with its weight"),
         (("--size", 64), "size must be 28 for the digits"),
         (("--data", "nowhere"), "data must be digits, moving-digits or a folder"),
         (("--data", "moving-digits", "--size", 32), "data must be images for a GAN"),
