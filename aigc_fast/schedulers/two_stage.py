@@ -202,6 +202,11 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
         down[-1] = 0.0
         between = sigmas.log().lerp(down.log(), 0.5).exp()
         between[-2:] = 0.0
+        if between.isnan().any():  # of a square that rounding has made zero, or less
+            raise ValueError(
+                f"num_inference_steps must be other than {len(sigmas) - 1}, or the betas or their "
+                "timestep_spacing: two of the sigmas are too far apart for float32"
+            )
         self.sigmas_interpol, self.sigmas_up, self.sigmas_down = map(
             self.doubled, (between, up, down)
         )

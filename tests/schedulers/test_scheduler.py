@@ -13,6 +13,7 @@ from aigc_fast.schedulers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     SASolverScheduler,
@@ -237,6 +238,15 @@ def test_refused_lists_and_arguments() -> None:
         DPMSolverMultistepScheduler(use_karras_sigmas=True).set_timesteps(timesteps=[9, 5])
     with pytest.raises(TypeError, match="num_steps"):
         UniPCMultistepScheduler.from_config({"solver_order": 3}, num_steps=3)
+
+
+def test_sigmas_that_would_be_nan_are_refused() -> None:
+    scheduler = KDPM2AncestralDiscreteScheduler(
+        beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match="num_inference_steps must be other than 5"):
+        scheduler.set_timesteps(5)
 
 
 def test_a_list_beside_its_length() -> None:
