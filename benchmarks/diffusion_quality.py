@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aigc_fast.cli.diffusion_model import load_model, make_scheduler, sample_shape
+from aigc_fast.cli.diffusion_model import load_model, sample_shape
+from aigc_fast.cli.schedulers import make_scheduler
 from aigc_fast.models.diffusion import sample
 from aigc_fast.training.quality import CONFIDENT, Quality, assess, train_classifier
 from benchmarks.gan_quality import SAMPLES, digits

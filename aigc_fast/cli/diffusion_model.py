@@ -1,4 +1,4 @@
-"""The diffusion models of the command line, as files, and the schedulers that sample from them."""
+"""The diffusion models of the command line, as files."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,6 @@ from torch import nn
 
 from aigc_fast.models.diffusion import DiT, SmallUNet
 from aigc_fast.ops._checks import check_choice
-from aigc_fast.schedulers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    Scheduler,
-    UniPCMultistepScheduler,
-)
 from aigc_fast.training.denoising import PREDICTIONS, SCHEDULES
 
 from .weights import load_weights, save_weights
@@ -26,15 +18,6 @@ from .weights import load_weights, save_weights
 Config = dict[str, Any]
 
 _HEAD_DIM = 32
-
-_SOLVERS: dict[str, type] = {
-    "ddim": DDIMScheduler,
-    "dpmpp_2m": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "flow_euler": FlowMatchEulerDiscreteScheduler,
-}
-SCHEDULERS = tuple(_SOLVERS)
 
 
 def make_model(config: Config) -> nn.Module:
@@ -73,30 +56,3 @@ def save_model(path: Path, model: nn.Module, config: Config) -> None:
 def load_model(path: Path, device: torch.device) -> tuple[nn.Module, Config]:
     """What `save_model` wrote; ValueError for another file."""
     return load_weights(path, "diffusion", make_model, device)
-
-
-def make_scheduler(name: str, prediction: str, schedule: str) -> Scheduler:
-    """The solver `name` for a model of such a prediction; ValueError where there is none."""
-    check_choice("scheduler", name, _SOLVERS)
-    flow = prediction == "flow"
-    if flow != (name == "flow_euler") and not (flow and name in ("dpmpp_2m", "unipc")):
-        fitting = ("flow_euler", "dpmpp_2m", "unipc") if flow else SCHEDULERS[:-1]
-        raise ValueError(
-            f"scheduler must be one of {', '.join(fitting)} for {prediction} prediction, "
-            f"got {name!r}"
-        )
-    if name == "flow_euler":
-        return FlowMatchEulerDiscreteScheduler()
-    kind = PREDICTIONS[prediction]
-    if flow:
-        return _SOLVERS[name](prediction_type=kind, use_flow_sigmas=True)
-    options: dict[str, Any] = {
-        "beta_schedule": SCHEDULES[schedule],
-        "prediction_type": kind,
-        "timestep_spacing": "trailing",
-    }
-    if name == "ddim":
-        # It would clip x0 and not the noise that belongs to it. Guidance reaches beyond the range
-        # of pixels: in fifty steps at 2, it spoils two digits of three.
-        options["clip_sample"] = False
-    return _SOLVERS[name](**options)

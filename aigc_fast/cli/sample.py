@@ -73,7 +73,7 @@ class DiffusionOptions(SampleOptions):
         ),
     ] = Path("samples.png")
     scheduler: Annotated[
-        str, typer.Option(help="dpmpp_2m, unipc, ddim, euler; dpmpp_2m, unipc, flow_euler of flow.")
+        str, typer.Option(help="As `ddim`, `unipc`, `flow_euler`; any other word lists them.")
     ] = "dpmpp_2m"
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the scheduler.")] = 20
     guidance: Annotated[float, typer.Option(help="How far towards the class; 1 is as is.")] = 1.0

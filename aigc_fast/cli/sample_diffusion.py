@@ -9,10 +9,11 @@ from torch import Tensor
 from aigc_fast._devices import default_device
 from aigc_fast.models.diffusion import sample
 
-from .diffusion_model import load_model, make_scheduler, sample_shape
+from .diffusion_model import load_model, sample_shape
 from .labels import labels_of
 from .pictures import save_film, save_grid, save_videos
 from .sample import DiffusionOptions
+from .schedulers import make_scheduler
 
 
 def run(console: Console, options: DiffusionOptions) -> None:

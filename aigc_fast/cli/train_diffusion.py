@@ -7,9 +7,10 @@ from aigc_fast._devices import default_device
 from aigc_fast.models.diffusion import sample
 from aigc_fast.training import DiffusionRecipe, DiffusionStep, DiffusionTrainer
 
-from .diffusion_model import make_model, make_scheduler, sample_shape, save_model
+from .diffusion_model import make_model, sample_shape, save_model
 from .labels import labels_of
 from .pictures import save_grid, save_videos
+from .schedulers import make_scheduler
 from .train import DiffusionOptions
 from .training_session import TrainingSession, load_data
 

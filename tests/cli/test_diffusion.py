@@ -17,11 +17,16 @@ pytest.importorskip("mlxtend")
 pytest.importorskip("safetensors")
 
 from PIL import Image
+from torch import nn
 from typer.testing import CliRunner
 
+from aigc_fast import schedulers
 from aigc_fast.cli import training_session
 from aigc_fast.cli.app import app
-from aigc_fast.cli.diffusion_model import load_model, make_scheduler, save_model
+from aigc_fast.cli.diffusion_model import load_model, save_model
+from aigc_fast.cli.schedulers import make_scheduler, names_for
+from aigc_fast.models.diffusion import sample
+from aigc_fast.training.denoising import PREDICTIONS, Denoising
 
 SMALL = ("--class-conditional", "--channels", 8, "--batch", 4, "--every", 3)
 
@@ -105,7 +110,7 @@ def test_flow_without_labels(monkeypatch, tmp_path):
         result = run("sample", "diffusion", *options, "--scheduler", scheduler)
         assert result.exit_code == 0, result.output
     for more, words in (
-        (("--scheduler", "ddim"), "must be one of flow_euler, dpmpp_2m, unipc for flow"),
+        (("--scheduler", "ddim"), "flow_lcm, sa_solver, unipc for flow prediction, got 'ddim'"),
         (("--label", 0), "label must be a class of the model, which has 0"),
         (("--guidance", 2), "guidance must be 1 for a model without classes"),
     ):
@@ -147,12 +152,55 @@ def test_videos_as_frames_and_as_film(monkeypatch, tmp_path):
     assert film.info["duration"] == 80
 
 
-@pytest.mark.parametrize("prediction", ["v", "epsilon"])
-@pytest.mark.parametrize("name", ["dpmpp_2m", "ddim", "unipc", "euler"])
+class Knowing(nn.Module):
+    """A model that has learnt one sample by heart."""
+
+    truth = torch.linspace(-1, 1, 12).reshape(1, 3, 2, 2)
+
+    def __init__(self, prediction):
+        super().__init__()
+        self.prediction, self.place = prediction, nn.Parameter(torch.zeros(()))
+        self.scheduler = Denoising(prediction, "cosine").scheduler()
+
+    def forward(self, noisy, timesteps, labels=None):
+        alpha, sigma = (v[:, None, None, None] for v in self.scheduler.levels(timesteps))
+        noise = (noisy - alpha * self.truth) / sigma.clamp(min=1e-4)
+        predictions = {"epsilon": noise, "v": alpha * noise - sigma * self.truth}
+        return predictions.get(self.prediction, noise - self.truth)
+
+
+#: Of models with noise levels of their own, and the way from an image to its noise.
+OTHERS = {
+    "CMStochasticIterativeScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
+    "IPNDMScheduler", "DDIMInverseScheduler",
+}  # fmt: skip
+
+
+def test_every_scheduler_that_suits_has_a_name():
+    found = {
+        type(make_scheduler(name, prediction, "linear"))
+        for prediction in PREDICTIONS
+        for name in names_for(prediction)
+    }
+    known = {getattr(schedulers, name) for name in {*schedulers.__all__} - {"Row", "Scheduler"}}
+    assert {cls.__name__ for cls in known - found} == OTHERS and found <= known
+    assert {"dpmpp_2m", "ddim", "unipc", "euler_ancestral", "heun"} <= set(names_for("v"))
+    assert {"dpmpp_2m", "unipc", "flow_euler", "flow_lcm"} <= set(names_for("flow"))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "name"), [(p, name) for p in PREDICTIONS for name in names_for(p)]
+)
 def test_schedulers_are_of_the_models_noise(name, prediction):
-    scheduler = make_scheduler(name, prediction, "linear")
-    assert scheduler.beta_schedule == "linear"
-    assert scheduler.prediction_type.startswith(prediction)
+    """They find what the model knows, from the noise that they begin with."""
+    scheduler = make_scheduler(name, prediction, "cosine")
+    if prediction != "flow":
+        assert scheduler.beta_schedule == "squaredcos_cap_v2"
+        assert scheduler.prediction_type.startswith(prediction)
+    found = sample(Knowing(prediction), scheduler, Knowing.truth.shape, num_steps=20, seed=0)
+    # The timesteps of flow matching are whole numbers to these two.
+    close = 0.2 if (prediction, name) in (("flow", "deis"), ("flow", "sa_solver")) else 0.05
+    assert (found - Knowing.truth).abs().max() < close
 
 
 @pytest.mark.parametrize(
