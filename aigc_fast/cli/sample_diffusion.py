@@ -11,20 +11,23 @@ from aigc_fast.models.diffusion import sample
 
 from .diffusion_model import load_model, sample_shape
 from .labels import labels_of
-from .pictures import save_film, save_grid, save_videos
+from .pictures import FILMS, check_mp4, save_film, save_grid, save_videos
 from .sample import DiffusionOptions
 from .schedulers import make_scheduler
 
 
 def run(console: Console, options: DiffusionOptions) -> None:
-    if options.output.suffix not in (".png", ".gif"):
-        raise ValueError(f"output must be a .png or .gif file, got {options.output}")
+    suffix = options.output.suffix
+    if suffix not in (".png", *FILMS):
+        raise ValueError(f"output must be a .png, .gif or .mp4 file, got {options.output}")
+    if suffix == ".mp4":
+        check_mp4()
     device = default_device()
     images, stages = samples_of(options, device)
     columns = min(options.count, 10)
     if images.dim() == 5:
         save_videos(options.output, images)
-    elif options.output.suffix == ".gif":
+    elif suffix in FILMS:
         save_film(options.output, stages, columns)
     else:
         save_grid(options.output, images, columns)

@@ -1,6 +1,7 @@
 """`aigc-fast train diffusion` and `aigc-fast sample diffusion`, as a user runs them."""
 
 import csv
+import importlib.util
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from aigc_fast import schedulers
 from aigc_fast.cli import training_session
 from aigc_fast.cli.app import app
 from aigc_fast.cli.diffusion_model import load_model, save_model
+from aigc_fast.cli.pictures import save_videos
 from aigc_fast.cli.schedulers import make_scheduler, names_for
 from aigc_fast.models.diffusion import sample
 from aigc_fast.training.denoising import PREDICTIONS, Denoising
@@ -152,6 +154,46 @@ def test_videos_as_frames_and_as_film(monkeypatch, tmp_path):
     assert film.info["duration"] == 80
 
 
+def frames_of(path):
+    av = pytest.importorskip("av")
+    with av.open(path) as container:
+        (stream,) = container.streams
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        return np.stack(frames), float(stream.average_rate), stream.codec_context.name
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_videos_as_mp4(channels, tmp_path):
+    pytest.importorskip("av")
+    videos = torch.linspace(-1, 1, 8)[None, None, :, None, None].expand(3, channels, 8, 9, 11)
+    save_videos(tmp_path / "some.mp4", videos)
+    frames, rate, codec = frames_of(tmp_path / "some.mp4")
+    # 9 + 4 pixels, three times as large, and one black row
+    assert frames.shape == (8, 40, 3 * 15 * 3 + 1, 3) and (rate, codec) == (12.5, "h264")
+    middle = frames[:, 15:24, 15:24].reshape(8, -1).mean(1)
+    assert np.abs(middle - np.linspace(0, 255, 8)).max() < 4
+    assert frames[:, -1].max() < 40
+
+
+def test_images_that_form_as_mp4(trained, tmp_path):
+    pytest.importorskip("av")
+    options = ("--checkpoint", trained / "model.safetensors", "--steps", 3, "--count", 4)
+    result = run("sample", "diffusion", *options, "--output", tmp_path / "some.mp4")
+    assert result.exit_code == 0, result.output
+    frames, *_ = frames_of(tmp_path / "some.mp4")
+    assert len(frames) == 2 + 1600 // 80 and (frames[2] == frames[-1]).mean() > 0.5
+
+
+def test_mp4_without_its_package(trained, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "av" else find(name)
+    )
+    options = ("--checkpoint", trained / "model.safetensors", "--output", tmp_path / "some.mp4")
+    result = run("sample", "diffusion", *options)
+    assert result.exit_code == 2 and "pip install 'aigc_fast[video]'" in result.output
+
+
 class Knowing(nn.Module):
     """A model that has learnt one sample by heart."""
 
@@ -243,7 +285,7 @@ def test_sampling_refuses(trained, tmp_path):
     result = run("sample", "diffusion", *options, "--scheduler", "magic")
     assert result.exit_code == 2 and "scheduler must be one of ddim" in result.output
     result = run("sample", "diffusion", *options, "--output", tmp_path / "x.jpg")
-    assert result.exit_code == 2 and "output must be a .png or .gif" in result.output
+    assert result.exit_code == 2 and "output must be a .png, .gif or .mp4" in result.output
 
 
 @pytest.mark.parametrize("name", ["digits_v", "digits_flow"])
