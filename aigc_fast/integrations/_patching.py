@@ -235,7 +235,12 @@ def unpatch(model: Any) -> None:
     TypeError if `model` is neither a module nor a pipeline.
     """
     for part in _models(model):
-        take_back(part, _RECORD)
+        if not take_back(part, _RECORD):
+            continue
+        for module in part.modules():
+            # Made since by type(module)(...), as PEFT makes an adapter's convolutions.
+            if isinstance(module, Replacement):
+                module.__class__ = stock_class(module)
 
 
 def _models(model: Any) -> list[nn.Module]:

@@ -60,11 +60,14 @@ def carry_out(planned: Iterable[Assignment]) -> list[Change]:
     return changes
 
 
-def take_back(model: nn.Module, record: str) -> None:
-    """Undoes the changes that are kept under this name on `model` or on a module inside it."""
-    for module in list(model.modules()):
-        for change in reversed(module.__dict__.pop(record, ())):
+def take_back(model: nn.Module, record: str) -> bool:
+    """Undoes the changes that are kept under this name on `model` or on a module inside it, and
+    says whether there were any."""
+    records = [module.__dict__.pop(record, ()) for module in model.modules()]
+    for changes in records:
+        for change in reversed(changes):
             change.undo()
+    return any(records)
 
 
 class _FastType(type):

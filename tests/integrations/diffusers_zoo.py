@@ -181,11 +181,11 @@ def outputs(model: torch.nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 
 def gradients(model: torch.nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """The output and the gradient of every parameter, for an upstream gradient of random numbers
-    that every dtype holds."""
+    """The output and the gradient of every parameter that wants one, for an upstream gradient of
+    random numbers that every dtype holds."""
     out = model(**inputs).sample
     upstream = rand(*out.shape).to(torch.bfloat16).to(out.dtype)
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(out, parameters, upstream, allow_unused=True)
     return [
         out.detach(),
