@@ -30,7 +30,9 @@ SAMPLES = [
 ]
 
 
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
-def bench_scaled_dot_product_attention(measure, sample, dtype) -> None:
-    measure(OP, sample, dtype, eager=F.scaled_dot_product_attention)
+def bench_scaled_dot_product_attention(measure, sample, dtype, direction) -> None:
+    eager = F.scaled_dot_product_attention
+    measure(OP, sample, dtype, eager=eager, backward=direction != "forward")

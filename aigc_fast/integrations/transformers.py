@@ -173,15 +173,15 @@ def attention(
     """
     if kwargs.get("output_attentions"):
         return _plain(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
-    infers = (
+    fits = (
         not torch.compiler.is_compiling()
         and dropout == 0
-        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
         and kwargs.get("position_bias") is kwargs.get("cache") is None
     )
     if (
-        infers
+        fits
         and query.shape[2] == 1
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
         and (attention_mask is None or (hasattr(attention_mask, _VISIBLE) and key.shape[2] > 1))
         and key.shape == value.shape
         and query.dtype == key.dtype == value.dtype
@@ -192,7 +192,7 @@ def attention(
             module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs
         )
         return out, None
-    if infers and query.shape[2] > 1 and attention_mask is None:
+    if fits and query.shape[2] > 1 and attention_mask is None:
         causal = kwargs.get("is_causal")
         out = ops.scaled_dot_product_attention(
             query,

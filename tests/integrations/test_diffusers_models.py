@@ -62,7 +62,7 @@ def test_outputs_and_gradients_are_as_good_as_stock(name, dtype) -> None:
     assert_error_ratio(ours, stock, want, dtype)
     names = {op.name.removesuffix("_full") for op, _ in calls}
     names = {n for n in names if "backward" not in n}
-    assert names - {"conv3x3", "to_planes"} == CASES[name].operators
+    assert names - {"conv3x3", "to_planes", "dense_attention"} == CASES[name].operators
     assert ("conv3x3" in names) == (name in CONVOLUTIONAL and _most_pixels(CONV3X3, dtype) > 0)
 
 

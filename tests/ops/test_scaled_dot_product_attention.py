@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from aigc_fast import ops
+from aigc_fast.ops._dense_attention import attend, dense_attention
 from aigc_fast.ops.linear import mkl_lags
-from aigc_fast.ops.scaled_dot_product_attention import dense_attention
 from tests.op_samples.sample import rand
 from tests.ops.test_every_op import assert_as_good_as_torch, recorded
 
@@ -62,7 +62,7 @@ def test_is_as_good_as_torch(case, dtype, order) -> None:
         )
         query = query.transpose(2, 3).contiguous().transpose(2, 3)
     scale = query.shape[3] ** -0.5
-    mine = dense_attention(query, key, value, scale, causal)
+    mine = attend(query, key, value, scale, causal)
     exact = plain(query.double(), key.double(), value.double(), causal)
     assert_as_good_as_torch([mine], [plain(query, key, value, causal)], [exact], dtype)
     assert mine.is_contiguous()
@@ -71,7 +71,7 @@ def test_is_as_good_as_torch(case, dtype, order) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_in_float64(case) -> None:
     (query, key, value), causal = tokens(case, torch.float64)
-    mine = dense_attention(query, key, value, 0.3, causal)
+    mine = attend(query, key, value, 0.3, causal)
     want = plain(query, key, value, causal, 0.3)
     torch.testing.assert_close(mine, want, rtol=1e-12, atol=1e-13)
 
@@ -80,7 +80,7 @@ def test_in_float64(case) -> None:
 def test_large_scores(dtype) -> None:
     """One key takes all, in whichever block it is; none overflows."""
     (query, key, value), causal = tokens("blocks of keys", dtype, scale=100)
-    mine = dense_attention(query, key, value, 1.0, causal)
+    mine = attend(query, key, value, 1.0, causal)
     exact = plain(query.double(), key.double(), value.double(), causal, 1.0)
     assert_as_good_as_torch([mine], [plain(query, key, value, causal, 1.0)], [exact], dtype)
 
@@ -88,14 +88,14 @@ def test_large_scores(dtype) -> None:
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_any_scale(scale) -> None:
     (query, key, value), causal = tokens("odd", torch.float32)
-    mine = dense_attention(query, key, value, scale, causal)
+    mine = attend(query, key, value, scale, causal)
     torch.testing.assert_close(mine, plain(query, key, value, causal, scale))
 
 
 def test_nan_stays_in_its_row() -> None:
     (query, key, value), causal = tokens("odd", torch.float32)
     query[0, 3, 1, 5] = math.nan
-    mine = dense_attention(query, key, value, 1.0, causal)
+    mine = attend(query, key, value, 1.0, causal)
     lost = mine.isnan().all(-1)
     assert lost[0, 3, 1] and lost.sum() == mine.isnan().any(-1).sum() == 1
 
@@ -103,12 +103,68 @@ def test_nan_stays_in_its_row() -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_number_of_threads(threads) -> None:
     (query, key, value), causal = tokens("causal", torch.bfloat16)
-    want, before = dense_attention(query, key, value, 0.1, causal), torch.get_num_threads()
+    want, before = attend(query, key, value, 0.1, causal), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert dense_attention(query, key, value, 0.1, causal).equal(want)
+        assert attend(query, key, value, 0.1, causal).equal(want)
     finally:
         torch.set_num_threads(before)
+
+
+# ---- gradients ------------------------------------------------------------------------------
+
+
+def with_gradients(function, inputs, *how):
+    """The result and the gradients of a random upstream gradient, which every dtype holds."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    y = function(*inputs, *how)
+    upstream = rand(*y.shape, seed=7).to(torch.bfloat16).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+
+def composed(query, key, value, causal):
+    """Plain operators of torch, each of which rounds: what flash attention of torch does not."""
+    grouped = query.unflatten(2, (key.shape[2], -1))
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped, key) * query.shape[3] ** -0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1) > 0, -math.inf)
+    return torch.einsum("bhgqk,bkhd->bqhgd", scores.softmax(-1), value).flatten(2, 3)
+
+
+@pytest.mark.parametrize("order", ["tokens", "heads"])
+@EVERY_DTYPE
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_as_good_as_torch(case, dtype, order) -> None:
+    inputs, causal = tokens(case, dtype)
+    if order == "heads":
+        inputs = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
+    mine = with_gradients(attend, inputs, inputs[0].shape[3] ** -0.5, causal)
+    stock = with_gradients(composed, inputs, causal)
+    exact = with_gradients(composed, [t.double() for t in inputs], causal)
+    assert_as_good_as_torch(mine, stock, exact, dtype)
+
+
+@pytest.mark.parametrize("case", ["odd", "grouped", "causal, more keys", "causal, fewer keys"])
+def test_gradients_in_float64(case) -> None:
+    inputs, causal = tokens(case, torch.float64)
+    mine = with_gradients(attend, inputs, inputs[0].shape[3] ** -0.5, causal)
+    want = with_gradients(composed, inputs, causal)
+    torch.testing.assert_close(mine, want, rtol=1e-11, atol=1e-13)
+
+
+def test_second_derivatives() -> None:
+    inputs = [rand(1, 3, 2, 2), rand(1, 4, 1, 2, seed=1), rand(1, 4, 1, 3, seed=2)]
+    inputs = [t.double().requires_grad_() for t in inputs]
+    for causal in (False, True):
+        assert torch.autograd.gradcheck(lambda *x, c=causal: attend(*x, 0.7, c), inputs)
+        assert torch.autograd.gradgradcheck(lambda *x, c=causal: attend(*x, 0.7, c), inputs)
+
+
+def test_gradient_of_one() -> None:
+    inputs, causal = tokens("odd", torch.float32)
+    inputs[1].requires_grad_()
+    attend(*inputs, 0.5, causal).sum().backward()
+    assert inputs[0].grad is inputs[2].grad is None and inputs[1].grad.isfinite().all()
 
 
 # ---- the function of torch's name -----------------------------------------------------------
@@ -138,7 +194,6 @@ def test_takes_what_pays(dtype) -> None:
     [
         {"attn_mask": torch.rand(37, 53) > 0.3},
         {"dropout_p": 0.5},
-        {"requires_grad": True},
         {"queries": 7},
         {"dtype": torch.float64},
     ],
@@ -147,8 +202,6 @@ def test_takes_what_pays(dtype) -> None:
 def test_everything_else_is_torch(change) -> None:
     inputs, _ = by_head("odd", change.pop("dtype", torch.float32))
     inputs[0] = inputs[0][:, :, : change.pop("queries", None)]
-    if change.pop("requires_grad", False):
-        inputs[1].requires_grad_()
     torch.manual_seed(0)
     with recorded() as calls:
         mine = ops.scaled_dot_product_attention(*inputs, **change)
@@ -156,16 +209,14 @@ def test_everything_else_is_torch(change) -> None:
     assert mine.equal(F.scaled_dot_product_attention(*inputs, **change)) and not calls
 
 
-def test_gradients() -> None:
+def test_gradients_of_the_function() -> None:
     inputs, causal = by_head("causal", torch.float32)
-    inputs = [t.requires_grad_() for t in inputs]
     how = dict(is_causal=causal, enable_gqa=True)
     mine, stock = (
-        torch.autograd.grad(f(*inputs, **how).square().sum(), inputs)
+        with_gradients(lambda *x, f=f: f(*x, **how), inputs)
         for f in (ops.scaled_dot_product_attention, F.scaled_dot_product_attention)
     )
-    for a, b in zip(mine, stock, strict=True):
-        assert a.equal(b)
+    torch.testing.assert_close(mine, stock)
 
 
 def test_compiles_whole() -> None:
@@ -174,13 +225,17 @@ def test_compiles_whole() -> None:
     torch.testing.assert_close(compiled(*inputs), F.scaled_dot_product_attention(*inputs))
 
 
-def test_under_autocast() -> None:
-    inputs, _ = by_head("odd", torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mine, stock = (
-            f(*inputs) for f in (ops.scaled_dot_product_attention, F.scaled_dot_product_attention)
-        )
-    assert mine.equal(stock) and mine.dtype is stock.dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast(dtype) -> None:
+    """What is in autocast's dtype already stays ours; its second derivative is not lowered."""
+    inputs, causal = by_head("causal", dtype)
+    how = dict(is_causal=causal, enable_gqa=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16), recorded() as calls:
+        mine = ops.scaled_dot_product_attention(*inputs, **how)
+        stock = F.scaled_dot_product_attention(*inputs, **how)
+    exact = F.scaled_dot_product_attention(*(t.double() for t in inputs), **how)
+    assert_as_good_as_torch([mine], [stock], [exact], torch.bfloat16)
+    assert bool(calls) == (mkl_lags() and dtype is torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -222,5 +277,5 @@ def test_the_operator_refuses(change, error, message) -> None:
 
 
 def test_no_queries() -> None:
-    y = dense_attention(rand(2, 0, 4, 8), rand(2, 5, 2, 8), rand(2, 5, 2, 3), 1.0, False)
+    y = attend(rand(2, 0, 4, 8), rand(2, 5, 2, 8), rand(2, 5, 2, 3), 1.0, False)
     assert y.shape == (2, 0, 4, 3)

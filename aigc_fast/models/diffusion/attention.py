@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn import Conv2d, GroupNormAct, LayerNorm, Linear
+from aigc_fast.ops.scaled_dot_product_attention import has_attention
 
 from .load import early_name
 
@@ -15,11 +16,13 @@ from .load import early_name
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query key^T / sqrt(head_dim)) value, each (batch, heads, tokens, head_dim).
 
-    In training on a CPU, bfloat16 is raised to float32, in which PyTorch's backward pass is the
-    faster one: a step of a small transformer (128 tokens, two cores with AMX, all else bfloat16)
-    took 0.18 s so, 0.31 s all in bfloat16 and 0.26 s all in float32.
+    In training on a CPU for which `ops.scaled_dot_product_attention` has nothing of its own,
+    bfloat16 is raised to float32, in which PyTorch's backward pass is the faster one: a step of a
+    small transformer (128 tokens, two cores with AMX, all else bfloat16) took 0.18 s so, 0.31 s all
+    in bfloat16 and 0.26 s all in float32.
     """
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
+    lower = query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad
+    if lower and not has_attention(query, key, value):
         with torch.autocast("cpu", enabled=False):  # which would lower them again
             y = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
             return y.to(query.dtype)
