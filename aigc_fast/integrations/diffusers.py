@@ -19,8 +19,8 @@ from torch import Tensor
 
 from aigc_fast import schedulers
 from aigc_fast.integrations.diffusers_noise import NOISE
-from aigc_fast.schedulers.adams import pndm_step
 from aigc_fast.schedulers.flow_match import growing_step, renoise_step
+from aigc_fast.schedulers.pndm import pndm_step
 from aigc_fast.schedulers.scheduler import shift_in
 from aigc_fast.schedulers.tables import Tables
 

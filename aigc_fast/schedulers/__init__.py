@@ -1,6 +1,6 @@
 """Noise schedules and solvers: each solver is a table of rows for ops.scheduler_step."""
 
-from aigc_fast.schedulers.adams import IPNDMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from aigc_fast.schedulers.adams import IPNDMScheduler, LMSDiscreteScheduler
 from aigc_fast.schedulers.ancestral import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 from aigc_fast.schedulers.distilled import (
     CMStochasticIterativeScheduler,
@@ -24,6 +24,7 @@ from aigc_fast.schedulers.flow_match import (
     FlowMatchLCMScheduler,
 )
 from aigc_fast.schedulers.linear import Row
+from aigc_fast.schedulers.pndm import PNDMScheduler
 from aigc_fast.schedulers.sa_solver import SASolverScheduler
 from aigc_fast.schedulers.scheduler import Scheduler
 from aigc_fast.schedulers.two_stage import (
