@@ -1,4 +1,4 @@
-"""Layer, norm and activation of any model's nn.Sequential as one layer of ours, reversibly."""
+"""Layer, norm and activation of any model as one layer of ours, reversibly."""
 
 import copy
 from collections import Counter
@@ -27,6 +27,7 @@ from aigc_fast.nn._replacing import (
     fast_class,
     take_back,
 )
+from aigc_fast.nn._tracing import runs
 from aigc_fast.nn.norm_act import Activated
 
 _RECORD = "_aigc_fast_fused"
@@ -34,19 +35,21 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def fuse(model: nn.Module) -> PatchReport:
-    """Makes the layers before activations apply them too, in place, in every nn.Sequential inside.
+    """Makes the layers before activations apply them too, in place.
 
-    model: any module. Wherever an nn.Sequential runs Linear, Conv or ConvTranspose (1d to 3d), or
-           BatchNorm, InstanceNorm or GroupNorm, and then ReLU, LeakyReLU, Tanh, Sigmoid, ELU, SELU,
-           Softplus, SiLU or GELU, the former calls bias_act or a norm with the activation, and the
-           latter passes on what it gets. A dropout between them stays: ReLU and LeakyReLU commute
-           with it.
+    model: any module. Wherever an nn.Sequential, or another forward that torch.fx can trace, runs
+           Linear, Conv or ConvTranspose (1d to 3d), or BatchNorm, InstanceNorm or GroupNorm, and
+           then ReLU, LeakyReLU, Tanh, Sigmoid, ELU, SELU, Softplus, SiLU or GELU, the former calls
+           bias_act or a norm with the activation, and the latter passes on what it gets. A dropout
+           between them stays: ReLU and LeakyReLU commute with it.
 
     Modules, parameters, the names in state dicts and parametrizations stay; outputs and gradients,
     of any order, agree to rounding. What has hooks that would see another tensor, or is used in
-    several places, is kept as it is. An nn.Sequential is taken to run as a whole: one that is
-    indexed or sliced between a layer and its activation gives the activation's result already.
-    Within torch.compile the stock code runs. Fusing again changes nothing; `unfuse` takes all back.
+    several places, is kept as it is, and so is all in a forward whose arguments can be left out: it
+    may go several ways. Another forward is taken to go the way it goes now, and an nn.Sequential to
+    run as a whole: one that is indexed or sliced between a layer and its activation gives the
+    activation's result already. Within torch.compile the stock code runs. Fusing again changes
+    nothing; `unfuse` takes all back.
 
     Returns what was replaced and what was not, and why. TypeError if `model` is no module.
     """
@@ -57,7 +60,8 @@ def fuse(model: nn.Module) -> PatchReport:
     replaced: Counter[tuple[str, str]] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
     changes, seen = [], set()
-    for before, act in _activations(model):
+    in_sequences = list(_activations(model))
+    for before, act in [*in_sequences, *_elsewhere(model, {act for _, act in in_sequences})]:
         seen.add(act)
         try:
             leader = _leader(before, act)
@@ -68,7 +72,8 @@ def fuse(model: nn.Module) -> PatchReport:
             kept[_stock(act), str(reason)] += 1
     for module in model.modules():
         if module not in seen and _row(STOCK_ACTIVATIONS, module):
-            kept[_stock(module), "it stands in no nn.Sequential"] += 1
+            why = "it stands in no nn.Sequential, and not once in a forward that torch.fx can trace"
+            kept[_stock(module), why] += 1
     if changes:
         model.__dict__.setdefault(_RECORD, []).extend(changes)
     return PatchReport.of(type(model), replaced, kept)
@@ -147,6 +152,18 @@ def _activations(model: nn.Module) -> Iterator[tuple[list[nn.Module], nn.Module]
                 yield children[:i], child
 
 
+def _elsewhere(
+    model: nn.Module, known: set[nn.Module]
+) -> Iterator[tuple[list[nn.Module], nn.Module]]:
+    """The same of the other activations, where a forward calls each once and its layer too."""
+    acts = {m for m in model.modules() if isinstance(m, Absorbed) or _row(STOCK_ACTIVATIONS, m)}
+    found = list(runs(model, acts - known)) if acts - known else []
+    calls = Counter(run[-1] for run in found)
+    for *before, last in found:
+        if last in acts - known and all(calls[module] == 1 for module in (*before, last)):
+            yield before, last
+
+
 def _leader(before: list[nn.Module], act: nn.Module) -> Any:
     """The layer that can apply act."""
     for module in reversed(before):
@@ -157,7 +174,7 @@ def _leader(before: list[nn.Module], act: nn.Module) -> Any:
             if isinstance(module, Fused) or _row(LAYERS, module):
                 return module
             raise Unfit(f"a {_stock(module)} stands before it")
-    raise Unfit("nothing stands before it")
+    raise Unfit("no module stands right before it")
 
 
 def _plan(leader: Any, act: Any, places: Counter[nn.Module]) -> list[Assignment]:
