@@ -22,36 +22,32 @@ std::tuple<Tensor, Tensor> forward(const MaybeTensor& residual_in, const Tensor&
   Tensor y = empty_like_rows(x_in), h = gated ? empty_like_rows(x_in) : y;
   const int64_t width = x.width, run = x.count / std::max<int64_t>(1, count);
   dispatch(x_in, "x", [&]<class T>(T) {
-    with_flags(rms, weight || bias, [&]<bool is_rms, bool affine>() {
+    using A = Acc<T>;
+    with_flags(rms, gated, [&]<bool is_rms, bool is_gated>() {
       torch::stable::parallel_for(0, x.count, grain_of(width), [&](int64_t begin, int64_t end) {
+        KeptBuffer<A> prepared(3 * width);
+        A *slope = prepared.data(), *offset = slope + width, *gates = offset + width;
         for (int64_t r = begin; r < end; ++r) {
+          if (r == begin || r % run == 0) {
+            const int64_t m = r / run;
+            prepare<T, 3, 5>(
+                width, {scale.at<T>(m), shift.at<T>(m), w.at<T>(0), b.at<T>(0), gate.at<T>(m)},
+                {slope, offset, gates}, [](auto& v) {
+                  return Vectors<A, 3>{{v[2] * (A(1) + v[0]), v[3] * (A(1) + v[0]) + v[1], v[4]}};
+                });
+          }
           const T* in = x.at<T>(r);
-          const int64_t m = r / run;
-          if (gated) {
+          if constexpr (is_gated) {
             T* to = mutable_data<T>(h) + r * width;
-            map_row<T, 3>(width, {residual.at<T>(r), in, gate.at<T>(m)}, to,
-                          [](auto& v) { return v[0] + v[1] * v[2]; });
+            map_row<T, 2, 1>(width, {residual.at<T>(r), in}, to,
+                             [](auto& v) { return v[0] + v[1] * v[2]; }, {gates});
             in = to;
           }
-          const auto of = statistics<T, is_rms, 0, 1>({in}, width, eps, [](auto...) {});
-          T* out = mutable_data<T>(y) + r * width;
-          if (affine && !scale_in)
-            map_row<T, 3>(width, {in, w.at<T>(0), b.at<T>(0)}, out,
-                          [mean = of.mean, factor = of.factor](auto& v) {
-                            return (v[0] - mean) * factor * v[1] + v[2];
-                          });
-          else if constexpr (affine)
-            map_row<T, 5>(width, {in, scale.at<T>(m), shift.at<T>(m), w.at<T>(0), b.at<T>(0)}, out,
-                          [mean = of.mean, factor = of.factor](auto& v) {
-                            const auto n = (v[0] - mean) * factor * v[3] + v[4];
-                            return n + n * v[1] + v[2];
-                          });
-          else
-            map_row<T, 3>(width, {in, scale.at<T>(m), shift.at<T>(m)}, out,
-                          [mean = of.mean, factor = of.factor](auto& v) {
-                            const auto n = (v[0] - mean) * factor;
-                            return n + n * v[1] + v[2];
-                          });
+          const auto of = row_moments<T, !is_rms, 0, 1>({in}, width, [](auto...) {});
+          const A mean = of.near + of.rest, factor = 1 / std::sqrt(of.variance + A(eps));
+          map_row<T, 1, 2>(width, {in}, mutable_data<T>(y) + r * width,
+                           [=](auto& v) { return (v[0] - mean) * factor * v[1] + v[2]; },
+                           {slope, offset});
         }
       });
     });

@@ -1,13 +1,14 @@
 // The adaLN chain of a diffusion transformer: residual + gate * x, its LayerNorm or RMSNorm, and
 // the modulation by scale and shift. What its directions have in common.
 //
-// Rows of the modulation serve runs of `run` neighbouring rows of x. A row is looked at several
-// times, all but the first in the L1 cache. Backward finds the statistics anew, so that forward
-// has nothing to save beside its input.
+// Rows of the modulation serve runs of `run` neighbouring rows of x; the norm's own weight and bias
+// are multiplied into them once for a run. Backward finds the statistics anew, so that forward has
+// nothing to save beside its input.
 #pragma once
 
+#include "kept_buffer.h"
+#include "row_moments.h"
 #include "rows.h"
-#include "two_vectors.h"
 
 namespace aigc_fast {
 
@@ -50,31 +51,22 @@ inline void check_affine(const MaybeTensor& p, const Tensor& x) {
           "weight and bias must have the width and dtype of x");
 }
 
-// Mean and 1 / deviation of a row, and the sums over it that f(differences from the mean, other
-// vectors, sums) adds to; the first of the rows x is that of the mean. Two looks: the mean's
-// rounding is made good with the sum of the differences from it.
-template <class A, int N>
-struct Statistics {
-  A mean, factor, rest;
-  std::array<A, N + 2> sums;
-};
-template <class T, bool rms, int N, int X, class F>
-AIGC_INLINE Statistics<Acc<T>, N> statistics(std::array<const T*, X> x, int64_t width, double eps,
-                                             F&& f) {
+// to[n][j] = f({rows[0][j], rows[1][j], ...})[n], in the order in which load_pair gives rows.
+template <class T, int N, int X, class F>
+AIGC_INLINE void prepare(int64_t width, std::array<const T*, X> rows, std::array<Acc<T>*, N> to,
+                         F&& f) {
   using A = Acc<T>;
-  A mean = 0;
-  if constexpr (!rms)
-    mean = sum_row<T, 1, 1>(width, {x[0]}, 0, [](auto& v, Vec<A>* s) { s[0] += v[0]; })[0] / width;
-  // Past the end of the row everything is the mean: no difference, and f must add nothing for it.
-  const auto sums = sum_row<T, N + 2, X>(width, x, mean, [&](auto& v, Vec<A>* s) {
-    const Vec<A> d = rms ? v[0] : v[0] - mean;
-    if constexpr (!rms) s[0] += d;
-    s[1] += d * d;
-    f(d, v, s + 2);
+  for_columns<T, 0>(width, {}, [&](int64_t j, auto n, auto&, auto&) {
+    Vectors<A, 2> out[N] = {};
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      Vectors<A, X> v;
+      for (int k = 0; k < X; ++k) v[k] = load_two(rows[k] + j, n)[half];
+      const Vectors<A, N> made = f(v);
+      for (int k = 0; k < N; ++k) out[k][half] = made[k];
+    }
+    for (int k = 0; k < N; ++k) store_two(to[k] + j, out[k], n);
   });
-  const A rest = sums[0] / width;
-  const A variance = sums[1] / width - rest * rest;
-  return {mean + rest, 1 / std::sqrt(variance + A(eps)), rest, sums};
 }
 
 template <class F>

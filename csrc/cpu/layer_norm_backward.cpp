@@ -32,8 +32,86 @@ struct Blocks {
   }
 };
 
+// Rows that are looked at twice, for what the norm's gradient sums along a row and for the sums
+// over rows, which stay in registers: the second time they are in the L2 cache.
+constexpr int64_t kGroupRows = 8;
+
 // dy is the gradient of the modulated norm of h, dsum that of h itself. Sums over the run:
 //   P = dy * n, Q = dy, R = dh * branch
+template <class T, bool rms, bool gated>
+struct Group {
+  using A = Acc<T>;
+  static constexpr int kSums = gated ? 3 : 2;
+  int64_t width, rows;
+  double eps;
+  const T *h, *dy, *dsum, *branch;  // rows lie so many elements apart:
+  int64_t h_stride, dy_stride, dsum_stride, branch_stride;
+  T *dh, *dbranch;
+  const A *slope, *gate;  // weight * (1 + scale), and gate, as `prepare` makes them
+
+  struct RowOf {
+    A mean, factor, mean_g, mean_gn;
+  };
+  RowOf look(int64_t r) const {
+    const auto found = row_moments<T, !rms, 2, 2, 1>({h + r * h_stride, dy + r * dy_stride}, width,
+                                                     [](Vec<A> d, auto& v, Vec<A>* to) {
+                                                       const Vec<A> g = v[1] * v[2];
+                                                       to[0] += g;
+                                                       to[1] += g * d;
+                                                     },
+                                                     {slope});
+    const A factor = 1 / std::sqrt(found.variance + A(eps)), rest = found.rest;
+    return {found.near + rest, factor, rms ? 0 : found.sums[2] / width,
+            (found.sums[3] - rest * found.sums[2]) / width * factor};
+  }
+  // P, Q and R lie one after the other; they are added to unless this is the first group of a
+  // block, and come in the order of columns with the last.
+  void add_to(A* sums, bool first, bool last) const {
+    RowOf of[kGroupRows];
+    for (int64_t r = 0; r < rows; ++r) of[r] = look(r);
+    for_columns<T, 0>(width, {}, [&](int64_t j, auto n, auto&, auto&) {
+      const Vectors<A, 2> s = load_two(slope + j, n), g = load_two(gate + j, n);
+      Vectors<A, 2> sum[kSums] = {};
+      for (int64_t r = 0; r < rows; ++r) {
+        // Memory is asked for the next group meanwhile.
+        const auto read = [&](const T* p, int64_t stride) {
+          ask_for<0>(p + (r + kGroupRows) * stride + j, n);
+          return load_two(p + r * stride + j, n);
+        };
+        const auto write = [&](T* p, const Vectors<A, 2>& v) {
+          ask_for<1>(p + (r + kGroupRows) * width + j, n);
+          store_two(p + r * width + j, v, n);
+        };
+        const Vectors<A, 2> at = read(h, h_stride), up = read(dy, dy_stride);
+        Vectors<A, 2> d = {}, x, to;
+        if (dsum) d = read(dsum, dsum_stride);
+        if constexpr (gated) x = read(branch, branch_stride);
+#pragma GCC unroll 2  // else the sums stay in memory
+        for (int k = 0; k < 2; ++k) {
+          const Vec<A> normed = (at[k] - of[r].mean) * of[r].factor;
+          d[k] += (up[k] * s[k] - of[r].mean_g - normed * of[r].mean_gn) * of[r].factor;
+          sum[0][k] += up[k] * normed;
+          sum[1][k] += up[k];
+          if constexpr (gated) sum[2][k] += d[k] * x[k], to[k] = d[k] * g[k];
+        }
+        write(dh, d);
+        if constexpr (gated) write(dbranch, to);
+      }
+#pragma GCC unroll 3
+      for (int k = 0; k < kSums; ++k) {
+        A* to = sums + k * width + j;
+        if (!first) {
+          const Vectors<A, 2> before = load_two(to, n);
+          sum[k][0] += before[0], sum[k][1] += before[1];
+        }
+        if (last && std::is_same_v<decltype(n), TwoVectors<A>>)
+          pair_to_halves<T>(sum[k][0], sum[k][1]);
+        store_two(to, sum[k], n);
+      }
+    });
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_norm_backward(
     const Tensor& dy_in, const MaybeTensor& dsum_in, const Tensor& h_in,
     const MaybeTensor& branch_in, const MaybeTensor& gate_in, const MaybeTensor& scale_in,
@@ -59,75 +137,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_nor
   const Blocks blocks(h.count, count);
   dispatch(h_in, "x", [&]<class T>(T) {
     using A = Acc<T>;
-    const int64_t sums = gated ? 3 : 2, paired = width / (2 * kLanes<A>)*2 * kLanes<A>;
-    std::vector<A> partial(blocks.count * blocks.per_run * sums * width);
-    T *dh_at = mutable_data<T>(dh), *dbranch_at = mutable_data<T>(dbranch);
-    with_flags(rms, gated, [&]<bool is_rms, bool is_gated>() {
+    const int64_t sums = gated ? 3 : 2;
+    KeptBuffer<A> partial(blocks.count * blocks.per_run * sums * width);
+    auto in_blocks = [&]<bool is_rms, bool is_gated>() {
       blocks.for_each(width, [&](int64_t i, int64_t m, int64_t first, int64_t last) {
-        A* P = partial.data() + i * sums * width;
-        A *Q = P + width, *R = Q + width;
-        const T *s = scale.at<T>(m), *g = gate.at<T>(m), *wt = w.at<T>(0);
-        for (int64_t r = first; r < last; ++r) {
-          const T *in = h.at<T>(r), *grad = dy.at<T>(r), *x = branch.at<T>(r);
-          const T* added = dsum_in ? dsum.at<T>(r) : nullptr;
-          const auto found = statistics<T, is_rms, 2, 4>(
-              {in, grad, s, wt}, width, eps, [](Vec<A> d, auto& v, Vec<A>* to) {
-                const Vec<A> of = v[1] * v[3], g = of + of * v[2];
-                to[0] += g;
-                to[1] += g * d;
-              });
-          const A mean = found.mean, factor = found.factor;
-          const A mean_g = is_rms ? 0 : found.sums[2] / width;
-          const A mean_gn = (found.sums[3] - found.rest * found.sums[2]) / width * factor;
-          T *out = dh_at + r * width, *out_branch = dbranch_at + r * width;
-          // The gradient of h; the sums of column j go to P[j], Q[j] and R[j].
-          auto step = [=](Vec<A> at, Vec<A> up, Vec<A> weight, Vec<A> scale, Vec<A> sum, Vec<A> x,
-                          int64_t j, auto n) {
-            const Vec<A> normed = (at - mean) * factor, of = up * weight, v = of + of * scale;
-            const Vec<A> d = (v - mean_g - normed * mean_gn) * factor + sum;
-            store(P + j, load(P + j, n) + up * normed, n);
-            store(Q + j, load(Q + j, n) + up, n);
-            if constexpr (is_gated) store(R + j, load(R + j, n) + d * x, n);
-            return d;
-          };
-          constexpr int lanes = kLanes<A>;
-          for (int64_t j = 0; j < paired; j += 2 * lanes) {
-            const std::integral_constant<int, lanes> all;
-            Vec<A> at[2], up[2], weight[2], scale[2], sum[2] = {}, x2[2] = {}, gate2[2];
-            load_pair(in + j, at[0], at[1]);
-            load_pair(grad + j, up[0], up[1]);
-            load_pair(wt + j, weight[0], weight[1]);
-            load_pair(s + j, scale[0], scale[1]);
-            if (added) load_pair(added + j, sum[0], sum[1]);
-            if constexpr (is_gated) load_pair(x + j, x2[0], x2[1]);
-            const Vec<A> a = step(at[0], up[0], weight[0], scale[0], sum[0], x2[0], j, all);
-            const Vec<A> b = step(at[1], up[1], weight[1], scale[1], sum[1], x2[1], j + lanes, all);
-            store_two(out + j, a, b);
-            if constexpr (is_gated) {
-              load_pair(g + j, gate2[0], gate2[1]);
-              store_two(out_branch + j, a * gate2[0], b * gate2[1]);
-            }
-          }
-          for_vectors<A>(width - paired, [&](int64_t i, auto n) {
-            const int64_t j = paired + i;
-            const Vec<A> d =
-                step(load(in + j, n), load(grad + j, n), load(wt + j, n), load(s + j, n),
-                     added ? load(added + j, n) : Vec<A>{}, load(x + j, n), j, n);
-            store(out + j, d, n);
-            if constexpr (is_gated) store(out_branch + j, d * load(g + j, n), n);
-          });
+        KeptBuffer<A> prepared(2 * width);
+        A *slope = prepared.data(), *gates = slope + width;
+        prepare<T, 2, 3>(width, {scale.at<T>(m), w.at<T>(0), gate.at<T>(m)}, {slope, gates},
+                         [](auto& v) { return Vectors<A, 2>{{v[1] * (A(1) + v[0]), v[2]}}; });
+        for (int64_t r = first; r < last; r += kGroupRows) {
+          const Group<T, is_rms, is_gated> group{width,
+                                                 std::min(kGroupRows, last - r),
+                                                 eps,
+                                                 h.at<T>(r),
+                                                 dy.at<T>(r),
+                                                 dsum_in ? dsum.at<T>(r) : nullptr,
+                                                 branch.at<T>(r),
+                                                 h.stride,
+                                                 dy.stride,
+                                                 dsum.stride,
+                                                 branch.stride,
+                                                 mutable_data<T>(dh) + r * width,
+                                                 mutable_data<T>(dbranch) + r * width,
+                                                 slope,
+                                                 gates};
+          group.add_to(partial.data() + i * sums * width, r == first, r + kGroupRows >= last);
         }
-        // From the order of load_pair to that of the columns.
-        for (int64_t k = 0; k < sums; ++k)
-          for (int64_t j = 0; j < paired; j += 2 * kLanes<A>) {
-            A* to = P + k * width + j;
-            Vec<A> a = load(to), b = load(to + kLanes<A>);
-            pair_to_halves<T>(a, b);
-            store(to, a);
-            store(to + kLanes<A>, b);
-          }
       });
-    });
+    };
+    with_flags(rms, gated, in_blocks);
     T *to_scale = mutable_data<T>(dscale), *to_shift = mutable_data<T>(dshift);
     T *to_gate = mutable_data<T>(dgate), *to_w = mutable_data<T>(dweight);
     T* to_b = mutable_data<T>(dbias);

@@ -39,6 +39,24 @@ AIGC_INLINE void store_two(T* p, V a, V b) {
   }
 }
 
+// Two vectors in the order of load_pair, or with any `lanes` but TwoVectors one, and zero.
+template <class T, class N>
+AIGC_INLINE Vectors<Acc<T>, 2> load_two(const T* p, N lanes) {
+  Vectors<Acc<T>, 2> v = {};
+  if constexpr (std::is_same_v<N, TwoVectors<Acc<T>>>)
+    load_pair(p, v[0], v[1]);
+  else
+    v[0] = load(p, lanes);
+  return v;
+}
+template <class T, class N>
+AIGC_INLINE void store_two(T* p, const Vectors<Acc<T>, 2>& v, N lanes) {
+  if constexpr (std::is_same_v<N, TwoVectors<Acc<T>>>)
+    store_two(p, v[0], v[1]);
+  else
+    store(p, v[0], lanes);
+}
+
 // Asks for the lines of p[0], ..., p[count - 1].
 template <int write, class T>
 AIGC_INLINE void ask_for(const T* p, int64_t count) {
@@ -49,24 +67,28 @@ AIGC_INLINE void ask_for(const T* p, int64_t count) {
 template <class T>
 constexpr int64_t kAhead = 2048 / sizeof(T);
 
-// out[i] = f(x[0][i], x[1][i], ...) for a row of `count` elements.
-template <class T, int X, class F>
-AIGC_INLINE void map_row(int64_t count, std::array<const T*, X> x, T* out, F&& f) {
+// out[i] = f({x[0][i], ..., params[0][i], ...}) for a row of `count` elements; params are in the
+// cache, and in the order in which load_pair<T> gives x.
+template <class T, int X, int P = 0, class F>
+AIGC_INLINE void map_row(int64_t count, std::array<const T*, X> x, T* out, F&& f,
+                         std::array<const Acc<T>*, P> params = {}) {
   using A = Acc<T>;
   constexpr int lanes = kLanes<A>;
   int64_t i = 0;
   for (; i + 2 * lanes <= count; i += 2 * lanes) {
-    Vectors<A, X> a, b;
+    Vectors<A, X + P> a, b;
     for (int k = 0; k < X; ++k) {
       ask_for<0>(x[k] + i + kAhead<T>, 2 * lanes);
       load_pair(x[k] + i, a[k], b[k]);
     }
+    for (int k = 0; k < P; ++k) load_pair(params[k] + i, a[X + k], b[X + k]);
     ask_for<1>(out + i + kAhead<T>, 2 * lanes);
     store_two(out + i, f(a), f(b));
   }
   for_vectors<A>(count - i, [&](int64_t j, auto n) {
-    Vectors<A, X> a;
+    Vectors<A, X + P> a;
     for (int k = 0; k < X; ++k) a[k] = load(x[k] + i + j, n);
+    for (int k = 0; k < P; ++k) a[X + k] = load(params[k] + i + j, n);
     store(out + i + j, f(a), n);
   });
 }
@@ -105,29 +127,38 @@ AIGC_INLINE void map_at(int64_t count, std::array<T*, N> out, F&& f) {
   });
 }
 
-// The N sums along a row that f({x[0][i], ...}, sums) adds to, in four chains of additions; past
-// the end of the row x[0] is `fill` and the others are 0, for which f must add nothing.
-template <class T, int N, int X, class F>
+// The N sums along a row that f({x[0][i], ..., params[0][i], ...}, sums) adds to, in four chains of
+// additions; past the end of the row x[0] is `fill` and the others are 0, for which f must add
+// nothing. params: as in map_row.
+template <class T, int N, int X, int P = 0, class F>
 AIGC_INLINE std::array<Acc<T>, N> sum_row(int64_t count, std::array<const T*, X> x, Acc<T> fill,
-                                          F&& f) {
+                                          F&& f, std::array<const Acc<T>*, P> params = {}) {
   using A = Acc<T>;
   constexpr int lanes = kLanes<A>;
   Vec<A> sums[4][N] = {};
-  int64_t i = 0;
-  for (; i + 4 * lanes <= count; i += 4 * lanes)
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      Vectors<A, X> a, b;
-      for (int k = 0; k < X; ++k) {
-        ask_for<0>(x[k] + i + half * 2 * lanes + kAhead<T>, 2 * lanes);
-        load_pair(x[k] + i + half * 2 * lanes, a[k], b[k]);
-      }
-      f(a, sums[2 * half]);
-      f(b, sums[2 * half + 1]);
+  const auto add = [&](int64_t at, Vec<A>* first, Vec<A>* second) __attribute__((always_inline)) {
+    Vectors<A, X + P> a, b;
+    for (int k = 0; k < X; ++k) {
+      ask_for<0>(x[k] + at + kAhead<T>, 2 * lanes);
+      load_pair(x[k] + at, a[k], b[k]);
     }
+    for (int k = 0; k < P; ++k) load_pair(params[k] + at, a[X + k], b[X + k]);
+    f(a, first);
+    f(b, second);
+  };
+  int64_t i = 0;
+  for (; i + 4 * lanes <= count; i += 4 * lanes) {
+    add(i, sums[0], sums[1]);
+    add(i + 2 * lanes, sums[2], sums[3]);
+  }
+  if (i + 2 * lanes <= count) {
+    add(i, sums[0], sums[1]);
+    i += 2 * lanes;
+  }
   for_vectors<A>(count - i, [&](int64_t j, auto n) {
-    Vectors<A, X> a;
+    Vectors<A, X + P> a;
     for (int k = 0; k < X; ++k) a[k] = load(x[k] + i + j, n);
+    for (int k = 0; k < P; ++k) a[X + k] = load(params[k] + i + j, n);
     for (int lane = n; lane < lanes; ++lane) a[0][lane] = fill;
     f(a, sums[0]);
   });

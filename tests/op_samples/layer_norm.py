@@ -51,6 +51,11 @@ def _modulated(affine: int = 2) -> list[Sample]:
         Sample("large_mean", (large_mean, rand(2, 127), rand(2, 127, seed=1)), {}, False)
     )
     samples.append(_call("eps", rand(2, 3, 8, scale=0.03), rand(2, 8), rand(2, 8, seed=1), eps=0.1))
+    begins_apart = rand(2, 3, 1025)
+    begins_apart[..., :40] += 1e3
+    samples.append(
+        Sample("begins_apart", (begins_apart, rand(2, 1025), rand(2, 1025, seed=1)), {}, False)
+    )
     return samples
 
 
