@@ -1,5 +1,6 @@
 // The derivative of the adaLN chain (layer_norm.h) and of its gated residual alone.
 #include "layer_norm.h"
+#include "stream.h"
 #include "sums.h"
 
 namespace aigc_fast {
@@ -48,6 +49,7 @@ struct Group {
   int64_t h_stride, dy_stride, dsum_stride, branch_stride;
   T *dh, *dbranch;
   const A *slope, *gate;  // weight * (1 + scale), and gate, as `prepare` makes them
+  bool streams;
 
   struct RowOf {
     A mean, factor, mean_g, mean_gn;
@@ -79,6 +81,7 @@ struct Group {
           return load_two(p + r * stride + j, n);
         };
         const auto write = [&](T* p, const Vectors<A, 2>& v) {
+          if (streams) return stream_two(p + r * width + j, v, n);
           ask_for<1>(p + (r + kGroupRows) * width + j, n);
           store_two(p + r * width + j, v, n);
         };
@@ -139,6 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_nor
     using A = Acc<T>;
     const int64_t sums = gated ? 3 : 2;
     KeptBuffer<A> partial(blocks.count * blocks.per_run * sums * width);
+    const bool streams = may_stream<T>(dh, width) && (!gated || may_stream<T>(dbranch, width));
     auto in_blocks = [&]<bool is_rms, bool is_gated>() {
       blocks.for_each(width, [&](int64_t i, int64_t m, int64_t first, int64_t last) {
         KeptBuffer<A> prepared(2 * width);
@@ -160,9 +164,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_nor
                                                  mutable_data<T>(dh) + r * width,
                                                  mutable_data<T>(dbranch) + r * width,
                                                  slope,
-                                                 gates};
+                                                 gates,
+                                                 streams};
           group.add_to(partial.data() + i * sums * width, r == first, r + kGroupRows >= last);
         }
+        if (streams) end_of_stream();
       });
     };
     with_flags(rms, gated, in_blocks);

@@ -65,3 +65,21 @@ def test_packed_projection_is_read_in_place() -> None:
     scale, shift = packed.chunk(6, -1)[2:4]
     expected = ops.modulated_layer_norm(x, scale.contiguous(), shift.contiguous())
     assert torch.equal(ops.modulated_layer_norm(x, scale, shift), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_gradients_have_the_bits_of_small_ones(dtype) -> None:
+    """Those of 4 MB and more are written past the caches."""
+    residual, x, gate, scale, shift = (
+        rand(*shape, seed=i).to(dtype).requires_grad_()
+        for i, shape in enumerate([(4, 530, 1024)] * 2 + [(4, 1024)] * 3)
+    )
+
+    def gradients(samples: slice) -> tuple[torch.Tensor, ...]:
+        args = [t[samples] for t in (residual, x, gate, scale, shift)]
+        both = ops.gated_residual_norm(*args)
+        return torch.autograd.grad(both, args[:2], [t.detach() for t in both])
+
+    parts = [gradients(slice(i, i + 1)) for i in range(4)]
+    for whole, *small in zip(gradients(slice(None)), *parts, strict=True):
+        assert torch.equal(whole, torch.cat(small))
