@@ -179,6 +179,11 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "modulated_layer_norm": lambda x: ops.modulated_layer_norm(x(2, 5, 127), x(2, 127), x(2, 127)),
     "modulated_rms_norm": lambda x: ops.modulated_rms_norm(x(2, 5, 127), x(2, 127), x(2, 127)),
     "pixel_norm_act": lambda x: ops.pixel_norm_act(x(2, 6, 5, 7), act="lrelu"),
+    "pointwise_program": lambda x: ops.pointwise_program(
+        [x.constant(5, 127), x.constant(5, 127)],
+        "mul v1 s0; sub v0 v2; clamp v3 s1 s2; return v4",
+        [0.8, -1.0, 1.0],
+    )[0],
     "qk_norm_rotary": _qk_norm_rotary,
     "quantized_linear": _quantized_linear,
     "reconstruction_loss": lambda x: ops.reconstruction_loss(

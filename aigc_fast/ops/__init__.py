@@ -35,6 +35,7 @@ from aigc_fast.ops.norm_act import (
     pixel_norm_act,
 )
 from aigc_fast.ops.optim import adam_step, gradient_norm
+from aigc_fast.ops.pointwise_program import pointwise_program
 from aigc_fast.ops.qk_norm_rotary import qk_norm_rotary
 from aigc_fast.ops.quantized_linear import quantized_linear
 from aigc_fast.ops.rms_norm import add_rms_norm, rms_norm
@@ -95,6 +96,7 @@ __all__ = [
     "modulated_rms_norm",
     "pack_weight",
     "pixel_norm_act",
+    "pointwise_program",
     "qk_norm_rotary",
     "quantize_weight",
     "quantized_linear",

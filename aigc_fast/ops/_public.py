@@ -31,6 +31,7 @@ _MADE_OF: dict[str, tuple[str, ...]] = {
     "modulated_rms_norm": ("modulated_norm",),
     "pack_weight": (TORCH,),
     "pixel_norm_act": ("norm_act",),
+    "pointwise_program": ("pointwise_program", TORCH),
     "quantize_weight": (TORCH,),
     "scale_bias_act": ("scale_bias_act", "bias_act"),
     "scaled_dot_product_attention": ("dense_attention", TORCH),
