@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast import schedulers
+from aigc_fast.integrations.diffusers_exact import exact_step
 from aigc_fast.integrations.diffusers_noise import NOISE
 from aigc_fast.schedulers.flow_match import growing_step, renoise_step
 from aigc_fast.schedulers.pndm import pndm_step
@@ -26,6 +27,8 @@ from aigc_fast.schedulers.tables import Tables
 
 #: class -> {attribute: the stock method}, while installed
 _stock: dict[type, dict[str, Any]] = {}
+#: which contract it was that `install` was last asked for
+_exact = False
 
 
 class Fused(NamedTuple):
@@ -68,24 +71,49 @@ FUSED = {
 }
 
 
-def install() -> list[str]:
-    """Puts the fused methods into diffusers' classes; returns their names. Once is enough."""
+def install(*, exact: bool = False) -> list[str]:
+    """Puts the fused methods into diffusers' classes; returns their names. Once is enough.
+
+    exact: False: the fast contract. A step is one pass that computes in fp32 inside and rounds
+           once: closer to float64 than diffusers is, and other bits.
+           True: the exact contract. A step has the bits of diffusers, rounded after each of its
+           operators. The first time a scheduler comes to a step the stock method runs and is
+           watched; each further time, also by another scheduler with the same configuration and
+           schedule, its operators run in one pass. What is no row of elementwise operators stays
+           stock: dynamic thresholding, UniPC's steps of order 3 and its corrector's of order 2
+           and more (matrix products), learned variances, samples on a GPU or with gradients,
+           lists of generators, and add_noise, scale_noise and get_velocity.
+
+    The other contract than that of the last call replaces it.
+    """
     import diffusers
 
+    global _exact
+    if exact is not _exact:
+        uninstall()
+        _exact = exact
     for name, how in FUSED.items():
         cls = getattr(diffusers, name, None)
         # A class whose requirements are missing (LMS without scipy) has nothing to replace.
         if cls is None or cls in _stock or "step" not in vars(cls):
             continue
-        methods = {"step": _step(cls, getattr(schedulers, name), how)}
-        if how.noise_levels is not None:
-            for method, make in NOISE.items():
-                if method in vars(cls):
-                    methods[method] = make(vars(cls)[method], how.noise_levels)
+        if exact:
+            methods = {"step": exact_step(vars(cls)["step"], how.warns)}
+        else:
+            methods = _fused(cls, name, how)
         _stock[cls] = {method: vars(cls)[method] for method in methods}
         for method, function in methods.items():
             setattr(cls, method, function)
     return [cls.__name__ for cls in _stock]
+
+
+def _fused(cls: type, name: str, how: Fused) -> dict[str, Callable]:
+    methods = {"step": _step(cls, getattr(schedulers, name), how)}
+    if how.noise_levels is not None:
+        for method, make in NOISE.items():
+            if method in vars(cls):
+                methods[method] = make(vars(cls)[method], how.noise_levels)
+    return methods
 
 
 def uninstall() -> None:
