@@ -9,7 +9,7 @@ shape, strides and dtype of each tensor.
 import functools
 import inspect
 from collections.abc import Callable
-from operator import is_
+from operator import is_, itemgetter
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,24 +30,55 @@ MOST_PLANS = 4096
 Plans = dict[Any, Plan | None]
 
 
-class _Fixed:
-    """What a scheduler holds that no step changes, and the plans of steps with it."""
+class _Layout:
+    """The attributes of a scheduler by what becomes of them; found by their names and types, which
+    few steps change."""
 
-    def __init__(self, cls: type, objects: list[Any]) -> None:
-        self.objects = objects
-        self.tensors = [x for x in objects if isinstance(x, Tensor) and not x.is_inference()]
+    def __init__(self, names: tuple[str, ...], types: tuple[type, ...]) -> None:
+        kinds = dict(zip(names, types, strict=True))
+        plain = [name for name, kind in kinds.items() if kind in PLAIN]
+        self.plain = _getter(plain)
+        self.tensors = [name for name, kind in kinds.items() if kind is Tensor]
+        self.lists = [name for name, kind in kinds.items() if kind is list]
+        self.others = [n for n in names if n not in {*plain, *self.tensors, *self.lists}]
+
+
+_layout = functools.lru_cache(maxsize=1024)(_Layout)
+
+
+def _getter(names: list[str]) -> Callable[[dict[str, Any]], tuple]:
+    return itemgetter(*names, names[0]) if names else lambda state: ()
+
+
+class _Fixed:
+    """What a scheduler holds that steps do not change, and the plans of steps with it. While its
+    objects are the same ones no step looks at them: that would take as long as all else."""
+
+    def __init__(self, scheduler: Any, layout: _Layout, sample: Tensor) -> None:
+        state = scheduler.__dict__
+        self.varying = [n for n in layout.tensors if _varies(state[n], sample)]
+        names = [n for n in (*layout.tensors, *layout.others) if n not in self.varying]
+        self.get = _getter(names)
+        self.objects = self.get(state)
+        self.tensors = [x for x in self.objects if isinstance(x, Tensor) and not x.is_inference()]
         self.versions = [x._version for x in self.tensors]
         try:
-            self.plans = _plans(cls, *map(_content, objects))
+            contents = zip(names, map(_content, self.objects), strict=False)
+            cls: Any = type(scheduler)
+            self.plans = _plans(cls, layout, *contents)
         except (TypeError, RuntimeError):  # of Tensor.numpy, and of what has no hash
             self.plans = {}
 
-    def holds(self, objects: list[Any]) -> bool:
+    def holds(self, state: dict[str, Any]) -> bool:
         return (
-            len(objects) == len(self.objects)
-            and all(map(is_, objects, self.objects))
+            all(map(is_, self.get(state), self.objects))
             and [x._version for x in self.tensors] == self.versions
         )
+
+
+def _varies(x: Tensor, sample: Tensor) -> bool:
+    """Whether steps may change it: what has the sample's shape, and numbers."""
+    return x.shape == sample.shape or (x.dim() == 0 and x.is_cpu)
 
 
 @functools.lru_cache(maxsize=64)
@@ -64,108 +95,118 @@ def _content(value: Any) -> Any:
     return frozen(dict(value)) if isinstance(value, dict) else content(value)
 
 
-_fixed: WeakKeyDictionary[Any, _Fixed] = WeakKeyDictionary()
+_fixed: WeakKeyDictionary[Any, dict[_Layout, _Fixed]] = WeakKeyDictionary()
 
 
-def _plans_of(scheduler: Any, objects: list[Any]) -> Plans:
-    fixed = _fixed.get(scheduler)
-    if fixed is None or not fixed.holds(objects):
-        fixed = _fixed[scheduler] = _Fixed(type(scheduler), objects)
-    return fixed.plans
+def _fixed_of(scheduler: Any, layout: _Layout, sample: Tensor) -> _Fixed:
+    known = _fixed.get(scheduler)
+    if known is None:
+        known = _fixed[scheduler] = {}
+    fixed = known.get(layout)
+    if fixed is None or not fixed.holds(scheduler.__dict__):
+        fixed = known[layout] = _Fixed(scheduler, layout, sample)
+    return fixed
 
 
-class _Situation:
-    """What a step is known by: `key`, and `objects` that are compared by identity; `tensors` are
-    what it computes with."""
+class _Unfit(Exception):
+    """What is left to the stock method."""
 
-    __slots__ = ("key", "objects", "shape", "tensors")
 
-    def __init__(self, scheduler: Any, output: Tensor, sample: Tensor, others: list[Any]) -> None:
-        state = scheduler.__dict__
-        self.shape = sample.shape
-        self.tensors = [output, sample]
-        self.objects: list[Any] = []
-        self.key: list[Any] = [self.shape, torch.is_inference_mode_enabled(), *state]
-        for value in state.values():
-            self.add(value)
-        for value in others:
-            self.add(value)
-
-    def add(self, value: Any) -> None:
-        kind = type(value)
-        if kind in PLAIN:
-            self.key += (kind, value)
-        elif kind is Tensor:
-            if value.shape == self.shape:
-                self.tensors.append(value)
-                self.key.append(Tensor)
-            elif value.dim() == 0 and value.is_cpu:
-                self.key += (value.dtype, value.item())
-            else:
-                self.objects.append(value)
-        elif kind is list:
-            self.key += (list, len(value))
-            for member in value:
-                self.add(member)
-        else:
-            self.objects.append(value)
-
-    def complete(self) -> tuple | None:
-        """The key, or None for what is left to the stock method."""
-        tensors = self.tensors
-        for x in tensors:
-            if not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
-                return None
-            self.key += (x.dtype, x.stride())
+def _situation(
+    scheduler: Any, output: Tensor, sample: Tensor, others: list[Any]
+) -> tuple[Plans, tuple, list[Tensor]]:
+    """The plans of steps with the same schedule, the key of this step, and the tensors that it
+    computes with."""
+    state = scheduler.__dict__
+    layout = _layout(tuple(state), tuple(map(type, state.values())))
+    fixed = _fixed_of(scheduler, layout, sample)
+    key = [sample.shape, torch.is_inference_mode_enabled(), *layout.plain(state)]
+    tensors = [output, sample]
+    for name in fixed.varying:
+        _add_tensor(state[name], key, tensors)
+    for name in layout.lists:
+        _add_members(state[name], key, tensors)
+    _add_members(others, key, tensors)
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if not x.is_cpu or (grad and x.requires_grad):
+            raise _Unfit
+        key.append(x.dtype)
+        key.append(x.stride())
+    if len(set(map(id, tensors))) < len(tensors):  # one tensor in two roles
         addresses = list(map(id, tensors))
-        if len(set(addresses)) < len(addresses):  # one tensor in two roles
-            self.key.append(tuple(map(addresses.index, addresses)))
-        return tuple(self.key)
+        key.append(tuple(map(addresses.index, addresses)))
+    return fixed.plans, tuple(key), tensors
 
 
-def _is_known(option: Any, sample: Tensor) -> bool:
-    """Whether it is kept in mind by its value, or computed with."""
-    kind = type(option)
-    if kind is Tensor:
-        return option.is_cpu and (option.dim() == 0 or option.shape == sample.shape)
-    return kind in PLAIN or kind is torch.Generator
+def _add_tensor(x: Tensor, key: list[Any], tensors: list[Tensor]) -> None:
+    if x.dim() == 0 and x.is_cpu:
+        key.append(x.dtype)
+        key.append(x.item())
+    elif x.shape == tensors[1].shape:
+        tensors.append(x)
+        key.append(Tensor)
+    else:
+        raise _Unfit
+
+
+def _add_members(members: list[Any], key: list[Any], tensors: list[Tensor]) -> None:
+    key.append(len(members))
+    for x in members:
+        kind = type(x)
+        key.append(kind)
+        if kind in PLAIN:
+            key.append(x)
+        elif kind is Tensor:
+            _add_tensor(x, key, tensors)
+        elif kind is list:
+            _add_members(x, key, tensors)
+        else:
+            raise _Unfit
 
 
 def exact_step(stock: Callable, warns: bool) -> Callable:
     """`stock`, a class's step, with replays. `warns`: of a loop without scale_model_input."""
     names = list(inspect.signature(stock).parameters)[4:]
+    takes_generator = "generator" in names
 
     @functools.wraps(stock)
     def step(
         self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **options: Any
     ) -> Any:
-        options.update(zip(names, args, strict=False))
-        if not (
+        if args:
+            options.update(zip(names, args, strict=False))
+        generator = options.pop("generator", None)
+        plans: Plans | None = None
+        if (
             type(sample) is Tensor
             and type(model_output) is Tensor
             and sample.shape == model_output.shape
             and sample.dim() > 0
             and (not warns or self.is_scale_input_called)
+            and (generator is None or type(generator) is torch.Generator)
             and not torch.compiler.is_compiling()
             and not transforming()
             and _get_current_dispatch_mode() is None
-            and all(_is_known(x, sample) for x in (timestep, *options.values()))
         ):
+            try:
+                plans, key, tensors = _situation(
+                    self, model_output, sample, [timestep, *options, *options.values()]
+                )
+            except _Unfit:
+                pass
+            else:
+                plan = plans.get(key)
+                if plan is not None:
+                    return plan.replay(self, tensors, timestep, generator)
+        if takes_generator:
+            options["generator"] = generator
+        if plans is None or key in plans:
             return stock(self, model_output, timestep, sample, **options)
+        if len(plans) >= MOST_PLANS:
+            plans.clear()
         run = functools.partial(stock, self, model_output, timestep, sample, **options)
-        generator = options.pop("generator", None)
-        situation = _Situation(self, model_output, sample, [timestep, *options, *options.values()])
-        key = situation.complete()
-        if key is None:
-            return run()
-        plans = _plans_of(self, situation.objects)
-        tensors = situation.tensors
-        if key not in plans:
-            if len(plans) >= MOST_PLANS:
-                plans.clear()
-            result, plans[key] = watched(self, run, tensors, timestep, generator)
-            return result
-        plan = plans[key]
-        return run() if plan is None else plan.replay(self, tensors, timestep, generator)
+        result, plans[key] = watched(self, run, tensors, timestep, generator)
+        return result
 
     return step
