@@ -1,4 +1,5 @@
-"""diffusers' own schedulers, with aigc_fast.integrations.diffusers installed and without.
+"""diffusers' own schedulers, with aigc_fast.integrations.diffusers installed and without; `exact`
+is install(exact=True), whose results are compared to the bit.
 
 Loops from the same noise: over one schedule, for the time of step(), and with set_timesteps. A
 stochastic solver draws its noise with torch in both, and `noise` is what that alone takes.
@@ -92,22 +93,26 @@ class Calls:
             )[0]  # fmt: skip
         return x
 
-    def steps(self) -> tuple[Callable, Callable]:
-        """The class's own step, and that of install()."""
+    def steps(self) -> dict[str, Callable]:
+        """The class's own step, that of install(), and the exact one."""
         from aigc_fast.integrations import diffusers as integration
 
-        stock = self.cls.step
-        integration.install()
+        steps = {"diffusers": self.cls.step}
         try:
-            return stock, self.cls.step
+            for name, exact in (("installed", False), ("exact", True)):
+                integration.install(exact=exact)
+                steps[name] = self.cls.step
         finally:
             integration.uninstall()
+        return steps
 
     def measure(self, benchmark, request, loops: dict[str, Callable], count: int) -> None:
         """Of `loops` without noise, once they are found to agree; seconds of one of `count`."""
         with torch.no_grad():
             want, got = loops["diffusers"](), loops["installed"]()
             assert (want - got).abs().max() <= 1e-3 * want.abs().max()
+            for _ in range(2):  # watched, and replayed
+                assert torch.equal(loops["exact"](), want)
             with Draws() as recorder:
                 loops["installed"]()
             draws = recorder.count
@@ -125,6 +130,8 @@ class Calls:
                 seconds={key: value / count for key, value in times.items()},
                 diffusers_over_installed=times["diffusers"] / times["installed"],
                 without_noise=(times["diffusers"] - noise) / (times["installed"] - noise),
+                diffusers_over_exact=times["diffusers"] / times["exact"],
+                exact_without_noise=(times["diffusers"] - noise) / (times["exact"] - noise),
             )
             if "first" in times:
                 benchmark.extra_info["diffusers_over_first"] = times["diffusers"] / times["first"]
@@ -147,8 +154,7 @@ def bench_step_through_install(benchmark, request, name, shape) -> None:
 
         return run
 
-    stock, fused = calls.steps()
-    loops = {"diffusers": again(stock), "installed": again(fused)}
+    loops = {name: again(step) for name, step in calls.steps().items()}
     calls.measure(benchmark, request, loops, len(calls.scheduler.timesteps))
 
 
@@ -160,7 +166,7 @@ def bench_loop_through_install(benchmark, request, name, steps) -> None:
     Of two stages a step asks the model twice, and is two calls.
     """
     calls = Calls(name, SHAPES[0])
-    stock, fused = calls.steps()
+    steps_of = calls.steps()
 
     def whole(step: Callable) -> Callable:
         def run() -> torch.Tensor:
@@ -171,7 +177,7 @@ def bench_loop_through_install(benchmark, request, name, steps) -> None:
 
     def first() -> torch.Tensor:
         tables._made.cache_clear()
-        return whole(fused)()
+        return whole(steps_of["installed"])()
 
-    loops = {"diffusers": whole(stock), "installed": whole(fused), "first": first}
+    loops = {name: whole(step) for name, step in steps_of.items()} | {"first": first}
     calls.measure(benchmark, request, loops, 1)

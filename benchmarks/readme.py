@@ -66,6 +66,8 @@ def of_schedulers(rows: list[dict]) -> list[str]:
             "diffusers": "diffusers_over_installed",
             "without noise": "without_noise",
             "first loop": "diffusers_over_first",
+            "exact": "diffusers_over_exact",
+            "exact without noise": "exact_without_noise",
         }
         cells = []
         for label, key in ratios.items():

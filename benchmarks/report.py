@@ -81,6 +81,7 @@ def table(rows: list[dict]) -> str:
             over += f", without noise {row['without_noise']:.2f}x"
             if "diffusers_over_first" in row:
                 over += f", first loop {row['diffusers_over_first']:.2f}x"
+            over += f", exact {row['diffusers_over_exact']:.2f}x"
             lines.append(f"{row['name'][:72]:72} {over}")
         elif "peers_over_ours" in row:
             peers = ", ".join(f"{name} {x:.2f}x" for name, x in row["peers_over_ours"].items())

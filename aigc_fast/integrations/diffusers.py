@@ -77,12 +77,14 @@ def install(*, exact: bool = False) -> list[str]:
     exact: False: the fast contract. A step is one pass that computes in fp32 inside and rounds
            once: closer to float64 than diffusers is, and other bits.
            True: the exact contract. A step has the bits of diffusers, rounded after each of its
-           operators. The first time a scheduler comes to a step the stock method runs and is
-           watched; each further time, also by another scheduler with the same configuration and
-           schedule, its operators run in one pass. What is no row of elementwise operators stays
-           stock: dynamic thresholding, UniPC's steps of order 3 and its corrector's of order 2
-           and more (matrix products), learned variances, samples on a GPU or with gradients,
-           lists of generators, and add_noise, scale_noise and get_velocity.
+           operators, and the strides. The first time a scheduler comes to a step the stock method
+           runs and is watched, which takes three to nine times as long as it does alone; each
+           further time, also by another scheduler with the same configuration and schedule, its
+           operators run in one pass (`ops.pointwise_program`). What is no row of elementwise
+           operators stays stock: dynamic thresholding, UniPC of order 3 (matrix products), learned
+           variances, the Runge-Kutta steps of PNDM (which add to a tensor in place); so do samples
+           on a GPU or with gradients, lists of generators, torch.compile, and add_noise,
+           scale_noise and get_velocity.
 
     The other contract than that of the last call replaces it.
     """

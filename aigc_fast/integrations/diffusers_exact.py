@@ -2,8 +2,8 @@
 
 The first time a scheduler comes to a step, diffusers' own method runs and is watched
 (diffusers_watch.py). Where it consists of elementwise operators, the next time they run as one
-program. What a step is known by: all that the scheduler holds, the timestep, the options, and the
-shape, strides and dtype of each tensor.
+program (diffusers_plan.py). What a step is known by: all that the scheduler holds, the timestep,
+the options, and the shape, strides and dtype of each tensor.
 """
 
 import functools
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from aigc_fast.integrations.diffusers_watch import Plan, watched
+from aigc_fast.integrations.diffusers_plan import Plan, watched
 from aigc_fast.ops._autograd import transforming
-from aigc_fast.schedulers.tables import content, frozen
+from aigc_fast.schedulers.tables import Tables, content, frozen
 
 PLAIN = frozenset((int, float, bool, str, type(None)))
 #: steps of a schedule; those of a hundred sizes of samples take some MB
@@ -40,7 +40,9 @@ class _Layout:
         self.plain = _getter(plain)
         self.tensors = [name for name, kind in kinds.items() if kind is Tensor]
         self.lists = [name for name, kind in kinds.items() if kind is list]
-        self.others = [n for n in names if n not in {*plain, *self.tensors, *self.lists}]
+        known = {*plain, *self.tensors, *self.lists}
+        # What the fast step keeps there is no matter of this one.
+        self.others = [n for n, kind in kinds.items() if n not in known and kind is not Tables]
 
 
 _layout = functools.lru_cache(maxsize=1024)(_Layout)

@@ -16,7 +16,7 @@ from tests.schedulers.test_against_diffusers import CASES, OF_STEP, THRESHOLD, m
 diffusers = pytest.importorskip("diffusers")
 integration = pytest.importorskip("aigc_fast.integrations.diffusers")
 exact = pytest.importorskip("aigc_fast.integrations.diffusers_exact")
-watch = pytest.importorskip("aigc_fast.integrations.diffusers_watch")
+plan = pytest.importorskip("aigc_fast.integrations.diffusers_plan")
 
 SHAPE = (2, 3, 5, 7)
 USUAL = {"PNDMScheduler": {"skip_prk_steps": True}}
@@ -35,8 +35,8 @@ def _uninstalled():
 def replays(monkeypatch):
     """What has been replayed."""
     found: list[Any] = []
-    replay = watch.Plan.replay
-    monkeypatch.setattr(watch.Plan, "replay", lambda *args: found.append(1) or replay(*args))
+    replay = plan.Plan.replay
+    monkeypatch.setattr(plan.Plan, "replay", lambda *args: found.append(1) or replay(*args))
     return found
 
 
@@ -296,6 +296,19 @@ def test_stock_errors_stay() -> None:
 
 def test_what_is_not_elementwise_stays_stock(replays) -> None:
     assert compare("DDIM", config=THRESHOLD, replays=replays) == 7
+
+
+def test_what_the_fast_step_keeps_does_not_matter(replays) -> None:
+    integration.install(exact=True)
+    loop(make("DDIM"))
+    scheduler = make("DDIM")
+    integration.install()
+    loop(scheduler)
+    integration.install(exact=True)
+    for _ in range(2):
+        replays.clear()
+        loop(scheduler)
+    assert len(replays) == 7
 
 
 def test_one_contract_replaces_the_other() -> None:
