@@ -82,9 +82,10 @@ def install(*, exact: bool = False) -> list[str]:
            further time, also by another scheduler with the same configuration and schedule, its
            operators run in one pass (`ops.pointwise_program`). What is no row of elementwise
            operators stays stock: dynamic thresholding, UniPC of order 3 (matrix products), learned
-           variances, the Runge-Kutta steps of PNDM (which add to a tensor in place); so do samples
-           on a GPU or with gradients, lists of generators, torch.compile, and add_noise,
-           scale_noise and get_velocity.
+           variances, the Runge-Kutta steps of PNDM (which add to a tensor in place), flow matching
+           of float64 samples (which it rounds to float32); so do samples on a GPU or with
+           gradients, lists of generators, torch.compile, and add_noise, scale_noise and
+           get_velocity.
 
     The other contract than that of the last call replaces it.
     """

@@ -122,7 +122,8 @@ def _situation(
     state = scheduler.__dict__
     layout = _layout(tuple(state), tuple(map(type, state.values())))
     fixed = _fixed_of(scheduler, layout, sample)
-    key = [sample.shape, torch.is_inference_mode_enabled(), *layout.plain(state)]
+    modes = torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    key = [sample.shape, *modes, *layout.plain(state)]
     tensors = [output, sample]
     for name in fixed.varying:
         _add_tensor(state[name], key, tensors)
@@ -178,7 +179,7 @@ def exact_step(stock: Callable, warns: bool) -> Callable:
     ) -> Any:
         if args:
             options.update(zip(names, args, strict=False))
-        generator = options.pop("generator", None)
+        generator = options.pop("generator", None) if takes_generator else None
         plans: Plans | None = None
         if (
             type(sample) is Tensor

@@ -166,7 +166,7 @@ class Watch(TorchDispatchMode):
             raise Unknown
         # A number on the left is rounded to the dtype of the result, also where one on the right
         # would not be.
-        first = torch.tensor(self.number(x, y.dtype)).to(y.dtype).item()
+        first = torch.tensor(self.number(x, y.dtype), dtype=torch.float64).to(y.dtype).item()
         if name == "sub":
             self.nodes.append(Node("mul s", (b, -1.0), y))
             name, b = "add", len(self.nodes) - 1
