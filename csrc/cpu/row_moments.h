@@ -25,10 +25,8 @@ AIGC_INLINE RowMoments<Acc<T>, N> row_moments(std::array<const T*, X> x, int64_t
   using A = Acc<T>;
   A near = 0;
   if constexpr (centred) {
-    const int64_t few = std::min<int64_t>(width, 2 * kLanes<A>);
-    Vec<A> a, b;
-    load_pair(x[0], few, a, b);
-    near = sum_lanes<A>(a + b) / few;
+    const int64_t few = std::min<int64_t>(width, 64);  // of a short row the mean itself
+    near = sum_row<T, 1, 1>(few, {x[0]}, 0, [](auto& v, Vec<A>* s) { s[0] += v[0]; })[0] / few;
   }
   for (bool again = false;; again = true) {
     // Past the end of the row everything is `near`: no difference, and f must add nothing for it.
