@@ -1,13 +1,13 @@
 // Groups of channels in a tensor of shape (batch, channels, spatial), and their mean and variance.
 //
 // The tensor lies in one of two memory orders: a group's channels one after the other, or all
-// channels of each position (channels_last). It is cut into pieces that the shape alone decides;
-// each is looked at twice while it is in the L1 cache (its mean, then the squares of the
-// differences from it), and the pieces are merged in double.
+// channels of each position (channels_last). It is cut into pieces that the shape alone decides,
+// and these are merged in double. In channels_last a piece is looked at twice while it is in the L1
+// cache: its mean, then the squares of the differences from it.
 #pragma once
 
 #include "memory_order.h"
-#include "two_vectors.h"
+#include "row_moments.h"
 
 namespace aigc_fast {
 
@@ -65,15 +65,8 @@ struct Moments {
 
 template <class T>
 Moments moments(const T* x, int64_t count) {
-  using A = Acc<T>;
-  const auto [sum] = sum_row<T, 1, 1>(count, {x}, 0, [](auto& v, Vec<A>* s) { s[0] += v[0]; });
-  const A mean = sum / count;
-  const auto [rest, squares] = sum_row<T, 2, 1>(count, {x}, mean, [&](auto& v, Vec<A>* s) {
-    const Vec<A> d = v[0] - mean;
-    s[0] += d;
-    s[1] += d * d;
-  });
-  return Moments::around(mean, count, rest, squares);
+  const auto found = row_moments<T, true, 0, 1>({x}, count, [](auto...) {});
+  return Moments::around(found.near, count, found.sums[0], found.sums[1]);
 }
 
 // The moments of every group in `rows` rows of all channels.

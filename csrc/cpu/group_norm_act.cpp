@@ -1,8 +1,8 @@
 // y = act(group_norm(x) * weight + bias).
 //
 // A group that fits the L2 cache is one unit of work: it is read from memory once, and the second
-// look at it costs no memory traffic. Larger groups, and those of channels_last tensors, whose
-// elements lie apart, take two passes over the pieces.
+// look at it costs no memory traffic, in which time the next group is asked for. Larger groups, and
+// those of channels_last tensors, whose elements lie apart, take two passes over the pieces.
 #include "group_norm_act.h"
 
 namespace aigc_fast {
@@ -25,13 +25,14 @@ struct Forward : GroupNormCall<T> {
     this->mean[u] = A(m.mean);
     this->rstd[u] = A(1 / std::sqrt(m.squares / m.count + eps));
   }
-  void write(int64_t u, int64_t begin, int64_t end) const {
+  void write(int64_t u, int64_t begin, int64_t end, int64_t ahead) const {
     const A mean = this->mean[u], rstd = this->rstd[u];
     this->for_channels(u, begin, end, [&](int64_t c, int64_t at, int64_t count) {
       const A scale = rstd * this->weight[c], shift = this->bias[c];
-      map_row<T, 1>(count, {this->x + at}, y + at, [=](auto& v) {
-        return smooth<act, A, kCoarse<T>>((v[0] - mean) * scale + shift);
-      });
+      map_row<T, 1>(
+          count, {this->x + at}, y + at,
+          [=](auto& v) { return smooth<act, A, kCoarse<T>>((v[0] - mean) * scale + shift); }, {},
+          ahead);
     });
   }
   void contiguous() const {
@@ -40,7 +41,7 @@ struct Forward : GroupNormCall<T> {
         Moments total = look(u, 0);
         for (int64_t p = 1; p < pieces(); ++p) total.add(look(u, p));
         conclude(u, total);
-        write(u, 0, s.group_size());
+        write(u, 0, s.group_size(), s.group_size());
       });
       return;
     }
@@ -54,7 +55,7 @@ struct Forward : GroupNormCall<T> {
     }
     in_parallel(s.units() * n, kGroupPiece, [&](int64_t i) {
       const int64_t begin = i % n * kGroupPiece;
-      write(i / n, begin, std::min(begin + kGroupPiece, s.group_size()));
+      write(i / n, begin, std::min(begin + kGroupPiece, s.group_size()), kAhead<T>);
     });
   }
   void channels_last() const {

@@ -68,17 +68,18 @@ template <class T>
 constexpr int64_t kAhead = 2048 / sizeof(T);
 
 // out[i] = f({x[0][i], ..., params[0][i], ...}) for a row of `count` elements; params are in the
-// cache, and in the order in which load_pair<T> gives x.
+// cache, and in the order in which load_pair<T> gives x. What lies `ahead` elements behind those of
+// x is asked for meanwhile.
 template <class T, int X, int P = 0, class F>
 AIGC_INLINE void map_row(int64_t count, std::array<const T*, X> x, T* out, F&& f,
-                         std::array<const Acc<T>*, P> params = {}) {
+                         std::array<const Acc<T>*, P> params = {}, int64_t ahead = kAhead<T>) {
   using A = Acc<T>;
   constexpr int lanes = kLanes<A>;
   int64_t i = 0;
   for (; i + 2 * lanes <= count; i += 2 * lanes) {
     Vectors<A, X + P> a, b;
     for (int k = 0; k < X; ++k) {
-      ask_for<0>(x[k] + i + kAhead<T>, 2 * lanes);
+      ask_for<0>(x[k] + i + ahead, 2 * lanes);
       load_pair(x[k] + i, a[k], b[k]);
     }
     for (int k = 0; k < P; ++k) load_pair(params[k] + i, a[X + k], b[X + k]);

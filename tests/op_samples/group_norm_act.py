@@ -33,6 +33,8 @@ def _samples() -> list[Sample]:
     special[2, :2] = 7.3e3
     special[2, 2:] *= 1e-20
     large_mean = _call(1, 4, 1025, groups=2)
+    begins_apart = large_mean.args[0].clone()
+    begins_apart[:, ::2, :40] += 1e3
     return [
         image,
         _call(2, 6, 5, 7, groups=3, name="gelu", act="gelu", eps=1e-2),
@@ -57,6 +59,7 @@ def _samples() -> list[Sample]:
         _call(2, 4, 0, groups=2, name="no_elements", **silu),
         Sample("special", (special, 2, rand(4), rand(4)), silu, differentiable=False),
         _with_x(large_mean, large_mean.args[0] + 300.0, "large_mean", False),
+        _with_x(large_mean, begins_apart, "begins_apart", False),
         _call(2, 8, 127, groups=2, **silu),
         _call(1, 2, 9001, groups=2, name="pieces", **silu),
         _call(2, 32, 9, 33, groups=16, name="units", **silu),
