@@ -8,7 +8,7 @@ from aigc_fast import schedulers
 from aigc_fast.schedulers import Scheduler
 from aigc_fast.training.denoising import PREDICTIONS, SCHEDULES
 
-#: Parts of names that others write so.
+#: Parts of class names, as the field spells them.
 _SPELLINGS = {"DPMSolverMultistep": "Dpmpp_2m", "UniPC": "Unipc", "FlowMatch": "Flow"}
 
 
@@ -31,8 +31,8 @@ del _CLASSES["ddim_inverse"]
 
 
 def names_for(prediction: str) -> list[str]:
-    """Of those that sample from a model of such a prediction, with betas of its noise schedule or
-    the levels of flow matching."""
+    """The schedulers that sample from a model of such a prediction, with betas of its noise
+    schedule or the levels of flow matching."""
     kind = PREDICTIONS[prediction]
     return [
         name
@@ -63,6 +63,9 @@ def make_scheduler(name: str, prediction: str, schedule: str) -> Scheduler:
             "clip_sample": False,
             # Runge-Kutta steps from where nothing is left of the signal do not end.
             "skip_prk_steps": True,
+            # Nor does a step of two stages that falls from sigma 20,000 of the cosine schedule to
+            # 13: in twenty of them Heun made noise.
+            "use_exponential_sigmas": getattr(cls, "order", 1) == 2,
         }
     own = {field.name for field in fields(cls)}
     return cls(**{key: value for key, value in options.items() if key in own})

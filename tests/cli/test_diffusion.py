@@ -26,6 +26,8 @@ from aigc_fast.cli import training_session
 from aigc_fast.cli.app import app
 from aigc_fast.cli.diffusion_model import load_model, save_model
 from aigc_fast.cli.pictures import save_videos
+from aigc_fast.cli.sample import DiffusionOptions
+from aigc_fast.cli.sample_diffusion import samples_of
 from aigc_fast.cli.schedulers import make_scheduler, names_for
 from aigc_fast.models.diffusion import sample
 from aigc_fast.training.denoising import PREDICTIONS, Denoising
@@ -243,6 +245,16 @@ def test_schedulers_are_of_the_models_noise(name, prediction):
     # The timesteps of flow matching are whole numbers to these two.
     close = 0.2 if (prediction, name) in (("flow", "deis"), ("flow", "sa_solver")) else 0.05
     assert (found - Knowing.truth).abs().max() < close
+
+
+@pytest.mark.parametrize("name", names_for("v"))
+def test_schedulers_end_within_the_range_of_pixels(name):
+    """With a trained model, which is right about nothing but what it has seen: a step from where
+    all is noise must not throw it out of that."""
+    checkpoint = Path(__file__).parents[2] / "docs" / "diffusion" / "digits_v.safetensors"
+    options = DiffusionOptions(checkpoint=checkpoint, scheduler=name, count=2, guidance=3, label=7)
+    images, _ = samples_of(options, torch.device("cpu"))
+    assert (images.abs() > 1.25).float().mean() < 0.02
 
 
 @pytest.mark.parametrize(
