@@ -60,13 +60,13 @@ class Packed:
         return kept.packed
 
 
-def pack_convolution(weight: Tensor, conv: nn.Conv2d, size: torch.Size) -> Tensor:
-    how = conv.padding, conv.stride, conv.dilation, conv.groups
+def pack_convolution(weight: Tensor, how: tuple, size: torch.Size) -> Tensor:
+    """how: what torch.convolution takes behind the bias; size: of an input."""
     return torch.ops.mkldnn._reorder_convolution_weight(weight, *how, list(size))
 
 
-def pack_upsampling(weight: Tensor, padding: list[int], size: torch.Size) -> Tensor:
-    how = padding, [0, 0], [2, 2], [1, 1], 1
+def pack_upsampling(weight: Tensor, how: tuple, size: torch.Size) -> Tensor:
+    """That of the transposed convolution which `upsample_conv2d` is."""
     folded = fold(weight).contiguous(memory_format=torch.channels_last)
     return torch.ops.mkldnn._reorder_convolution_transpose_weight(folded, *how, list(size))
 
@@ -74,13 +74,13 @@ def pack_upsampling(weight: Tensor, padding: list[int], size: torch.Size) -> Ten
 def convolve(conv: Any, packed: Packed, x: Tensor) -> Tensor | None:
     """conv(x), an nn.Conv2d with zeros around x; None where its weight had better not be packed."""
     weight, bias, (down, across) = conv.weight, conv.bias, conv.stride
+    how = conv.padding, conv.stride, conv.dilation, conv.groups
     kind = kind_of(weight, conv.stride, conv.padding, conv.dilation, conv.groups)
     few_products = kind is not None and x.dtype is torch.float32 and are_faster()
     most = _PIXELS_OF_WINOGRAD if few_products else _PIXELS
     if not _fits(x, weight, bias) or x.numel() > most * down * across * x.shape[1]:
         return None
-    kept = packed.of(weight, conv, x.shape)
-    how = conv.padding, conv.stride, conv.dilation, conv.groups
+    kept = packed.of(weight, how, x.shape)
     y = torch.ops.mkldnn._convolution_pointwise(x, kept, bias, *how, "none", [], "")
     return in_torch_order(y, x, weight)
 
@@ -91,13 +91,14 @@ def upsample(conv: Any, packed: Packed, x: Tensor) -> Tensor | None:
     if not _fits(x, weight, bias) or x.numel() > _PIXELS * x.shape[1]:
         return None
     padding = [size // 2 for size in conv.kernel_size]
-    kept = packed.of(weight, padding, x.shape)
     how = padding, [0, 0], [2, 2], [1, 1], 1
+    kept = packed.of(weight, how, x.shape)
     y = torch.ops.mkldnn._convolution_transpose_pointwise(x, kept, bias, *how, "none", [], "")
     return in_torch_order(y, x, weight)
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN's operators take these, and nothing but their result is wanted."""
     has_products = x.dtype is torch.float32 or (
         x.dtype is torch.bfloat16 and has_bfloat16_instructions()
     )

@@ -155,15 +155,16 @@ def patch(model: Any, *, fuse_loss: bool = False, freeze: bool = False) -> Patch
     freeze:    the weights of convolutions will stay as they are: on CPUs, where no gradient is
                wanted and a call has up to 1,024 pixels (64 where Winograd's algorithm serves), a
                second copy is kept as oneDNN packs it. A weight that was loaded or changed in place
-               is packed anew; a write to `weight.data` is noticed in one of 64 elements.
+               is packed anew; a write to `weight.data` is noticed only where it changes one of the
+               64 to 127 elements that are compared in each call.
 
     Modules, parameters, the names in state dicts and hooks stay. Outputs agree to rounding, in
-    training too. Patching again changes nothing (`unpatch` before another
-    choice of arguments). Within torch.compile the stock code runs, which
-    the compiler fuses by itself. `unpatch` takes it all back; a deep copy or pickle of a patched
-    model is patched. Hooks on modules whose work another does (an activation inside a gated MLP,
-    the norms of a residual block) do not run while it is patched. Speech's convolutions are ours on
-    CPUs, where no gradient is wanted and no weight norm, hook or adapter hangs on them.
+    training too. Patching again changes nothing (`unpatch` before another choice of arguments).
+    Within torch.compile the stock code runs, which the compiler fuses by itself. `unpatch` takes it
+    all back; a deep copy or pickle of a patched model is patched. Hooks on modules whose work
+    another does (an activation inside a gated MLP, the norms of a residual block) do not run while
+    it is patched. Speech's convolutions are ours on CPUs, where no gradient is wanted and no weight
+    norm, hook or adapter hangs on them.
 
     Dtype and memory order of results stay as well. Convolutions of ours give channels_last: the
     results of a model in another order are copied back, so move it there first. Where a CPU has

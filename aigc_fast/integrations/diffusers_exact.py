@@ -49,6 +49,7 @@ _layout = functools.lru_cache(maxsize=1024)(_Layout)
 
 
 def _getter(names: list[str]) -> Callable[[dict[str, Any]], tuple]:
+    # The first comes twice: of one name alone itemgetter gives no tuple.
     return itemgetter(*names, names[0]) if names else lambda state: ()
 
 

@@ -24,8 +24,8 @@ def pointwise_program(
         x0, = pointwise_program([x, m], "mul v1 s0; sub v0 v2; clamp v3 s1 s2; return v4",
                                 [0.8, -1.0, 1.0])  # (x - 0.8 * m).clamp(-1, 1)
 
-    inputs:  tensors of one shape, the values v0, v1, ...; float64/32/16 or bfloat16, not all of
-             one dtype if need be. The memory order of the first is that of the results.
+    inputs:  tensors of one shape, the values v0, v1, ...; float64/32/16 or bfloat16, which may
+             differ. The memory order of the first is that of the results.
     program: instructions, each with a ";" behind it; the result of each is the next value.
                  add | sub | mul | div  vI vJ     vI + vJ, ...
                  add | sub | mul | div  vI sJ     vI + sJ, ...
@@ -39,6 +39,8 @@ def pointwise_program(
     does: computed in fp32 where it is bfloat16 or float16. Nothing is fused, division is division.
     Where a gradient is wanted torch's operators run, and it is theirs. A program computes in
     float64, or in float32 and one dtype of 16 bits. Bytes that must move: inputs and results.
+
+    Returns what the program returns, each of the shape of the inputs.
 
     Raises TypeError or ValueError for a wrong dtype, shape, device or program.
     """
@@ -70,6 +72,7 @@ _encoded: dict[str, list[int]] = {}
 
 
 def encoded(program: str) -> list[int]:
+    """The program as `run` takes it; ValueError where it is none."""
     if program not in _encoded:  # Dynamo warns of functools.cache
         _encoded[program] = _encode(program)
     return _encoded[program]

@@ -27,8 +27,8 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     gradient of x, one sum of 16 x out_channels products in place of four of 9 x out_channels, may
     be 2.3 times as wrong as that of the two calls (at 256 channels; 1.3 times in the mean).
 
-    On a CPU, where the sums take their time, fewer than 1,024 pixels in x are upsampled first, for
-    `conv2d`: about as many products as well where that is Winograd's.
+    On a CPU, where the sums take their time, an x of fewer than 1,024 pixels is upsampled first and
+    goes to `conv2d`, which takes about as many products where it runs Winograd's algorithm.
 
     Differentiable as often as one likes. Under autocast x and weight may differ in dtype, as they
     may for torch's convolution.
