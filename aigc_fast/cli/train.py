@@ -57,15 +57,16 @@ class GANOptions(RunOptions):
     channels: Annotated[int, typer.Option(min=1, help="Width of the networks.")] = 32
     conditional: Conditional = False
     penalty: Annotated[
-        str | None, typer.Option(help="gradient, r1, r2, r1+r2 or none, not the loss's.")
+        str | None, typer.Option(help="gradient, r1, r2, r1+r2 or none; by default the loss's.")
     ] = None
     penalty_weight: Annotated[
-        float | None, typer.Option(min=0.0, help="Its factor, not the loss's.")
+        float | None, typer.Option(min=0.0, help="Its factor; by default the loss's.")
     ] = None
     penalty_interval: Annotated[
-        int | None, typer.Option(min=1, help="Steps from one penalty to the next, not the loss's.")
+        int | None,
+        typer.Option(min=1, help="Steps from one penalty to the next; by default the loss's."),
     ] = None
-    lr: Annotated[float | None, _run(min=0.0, help="Learning rate, not the loss's.")] = None
+    lr: Annotated[float | None, _run(min=0.0, help="Learning rate; by default the loss's.")] = None
 
 
 @train.command()

@@ -209,10 +209,7 @@ class Scheduler(Configured):
             raise ValueError(f"{type(self).__name__} has no timesteps: call set_timesteps first")
 
     def _locate(self, timestep: float | Tensor) -> int:
-        index, timesteps = self._step_index, self.timesteps
-        of, version, steps = self._steps
-        if timesteps is not of or timesteps._version != version:
-            steps = self._keep(timesteps.tolist())
+        index, steps = self._step_index, self.timestep_values
         if isinstance(timestep, Tensor):
             if timestep.device.type != "cpu" and index < len(steps):
                 return index
