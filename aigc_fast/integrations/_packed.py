@@ -3,6 +3,7 @@
 torch packs a weight anew in each call, which for few pixels takes as long as the products.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,7 +54,10 @@ class Packed:
         kept = self._kept
         if kept is None or not kept.is_of(weight):
             flat = weight.detach().as_strided((weight.numel(),), (1,))
-            elements = flat[:: max(1, weight.numel() // _SAMPLE)]
+            step = max(1, weight.numel() // _SAMPLE)
+            while math.gcd(step, weight.numel()) > 1:  # else all were of one tap and few channels
+                step -= 1
+            elements = flat[::step]
             packed = self._pack(weight.detach(), *how)
             kept = _Kept(weight.data_ptr(), weight._version, elements, elements.clone(), packed)
             self._kept = kept
@@ -78,7 +82,10 @@ def convolve(conv: Any, packed: Packed, x: Tensor) -> Tensor | None:
     kind = kind_of(weight, conv.stride, conv.padding, conv.dilation, conv.groups)
     few_products = kind is not None and x.dtype is torch.float32 and are_faster()
     most = _PIXELS_OF_WINOGRAD if few_products else _PIXELS
-    if not _fits(x, weight, bias) or x.numel() > most * down * across * x.shape[1]:
+    # It may have got another border since, as for textures that are to be tiled.
+    if conv.padding_mode != "zeros" or not _fits(x, weight, bias):
+        return None
+    if x.numel() > most * down * across * x.shape[1]:
         return None
     kept = packed.of(weight, how, x.shape)
     y = torch.ops.mkldnn._convolution_pointwise(x, kept, bias, *how, "none", [], "")

@@ -130,7 +130,9 @@ class FrozenConv2d(Conv2d):
         yield Assignment(module, "_packed", _packed.Packed(_packed.pack_convolution))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _packed.convolve(self, self._packed, x)
+        # None of one made since by type(module)(...), as PEFT makes an adapter's convolutions.
+        packed = vars(self).get("_packed")
+        y = None if packed is None else _packed.convolve(self, packed, x)
         return super().forward(x) if y is None else y
 
 
@@ -239,9 +241,10 @@ def unpatch(model: Any) -> None:
         if not take_back(part, _RECORD):
             continue
         for module in part.modules():
-            # Made since by type(module)(...), as PEFT makes an adapter's convolutions.
-            if isinstance(module, Replacement):
-                module.__class__ = stock_class(module)
+            # Made since by type(module)(...). A class that somebody derived from ours, as
+            # parametrizations do, is theirs.
+            if (stock := stock_class(module)) in type(module).__bases__:
+                module.__class__ = stock
 
 
 def _models(model: Any) -> list[nn.Module]:

@@ -90,6 +90,12 @@ def write_data(model) -> None:
         parameter.data *= 1.5
 
 
+def write_middle(model) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data[:, :, 1:, 1:] *= 1.5
+
+
 def replace(model) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -103,10 +109,11 @@ def replace(model) -> None:
         lambda model: model.load_state_dict(scaled(model), assign=True),
         write,
         write_data,
+        write_middle,
         replace,
         lambda model: model.double().float().to(memory_format=torch.channels_last),
     ],
-    ids=["load", "assign", "write", "write_data", "replace", "move"],
+    ids=["load", "assign", "write", "write_data", "write_middle", "replace", "move"],
 )
 def test_a_changed_weight_is_packed_anew(change) -> None:
     model, inputs = make("unet"), one(inputs_of("unet"))
@@ -133,6 +140,28 @@ def test_everything_comes_back_and_copies_pack_for_themselves() -> None:
         assert not packed_of(twin)
     aigc_fast.unpatch(model)
     assert snapshot(model) == before
+
+
+def test_another_border_since() -> None:
+    model, inputs = make("unet"), one(inputs_of("unet"))
+    aigc_fast.patch(model, freeze=True)
+    outputs(model, inputs)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = "circular"
+    ours = outputs(model, inputs)
+    aigc_fast.unpatch(model)
+    torch.testing.assert_close(ours, outputs(model, inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_parametrized_since() -> None:
+    model, inputs = make("unet"), one(inputs_of("unet"))
+    want = outputs(model, inputs)
+    aigc_fast.patch(model, freeze=True)
+    nn.utils.parametrizations.weight_norm(model.conv_in)
+    for _ in range(2):
+        torch.testing.assert_close(outputs(model, inputs), want, rtol=1e-4, atol=1e-5)
+        aigc_fast.unpatch(model)
 
 
 @pytest.mark.parametrize(

@@ -52,14 +52,14 @@ def adapted_model(model, targets):
     return adapted
 
 
-@pytest.mark.parametrize("first", ["adapter", "patch"])
+@pytest.mark.parametrize("first", ["adapter", "patch", "frozen"])
 @pytest.mark.parametrize("name", CASES)
 def test_lora(name, first) -> None:
     targets, operators = CASES[name]
     model, inputs = build(name)
     bare = outputs(model, inputs)
-    if first == "patch":
-        aigc_fast.patch(model)
+    if first != "adapter":
+        aigc_fast.patch(model, freeze=first == "frozen")
     adapted = adapted_model(model, targets)
     if first == "adapter":
         aigc_fast.patch(adapted)
