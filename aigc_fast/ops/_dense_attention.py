@@ -64,6 +64,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> None:
             f"key must have tokens, and heads by which those of query ({heads}) divide, got "
             f"{tuple(key.shape)}"
         )
+    if value.shape[3] == 0:
+        raise ValueError(f"value must have features, got {tuple(value.shape)}")
 
 
 #: The result, and the logarithms of the sums of exponentials, (batch, heads, queries) in the dtype
@@ -137,8 +139,11 @@ class _Attention(OpFunction):
         if not torch.is_grad_enabled():
             found = _dense_attention_backward(grads[0], query, key, value, out, lse, *ctx.how)
             return *found, None, None
-        inputs = [t for t in (query, key, value) if t.requires_grad]
+        # Views: where one of them came from another, the way there is not theirs to go.
+        inputs = [t.view_as(t) for t in (query, key, value)]
         with torch.autocast("cpu", enabled=False):
-            y = _plain(wide(query), wide(key), wide(value), *ctx.how).to(query.dtype)
-        of = iter(torch.autograd.grad(y, inputs, grads[0], create_graph=True))
-        return *(next(of) if t.requires_grad else None for t in (query, key, value)), None, None
+            q, k, v = (wide(t) for t in inputs)
+            y = _plain(q, k, v, *ctx.how).to(query.dtype)
+        parts = [t for t in inputs if t.requires_grad]
+        of = iter(torch.autograd.grad(y, parts, grads[0], create_graph=True))
+        return *(next(of) if t.requires_grad else None for t in inputs), None, None

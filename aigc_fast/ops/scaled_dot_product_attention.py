@@ -6,6 +6,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import transforming
 from aigc_fast.ops._dense_attention import attend
+from aigc_fast.ops._winograd import are_faster
 from aigc_fast.ops.linear import mkl_lags
 
 #: Queries from which packing keys and values is worth it: of any number, and of as many as caches
@@ -62,12 +63,14 @@ def has_attention(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool = 
     """Whether the operator serves these tensors, and takes less time than torch's function."""
     return (
         mkl_lags()
+        and are_faster()
         and query.dim() == key.dim() == value.dim() == 4
         and query.shape[2] >= (_FEW_QUERIES if key.shape[2] <= _FEW_KEYS else _QUERIES)
         and query.shape[0] == key.shape[0] == value.shape[0]
         and query.shape[3] == key.shape[3] > 0
         and key.shape[1:3] == value.shape[1:3]
         and 0 not in key.shape
+        and 0 not in value.shape
         and (query.shape[1] == key.shape[1] or (enable_gqa and query.shape[1] % key.shape[1] == 0))
         and all(
             type(t) in (Tensor, torch.nn.Parameter)

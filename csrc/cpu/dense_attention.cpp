@@ -96,7 +96,7 @@ class DenseAttention {
     // on are zero. Returns the factor for what was there before.
     A weigh(int64_t row, int64_t keys, int64_t visible) {
       const auto scores = [&](int64_t k) {  // of L keys
-        V v = load(D::at(scores_.data(), row, k)) * all_.scale_;
+        V v = D::scaled(load(D::at(scores_.data(), row, k)), all_.scale_);
         for (int64_t lane = std::max<int64_t>(0, visible - k); lane < D::L; ++lane)
           v[lane] = kLowest;
         return v;

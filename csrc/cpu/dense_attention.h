@@ -60,7 +60,9 @@ struct DenseProducts {
   // Heads whose weights, of `size` elements each, are packed at a time.
   static int64_t together(int64_t heads, int64_t size) {
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), heads);
-    return std::clamp<int64_t>(kPackedBytes / (size * int64_t(sizeof(S))), threads, heads);
+    const int64_t bytes =
+        std::max<int64_t>(1, size * sizeof(S));  // none where there are no queries
+    return std::clamp<int64_t>(kPackedBytes / bytes, threads, heads);
   }
 
   // Weights whose outputs are tokens and terms features, [group of outputs][term][kGroup], or,
@@ -110,6 +112,13 @@ struct DenseProducts {
     const int64_t pitch = depth(features);
     for (int64_t k = 0; k < columns; k += kGroup, weight += kGroup * pitch, to += kBlocks)
       multiply(from, pitch, pitch, rows, weight, to);
+  }
+  // scale * products, rounded as those that one was the largest of: fused with a subtraction that
+  // follows, the largest less itself would be what rounding took from it, not zero.
+  static Vec<A> scaled(Vec<A> products, A scale) {
+    Vec<A> scores = products * scale;
+    asm("" : "+m"(scores));
+    return scores;
   }
   // Where the first of them, of L columns of a row, are.
   static const A* at(const ConvSums<A>* products, int64_t row, int64_t column) {
@@ -166,7 +175,8 @@ inline DenseShape dense_shape(const Tensor& query, const Tensor& key, const Tens
   require(key.size(3) == s.dim && value.size(1) == s.keys && value.size(2) == s.kv_heads,
           "key and value must fit query");
   require(s.kv_heads > 0 && s.heads % s.kv_heads == 0, "query must have a multiple of the heads");
-  require(s.keys > 0 && s.dim > 0, "key must have tokens and features");
+  require(s.keys > 0 && s.dim > 0 && s.value_dim > 0,
+          "key and value must have tokens and features");
   return s;
 }
 

@@ -148,7 +148,9 @@ class DenseGradient {
         } else {
           lse = broadcast(all_.lse_[at]), delta = broadcast(all_.deltas_[at]);
         }
-        V p = exp_of_negative<A>(load(D::at(scores_.data(), row, k)) * all_.scale_ - lse);
+        const V scores = D::scaled(load(D::at(scores_.data(), row, k)), all_.scale_);
+        const V above = scores - lse;  // not zero or less where they are hidden
+        V p = exp_of_negative<A>(above > 0 ? V{} : above);
         V ds = p * (load(D::at(by_scores_.data(), row, k)) - delta);
         const int64_t low = kRowsAreKeys ? own - k : 0, high = kRowsAreKeys ? n - k : own + 1 - k;
         if (low > 0 || std::min(high, n - k) < D::L)
