@@ -153,7 +153,7 @@ AIGC_INLINE Vec<A> exp_of_negative(Vec<A> x) {
   if constexpr (std::is_same_v<A, double>) {
     return exp<double>(x);
   } else {
-    typedef Vec<int32_t> I;
+    typedef Vec<uint32_t> I;  // it wraps around where x is far below
     const Vec<float> shifted = x * 1.44269504089f + 12582912.0f;
     const Vec<float> n = shifted - 12582912.0f;
     Vec<float> r = x - n * 0.693359375f;
