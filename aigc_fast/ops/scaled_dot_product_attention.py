@@ -37,8 +37,8 @@ def scaled_dot_product_attention(
     Intel's), both products and the softmax between them are one operator of ours, 1.5 to 5 times as
     fast, and so are their gradients: in float32 and 16 bits, from 32 queries on (8 where there are
     up to 512 keys), without a mask and dropout. y is then (batch, queries, heads, value_dim) in
-    memory, whatever the order of query. Computes in fp32; in 16 bits probabilities are rounded once, as in
-    torch's. Differentiable as often as one likes, the first time by an operator.
+    memory, whatever the order of query. Computes in fp32; in 16 bits probabilities are rounded
+    once, as in torch's. Differentiable as often as one likes, the first time by an operator.
 
     Everywhere else, where autocast changes a dtype, within torch.compile and torch.func it is
     torch's own function.
