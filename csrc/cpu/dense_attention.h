@@ -117,7 +117,7 @@ struct DenseProducts {
   // follows, the largest less itself would be what rounding took from it, not zero.
   static Vec<A> scaled(Vec<A> products, A scale) {
     Vec<A> scores = products * scale;
-    asm("" : "+m"(scores));
+    asm("" : "+v"(scores));  // stays in its register
     return scores;
   }
   // Where the first of them, of L columns of a row, are.
