@@ -1,118 +1,45 @@
-"""Writes the tables of README.md from a file of results, so that no figure there is typed.
+"""Writes the tables of README.md and benchmarks/README.md from the files of results: no figure
+there is typed.
 
-python -m benchmarks.readme [results/<machine>.json]
+python -m benchmarks.readme
 """
 
 import json
-import re
-import statistics
-import sys
 from pathlib import Path
 
-from benchmarks.machine import slug
-from benchmarks.report import first_and_last
+from benchmarks.headlines import headlines
+from benchmarks.tables import tables
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- figures of {} -->", "<!-- end of figures -->"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def tables(results: dict) -> str:
-    """The ratios of a file of results, in Markdown: of operators, then of whole loops and steps."""
-    machine = results["machine"]
-    versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "triton", "python"))
-    commits = ", ".join(sorted({row["commit"] for row in results["benchmarks"]}))
-    command = "`python -m benchmarks.report`"
-    if any(row["quick"] for row in results["benchmarks"]):
-        command += " (some rows with `--quick`)"
-    operators, whole = [], []
-    for row in first_and_last(results["benchmarks"]):
-        name = row["name"].replace("torch.", "")
-        ratios = {key.rsplit("_over_", 1)[0]: value for key, value in flat(row).items()}
-        both = {"eager": ratios.pop("eager", None), "torch.compile": ratios.pop("compile", None)}
-        if "fraction_of_limit" in row and "eager_over_ours" in row:
-            cells = [*map(shown, both.values()), f"{row['fraction_of_limit']:.0%}"]
-            operators.append(f"| `{name}` | {' | '.join(cells)} |")
-        elif both["eager"] is not None:
-            whole.append(f"| `{name}` | {listed({**both, **ratios})} |")
-        elif ratios:
-            whole.append(f"| `{name}` | {listed(ratios)} |")
-    return "\n".join(
-        [
-            f"{command} on {machine['processor']}; {versions}; commits {commits}.",
-            "",
-            "| call | eager / ours | torch.compile / ours | of limit |",
-            "|---|---|---|---|",
-            *operators,
-            "",
-            "| loop or step | time of each other / ours |",
-            "|---|---|",
-            *whole,
-            *of_schedulers(results["benchmarks"]),
-        ]
-    )
+def between(text: str, name: str, content: str) -> str:
+    """The text with this between the marks of that name."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"there is no {begin} ... {end}")
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
 
 
-def of_schedulers(rows: list[dict]) -> list[str]:
-    """diffusers' schedulers as install() makes them: of all of them together, one line for each
-    shape or number of steps."""
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        if "diffusers_over_installed" in row:
-            groups.setdefault(re.sub(r"\[.*?-", "[", row["name"]), []).append(row)
-    lines = []
-    for name, group in groups.items():
-        ratios = {
-            "diffusers": "diffusers_over_installed",
-            "without noise": "without_noise",
-            "first loop": "diffusers_over_first",
-            "exact": "diffusers_over_exact",
-            "exact without noise": "exact_without_noise",
-        }
-        cells = []
-        for label, key in ratios.items():
-            found = sorted(row[key] for row in group if key in row)
-            if found:
-                middle = statistics.median(found)
-                cells.append(f"{label} {found[0]:.2f} to {found[-1]:.2f}, median {middle:.2f}")
-        lines.append(f"| `{name}`, {len(group)} solvers | {'; '.join(cells)} |")
-    return lines
-
-
-def flat(row: dict) -> dict[str, float]:
-    """The ratios of a row, those of `peers_over_ours` among them."""
-    peers = dict(row.get("peers_over_ours", {}))
-    if "ours_over_mul" in row:
-        peers["aten.mul"] = 1 / row["ours_over_mul"]
+def written() -> dict[Path, str]:
+    """The two files as they ought to be."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    short, whole = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+    text = whole.read_text()
+    for name, machine in results.items():
+        text = between(text, name, tables(machine))
     return {
-        **{f"{peer}_over_ours": ratio for peer, ratio in peers.items()},
-        **{k: v for k, v in row.items() if k.endswith("_over_ours") and isinstance(v, float)},
+        short: between(short.read_text(), "headlines", headlines(list(results.values()))),
+        whole: text,
     }
 
 
-def shown(ratio: float | None) -> str:
-    return "n/a" if ratio is None else f"{ratio:.2f}"
-
-
-def listed(ratios: dict[str, float | None]) -> str:
-    return ", ".join(f"{name} {shown(ratio)}" for name, ratio in ratios.items())
-
-
-def with_figures(text: str, name: str, results: dict) -> str:
-    """README's text with the tables of a machine between its marks."""
-    begin = BEGIN.format(name)
-    before, _, rest = text.partition(begin)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"README.md has no {begin} ... {END}")
-    return f"{before}{begin}\n\n{tables(results)}\n\n{END}{after}"
-
-
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / f"{slug()}.json"
-    readme = ROOT / "README.md"
-    results = json.loads(path.read_text())
-    readme.write_text(with_figures(readme.read_text(), path.stem, results))
+    for path, text in written().items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":
