@@ -1,9 +1,12 @@
 """The pages of a paged cache: shared, evicted, never lost."""
 
 import random
+from pathlib import Path
 
 import pytest
 
+from aigc_fast.models.autoregressive import DecoderConfig
+from aigc_fast.models.autoregressive.cache import CACHE_DTYPES, allocate
 from aigc_fast.models.autoregressive.pages import PagePool
 
 
@@ -94,3 +97,24 @@ def test_no_page_is_lost_or_held_twice_over_many_sequences():
 def test_sizes_must_be_positive(sizes):
     with pytest.raises(ValueError, match="must be positive, got 0"):
         PagePool(*sizes)
+
+
+def resident() -> int:
+    """Bytes of memory that the process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
+def test_memory_is_taken_where_it_is_used(dtype):
+    config = DecoderConfig(256, 64, 1, 4, 2, 16, 128)
+    rows = 2**27 // dtype.itemsize // (16 * 2 * 16)
+    before = resident()
+    memory = allocate(config, rows, 16, dtype, "cpu")
+    assert sum(cache.nbytes for cache in memory) == 2**28
+    assert resident() - before < 2**24
+    for cache in memory:
+        assert cache.dtype == dtype and cache.shape == (rows, 16, 2, 16)
+        assert cache.data_ptr() % 64 == 0
+        assert cache[:: rows // 7].float().eq(0).all()
+    memory[0][-1] = 1
+    assert memory[0][-1].float().eq(1).all()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -17,10 +20,22 @@ CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *NA
 def allocate(
     config: DecoderConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device | str
 ) -> list[Tensor]:
-    """Keys and values of each layer in turn, (rows, slots, num_kv_heads, head_dim)."""
+    """Keys and values of each layer in turn, (rows, slots, num_kv_heads, head_dim).
+
+    On a CPU a page of memory is taken when it is first written to, so that a cache costs what is
+    used of it.
+    """
     shape = (rows, slots, config.num_kv_heads, config.head_dim)
     # Zeros, not empty: a masked NaN times a weight of zero would still be NaN.
-    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.num_layers)]
+    zeros = _untouched_zeros if torch.device(device).type == "cpu" else torch.zeros
+    return [zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.num_layers)]
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: object) -> Tensor:
+    """torch.zeros writes to all of them at once."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class KVCache:
