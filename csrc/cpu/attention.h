@@ -3,10 +3,12 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <vector>
 
 #include "attention_products.h"
 #include "attention_shape.h"
+#include "kept_buffer.h"
 
 namespace aigc_fast {
 
@@ -29,8 +31,10 @@ class Attention {
   using C = typename P::C;
   using V = Vec<A>;
   static constexpr int R = P::R, L = P::L, K = P::K;  // rows; lanes; keys of a vector of scores
-  static constexpr int64_t kBlock = P::kBlock;        // most keys between two looks at the maximum
-  static constexpr int64_t kStep = 8;                 // addresses that are computed at a time
+  static constexpr int64_t kBlock = kMostKeys;        // keys between two looks at the maximum
+  // Of a group of tokens memory is read head by head; from group to group in the order in which it
+  // lies. Larger ones leave the L1 cache before their turn, smaller ones cost more additions.
+  static constexpr int64_t kGroupBytes = 32768;
   static_assert(kUnitRows % R == 0);
 
   Attention(const AttentionShape& shape, HeadRows<C> keys, HeadRows<C> values, A scale,
@@ -43,7 +47,11 @@ class Attention {
         options_(options),
         products_{shape.head_dim},
         pairs_((shape.head_dim + 2 * L - 1) / (2 * L)),
-        block_(shape.kv_heads * shape.head_dim * sizeof(C) > 512 ? P::kShortBlock : kBlock) {}
+        group_(std::clamp<int64_t>(std::bit_floor<uint64_t>(kGroupBytes / token_bytes()),
+                                   P::kFewestKeys, kBlock)) {}
+
+  // Of the keys of a token, all heads.
+  int64_t token_bytes() const { return s_.kv_heads * s_.head_dim * sizeof(C); }
 
   // Numbers in a tile of rows: their queries, or their results, which are the weighted values
   // [pair][2][R][L], and the maximum and the sum of each row, L lanes each.
@@ -89,35 +97,65 @@ class Attention {
     const int64_t begin = std::max(unit_begin, s_.oldest(length, first / s_.group()));
     const int64_t end = std::min(unit_end, s_.visible(length, (last - 1) / s_.group()));
     if (begin >= end) return;
-    Block block, ahead;  // of the first head
-    // Of one head `ahead` has the rows in order.
-    const int64_t size = heads > 1 ? heads * kBlock + kStep : 0;
-    std::vector<const C*> rows(2 * size);
-    const C** next_keys = size ? rows.data() : ahead.keys;
-    const C** next_values = size ? rows.data() + size : ahead.values;
-    locate(b, head, begin, end, ahead);
-    for (int64_t start = begin; start < end; start += block_) {
-      block = ahead;
-      if (start + block_ < end)
-        locate(b, head, start + block_, end, ahead);
-      else if (after.begin < after.end)
-        locate(after.b, after.head, after.begin, after.end, ahead);
-      if (heads > 1) {
-        all_rows(ahead.keys, keys_.head, heads, next_keys);
-        all_rows(ahead.values, values_.head, heads, next_values);
-      }
-      for (int64_t h = 0; h < heads; ++h) {
-        for (int64_t row = first; row < last; row += R) {
-          const int64_t tile = h * tiles + (row - first) / R;
-          const bool fetch = row == first;
-          add_block(block, fetch ? next_keys + h * block_ : nullptr,
-                    fetch ? next_values + h * block_ : nullptr, b, head + h, row,
-                    std::min(last, row + R), length, query + tile * query_size(),
-                    result + tile * result_size());
+    const int64_t groups = kBlock / group_;
+    // One head's rows are asked for when their counterparts of the block before are read; those of
+    // several heads, which lie side by side, two groups before they are read.
+    const int64_t ahead = heads > 1 ? 2 : 2 * groups;
+    const C *addresses[2][2 * kBlock], **now = addresses[0], **next = addresses[1];
+    const int64_t softmax_size = kBlock * R + L;
+    KeptBuffer<A> softmax(heads * tiles * softmax_size);  // of each tile: its scores, its decays
+    A ones[L];
+    store(ones, broadcast(A(1)));
+    locate(b, head, begin, end, now);
+    for (int64_t start = begin; start < end; start += kBlock, std::swap(now, next)) {
+      const int64_t stop = std::min(end, start + kBlock);
+      const bool more = stop < end || after.begin < after.end;
+      if (stop < end)
+        locate(b, head, stop, end, next);
+      else if (more)
+        locate(after.b, after.head, after.begin, after.end, next);
+      int64_t counts[kUnitRows];  // keys that each tile of a head sees
+      for (int64_t t = 0; t < tiles; ++t)
+        counts[t] = seen(start, stop, first + t * R, std::min(last, first + (t + 1) * R), length);
+      // Calls f(tile, key, rows, count, fetch) for the rows of group `at`, of the keys first, then
+      // of the values, and each tile that sees any.
+      const auto read = [&](int64_t at, auto&& f) {
+        const auto step = [&](int64_t group) { return (group < groups ? keys_ : values_).head; };
+        const int64_t key = at % groups * group_, to = (at + ahead) % (2 * groups);
+        const bool here = at + ahead < 2 * groups, fetches = here || more;
+        const C* const* from = now + at * group_;
+        const C* const* then = (here ? now : next) + to * group_;
+        const C *rows[kBlock], *fetch[kBlock];
+        for (int64_t h = 0, i = 0; h < heads; ++h) {
+          for (int64_t k = 0; k < group_; ++k) rows[k] = from[k] + h * step(at);
+          for (int64_t k = 0; fetches && k < group_; ++k) {
+            fetch[k] = *then + i * step(to);  // in the order in which they lie
+            if (++i == heads) i = 0, ++then;
+          }
+          for (int64_t t = 0; t < tiles; ++t)
+            if (key < counts[t])
+              f(h * tiles + t, key, rows, std::min(group_, counts[t] - key),
+                fetches && t == 0 ? fetch : nullptr);
         }
-        for (int64_t k = 0; k < kBlock; ++k) block.keys[k] += keys_.head;
-        for (int64_t k = 0; k < kBlock; ++k) block.values[k] += values_.head;
-      }
+      };
+      for (int64_t g = 0; g < groups; ++g)
+        read(g, [&](int64_t tile, int64_t key, const C* const* rows, int64_t count,
+                    const C* const* fetch) {
+          products_.scores(query + tile * query_size(), rows, count, fetch,
+                           softmax.data() + tile * softmax_size + key * R);
+        });
+      for (int64_t g = groups; g < 2 * groups; ++g)
+        read(g, [&](int64_t tile, int64_t key, const C* const* rows, int64_t count,
+                    const C* const* fetch) {
+          A *scores = softmax.data() + tile * softmax_size, *decays = scores + kBlock * R;
+          A* out = result + tile * result_size();
+          const int64_t t = tile % tiles, row = first + t * R;
+          // One tile's at a time, so that memory is always asked for something.
+          if (key == 0)
+            weigh(start, counts[t], b, head + tile / tiles, row, std::min(last, row + R), length,
+                  scores, decays, out + values_size());
+          products_.add_values(scores + key * R, rows, count, key ? ones : decays, out, fetch);
+        });
     }
   }
 
@@ -163,48 +201,25 @@ class Attention {
   }
 
  private:
-  struct Block {  // up to kBlock keys; the addresses behind the last one are its own
-    const C *keys[kBlock], *values[kBlock];
-    int64_t start, stop;
-  };
-
-  // The rows of `heads` heads of the tokens of a block, a token's side by side as they lie in
-  // memory. Writes up to kStep - 1 more.
-  void all_rows(const C* const* first, int64_t stride, int64_t heads, const C** rows) const {
-    int64_t steps[kStep];
-    for (int64_t i = 0; i < kStep; ++i) steps[i] = i * stride;
-    for (int64_t k = 0; k < block_; ++k)
-      for (int64_t h = 0; h < heads; h += kStep)
-        for (int64_t i = 0; i < kStep; ++i)
-          rows[k * heads + h + i] = first[k] + h * stride + steps[i];
-  }
-
   static V finite_or_zero(V v) { return v == -std::numeric_limits<A>::infinity() ? V{} : v; }
 
-  // The keys from `start` on.
-  void locate(int64_t b, int64_t head, int64_t start, int64_t end, Block& block) const {
-    block.start = start;
-    block.stop = std::min(end, start + block_);
-    const C* keys = keys_.data + head * keys_.head;
-    const C* values = values_.data + head * values_.head;
-    const int64_t last = block.stop - start - 1;
-    if (!pages_.table) {
-      keys += b * keys_.batch + start * keys_.seq;
-      values += b * values_.batch + start * values_.seq;
-      for (int64_t k = 0; k < kBlock; ++k) {
-        const int64_t i = std::min(k, last);
-        block.keys[k] = keys + i * keys_.seq;
-        block.values[k] = values + i * values_.seq;
-      }
-      return;
-    }
-    int64_t page = start / pages_.size, slot = start % pages_.size;
+  // The addresses of the first head's rows in the block from key `start` on, of the keys, then of
+  // the values; those behind the last key are its own.
+  void locate(int64_t b, int64_t head, int64_t start, int64_t end, const C** rows) const {
+    const int64_t last = std::min(end - start, kBlock) - 1;
+    int64_t row = b, i = start, page = 0;
+    if (pages_.table) page = start / pages_.size, i = start % pages_.size, row = pages_.at(b, page);
     for (int64_t k = 0; k < kBlock; ++k) {
-      const int64_t id = pages_.at(b, page);
-      block.keys[k] = keys + id * keys_.batch + slot * keys_.seq;
-      block.values[k] = values + id * values_.batch + slot * values_.seq;
-      if (k < last && ++slot == pages_.size) ++page, slot = 0;
+      rows[k] = keys_.data + row * keys_.batch + i * keys_.seq + head * keys_.head;
+      rows[kBlock + k] = values_.data + row * values_.batch + i * values_.seq + head * values_.head;
+      if (k < last && ++i == pages_.size && pages_.table) i = 0, row = pages_.at(b, ++page);
     }
+  }
+
+  // How many keys of the block [start, stop) the rows [row, last) see at most, from its first one.
+  int64_t seen(int64_t start, int64_t stop, int64_t row, int64_t last, int64_t length) const {
+    if (stop <= s_.oldest(length, row / s_.group())) return 0;
+    return std::min(stop, s_.visible(length, (last - 1) / s_.group())) - start;
   }
 
   // The numbers of a tile's heads: lane k * R + r.
@@ -215,37 +230,30 @@ class Attention {
     return v;
   }
 
-  // One block of keys for one tile of rows. Fetches as many rows that come next into the cache,
-  // unless they are null.
-  void add_block(const Block& block, const C* const* next_keys, const C* const* next_values,
-                 int64_t b, int64_t head, int64_t row, int64_t last, int64_t length, const A* query,
-                 A* result) const {
+  // The products of `count` keys from `start` on and the rows of a tile become probabilities,
+  // beside the largest score so far; `state` is that and their sum, `decays` what the sums before
+  // are to be multiplied by.
+  void weigh(int64_t start, int64_t count, int64_t b, int64_t head, int64_t row, int64_t last,
+             int64_t length, A* scores, A* decays, A* state) const {
     const int64_t fewest = s_.certain(length, row / s_.group());
-    const int64_t most = s_.visible(length, (last - 1) / s_.group());
-    const int64_t count = std::min(most, block.stop) - block.start;
-    if (count <= 0 || block.stop <= s_.oldest(length, row / s_.group())) return;
-
-    alignas(64) A scores[kBlock * R];
     const V lowest = broadcast(-std::numeric_limits<A>::infinity());
     V top = lowest;
     const A scale = scale_ * kCacheUnit<C> * (options_.key_scale ? options_.key_scale[head] : 1);
-    products_.scores(query, block.keys, count, next_keys, scores);
     for (int64_t k = 0; k < count; k += K) {
       const V score = load(scores + k * R) * scale;
       store(scores + k * R, score);
       top = max<A>(top, score);
     }
     const int64_t padded = (count + K - 1) / K * K;
-    if (options_.softcap || options_.slopes)
-      top = adjust(block.start, padded, head, row, length, scores);
+    if (options_.softcap || options_.slopes) top = adjust(start, padded, head, row, length, scores);
     // Where rows see different keys, or a vector or a tile has no key left.
-    if (padded > count || block.start + padded > fewest ||
-        block.start < s_.oldest(length, (last - 1) / s_.group())) {
+    if (padded > count || start + padded > fewest ||
+        start < s_.oldest(length, (last - 1) / s_.group())) {
       top = lowest;
       for (int64_t k = 0; k < padded; k += K) {
         for (int lane = 0; lane < L; ++lane) {
           const int64_t i = std::min(row + lane % R, last - 1) / s_.group();
-          const int64_t at = block.start + k + lane / R;
+          const int64_t at = start + k + lane / R;
           if (k + lane / R >= count || at < s_.oldest(length, i) || !sees(b, i, at, length))
             scores[k * R + lane] = lowest[0];
         }
@@ -253,7 +261,7 @@ class Attention {
       }
     }
     top = over_keys<A, R>(top, max<A>);
-    const V before = load(result + values_size());
+    const V before = load(state);
     const V now = max<A>(before, top), base = finite_or_zero(now);
     const V decay = exp_of_negative<A>(before - base);
     V sum = {};
@@ -263,11 +271,9 @@ class Attention {
       sum += p;
     }
     sum = over_keys<A, R>(sum, [](V a, V b) { return a + b; });
-    store(result + values_size(), now);
-    store(result + values_size() + L, load(result + values_size() + L) * decay + sum);
-    A decays[L];
+    store(state, now);
+    store(state + L, load(state + L) * decay + sum);
     store(decays, decay);
-    products_.add_values(scores, block.values, count, decays, result, next_values);
   }
 
   // Of the keys that are not too old: whether query i sees the one at `at`.
@@ -305,9 +311,9 @@ class Attention {
   ScoreOptions<A> options_;
   P products_;
   int64_t pairs_;
-  // Keys between two looks at the maximum: fewer where a token has long rows, for what is fetched
-  // to be in the L1 cache still when its turn comes. Never what depends on the number of threads.
-  int64_t block_;
+  // Keys of a block that are read together, of all heads: never what depends on the number of
+  // threads.
+  int64_t group_;
 };
 
 }  // namespace aigc_fast

@@ -18,7 +18,7 @@ struct Bf16Products {
   using A = float;
   using C = bf16;
   static constexpr int R = 4, L = 16, K = L / R;
-  static constexpr int64_t kBlock = 64, kShortBlock = kBlock;
+  static constexpr int64_t kFewestKeys = kMostKeys;
   using Rows = TileRows<bf16>;
   static constexpr int64_t kKeys = Rows::kMost, kChunk = Rows::kChunk;
   using V = Vec<float>;
@@ -72,7 +72,7 @@ struct Bf16Products {
   AIGC_AMX_TARGET void add_values(const float* probabilities, const bf16* const* values,
                                   int64_t count, const float* decays, float* result,
                                   const bf16* const* next) const {
-    alignas(64) I factors[kBlock / kKeys][16];
+    alignas(64) I factors[kMostKeys / kKeys][16];
     for (int64_t k = 0; k < count; k += kKeys)
       factor_of(probabilities + k * R, count - k, factors[k / kKeys]);
     alignas(64) bf16 copy[kKeys * kChunk];

@@ -18,9 +18,8 @@ namespace aigc_fast {
 template <int rows>
 struct Int8DotProducts : Products<float, int8_t, rows> {
   using Base = Products<float, int8_t, rows>;
-  using Base::head_dim, Base::L, Base::K, Base::R, Base::kBlock;
+  using Base::head_dim, Base::L, Base::K, Base::R;
   using typename Base::V;
-  static constexpr int64_t kShortBlock = kBlock;
   static constexpr int64_t kStep = 2 * L;  // numbers of a row in a vector
   static_assert(K % 2 == 0);
 
@@ -97,7 +96,7 @@ struct Int8DotProducts : Products<float, int8_t, rows> {
     }
     top = over_keys<float, R>(top, max<float>);
     sum = over_keys<float, R>(sum, [](V a, V b) { return a + b; });
-    alignas(64) int32_t high[kBlock * R], low[kBlock * R];
+    alignas(64) int32_t high[kMostKeys * R], low[kMostKeys * R];
     for (int64_t k = 0; k < padded; k += K) {
       const V p = load(probabilities + k * R) * (kOne / top);
       const I whole = rounded(p);

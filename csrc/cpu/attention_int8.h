@@ -20,7 +20,7 @@ struct Int8Products {
   using C = int8_t;
   using Thread = Tiles;
   static constexpr int R = 4, L = 16, K = L / R;
-  static constexpr int64_t kBlock = 64, kShortBlock = kBlock;  // keys of a tile of probabilities
+  static constexpr int64_t kFewestKeys = kMostKeys;  // of a tile of probabilities
   using Rows = TileRows<int8_t>;
   static constexpr int64_t kChunk = Rows::kChunk;
   using V = Vec<float>;
@@ -73,7 +73,7 @@ struct Int8Products {
 
   AIGC_AMX_INT8_TARGET void scores(const float* query, const int8_t* const* keys, int64_t count,
                                    const int8_t* const* next, float* scores) const {
-    alignas(64) int32_t sums[kBlock * L];  // [key][byte][row]
+    alignas(64) int32_t sums[kMostKeys * L];  // [key][byte][row]
     const Rows some[4] = {Rows(keys), Rows(keys + 16), Rows(keys + 32), Rows(keys + 48)};
     alignas(64) int8_t copies[4][16 * kChunk];
     _tile_zero(0);

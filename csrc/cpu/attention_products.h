@@ -8,6 +8,8 @@
 
 namespace aigc_fast {
 
+constexpr int64_t kMostKeys = 64;  // of a call
+
 // R query rows, tiles of queries and results in pairs of vectors: [pair][2][R][L]. Keys and values
 // are given by the address of each, so that they may lie anywhere; C is their type, A that of the
 // arithmetic.
@@ -17,8 +19,8 @@ struct Products {
   using C = Cached;
   using V = Vec<A>;
   static constexpr int R = rows, L = kLanes<A>, K = L / R;  // lanes; keys of a vector of scores
-  static constexpr int64_t kBlock = 32, kShortBlock = 16;   // most keys of a call
-  static_assert(L % R == 0 && kShortBlock % K == 0);
+  static constexpr int64_t kFewestKeys = K;                 // of a call, but the last of a block
+  static_assert(L % R == 0 && kMostKeys % K == 0);
   int64_t head_dim;
 
   // Numbers in the queries of a tile, and what becomes of them before the first product.
