@@ -90,15 +90,20 @@ def _reference_backward(
     lse: Tensor,
     scale: float,
     causal: bool,
+    query_grad: bool,
+    key_value_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     g, q, k, v = wide(grad), wide(query), wide(key), wide(value)
     grouped = (key.shape[2], -1)
     weights = _scores(q, k, scale, causal).softmax(-1)
     by_weights = torch.einsum("bqhgd,bkhd->bhgqk", g.unflatten(2, grouped), v)
     by_scores = scale * weights * (by_weights - (weights * by_weights).sum(-1, keepdim=True))
-    by_query = torch.einsum("bhgqk,bkhd->bqhgd", by_scores, k).flatten(2, 3)
-    by_key = torch.einsum("bhgqk,bqhgd->bkhd", by_scores, q.unflatten(2, grouped))
-    by_value = torch.einsum("bhgqk,bqhgd->bkhd", weights, g.unflatten(2, grouped))
+    by_query = by_key = by_value = query.new_empty(0)
+    if query_grad:
+        by_query = torch.einsum("bhgqk,bkhd->bqhgd", by_scores, k).flatten(2, 3)
+    if key_value_grad:
+        by_key = torch.einsum("bhgqk,bqhgd->bkhd", by_scores, q.unflatten(2, grouped))
+        by_value = torch.einsum("bhgqk,bqhgd->bkhd", weights, g.unflatten(2, grouped))
     return (
         by_query.to(query.dtype).contiguous(),
         by_key.to(query.dtype).contiguous(),
@@ -116,9 +121,11 @@ def _check_backward(
     check_tensor("lse", lse, shape=(query.shape[0], query.shape[2], query.shape[1]))
 
 
+#: The gradients of query, key and value; empty where they are not wanted.
 _dense_attention_backward = define(
     "dense_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out,"
-    " Tensor lse, float scale, bool causal) -> (Tensor, Tensor, Tensor)",
+    " Tensor lse, float scale, bool causal, bool query_grad, bool key_value_grad)"
+    " -> (Tensor, Tensor, Tensor)",
     _reference_backward,
     _check_backward,
     stem=None,
@@ -139,8 +146,11 @@ class _Attention(OpFunction):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, out, lse = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            found = _dense_attention_backward(grads[0], query, key, value, out, lse, *ctx.how)
-            return *found, None, None
+            of_query, *of_others = needed = ctx.needs_input_grad[:3]
+            found = _dense_attention_backward(
+                grads[0], query, key, value, out, lse, *ctx.how, of_query, any(of_others)
+            )
+            return *(x if need else None for x, need in zip(found, needed, strict=True)), None, None
         # Views: where one of them came from another, the way there is not theirs to go.
         inputs = [t.view_as(t) for t in (query, key, value)]
         with torch.autocast("cpu", enabled=False):

@@ -37,11 +37,13 @@ def scaled_dot_product_attention(
     Intel's), both products and the softmax between them are one operator of ours, 1.5 to 5 times as
     fast, and so are their gradients: in float32 and 16 bits, from 32 queries on (8 where there are
     up to 512 keys), without a mask and dropout. y is then (batch, queries, heads, value_dim) in
-    memory, whatever the order of query. Computes in fp32; in 16 bits probabilities are rounded
-    once, as in torch's. Differentiable as often as one likes, the first time by an operator.
+    memory, as torch's is where query comes from a projection: who joins heads again copies nothing.
+    Of a query in another order torch's y has that order, and `view` may fail here where it does not
+    there. Computes in fp32; in 16 bits probabilities are rounded once, as in torch's.
+    Differentiable as often as one likes, the first time by an operator.
 
-    Everywhere else, where autocast changes a dtype, within torch.compile and torch.func it is
-    torch's own function.
+    Everywhere else, where autocast changes a dtype, where torch.nn.attention.sdpa_kernel rules out
+    flash attention, within torch.compile and torch.func it is torch's own function.
 
     Source: Dao et al., FlashAttention, arXiv:2205.14135; Rabe and Staats, arXiv:2112.05682.
     """
@@ -49,6 +51,7 @@ def scaled_dot_product_attention(
         not torch.compiler.is_compiling()
         and attn_mask is None
         and dropout_p == 0
+        and type(is_causal) is type(enable_gqa) is bool
         and has_attention(query, key, value, enable_gqa)
     ):
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
@@ -84,5 +87,6 @@ def has_attention(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool = 
             not torch.is_autocast_enabled("cpu")
             or query.dtype is torch.get_autocast_dtype("cpu")  # to which torch's would go
         )
+        and torch.backends.cuda.flash_sdp_enabled()  # what sdpa_kernel says of CPUs too
         and not transforming()
     )

@@ -197,7 +197,8 @@ std::vector<Acc<T>> products_of(const Tensor& grad, const Tensor& out) {
 
 std::tuple<Tensor, Tensor, Tensor> dense_attention_backward(
     const Tensor& grad_in, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& out_in, const Tensor& lse_in, double scale, bool causal) {
+    const Tensor& out_in, const Tensor& lse_in, double scale, bool causal, bool query_grad,
+    bool key_value_grad) {
   const DenseShape s = dense_shape(query, key, value, causal);
   const ScalarType dtype = query.scalar_type();
   require(grad_in.dim() == 4 && same_shape(grad_in, out_in) && grad_in.scalar_type() == dtype &&
@@ -206,21 +207,25 @@ std::tuple<Tensor, Tensor, Tensor> dense_attention_backward(
   require(out_in.size(0) == s.batch && out_in.size(1) == s.queries && out_in.size(2) == s.heads &&
               out_in.size(3) == s.value_dim && lse_in.numel() == s.batch * s.heads * s.queries,
           "out and lse must fit query and value");
-  Tensor by_query = empty({s.batch, s.queries, s.heads, s.dim}, dtype);
-  Tensor by_key = empty({s.batch, s.keys, s.kv_heads, s.dim}, dtype);
-  Tensor by_value = empty({s.batch, s.keys, s.kv_heads, s.value_dim}, dtype);
+  auto like = [&](bool wanted, const Tensor& x) {
+    return wanted ? empty({x.size(0), x.size(1), x.size(2), x.size(3)}, dtype) : empty({0}, dtype);
+  };
+  Tensor by_query = like(query_grad, query);
+  Tensor by_key = like(key_value_grad, key), by_value = like(key_value_grad, value);
   const Tensor lse = as_contiguous(lse_in);
   const Tensor grad = with_rows(grad_in), out = with_rows(out_in);
   dispatch(query, "query", [&]<class T>(T) {
     using A = Acc<T>;
     const std::vector<A> deltas = products_of<T>(grad, out);
     with_dense_products<T>([&]<class How>(std::type_identity<How>) {
-      DenseGradient<T, How, false>(s, query, grad, key, value, data<A>(lse), deltas.data(), scale,
-                                   mutable_data<T>(by_query), nullptr)
-          .run();
-      DenseGradient<T, How, true>(s, key, value, query, grad, data<A>(lse), deltas.data(), scale,
-                                  mutable_data<T>(by_key), mutable_data<T>(by_value))
-          .run();
+      if (query_grad)
+        DenseGradient<T, How, false>(s, query, grad, key, value, data<A>(lse), deltas.data(), scale,
+                                     mutable_data<T>(by_query), nullptr)
+            .run();
+      if (key_value_grad)
+        DenseGradient<T, How, true>(s, key, value, query, grad, data<A>(lse), deltas.data(), scale,
+                                    mutable_data<T>(by_key), mutable_data<T>(by_value))
+            .run();
     });
   });
   return {by_query, by_key, by_value};

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aigc_fast import ops
 from aigc_fast.ops._dense_attention import attend, dense_attention
@@ -188,11 +189,20 @@ def test_gradients_of_no_queries(causal) -> None:
         assert grad.shape == t.shape and not grad.any()
 
 
-def test_gradient_of_one() -> None:
-    inputs, causal = tokens("odd", torch.float32)
-    inputs[1].requires_grad_()
-    attend(*inputs, 0.5, causal).sum().backward()
-    assert inputs[0].grad is inputs[2].grad is None and inputs[1].grad.isfinite().all()
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+def test_gradients_of_some(wanted) -> None:
+    """Where one side is not wanted, as of frozen keys, its products are not made."""
+    inputs, causal = tokens("grouped", torch.float32)
+    want = with_gradients(attend, inputs, 0.5, causal)[1:]
+    inputs = [t.requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+    y = attend(*inputs, 0.5, causal)
+    with recorded() as calls:
+        y.backward(rand(*y.shape, seed=7).to(torch.bfloat16).to(y.dtype))
+    for i, t in enumerate(inputs):
+        assert t.grad.equal(want[i]) if i in wanted else t.grad is None
+    ((op, args),) = calls
+    of_query, of_others = 0 in wanted, 1 in wanted or 2 in wanted
+    assert [t.numel() > 0 for t in op.overload(*args)] == [of_query, of_others, of_others]
 
 
 # ---- the function of torch's name -----------------------------------------------------------
@@ -215,6 +225,26 @@ def test_takes_what_pays(dtype) -> None:
     assert_as_good_as_torch([mine], [stock], [exact], dtype)
     assert mine.stride() == stock.stride()
     assert bool(calls) == (mkl_lags() and are_faster())
+
+
+def test_heeds_sdpa_kernel() -> None:
+    inputs, _ = by_head("image", torch.float32)
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(backend), recorded() as calls:
+            mine = ops.scaled_dot_product_attention(*inputs)
+            stock = F.scaled_dot_product_attention(*inputs)
+        if backend is SDPBackend.MATH:
+            assert mine.equal(stock) and not calls
+        else:
+            assert bool(calls) == (mkl_lags() and are_faster())
+
+
+@pytest.mark.parametrize("name", ["is_causal", "enable_gqa"])
+@pytest.mark.parametrize("value", [1, "no", None])
+def test_flags_are_bools(name, value) -> None:
+    inputs, _ = by_head("image", torch.float32)
+    with pytest.raises(TypeError, match=name):
+        ops.scaled_dot_product_attention(*inputs, **{name: value})
 
 
 @pytest.mark.parametrize(
