@@ -117,6 +117,8 @@ def test_a_change_in_the_middle_of_a_loop_reaches_no_other_scheduler(change) -> 
         (EulerDiscreteScheduler, lambda s: s.sigmas.mul_(0.9)),
         (KDPM2AncestralDiscreteScheduler, lambda s: s.sigmas_interpol.mul_(0.9)),
         (KDPM2AncestralDiscreteScheduler, lambda s: s.sigmas.mul_(0.9)),
+        (KDPM2AncestralDiscreteScheduler, lambda s: s.sigmas_up.mul_(0.9)),
+        (KDPM2AncestralDiscreteScheduler, lambda s: s.sigmas_down.mul_(0.9)),
         (IPNDMScheduler, lambda s: s.betas.mul_(0.9)),
     ],
 )
