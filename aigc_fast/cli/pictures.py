@@ -32,7 +32,7 @@ def save_film(
     """Of grids, (frames, count, ...), 80 ms each; the last stays for `stay`: an MP4, or a GIF
     without end."""
     grids = [_grid(images, columns, scale, gap) for images in frames]
-    if path.suffix == ".mp4":
+    if path.suffix.lower() == ".mp4":
         _save_mp4(path, grids + grids[-1:] * (stay // _FRAME - 1))
         return
     durations = [_FRAME] * (len(grids) - 1) + [stay]
@@ -51,7 +51,7 @@ def _save_mp4(path: Path, frames: Sequence[Image.Image]) -> None:
     import av
 
     width, height = (size + size % 2 for size in frames[0].size)
-    with av.open(path, "w") as container:
+    with av.open(path, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(1000, _FRAME))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:
@@ -63,7 +63,7 @@ def _save_mp4(path: Path, frames: Sequence[Image.Image]) -> None:
 def save_videos(path: Path, videos: Tensor) -> None:
     """videos: (count, 1 or 3, frames, height, width) in [-1, 1]. A .gif or .mp4 file shows them
     move, ten in a row; another one all their frames, a video in a row."""
-    if path.suffix in FILMS:
+    if path.suffix.lower() in FILMS:
         save_film(path, videos.movedim(2, 0), min(len(videos), 10), stay=_FRAME)
     else:
         save_grid(path, videos.transpose(1, 2).flatten(0, 1), columns=videos.shape[2])

@@ -28,7 +28,7 @@ def _in_a_folder(path: Path) -> Path:
 
 
 def _writable_or_mp4(path: Path) -> Path:
-    return _in_a_folder(path) if path.suffix == ".mp4" else _writable(path)
+    return _in_a_folder(path) if path.suffix.lower() == ".mp4" else _writable(path)
 
 
 Picture = Annotated[Path, typer.Option(dir_okay=False, callback=_writable, help="A PNG file.")]

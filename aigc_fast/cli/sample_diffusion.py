@@ -17,7 +17,7 @@ from .schedulers import make_scheduler
 
 
 def run(console: Console, options: DiffusionOptions) -> None:
-    suffix = options.output.suffix
+    suffix = options.output.suffix.lower()
     if suffix not in (".png", *FILMS):
         raise ValueError(f"output must be a .png, .gif or .mp4 file, got {options.output}")
     if suffix == ".mp4":

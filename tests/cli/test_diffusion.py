@@ -102,6 +102,17 @@ def test_samples_as_picture_and_film(trained, tmp_path):
     assert Image.open(film).n_frames == 3
 
 
+def test_suffixes_in_capitals(trained, tmp_path):
+    pytest.importorskip("av")
+    options = ("--checkpoint", trained / "model.safetensors", "--steps", 2, "--count", 2)
+    for name in ("some.PNG", "some.Gif", "some.MP4"):
+        result = run("sample", "diffusion", *options, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "some.PNG").format == "PNG"
+    assert Image.open(tmp_path / "some.Gif").n_frames == 2
+    assert len(frames_of(tmp_path / "some.MP4")[0]) == 1 + 1600 // 80
+
+
 def test_flow_without_labels(monkeypatch, tmp_path):
     images, labels = training_session.load_digits()
     monkeypatch.setattr(training_session, "load_digits", lambda: (images[::100], labels[::100]))
