@@ -50,6 +50,9 @@ class Packed:
     def __reduce__(self) -> Any:
         return Packed, (self._pack,)
 
+    def forget(self) -> None:
+        self._kept = None
+
     def of(self, weight: Tensor, *how: Any) -> Tensor:
         kept = self._kept
         if kept is None or not kept.is_of(weight):

@@ -116,7 +116,17 @@ class Conv2d(Replacement):
         return in_torch_order(y, x, weight)
 
 
-class FrozenConv2d(Conv2d):
+class Frozen(Replacement):
+    """Keeps a packed copy of its weight in `_packed`, until it is moved: the copy would stay."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # None of one made since by type(module)(...), as PEFT makes an adapter's convolutions.
+        if packed := vars(self).get("_packed"):
+            packed.forget()
+        return super()._apply(*args, **kwargs)
+
+
+class FrozenConv2d(Frozen, Conv2d):
     """The same, with a second copy of its weight, packed, where that saves much of a call."""
 
     uses = "conv2d, its weight packed once"
@@ -130,7 +140,6 @@ class FrozenConv2d(Conv2d):
         yield Assignment(module, "_packed", _packed.Packed(_packed.pack_convolution))
 
     def forward(self, x: Tensor) -> Tensor:
-        # None of one made since by type(module)(...), as PEFT makes an adapter's convolutions.
         packed = vars(self).get("_packed")
         y = None if packed is None else _packed.convolve(self, packed, x)
         return super().forward(x) if y is None else y
@@ -156,9 +165,9 @@ def patch(model: Any, *, fuse_loss: bool = False, freeze: bool = False) -> Patch
                never all in memory. In evaluation, and where the loss is another, nothing changes.
     freeze:    the weights of convolutions will stay as they are: on CPUs, where no gradient is
                wanted and a call has up to 1,024 pixels (64 where Winograd's algorithm serves), a
-               second copy is kept as oneDNN packs it. A weight that was loaded or changed in place
-               is packed anew; a write to `weight.data` is noticed only where it changes one of the
-               64 to 127 elements that are compared in each call.
+               second copy is kept as oneDNN packs it, until the model is moved. A weight that was
+               loaded or changed in place is packed anew; a write to `weight.data` is noticed only
+               where it changes one of the 64 to 127 elements that are compared in each call.
 
     Modules, parameters, the names in state dicts and hooks stay. Outputs agree to rounding, in
     training too. Patching again changes nothing (`unpatch` before another choice of arguments).

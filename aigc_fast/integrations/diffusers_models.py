@@ -15,6 +15,7 @@ from aigc_fast.integrations import diffusers_blocks as blocks
 from aigc_fast.integrations import diffusers_layers as layers
 from aigc_fast.integrations._patching import (
     Assignment,
+    Frozen,
     Replacement,
     Unfit,
     become,
@@ -148,7 +149,7 @@ class Upsample(Replacement):
         return ops.upsample_conv2d(x, conv.weight, conv.bias)
 
 
-class FrozenUpsample(Upsample):
+class FrozenUpsample(Frozen, Upsample):
     uses = "upsample_conv2d, its weight packed once"
 
     @classmethod

@@ -126,6 +126,16 @@ def test_a_changed_weight_is_packed_anew(change) -> None:
     torch.testing.assert_close(ours, outputs(model, inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("to", ["meta", torch.bfloat16], ids=str)
+def test_what_is_moved_keeps_no_copies(to) -> None:
+    model, inputs = make("unet"), one(inputs_of("unet"))
+    aigc_fast.patch(model, freeze=True)
+    outputs(model, inputs)
+    assert any(p._kept for p in packed_of(model))
+    model.to(to)
+    assert not any(p._kept for p in packed_of(model))
+
+
 def test_everything_comes_back_and_copies_pack_for_themselves() -> None:
     model, inputs = make("unet"), inputs_of("unet")
     before, keys = snapshot(model), list(model.state_dict())
