@@ -2,8 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from aigc_fast.nn._replacing import (
     Unfit,
     carry_out,
     fast_class,
+    runs_as_written,
     take_back,
 )
 from aigc_fast.nn._tracing import runs
@@ -45,23 +45,20 @@ def fuse(model: nn.Module) -> PatchReport:
 
     Modules, parameters, the names in state dicts and parametrizations stay; outputs and gradients,
     of any order, agree to rounding. What has hooks that would see another tensor, or is used in
-    several places, is kept as it is, and so is all in a forward whose arguments can be left out: it
-    may go several ways. Another forward is taken to go the way it goes now, and an nn.Sequential to
-    run as a whole: one that is indexed or sliced between a layer and its activation gives the
-    activation's result already. Within torch.compile the stock code runs. Fusing again changes
-    nothing; `unfuse` takes all back.
+    several places, is kept as it is. Of a forward some of whose arguments can be left out, that is
+    fused which runs in the same way with them and without. Otherwise a forward is taken to go the
+    way it goes now, and an nn.Sequential to run as a whole: one that is indexed or sliced between a
+    layer and its activation gives the activation's result already. Within torch.compile the stock
+    code runs. Fusing again changes nothing; `unfuse` takes all back.
 
     Returns what was replaced and what was not, and why. TypeError if `model` is no module.
     """
     _check(model)
-    places = Counter(
-        child for m in model.modules() for child in m._modules.values() if child is not None
-    )
+    places = Counter(child for _, _, child in _places(model))
     replaced: Counter[tuple[str, str]] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
     changes, seen = [], set()
-    in_sequences = list(_activations(model))
-    for before, act in [*in_sequences, *_elsewhere(model, {act for _, act in in_sequences})]:
+    for before, act in _in_order(model, _is_activation):
         seen.add(act)
         try:
             leader = _leader(before, act)
@@ -91,27 +88,28 @@ def unfuse(model: nn.Module) -> None:
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """A copy of the model for evaluation, its batch norms folded into the layers before them.
 
-    model: any module. Wherever an nn.Sequential inside runs Linear, Conv or ConvTranspose and then
-           BatchNorm with running statistics, the copy's layer has weight * s and
-           (bias - mean) * s + shift, s = scale / sqrt(var + eps), and the norm is an nn.Identity. A
-           Linear must get (N, features).
+    model: any module. Wherever an nn.Sequential inside, or another forward that torch.fx can trace,
+           runs Linear, Conv or ConvTranspose and then BatchNorm with running statistics, the copy's
+           layer has weight * s and (bias - mean) * s + shift, s = scale / sqrt(var + eps), and the
+           norm is an nn.Identity. A Linear must get (N, features).
 
-    The copy is in evaluation mode, takes no gradients for its parameters, and agrees with
-    model.eval() to rounding. `fuse` may follow. TypeError if `model` is no module.
+    What has hooks or is used in several places stays. The copy is in evaluation mode, takes no
+    gradients for its parameters, and agrees with model.eval() to rounding. `fuse` may follow.
+    TypeError if `model` is no module.
     """
     _check(model)
     folded = copy.deepcopy(model)
     unfuse(folded)
-    places = Counter(
-        child for m in folded.modules() for child in m._modules.values() if child is not None
-    )
-    for sequence in _sequences(folded):
-        names = list(sequence._modules)
-        for first, second in pairwise(names):
-            layer, norm = sequence._modules[first], sequence._modules[second]
-            if places[layer] == places[norm] == 1 and _folds(layer, norm):
-                _fold(layer, norm)
-                sequence._modules[second] = nn.Identity()
+    found = list(_places(folded))
+    places = Counter(child for _, _, child in found)
+    owners = {child: (parent, name) for parent, name, child in found}
+    norms = dict.fromkeys(BATCH_NORMS, True)
+    for before, norm in list(_in_order(folded, lambda m: _row(norms, m), modes=[False])):
+        layer = before[-1] if before else norm  # which folds nothing
+        if places[layer] == places[norm] == 1 and _folds(layer, norm):
+            _fold(layer, norm)
+            parent, name = owners[norm]
+            parent._modules[name] = nn.Identity()
     return folded.eval().requires_grad_(False)
 
 
@@ -143,24 +141,34 @@ def _sequences(model: nn.Module) -> Iterator[nn.Sequential]:
             yield module
 
 
-def _activations(model: nn.Module) -> Iterator[tuple[list[nn.Module], nn.Module]]:
-    """Every activation in an nn.Sequential, with what runs before it."""
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, child) of all modules inside, once for each place."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                yield parent, name, child
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return isinstance(module, Absorbed) or _row(STOCK_ACTIVATIONS, module) is not None
+
+
+def _in_order(
+    model: nn.Module, is_end: Callable[[nn.Module], Any], modes: Collection[bool] = (True, False)
+) -> Iterator[tuple[list[nn.Module], nn.Module]]:
+    """The modules that are asked for, with what runs before them: in an nn.Sequential, and where
+    another forward calls them and each of those once, whatever the mode."""
+    ends = {module for module in model.modules() if is_end(module)}
     for sequence in _sequences(model):
         children = list(sequence)
         for i, child in enumerate(children):
-            if isinstance(child, Absorbed) or _row(STOCK_ACTIVATIONS, child):
+            if is_end(child):
+                ends.discard(child)
                 yield children[:i], child
-
-
-def _elsewhere(
-    model: nn.Module, known: set[nn.Module]
-) -> Iterator[tuple[list[nn.Module], nn.Module]]:
-    """The same of the other activations, where a forward calls each once and its layer too."""
-    acts = {m for m in model.modules() if isinstance(m, Absorbed) or _row(STOCK_ACTIVATIONS, m)}
-    found = list(runs(model, acts - known)) if acts - known else []
+    found = list(runs(model, ends, modes)) if ends else []
     calls = Counter(run[-1] for run in found)
     for *before, last in found:
-        if last in acts - known and all(calls[module] == 1 for module in (*before, last)):
+        if last in ends and all(calls[module] == 1 for module in (*before, last)):
             yield before, last
 
 
@@ -211,7 +219,8 @@ def _folds(layer: Any, norm: Any) -> bool:
         any(_row({a: True}, layer) and _row({b: True}, norm) for a, b in pairs)
         and norm.running_mean is not None
         and "weight" in layer._parameters
-        and not layer._forward_pre_hooks
+        and runs_as_written(layer)
+        and runs_as_written(norm)
     )
 
 

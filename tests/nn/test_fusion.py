@@ -242,6 +242,36 @@ def test_what_a_forward_may_call_otherwise_is_kept() -> None:
         assert [type(m) for m in model.modules()] == before
 
 
+class Options(nn.Module):
+    """Arguments that may be left out: some activations follow their layer with and without them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.acts = nn.ModuleList([nn.ReLU(), nn.Tanh(), nn.SiLU(), nn.Sigmoid()])
+
+    def forward(self, x, skip=None, *, scale=1.0, raw=False):
+        h = self.acts[0](self.layers[0](x))
+        if skip is not None:
+            h = h + skip
+        h = self.acts[1](self.layers[1](h))
+        h = self.layers[2](h * scale)
+        if skip is not None:
+            h = h * skip
+        h = self.acts[2](h)
+        y = self.layers[3](h)
+        return (y, self.acts[3](h)) if raw else self.acts[3](y)
+
+
+@pytest.mark.parametrize("options", [{}, {"skip": 0.7}, {"scale": 2.0}, {"raw": True, "skip": 3.0}])
+def test_what_arguments_do_not_change_is_fused(options) -> None:
+    model, x = Options(), torch.randn(3, 4)
+    want = model(x, **options)
+    report = fuse(model)
+    assert report.replaced.keys() == {"Linear, ReLU", "Linear, Tanh"}, str(report)
+    torch.testing.assert_close(model(x, **options), want)
+
+
 def test_looking_leaves_no_trace() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
@@ -287,6 +317,49 @@ def test_folded_batch_norms_are_gone_and_nothing_changes(make) -> None:
     torch.testing.assert_close(folded(x), model(x))
     assert fuse(folded).replaced
     torch.testing.assert_close(folded(x), model(x))
+
+
+@pytest.mark.parametrize("make", [Net, BasicBlock], ids=lambda f: f.__name__)
+def test_folds_in_any_forward(make) -> None:
+    model, x = made(make), torch.randn(2, 3 if make is Net else 4, 9, 9)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x * 2 + 1)
+    folded = fold_batch_norm(model.train())
+    norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 1, "that behind a dropout, which is none in evaluation"
+    model.eval()
+    torch.testing.assert_close(folded(x), model(x))
+
+
+def test_folds_nothing_that_is_seen_or_used_elsewhere() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(self.norm(self.conv(x))))
+
+    class Both(Twice):
+        def forward(self, x):
+            h = self.conv(x)
+            return self.norm(h) + h
+
+    class Optional(Twice):
+        def forward(self, x, shift=None):
+            h = self.conv(x)
+            return self.norm(h if shift is None else h + shift)
+
+    hooked = [nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)) for _ in range(2)]
+    for i, model in enumerate(hooked):
+        model[i].register_forward_hook(lambda module, args, y: 2 * y)
+    x = torch.randn(3, 4, 5)
+    for model in (Twice(), Both(), Optional(), *hooked):
+        model(x)
+        folded = fold_batch_norm(model)
+        torch.testing.assert_close(folded(x), model.eval()(x))
+        assert any(isinstance(m, nn.BatchNorm1d) for m in folded.modules())
 
 
 def test_folds_grouped_layers_and_leaves_shared_and_parametrized_ones() -> None:
