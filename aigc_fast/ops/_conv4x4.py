@@ -6,11 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import channels_last
 from aigc_fast.ops._registry import define
-
-
-def _last(y: Tensor) -> Tensor:
-    return y.contiguous(memory_format=torch.channels_last)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -48,13 +45,13 @@ def _check_backward_weight(grad: Tensor, x: Tensor) -> None:
 
 conv4x4 = define(
     "conv4x4(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    lambda x, weight, bias: _last(F.conv2d(x, weight, bias, 2, 1)),
+    lambda x, weight, bias: channels_last(F.conv2d(x, weight, bias, 2, 1)),
     _check,
     stem=None,
 )
 conv_transpose4x4 = define(
     "conv_transpose4x4(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    lambda x, weight, bias: _last(F.conv_transpose2d(x, weight, bias, 2, 1)),
+    lambda x, weight, bias: channels_last(F.conv_transpose2d(x, weight, bias, 2, 1)),
     _check_transpose,
     stem=None,
 )

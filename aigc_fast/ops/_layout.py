@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from aigc_fast.ops._autograd import transforming
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._registry import define
 
@@ -25,14 +26,33 @@ def wide(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x.dtype))
 
 
+def order_of(x: Tensor) -> torch.memory_format:
+    """channels_last (or channels_last_3d) where x is that and not contiguous too, else contiguous.
+    So it is within torch.func, where tensors cannot say it."""
+    if not transforming() and not x.is_contiguous():
+        for dim, order in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if x.dim() == dim and x.is_contiguous(memory_format=order):
+                return order
+    return torch.contiguous_format
+
+
 def in_order_of(y: Tensor, x: Tensor) -> Tensor:
     """y in the dtype of x, channels_last (or channels_last_3d) where x is, else contiguous."""
-    order = torch.contiguous_format
-    if not x.is_contiguous():
-        for dim, candidate in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if x.dim() == dim and x.is_contiguous(memory_format=candidate):
-                order = candidate
-    return torch.empty_like(x, memory_format=order).copy_(y)
+    if transforming():  # where x may be one for a batch of y
+        return y.to(x.dtype)
+    return torch.empty_like(x, memory_format=order_of(x)).copy_(y)
+
+
+def strided_as(y: Tensor, x: Tensor) -> Tensor:
+    """y, which may be spread to the shape of x, in the dtype and memory order of x."""
+    if transforming():
+        return y.to(x.dtype).expand(x.shape)
+    return torch.empty_like(x).copy_(y)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x in that memory order, if it can be told."""
+    return x if transforming() else x.contiguous(memory_format=torch.channels_last)
 
 
 def is_channels_innermost(x: Tensor) -> bool:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._activations import activate, curvature, slope
-from aigc_fast.ops._layout import in_order_of, wide
+from aigc_fast.ops._layout import in_order_of, strided_as, wide
 
 #: whose mean and variance: running ones, a channel's of the batch or of a sample, a pixel's, which
 #: is its mean square. The numbers are part of the schema.
@@ -57,7 +57,7 @@ class Parts:
     def like_x(self, value: Tensor) -> Tensor:
         """value in the dtype of x, and the memory order that results have."""
         if self.statistics <= BATCH:
-            return torch.empty_like(self.like).copy_(value)
+            return strided_as(value, self.like)
         return in_order_of(value, self.like)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_device, check_tensor
-from aigc_fast.ops._layout import wide_dtype
+from aigc_fast.ops._layout import strided_as, wide_dtype
 
 _MAX_HISTORY = 5
 
@@ -65,7 +65,7 @@ def reference_full(
         results.append(x0)
     if len(rest) > terms:
         results.append(combine(*rest[terms:]))
-    return [torch.empty_like(sample).copy_(t) for t in results]
+    return [strided_as(t, sample) for t in results]
 
 
 def reference(
@@ -104,7 +104,7 @@ def reference_backward(
         grads = [grads[0], dm * guidance_scale, dm * (1 - guidance_scale)]
     grads += [d_noise, *d_history] if has_noise else d_history
     # Out of place: under create_graph these are differentiated again.
-    return [torch.empty_like(sample).copy_(t) for t in grads]
+    return [strided_as(t, sample) for t in grads]
 
 
 def check(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_device, check_tensor
-from aigc_fast.ops._layout import wide_dtype
+from aigc_fast.ops._layout import strided_as, wide_dtype
 from aigc_fast.ops._registry import define
 
 
@@ -66,7 +66,7 @@ def _mixed(sample: Tensor, noise: Tensor | None, of_sample: Tensor, of_noise: Te
 
     x = sample.to(dtype)
     z = torch.zeros_like(x) if noise is None else noise.to(dtype)
-    return torch.empty_like(sample).copy_(wide(of_sample) * x + wide(of_noise) * z)
+    return strided_as(wide(of_sample) * x + wide(of_noise) * z, sample)
 
 
 def _reference_velocity(

@@ -15,6 +15,7 @@ from aigc_fast.ops._activations import (
 )
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import strided_as
 from aigc_fast.ops._registry import define
 
 
@@ -106,7 +107,7 @@ def _reference_backward(
         x = saved if bias is None else saved + _over_channels(bias, saved, dim)
         inside = (activate(x, act, alpha) * gain).abs() <= _limit(clamp)
         dx = dy * slope(x, act, alpha) * gain * inside
-    dx = torch.empty_like(saved).copy_(dx)
+    dx = strided_as(dx, saved)
     return dx, _bias_grad(dx, bias, dim)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import channels_last
 from aigc_fast.ops._registry import define
 
 
@@ -54,12 +55,12 @@ def _reference(
 ) -> Tensor:
     y = F.conv2d(torch.cat(xs, 1) if len(xs) > 1 else xs[0], weight, bias, padding=1)
     if slope is not None:
-        y = F.prelu(y, slope)
+        y = torch.where(y > 0, y, slope[:, None, None] * y)  # torch maps no prelu
     if gain != 1:
         y = y * gain
     if residual is not None:
         y = y + residual
-    return y.contiguous(memory_format=torch.channels_last)
+    return channels_last(y)
 
 
 def _check(
@@ -106,7 +107,7 @@ _conv3x3 = define(
 
 def _reference_backward_input(grad: Tensor, weight: Tensor) -> Tensor:
     x = F.conv_transpose2d(grad, weight, padding=1)
-    return x.contiguous(memory_format=torch.channels_last)
+    return channels_last(x)
 
 
 def _check_backward_input(grad: Tensor, weight: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_device, check_tensor, name_of
-from aigc_fast.ops._layout import wide_dtype
+from aigc_fast.ops._layout import strided_as, wide_dtype
 from aigc_fast.ops._registry import define
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
@@ -111,7 +111,7 @@ def _reference_backward(grad_output: Tensor, model_output: Tensor, *args: Any) -
     scale = grad_output.to(error.dtype) * (2 / error.numel())
     if weights is not None:
         scale = scale * _each(weights, error)
-    return torch.empty_like(model_output).copy_(error * scale)
+    return strided_as(error * scale, model_output)
 
 
 def _check(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_choice, check_device, check_tensor, name_of
-from aigc_fast.ops._layout import wide_dtype
+from aigc_fast.ops._layout import strided_as, wide_dtype
 from aigc_fast.ops._registry import define
 
 #: Bounds of the log-variance, diffusers' own; csrc/cpu/elbo.cpp and kernels/elbo.py have them too.
@@ -96,7 +96,7 @@ def _reference(parameters: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor
     if noise is not None:
         sample = mean + torch.exp(0.5 * log_variance) * noise.to(mean.dtype)
     kl = 0.5 * _sum_each(mean.square() + torch.expm1(log_variance) - log_variance)
-    return torch.empty_like(like).copy_(sample), kl
+    return strided_as(sample, like), kl
 
 
 def _reference_backward(
@@ -122,10 +122,10 @@ def _reference_backward(
             deviation = torch.exp(0.5 * log_variance)
             to_log_variance = to_log_variance + 0.5 * grad * deviation * noise.to(mean.dtype)
             if of_noise:
-                grad_noise = torch.empty_like(like).copy_(grad * deviation)
+                grad_noise = strided_as(grad * deviation, like)
     inside = (raw >= LOWEST) & (raw <= HIGHEST)
     grads = torch.cat([to_mean, torch.where(inside, to_log_variance, 0.0)], 1)
-    return torch.empty_like(parameters).copy_(grads), grad_noise
+    return strided_as(grads, parameters), grad_noise
 
 
 def _check(parameters: Tensor, noise: Tensor | None) -> None:
@@ -211,7 +211,7 @@ def _reference_loss_backward(grad: Tensor, output: Tensor, target: Tensor, kind:
     if name == "laplace":
         slope = slope.sign()
     scale = grad.view(-1, *[1] * (x.dim() - 1))
-    return torch.empty_like(output).copy_(scale * slope)
+    return strided_as(scale * slope, output)
 
 
 def _check_loss(output: Tensor, target: Tensor, kind: int) -> None:

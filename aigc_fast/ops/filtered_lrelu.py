@@ -11,9 +11,9 @@ from torch import Tensor
 from aigc_fast.ops._activations import check_clamp
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_device, check_tensor
-from aigc_fast.ops._layout import wide
+from aigc_fast.ops._layout import order_of, wide
 from aigc_fast.ops._registry import FLOATS, define
-from aigc_fast.ops.upfirdn2d import _layout, _pair, _sides, _taps
+from aigc_fast.ops.upfirdn2d import _pair, _sides, _taps
 from aigc_fast.ops.upfirdn2d import _reference as upfirdn2d_reference
 
 #: pixels whose bits share a word of the mask
@@ -127,7 +127,7 @@ def _reference(
     if keep_mask:
         mask = torch.stack([_pack(negative), _pack(z.abs() > limit)], 3)
     y = upfirdn2d_reference(z.clamp(-limit, limit), down_filter, _second(geometry), flip, 1.0)
-    return y.to(x.dtype).contiguous(memory_format=_layout(x)), mask
+    return y.to(x.dtype).contiguous(memory_format=order_of(x)), mask
 
 
 def _reference_mask(
@@ -138,7 +138,7 @@ def _reference_mask(
     negative, clamped = _unpack(mask, z.shape[3]).unbind(3)
     z = torch.where(negative, z * slope, z).masked_fill(clamped, 0)
     y = upfirdn2d_reference(z, second, _second(geometry), flip, 1.0)
-    return y.to(x.dtype).contiguous(memory_format=_layout(x))
+    return y.to(x.dtype).contiguous(memory_format=order_of(x))
 
 
 def _check_filters(x: Tensor, first: Tensor, second: Tensor, geometry: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_tensor
-from aigc_fast.ops._layout import wide
+from aigc_fast.ops._layout import strided_as, wide
 from aigc_fast.ops._registry import define
 
 #: what is added to beta before the division, as in BigVGAN and DAC
@@ -71,7 +71,7 @@ def reference_backward(
     dx = g * (1 + a * b * sin_twice)
     dalpha = _sum(g * at * b * sin_twice, alpha)
     dbeta = _sum(-g * b**2 * torch.sin(a * at) ** 2, beta)
-    return torch.empty_like(x).copy_(dx), dalpha, dbeta
+    return strided_as(dx, x), dalpha, dbeta
 
 
 def _reference_double_backward(
@@ -92,8 +92,8 @@ def _reference_double_backward(
     grad_alpha = g * (w * b * slope + 2 * p * at**2 * cos_twice - q * at * sin_twice)
     grad_beta = g * b * (2 * q * squared - (w * a * b + p * at) * sin_twice)
     return (
-        torch.empty_like(x).copy_(grad_dy),
-        torch.empty_like(x).copy_(grad_x),
+        strided_as(grad_dy, x),
+        strided_as(grad_x, x),
         _sum(grad_alpha, alpha),
         _sum(grad_beta, beta),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from aigc_fast.ops._activations import DEFAULT_ALPHA, activate, resolve
 from aigc_fast.ops._autograd import OpFunction
 from aigc_fast.ops._checks import check_device, check_tensor
-from aigc_fast.ops._layout import wide
+from aigc_fast.ops._layout import order_of, wide
 from aigc_fast.ops._registry import FLOATS, define
 from aigc_fast.ops.bias_act import bias_act, bias_act_gradients
 
@@ -112,11 +112,6 @@ def _size(x: Tensor, filter: Tensor, geometry: Sequence[int]) -> tuple[int, int]
     )
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def _reference(
     x: Tensor, filter: Tensor, geometry: Sequence[int], flip: bool, gain: float,
     bias: Tensor | None = None, act: int = 0, act_gain: float = 1.0, clamp: float | None = None,
@@ -142,7 +137,7 @@ def _reference(
     z = activate(z, act, alpha) * act_gain
     if clamp is not None:
         z = z.clamp(-clamp, clamp)
-    return z.to(x.dtype).contiguous(memory_format=_layout(x))
+    return z.to(x.dtype).contiguous(memory_format=order_of(x))
 
 
 def _check(

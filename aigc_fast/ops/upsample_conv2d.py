@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._layout import channels_last
 from aigc_fast.ops._winograd import in_torch_order
 from aigc_fast.ops.conv2d import conv2d
 
@@ -48,8 +49,7 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if not on_cpu:
         return F.conv_transpose2d(x, folded, bias, stride=2, padding=padding)
     # The order that oneDNN packs soonest: in any other that takes longer than its products may.
-    folded = folded.contiguous(memory_format=torch.channels_last)
-    y = F.conv_transpose2d(x, folded, bias, stride=2, padding=padding)
+    y = F.conv_transpose2d(x, channels_last(folded), bias, stride=2, padding=padding)
     return in_torch_order(y, x, weight)
 
 

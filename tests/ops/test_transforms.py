@@ -1,5 +1,7 @@
 """torch.func and forward-mode derivatives of every operator: those of backward."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ import aigc_fast
 from aigc_fast import ops
 from aigc_fast.ops._winograd import are_faster
 from tests.ops.test_every_op import (
+    CALLS,
     DIFFERENTIABLE,
     cast,
     contiguous_grad,
@@ -100,6 +103,36 @@ def test_gradients_of_many_samples_at_once() -> None:
     found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, x)
     one_by_one = [torch.func.grad(loss)(weight, sample) for sample in x]
     torch.testing.assert_close(found, torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize(
+    ("op", "sample"),
+    [
+        c
+        for c in CALLS
+        if not (
+            c.values[0].mutates or c.id in ("batch_norm_act-running", "vector_quantize-special")
+        )
+    ],
+)
+def test_maps_over_any_argument(op, sample) -> None:
+    """As an ensemble of models does over one input, and a model over inputs one by one."""
+    args, kwargs = cast((sample.args, sample.kwargs), torch.float64)
+    given = [t for t in tensors((args, kwargs)) if t.dtype == torch.float64]
+
+    def run(*some: Tensor, at: list[int]) -> tuple[Tensor, ...]:
+        instead = {id(given[i]): t for i, t in zip(at, some, strict=True)}
+        found = map_tensors((args, kwargs), lambda t: instead.get(id(t), t))
+        return tuple(tensors(op.function(*found[0], **found[1])))
+
+    each_and_all = [[i] for i in range(len(given))] + [list(range(len(given)))]
+    for at in filter(None, each_and_all):
+        batches = [torch.stack([given[i], given[i] / 2]) for i in at]
+        found = torch.func.vmap(partial(run, at=at))(*batches)
+        each = [run(*row, at=at) for row in zip(*batches, strict=True)]
+        torch.testing.assert_close(
+            found, tuple(map(torch.stack, zip(*each, strict=True))), equal_nan=True
+        )
 
 
 WEIGHT, IMAGES, SOUNDS = torch.randn(16, 16, 3, 3), torch.randn(2, 16, 16, 16), torch.randn(2, 4, 9)
