@@ -132,4 +132,5 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not transforming()
         and torch._C._get_mkldnn_enabled()
+        and torch._C._get_tracing_state() is None  # torch.jit cannot record oneDNN's operators
     )

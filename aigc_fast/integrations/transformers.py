@@ -200,7 +200,7 @@ def attention(
             value,
             is_causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
             scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=bool(query.shape[1] != key.shape[1]),  # to torch.jit.trace a tensor
         )
         return out.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(

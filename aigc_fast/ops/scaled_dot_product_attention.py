@@ -48,8 +48,7 @@ def scaled_dot_product_attention(
     Source: Dao et al., FlashAttention, arXiv:2205.14135; Rabe and Staats, arXiv:2112.05682.
     """
     if (
-        not torch.compiler.is_compiling()
-        and attn_mask is None
+        attn_mask is None
         and dropout_p == 0
         and type(is_causal) is type(enable_gqa) is bool
         and has_attention(query, key, value, enable_gqa)
@@ -65,7 +64,8 @@ def scaled_dot_product_attention(
 def has_attention(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool = False) -> bool:
     """Whether the operator serves these tensors, and takes less time than torch's function."""
     return (
-        mkl_lags()
+        not torch.compiler.is_compiling()
+        and mkl_lags()
         and are_faster()
         and query.dim() == key.dim() == value.dim() == 4
         and query.shape[2] >= (_FEW_QUERIES if key.shape[2] <= _FEW_KEYS else _QUERIES)

@@ -448,3 +448,11 @@ def test_is_traced_whole():
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(ids), want)
     torch.testing.assert_close(torch.export.export(model, (ids,)).module()(ids), want)
     assert model.to("meta")(ids.to("meta")).shape == want.shape
+
+
+@torch.no_grad()
+def test_traces() -> None:
+    model, ids = DecoderLM(CONFIGS["grouped"]).eval(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    want = model(ids.flip(1))
+    traced = torch.jit.trace(model, ids)
+    torch.testing.assert_close(traced(ids.flip(1)), want)

@@ -134,3 +134,9 @@ def test_attention_in_training_is_as_good_as_torch(autocast):
     wide = F.scaled_dot_product_attention(*(t.float() for t in low))
     assert torch.equal(mine[0], wide.to(torch.bfloat16))
     assert torch.equal(attend(*low), F.scaled_dot_product_attention(*low))
+
+
+def test_attention_in_training_compiles_whole():
+    low = [torch.randn(2, 3, 16, 8).to(torch.bfloat16).requires_grad_() for _ in range(3)]
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*low), attend(*low), rtol=0.02, atol=0.02)

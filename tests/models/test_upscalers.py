@@ -164,3 +164,10 @@ def test_one_generator_is_not_the_other(tmp_path):
     file.save(tmp_path / "other")
     with pytest.raises(ValueError, match="less than two convolutions"):
         load_generator(tmp_path / "other")
+
+
+def test_parameters_may_be_plain_tensors() -> None:
+    """As torch.func and nn.DataParallel put them into a model."""
+    model, x = SRVGGNetCompact(num_feat=16, num_conv=1), torch.rand(1, 3, 8, 8)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(model, weights, x), model(x))

@@ -122,3 +122,10 @@ def test_module_is_nn_linear(products) -> None:
     ours.load_state_dict(torchs.state_dict())
     x = rand(5, 24).float()
     torch.testing.assert_close(ours(x), torchs(x))
+
+
+def test_traces(products) -> None:
+    """By torch.jit, which cannot record oneDNN's operator."""
+    layer, x = nn.Linear(24, 9), rand(2, 3, 24).float()
+    traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(x), F.linear(x, layer.weight, layer.bias))

@@ -50,7 +50,7 @@ def attend(
             attn_mask=None if window is None else _visible(query, window),
             is_causal=window is None,
             scale=scale,
-            enable_gqa=query.shape[2] != keys.shape[2],
+            enable_gqa=bool(query.shape[2] != keys.shape[2]),  # to torch.jit.trace a tensor
         ).transpose(1, 2)
     if ends is None:
         trains = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad)

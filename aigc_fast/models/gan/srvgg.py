@@ -59,7 +59,7 @@ class SRVGGNetCompact(nn.Module):
         check_input("x", x, self.num_in_ch, "height", "width")
         y = x
         for conv, act in zip(pairs[::2], pairs[1::2], strict=True):
-            y = convolve(y, conv, act.get_parameter("weight"))
+            y = convolve(y, conv, act.weight)  # type: ignore[arg-type]
         y = convolve(y, last)
         # Contiguous: what shuffling makes of channels_last is neither, and slow to resize.
         y = F.pixel_shuffle(y.contiguous(), self.upscale)
