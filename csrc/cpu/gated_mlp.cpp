@@ -41,9 +41,9 @@ Tensor forward(const Tensor& gate_in, const Tensor& up_in) {
     for_pieces(gate.count, width, gate.stride == width && up.stride == width,
                [&](int64_t row, int64_t column, int64_t count) {
                  const T *g = gate.at<T>(row) + column, *u = up.at<T>(row) + column;
-                 map_row<T, 2>(count, {g, u}, out + row * width + column, [](const auto& v) {
-                   return smooth<act, A, kCoarse<T>>(v[0]) * v[1];
-                 });
+                 map_row<T, 2, 0, Ties::away>(
+                     count, {g, u}, out + row * width + column,
+                     [](const auto& v) { return smooth<act, A, T>(v[0]) * v[1]; });
                });
   });
   return y;
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& gate_in,
       const T* d = dy.at<T>(row) + column;
       const int64_t to = row * width + column;
       map_at<T, 2>(count, {gate_out + to, up_out + to}, [=](auto at) {
-        const Activated<A> a = activate<act, A, kCoarse<T>>(at(g));
+        const Activated<A> a = activate<act, A, T>(at(g));
         const Vec<A> grad = at(d);
         return Vectors<A, 2>{grad * at(u) * a.slope, grad * a.value};
       });

@@ -14,6 +14,7 @@ struct Forward : GroupNormCall<T> {
   using GroupNormCall<T>::s;
   T* y;
   double eps;
+  static constexpr Ties kTies = act == Smooth::none ? Ties::even : Ties::away;
 
   int64_t pieces() const { return (s.group_size() + kGroupPiece - 1) / kGroupPiece; }
   Moments look(int64_t u, int64_t piece) const {
@@ -29,10 +30,9 @@ struct Forward : GroupNormCall<T> {
     const A mean = this->mean[u], rstd = this->rstd[u];
     this->for_channels(u, begin, end, [&](int64_t c, int64_t at, int64_t count) {
       const A scale = rstd * this->weight[c], shift = this->bias[c];
-      map_row<T, 1>(
+      map_row<T, 1, 0, kTies>(
           count, {this->x + at}, y + at,
-          [=](auto& v) { return smooth<act, A, kCoarse<T>>((v[0] - mean) * scale + shift); }, {},
-          ahead);
+          [=](auto& v) { return smooth<act, A, T>((v[0] - mean) * scale + shift); }, {}, ahead);
     });
   }
   void contiguous() const {
@@ -76,9 +76,9 @@ struct Forward : GroupNormCall<T> {
       for (int64_t c = 0; c < channels; ++c) scale[b * channels + c] *= this->weight[c];
     this->for_row_pieces([&](int64_t, int64_t b, int64_t row, int64_t rows) {
       const int64_t at = (b * s.spatial + row) * channels, first = b * channels;
-      map_columns<T, 1, 3>(
+      map_columns<T, 1, 3, kTies>(
           rows, channels, {this->x + at}, {&mean[first], &scale[first], this->bias.data()}, y + at,
-          [](auto& v, auto& p) { return smooth<act, A, kCoarse<T>>((v[0] - p[0]) * p[1] + p[2]); });
+          [](auto& v, auto& p) { return smooth<act, A, T>((v[0] - p[0]) * p[1] + p[2]); });
     });
   }
 };

@@ -22,16 +22,33 @@ struct Vectors {
 template <class A>
 using TwoVectors = std::integral_constant<int, 2 * kLanes<A>>;
 
+// Where a number goes that lies half-way between two of bf16: to the even one of them, as in
+// torch, or away from zero, which takes 3 instructions in place of 9. An activation does not meet
+// such numbers but by the accident of its own last bits.
+enum class Ties { even, away };
+
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
+// The upper halves of the lanes of a and b, in turns.
+AIGC_INLINE Words upper_halves(Words a, Words b) {
+#if defined(__AVX512BW__)
+  const auto which = lane_numbers<float>([](int i) { return (2 * i + 33) << 16 | (2 * i + 1); });
+  return (Words)_mm512_permutex2var_epi16((__m512i)a, (__m512i)which, (__m512i)b);
+#else
+  return a >> 16 | (b & 0xffff0000u);
+#endif
+}
+
 // load_pair's counterpart. A NaN must have its low 16 bits zero, as one that comes from bf16
 // tensors or from arithmetic on them has: rounding cannot carry it to infinity then.
-template <class T, class V = Vec<Acc<T>>>
+template <class T, Ties ties = Ties::even, class V = Vec<Acc<T>>>
 AIGC_INLINE void store_two(T* p, V a, V b) {
   if constexpr (std::is_same_v<T, bf16>) {
-    typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
-    const U32 x = reinterpret_cast<U32>(a), y = reinterpret_cast<U32>(b);
-    const U32 even = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
-    const U32 odd = (y + 0x7fffu + ((y >> 16) & 1u)) & 0xffff0000u;
-    const U32 both = even | odd;
+    const auto round = [](V v) __attribute__((always_inline)) {
+      const Words x = reinterpret_cast<Words>(v);
+      return x + (ties == Ties::even ? 0x7fffu + (x >> 16 & 1u) : Words{} + 0x8000u);
+    };
+    const Words both = upper_halves(round(a), round(b));
     std::memcpy(static_cast<void*>(p), &both, sizeof both);
   } else {
     store(p, a);
@@ -70,7 +87,7 @@ constexpr int64_t kAhead = 2048 / sizeof(T);
 // out[i] = f({x[0][i], ..., params[0][i], ...}) for a row of `count` elements; params are in the
 // cache, and in the order in which load_pair<T> gives x. What lies `ahead` elements behind those of
 // x is asked for meanwhile.
-template <class T, int X, int P = 0, class F>
+template <class T, int X, int P = 0, Ties ties = Ties::even, class F>
 AIGC_INLINE void map_row(int64_t count, std::array<const T*, X> x, T* out, F&& f,
                          std::array<const Acc<T>*, P> params = {}, int64_t ahead = kAhead<T>) {
   using A = Acc<T>;
@@ -84,7 +101,7 @@ AIGC_INLINE void map_row(int64_t count, std::array<const T*, X> x, T* out, F&& f
     }
     for (int k = 0; k < P; ++k) load_pair(params[k] + i, a[X + k], b[X + k]);
     ask_for<1>(out + i + kAhead<T>, 2 * lanes);
-    store_two(out + i, f(a), f(b));
+    store_two<T, ties>(out + i, f(a), f(b));
   }
   for_vectors<A>(count - i, [&](int64_t j, auto n) {
     Vectors<A, X + P> a;
@@ -191,7 +208,7 @@ AIGC_INLINE void for_columns(int64_t width, std::array<const Acc<T>*, P> params,
 }
 
 // out[r][j] = f({x[0][r][j], ...}, {params[0][j], ...}). As many rows are asked for as follow.
-template <class T, int X, int P, class F>
+template <class T, int X, int P, Ties ties = Ties::even, class F>
 AIGC_INLINE void map_columns(int64_t rows, int64_t width, std::array<const T*, X> x,
                              std::array<const Acc<T>*, P> params, T* out, F&& f) {
   using A = Acc<T>;
@@ -204,7 +221,7 @@ AIGC_INLINE void map_columns(int64_t rows, int64_t width, std::array<const T*, X
           load_pair(x[k] + at, a[k], b[k]);
         }
         ask_for<1>(out + at + rows * width, n);
-        store_two(out + at, f(a, p), f(b, q));
+        store_two<T, ties>(out + at, f(a, p), f(b, q));
       } else {
         for (int k = 0; k < X; ++k) a[k] = load(x[k] + at, n);
         store(out + at, f(a, p), n);
