@@ -151,6 +151,15 @@ def scheduler_step(sample, model_output, coefficients, noise=None) -> Tensor:
     return scheduler_step_full(sample, model_output, coefficients, (), noise)[0]
 
 
+def scheduler_step_both(
+    sample, model_output, coefficients, history, noise=None
+) -> tuple[Tensor, Tensor]:
+    prev, x0 = scheduler_step_full(
+        sample, model_output, coefficients, history, noise, return_x0=True
+    )
+    return prev, x0
+
+
 def scheduler_step_full(
     sample, model_output, coefficients, history, noise=None, uncond_output=None,
     guidance_scale=1.0, guidance_rescale=0.0, return_x0=False,

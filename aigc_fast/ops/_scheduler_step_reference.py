@@ -74,6 +74,17 @@ def reference(
     return reference_full(sample, model_output, coefficients, (), noise)[0]
 
 
+def reference_both(
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    history: Sequence[Tensor],
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    prev, x0 = reference_full(sample, model_output, coefficients, history, noise, return_x0=True)
+    return prev, x0
+
+
 def reference_backward(
     grad_output: Tensor,
     grad_x0: Tensor | None,

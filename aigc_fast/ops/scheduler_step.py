@@ -14,6 +14,7 @@ from aigc_fast.ops._scheduler_step_reference import (
     check_backward,
     reference,
     reference_backward,
+    reference_both,
     reference_full,
 )
 
@@ -87,42 +88,59 @@ def scheduler_step(
             sample, model_output, uncond_output, noise, coefficients, guidance_scale, return_x0,
             *history,
         )  # fmt: skip
-    elif guidance_rescale == 0 and _is_plain(
-        coefficients, history, uncond_output, guidance_scale, return_x0
-    ):
-        return _scheduler_step(sample, model_output, coefficients, noise)
     else:
-        results = _scheduler_step_full(
+        results = _run(
             sample, model_output, coefficients, history, noise, uncond_output, guidance_scale,
             guidance_rescale, return_x0,
         )  # fmt: skip
-    return tuple(results) if len(results) > 1 else results[0]
+    return results if len(results) > 1 else results[0]
 
 
-def _is_plain(
+def _run(
+    sample: Tensor,
+    model_output: Tensor,
     coefficients: Tensor,
     history: Sequence[Tensor],
+    noise: Tensor | None,
     uncond_output: Tensor | None,
     guidance_scale: float,
+    guidance_rescale: float,
     return_x0: bool,
-) -> bool:
-    """Whether it is x0 and prev of sample, model_output and noise alone, and prev is returned."""
-    return (
-        len(history) == 0
-        and not return_x0
-        and uncond_output is None
+) -> tuple[Tensor, ...]:
+    """All results, by the schema that costs a call least."""
+    if (
+        uncond_output is None
         and guidance_scale == 1
+        and guidance_rescale == 0
         and coefficients.dim() > 0
-        and coefficients.size(-1) == 7
-    )
+        and coefficients.size(-1) == 7 + len(history)
+    ):
+        if return_x0:
+            return _scheduler_step_both(sample, model_output, coefficients, history, noise)
+        if len(history) == 0:
+            return (_scheduler_step(sample, model_output, coefficients, noise),)
+    return tuple(
+        _scheduler_step_full(
+            sample, model_output, coefficients, history, noise, uncond_output, guidance_scale,
+            guidance_rescale, return_x0,
+        )
+    )  # fmt: skip
 
 
-# The plain step has a schema of its own: lists in and out cost a call as much as 64 elements do.
+# Steps without guidance that return prev, or prev and x0, have schemas of their own: a list of
+# results costs a call 0.7 us, one of arguments 0.2 us, and a tensor of 64x64x4 takes 0.4 us.
 _scheduler_step = define(
     "scheduler_step(Tensor sample, Tensor model_output, Tensor coefficients, Tensor? noise=None)"
     " -> Tensor",
     reference,
     lambda sample, output, coefficients, noise=None: check(sample, output, coefficients, (), noise),
+    stem="scheduler_step",
+)
+_scheduler_step_both = define(
+    "scheduler_step_both(Tensor sample, Tensor model_output, Tensor coefficients, Tensor[] history,"
+    " Tensor? noise=None) -> (Tensor, Tensor)",
+    reference_both,
+    check,
     stem="scheduler_step",
 )
 _scheduler_step_full = define(
@@ -159,13 +177,9 @@ class _SchedulerStep(OpFunction):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(sample, model_output, uncond_output, coefficients)
         ctx.options = guidance_scale, noise is not None, len(history), return_x0
-        if _is_plain(coefficients, history, uncond_output, guidance_scale, return_x0):
-            return (_scheduler_step(sample, model_output, coefficients, noise),)
-        return tuple(
-            _scheduler_step_full(
-                sample, model_output, coefficients, history, noise, uncond_output, guidance_scale,
-                0.0, return_x0,
-            )
+        return _run(
+            sample, model_output, coefficients, history, noise, uncond_output, guidance_scale, 0.0,
+            return_x0,
         )  # fmt: skip
 
     @staticmethod

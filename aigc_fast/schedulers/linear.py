@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from aigc_fast import ops
-from aigc_fast.ops.scheduler_step import _scheduler_step, _scheduler_step_full
+from aigc_fast.ops.scheduler_step import (
+    _scheduler_step,
+    _scheduler_step_both,
+    _scheduler_step_full,
+)
 
 Scalar = float | Tensor
 
@@ -113,6 +117,7 @@ class Step(NamedTuple):
     reads: tuple[int, ...]
     threshold: Threshold | None = None
     stochastic: bool = False  # the solver draws noise here, read or not
+    has_second: bool = False
 
     def __call__(
         self,
@@ -125,26 +130,25 @@ class Step(NamedTuple):
         **guidance: Any,
     ) -> Any:
         row = self.row
+        if not self.noisy:
+            noise = None
+        if len(self.reads) != len(history):
+            history = [history[i] for i in self.reads]
         if self.threshold is not None:
             row = self.threshold.rows(row, sample, output, guidance)
         elif not guidance and not torch.is_grad_enabled():
-            # The operator itself: the public function's questions cost a fifth of a small step.
-            tensors = [history[i] for i in self.reads] if self.reads else ()
-            noise = noise if self.noisy else None
-            if not tensors and not return_x0 and row.size(-1) == 7:
+            # The operators themselves: the public function's questions cost a fifth of a small
+            # step.
+            if return_x0 and not self.has_second:
+                return _scheduler_step_both(sample, output, row, history, noise)
+            if not history and not self.has_second:
                 return _scheduler_step(sample, output, row, noise)
             results = _scheduler_step_full(
-                sample, output, row, tensors, noise, None, 1.0, 0.0, return_x0
+                sample, output, row, history, noise, None, 1.0, 0.0, return_x0
             )
-            return tuple(results) if len(results) > 1 else results[0]
+            return tuple(results) if self.has_second else results[0]
         return ops.scheduler_step(
-            sample,
-            output,
-            row,
-            noise=noise if self.noisy else None,
-            history=[history[i] for i in self.reads] if self.reads else (),
-            return_x0=return_x0,
-            **guidance,
+            sample, output, row, noise=noise, history=history, return_x0=return_x0, **guidance
         )
 
 
@@ -202,6 +206,7 @@ class Row(NamedTuple):
                 tuple(k for k, read in enumerate(p[1:]) if read),
                 self.threshold,
                 "noise" in self.prev.terms,
+                self.second is not None,
             )
             for i, p in zip(places, patterns, strict=True)
         ]

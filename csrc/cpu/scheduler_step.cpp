@@ -62,11 +62,15 @@ std::vector<Acc<T>> rescale_factors(SampleRows& rows, RowPointer<const T> cond,
   return factors;
 }
 
-// [prev], then x0 if asked for, then the second result if the row has one
-std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& output_in,
-                                        const Tensor& coefficients, std::vector<Tensor> history,
-                                        const MaybeTensor& noise, const MaybeTensor& uncond_in,
-                                        double scale, double rescale, bool return_x0) {
+// prev, x0 if it is asked for, and the second result if the row has one.
+struct StepResults {
+  Tensor prev;
+  MaybeTensor x0, second;
+};
+
+StepResults run_step(const Tensor& sample_in, const Tensor& output_in, const Tensor& coefficients,
+                     std::vector<Tensor> history, const MaybeTensor& noise,
+                     const MaybeTensor& uncond_in, double scale, double rescale, bool return_x0) {
   const int64_t num_history = history.size();
   const SchedulerCall call(sample_in, output_in, coefficients, uncond_in, scale, rescale,
                            num_history);
@@ -130,21 +134,44 @@ std::vector<Tensor> scheduler_step_full(const Tensor& sample_in, const Tensor& o
     else
       run.template operator()<false, false>();
   });
-  std::vector<Tensor> results{rows.finish(prev)};
-  if (return_x0) results.push_back(rows.finish(x0));
-  if (call.has_second) results.push_back(rows.finish(second));
+  StepResults results{rows.finish(prev), {}, {}};
+  if (return_x0) results.x0 = rows.finish(x0);
+  if (call.has_second) results.second = rows.finish(second);
+  return results;
+}
+
+std::vector<Tensor> scheduler_step_full(const Tensor& sample, const Tensor& output,
+                                        const Tensor& coefficients, std::vector<Tensor> history,
+                                        const MaybeTensor& noise, const MaybeTensor& uncond,
+                                        double scale, double rescale, bool return_x0) {
+  StepResults all = run_step(sample, output, coefficients, std::move(history), noise, uncond, scale,
+                             rescale, return_x0);
+  std::vector<Tensor> results{all.prev};
+  for (MaybeTensor* more : {&all.x0, &all.second})
+    if (*more) results.push_back(**more);
   return results;
 }
 
 Tensor scheduler_step(const Tensor& sample, const Tensor& output, const Tensor& coefficients,
                       const MaybeTensor& noise) {
-  auto results = scheduler_step_full(sample, output, coefficients, {}, noise, {}, 1, 0, false);
-  require(results.size() == 1, "coefficients must be a row of one result");
-  return results[0];
+  const auto results = run_step(sample, output, coefficients, {}, noise, {}, 1, 0, false);
+  require(!results.second, "coefficients must be a row of one result");
+  return results.prev;
+}
+
+std::tuple<Tensor, Tensor> scheduler_step_both(const Tensor& sample, const Tensor& output,
+                                               const Tensor& coefficients,
+                                               std::vector<Tensor> history,
+                                               const MaybeTensor& noise) {
+  const auto results =
+      run_step(sample, output, coefficients, std::move(history), noise, {}, 1, 0, true);
+  require(!results.second, "coefficients must be a row of one result");
+  return {results.prev, *results.x0};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aigc_fast, CPU, m) {
   m.impl("scheduler_step", TORCH_BOX(&scheduler_step));
+  m.impl("scheduler_step_both", TORCH_BOX(&scheduler_step_both));
   m.impl("scheduler_step_full", TORCH_BOX(&scheduler_step_full));
 }
 

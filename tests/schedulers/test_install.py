@@ -36,7 +36,7 @@ def calls(monkeypatch):
         return lambda *a, **k: count.append(1) or step(*a, **k)
 
     monkeypatch.setattr(ops, "scheduler_step", counted(ops.scheduler_step))
-    for name in ("_scheduler_step", "_scheduler_step_full"):
+    for name in ("_scheduler_step", "_scheduler_step_both", "_scheduler_step_full"):
         monkeypatch.setattr(linear, name, counted(getattr(linear, name)))
     return count
 
