@@ -283,6 +283,12 @@ class Scheduler(Configured):
         return self.add_noise(sample, noise, timesteps, return_velocity=True)[1]
 
 
+def is_as_returned(sample: Tensor, returned: Tensor | None) -> bool:
+    """Whether `sample` is the very tensor that the last step returned, not changed in place since:
+    what that was computed from need not be read again then. New tensors have version 0."""
+    return sample is returned and not sample.is_inference() and sample._version == 0
+
+
 def shift_in(history: list, newest: Any) -> None:
     """Keeps `newest` for the oldest."""
     del history[0]

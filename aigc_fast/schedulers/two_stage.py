@@ -19,6 +19,7 @@ from aigc_fast.schedulers.euler import (
 from aigc_fast.schedulers.linear import NOISE, SAMPLE, Row, named
 from aigc_fast.schedulers.noise import Generator, draw_noise
 from aigc_fast.schedulers.schedule import sigma_to_timestep
+from aigc_fast.schedulers.scheduler import is_as_returned
 from aigc_fast.schedulers.tables import steps_of
 
 #: sample and x0 of the first stage
@@ -33,31 +34,36 @@ def doubled(values: Tensor) -> Tensor:
 # ---- Heun ---------------------------------------------------------------------------------------
 
 
-def heun_rows(s: Any, second: bool) -> Row:
+def heun_rows(s: Any, second: bool, at_prev: bool = False) -> Row:
     """The rows of first stages, from sigmas[i] to sigmas[i + 1], or those of second stages, which
-    stand at sigmas[i] and begin anew at sigmas[i - 1]."""
+    stand at sigmas[i] and begin anew at sigmas[i - 1]; `at_prev` if their sample is what the first
+    returned, which tells the first derivative."""
     sigmas, clips = s.sigmas.cpu(), clipping(s)
     sigma, before = sigmas[:-1], sigmas.roll(1)[:-1]
     x0 = denoised(s, sigma)
     derivative = slope(x0, sigma, clipped=s.config.clip_sample)
     if not second:
         return Row(x0, SAMPLE + (sigmas[1:] - sigma) * derivative, **clips)
-    derivative = ((FIRST - FIRST_X0) / before + derivative) / 2
-    return Row(x0, FIRST + (sigma - before) * derivative, None, ("first", "first_x0"), **clips)
+    half = (sigma - before) / 2
+    if at_prev:
+        return Row(x0, 0.5 * (FIRST + SAMPLE) + half * derivative, None, ("first",), **clips)
+    derivative = (FIRST - FIRST_X0) / before + derivative
+    return Row(x0, FIRST + half * derivative, None, ("first", "first_x0"), **clips)
 
 
 def heun_step(
     s: Any, index: int, sample: Tensor, output: Tensor, generator: Generator, return_x0: bool,
     guidance: dict,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    first = s.dt is None
-    step = steps_of(s, sample.device, heun_rows, not first)[index]
-    if first:
+    if s.dt is None:
+        step = steps_of(s, sample.device, heun_rows, False)[index]
         prev, x0 = step(sample, output, return_x0=True, **guidance)
         # What diffusers keeps here is the derivative, which x0 and the sample determine.
-        s.prev_derivative, s.sample, s.dt = x0, sample, True
+        s.prev_derivative, s.sample, s.dt = x0, sample, prev
         return prev, x0
-    history = (s.sample, s.prev_derivative)
+    at_prev = is_as_returned(sample, s.dt)
+    step = steps_of(s, sample.device, heun_rows, True, at_prev)[index]
+    history = (s.sample,) if at_prev else (s.sample, s.prev_derivative)
     s.prev_derivative = s.sample = s.dt = None
     result = step(sample, output, None, history, return_x0=return_x0, **guidance)
     return result if return_x0 else (result, None)

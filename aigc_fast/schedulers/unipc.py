@@ -18,7 +18,7 @@ from aigc_fast.schedulers.linear import SAMPLE, X0, Form, Mixed, Row, named
 from aigc_fast.schedulers.log_snr import FinalSigma, Levels, converted, levels_of
 from aigc_fast.schedulers.noise import Generator
 from aigc_fast.schedulers.schedule import shift_sigmas
-from aigc_fast.schedulers.scheduler import shift_in
+from aigc_fast.schedulers.scheduler import is_as_returned, shift_in
 from aigc_fast.schedulers.tables import steps_of
 
 EARLIER: tuple[str, ...] = ("h1", "h2", "h3")
@@ -78,8 +78,10 @@ def unipc_update(
     return result
 
 
-def unipc_rows(s: Any, corrector: int, history: int) -> Mixed:
-    """The rows where the corrector has this order, 0 for none, and `history` outputs are kept."""
+def unipc_rows(s: Any, corrector: int, history: int, at_prev: bool = False) -> Mixed:
+    """The rows where the corrector has this order, 0 for none, and `history` outputs are kept;
+    `at_prev` if the sample is what the predictor returned, to which the corrector adds a
+    difference."""
     levels = levels_of(s)
     now = levels.at(0)
     kept, clips = slot(s, now)
@@ -87,9 +89,10 @@ def unipc_rows(s: Any, corrector: int, history: int) -> Mixed:
     x, corrected, names = SAMPLE, None, EARLIER
     if corrector:
         past = [levels.at(-1 - i) for i in range(1, corrector)]
-        x = corrected = unipc_update(
-            s, levels.at(-1), now, past, LAST, outputs[0], outputs[1:corrector], X0
-        )
+        at = (s, levels.at(-1), now, past, LAST, outputs[0], outputs[1:corrector])
+        x = corrected = unipc_update(*at, X0)
+        if at_prev:  # which leaves nothing of the last sample
+            x = corrected = SAMPLE + (corrected - unipc_update(*at, None))
         names = ("last", *EARLIER)
     most, count = s.config.solver_order, len(s.timesteps)
     limits = range(count, 0, -1) if s.config.lower_order_final else [most] * count
@@ -109,10 +112,12 @@ def unipc_step(
     outputs, history = s.model_outputs, s.lower_order_nums
     correct = index > 0 and s.last_sample is not None and index - 1 not in s.disable_corrector
     corrector = s.this_order if correct else 0
-    step = steps_of(s, sample.device, unipc_rows, corrector, history)[index]
+    at_prev = correct and is_as_returned(sample, s.__dict__.get("_aigc_fast_returned"))
+    step = steps_of(s, sample.device, unipc_rows, corrector, history, at_prev)[index]
     tensors = (s.last_sample, *outputs[::-1]) if correct else outputs[::-1]
     prev, kept, *corrected = step(sample, output, None, tensors, return_x0=True, **guidance)
     s.last_sample = corrected[0] if correct else sample
+    s._aigc_fast_returned = prev
     shift_in(outputs, kept)
     most = len(outputs)
     s.this_order = min(most, history + 1)

@@ -228,6 +228,23 @@ def test_a_schedule_changed_in_place_in_the_middle_of_a_loop_is_seen(name, tenso
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_sample_changed_between_two_steps_is_seen(name, in_place) -> None:
+    """These take less memory traffic where a sample is what the step before returned."""
+    stock, fused = make(name), make(name)
+    results: list[list[Tensor]] = []
+    for scheduler in (stock, fused):
+        x, samples = torch.ones(SHAPE), []
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x), t, x).prev_sample
+            samples.append(x.clone())
+            x = x.mul_(0.7) if in_place else x * 0.7
+        results.append(samples)
+        integration.install()
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "name", [name for name, how in integration.FUSED.items() if how.noise_levels]
 )
