@@ -2,6 +2,7 @@
 // iterations v <- normalised W' u, u <- normalised W v. The last product of the iterations, W v,
 // gives sigma too. A weight is a matrix of its first dimension by all others.
 #include "spectral_norm.h"
+#include "stream.h"
 
 namespace aigc_fast {
 namespace {
@@ -98,10 +99,16 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> spectral_norm(std::vector<Tensor
       T* out = mutable_data<T>(normal[l]);
       // A division takes 16 cycles a vector, more than the way to memory.
       const A factor = static_cast<A>(1 / found);
+      // What is read at once afterwards comes sooner too (17 MB of fp32: 1.04 to 1.11 times).
+      const bool streams = may_stream<T>(normal[l], rows * columns, s.size);
       in_pieces(rows * columns, kPiece, false, [&](int64_t first, int64_t last) {
-        for_vectors<A>(last - first, [&](int64_t i, auto lanes) {
-          store(out + first + i, load(w + first + i, lanes) * factor, lanes);
+        for_columns<T, 0>(last - first, {}, [&](int64_t i, auto lanes, const auto&, const auto&) {
+          Vectors<A, 2> x = load_two(w + first + i, lanes);
+          x[0] *= factor, x[1] *= factor;
+          if (streams) return stream_two(out + first + i, x, lanes);
+          store_two(out + first + i, x, lanes);
         });
+        if (streams) end_of_stream();
       });
       convert(u.data(), rows, vectors_at + s.u_at[l]);
       convert(v.data(), columns, vectors_at + s.v_at[l]);

@@ -1,5 +1,6 @@
 // The derivative of spectral normalisation.
 #include "spectral_norm.h"
+#include "stream.h"
 
 namespace aigc_fast {
 namespace {
@@ -44,16 +45,22 @@ std::vector<Tensor> spectral_norm_backward(std::vector<Tensor> grads_in, const T
       const double factor = add[l] - product / (static_cast<double>(divisor) * divisor);
       const A inverse = A(1) / divisor;
       T* out = mutable_data<T>(results[l]);
+      const bool streams = may_stream<T>(results[l], columns, s.size);
       in_pieces(s.rows[l], std::max<int64_t>(1, kPiece / columns), true,
                 [&](int64_t first, int64_t last) {
                   for (int64_t r = first; r < last; ++r) {
                     const A of_row = static_cast<A>(factor * u[r]);
                     const int64_t at = r * columns;
-                    for_vectors<A>(columns, [&](int64_t j, auto lanes) {
-                      const Vec<A> outer = load(v.data() + j, lanes) * of_row;
-                      store(out + at + j, load(g + at + j, lanes) * inverse + outer, lanes);
-                    });
+                    for_columns<T, 1>(columns, {v.data()},
+                                      [&](int64_t j, auto lanes, const auto& a, const auto& b) {
+                                        Vectors<A, 2> x = load_two(g + at + j, lanes);
+                                        x[0] = x[0] * inverse + a[0] * of_row;
+                                        x[1] = x[1] * inverse + b[0] * of_row;
+                                        if (streams) return stream_two(out + at + j, x, lanes);
+                                        store_two(out + at + j, x, lanes);
+                                      });
                   }
+                  if (streams) end_of_stream();
                 });
     });
   });

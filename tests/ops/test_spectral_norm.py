@@ -9,8 +9,9 @@ from tests.ops.test_every_op import assert_as_good_as_torch
 
 
 def test_matrix_that_all_threads_share() -> None:
-    """More elements than a thread takes at a time, between small ones."""
-    weights = [rand(3, 4), rand(1030, 1033), rand(2, 2)]
+    """More elements than a thread takes at a time, between small ones; so large in all that the
+    results of whole lines, the last matrix's, are written past the caches."""
+    weights = [rand(3, 4), rand(1030, 1033), rand(40, 48)]
     u = [F.normalize(rand(len(w), seed=1), dim=0) for w in weights]
     v = [F.normalize(rand(w.shape[1], seed=2), dim=0) for w in weights]
 
