@@ -17,6 +17,21 @@ def wanted(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def asked_for(ctx: Any) -> list[bool]:
+    """ctx.needs_input_grad in a Function's backward, less what the running one makes no use of: of
+    a generator's loss, or of a penalty on gradients of the input, the gradients of a
+    discriminator's weights would be thrown away, a third of the work."""
+    nodes = (node for node, _ in ctx.next_functions if node is not None)
+    return [required and _runs(next(nodes)) for required in ctx.needs_input_grad]
+
+
+def _runs(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+        return True
+
+
 #: Set while torch loops over a batch of gradients.
 _BATCHES: Any = torch._C._parse_dispatch_key("VmapMode")
 

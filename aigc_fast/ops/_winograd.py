@@ -20,7 +20,7 @@ from aigc_fast._devices import (
     has_float16_instructions,
 )
 from aigc_fast.ops import _conv4x4
-from aigc_fast.ops._autograd import OpFunction, transforming, wanted
+from aigc_fast.ops._autograd import OpFunction, asked_for, transforming, wanted
 from aigc_fast.ops._layout import to_planes
 from aigc_fast.ops._registry import FLOATS
 from aigc_fast.ops.conv3x3 import _conv3x3, _conv3x3_backward_input, _conv3x3_backward_weight
@@ -188,13 +188,16 @@ class _Convolution(OpFunction):
         ctx: Any, kind: Kind, transposed: bool, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.kind, ctx.transposed = kind, transposed
+        ctx.set_materialize_grads(False)  # of y that no loss depends on
         ctx.save_for_backward(x, weight)
         return (kind.transpose if transposed else kind.conv)(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         (grad,), (x, weight) = grads, ctx.saved_tensors
-        *_, by_x, by_weight, by_bias = ctx.needs_input_grad
+        if grad is None:
+            return (None,) * 5
+        *_, by_x, by_weight, by_bias = asked_for(ctx)
         # The gradient of the smaller image comes first: that is y, of a transposed convolution x.
         pair = (x, grad) if ctx.transposed else (grad, x)
         return (
@@ -210,13 +213,16 @@ class _WeightGradient(OpFunction):
     @staticmethod
     def forward(ctx: Any, kind: Kind, grad: Tensor, x: Tensor) -> Tensor:
         ctx.kind = kind
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, x)
         return kind.weight_gradient(grad, x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         (by_result,), (grad, x) = grads, ctx.saved_tensors
-        _, by_grad, by_x = ctx.needs_input_grad
+        if by_result is None:
+            return (None,) * 3
+        _, by_grad, by_x = asked_for(ctx)
         return (
             None,
             convolve(ctx.kind, False, x, by_result) if by_grad else None,

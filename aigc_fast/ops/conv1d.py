@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from aigc_fast.ops._autograd import OpFunction, wanted
+from aigc_fast.ops._autograd import OpFunction, asked_for, wanted
 from aigc_fast.ops._conv1d import (
     bent,
     conv1d_backward_weight,
@@ -177,7 +177,7 @@ class _Convolution(OpFunction):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,), (x, weight) = grads, ctx.saved_tensors
-        _, by_x, by_weight, by_bias, _, _, *by_residuals = ctx.needs_input_grad
+        _, by_x, by_weight, by_bias, _, _, *by_residuals = asked_for(ctx)
         grad = channels_innermost(grad)  # as all below read it fastest
         if ctx.gain != 1:
             grad = grad * ctx.gain
@@ -204,7 +204,7 @@ class _WeightGradient(OpFunction):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (by_result,), (grad, x) = grads, ctx.saved_tensors
-        _, by_grad, by_x, _ = ctx.needs_input_grad
+        _, by_grad, by_x, _ = asked_for(ctx)
         back = ctx.places.adjoint(x, by_result.shape[2])
         return (
             None,

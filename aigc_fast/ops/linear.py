@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast import _libraries
-from aigc_fast.ops._autograd import OpFunction, transforming
+from aigc_fast.ops._autograd import OpFunction, asked_for, transforming
 from aigc_fast.ops._layout import transposed_copy
 
 #: Multiply-adds from which oneDNN's 10 us a call are worth it.
@@ -129,7 +129,7 @@ class _Linear(OpFunction):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,), (x, weight) = grads, ctx.saved_tensors
-        by_x, by_weight, by_bias = ctx.needs_input_grad
+        by_x, by_weight, by_bias = asked_for(ctx)
         return (
             linear(grad, weight.t()) if by_x else None,
             linear(grad.t(), x.t()) if by_weight else None,

@@ -126,6 +126,43 @@ def test_one_gradient_alone(wanted, name) -> None:
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_what_nobody_asks_for_is_not_computed(name, monkeypatch, calls) -> None:
+    """The gradient of a weight that requires one, where only that of x is wanted; and those of an
+    output on which the loss does not depend."""
+    ours, _, x, weight, bias = case_of(name)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    weights = []
+    for kind in ("CONV3X3", "CONV4X4"):
+        kept = getattr(module, kind)
+        counted = lambda *args, f=kept.weight_gradient: weights.append(1) or f(*args)  # noqa: E731
+        monkeypatch.setattr(module, kind, kept._replace(weight_gradient=counted))
+    y = ours(*inputs)
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    y.sum().backward(inputs=[x], retain_graph=True)
+    assert not weights and len(calls) == 3
+    torch.autograd.grad(first.square().sum(), weight)  # y is linear in x: not by way of it
+    assert len(weights) == 1 and len(calls) == 3
+    y.sum().backward()
+    assert len(weights) == 2 and len(calls) == 4
+
+
+class _Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_no_gradient_is_none(calls) -> None:
+    x, weight = rand(4, 16, 4, 4).requires_grad_(), rand(16, 16, 3, 3).requires_grad_()
+    (by_x,) = torch.autograd.grad(_Cut.apply(ours(x, weight)).sum(), x, allow_unused=True)
+    assert by_x is None and len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_gradcheck(name) -> None:
     ours, _, *inputs = case_of(name, torch.float64)
     inputs = [t.requires_grad_() for t in inputs]
