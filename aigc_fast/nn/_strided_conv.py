@@ -8,18 +8,14 @@ bfloat16 without AMX. What `ops.conv2d` has products of its own for is quicker s
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aigc_fast import ops
+from aigc_fast.ops._strided_product import LARGE
 from aigc_fast.ops._winograd import kind_of, pays
-
-#: elements of a weight from which the product is the faster one; half as many are a tie
-_LARGE = 1 << 20
 
 
 def is_better(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether `strided_conv2d` can take the place of the convolution, and is the faster one."""
+    """Whether `strided_product` can take the place of the convolution, and is the faster one."""
     if x.device.type != "cpu" or x.dim() != 4 or torch.compiler.is_compiling():
         return False
     if x.shape[1] != conv.in_channels:
@@ -30,30 +26,10 @@ def is_better(conv: nn.Conv2d, x: Tensor) -> bool:
     if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
     rows, columns = ((n + 2 * p) // step for n, p in zip(x.shape[2:], conv.padding, strict=True))
-    if min(rows, columns) < height // step or conv.weight.numel() < _LARGE:
+    if min(rows, columns) < height // step or conv.weight.numel() < LARGE:
         return False
     kind = kind_of(conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
     if kind is not None and pays(kind, x, conv.weight, None, transposed=False):
         return False  # fewer products still
     last = all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, conv.weight))
     return last and 0 < x.shape[0] * rows * columns <= x.shape[1] * height * width
-
-
-def strided_conv2d(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
-    """conv2d(x, weight, None, stride, padding) for a square kernel of a multiple of the stride, by
-    operations that copy no more than they must where both are channels_last, as the result is."""
-    vertical, horizontal = padding
-    n, channels, height, width = x.shape
-    # Blocks of stride pixels: what lies beyond the last whole one is read by no output.
-    rows, columns = (height + 2 * vertical) // stride, (width + 2 * horizontal) // stride
-    bottom = rows * stride - height - vertical
-    right = columns * stride - width - horizontal
-    blocks = F.pad(x, (horizontal, right, vertical, bottom)).permute(0, 2, 3, 1)
-    blocks = blocks.reshape(n, rows, stride, columns, stride * channels)
-    count = weight.shape[2] // stride  # of blocks that an output meets in either direction
-    rows, columns = rows - count + 1, columns - count + 1
-    blocks = torch.cat([blocks[:, :, :, i : i + columns] for i in range(count)], 4)
-    blocks = blocks.transpose(2, 3).flatten(3)
-    blocks = torch.cat([blocks[:, i : i + rows] for i in range(count)], 3)
-    product = ops.linear(blocks.flatten(0, 2), weight.permute(0, 2, 3, 1).flatten(1))
-    return product.view(n, rows, columns, len(weight)).permute(0, 3, 1, 2)

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.ops._activations import resolve
+from aigc_fast.ops._strided_product import strided_product
 
-from ._strided_conv import is_better, strided_conv2d
+from ._strided_conv import is_better
 from .bias_act import describe, of_dtype
 from .conv2d import Conv2d
 
@@ -48,7 +49,7 @@ class Conv2dBiasAct(_ConvBiasAct, Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if is_better(self, input):
-            y = strided_conv2d(input, self.weight, self.stride[0], self.padding)  # type: ignore[arg-type]
+            y = strided_product(input, self.weight, self.stride[0], self.padding)  # type: ignore[arg-type]
         else:
             y = self._conv_forward(input, self.weight, None)
         return self._activate(y)

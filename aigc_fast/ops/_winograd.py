@@ -70,17 +70,23 @@ CONV4X4 = Kind(
 
 def kind_of(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Kind | None:
     """What a convolution, transposed or not, is made of, if it has enough channels."""
-    for kind in (CONV3X3, CONV4X4):
-        if (
-            weight.shape[2:] == (kind.kernel, kind.kernel)
-            and min(weight.shape[:2]) >= 16
-            and _is(stride, kind.stride)
-            and (_is(padding, kind.padding) or (padding == "same" and kind.stride == 1))
-            and _is(dilation, 1)
-            and groups == 1
-        ):
-            return kind
+    if min(weight.shape[:2]) >= 16:
+        for kind in (CONV3X3, CONV4X4):
+            if is_of(kind, weight, stride, padding, dilation, groups):
+                return kind
     return None
+
+
+def is_of(
+    kind: Kind, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> bool:
+    return (
+        weight.shape[2:] == (kind.kernel, kind.kernel)
+        and _is(stride, kind.stride)
+        and (_is(padding, kind.padding) or (padding == "same" and kind.stride == 1))
+        and _is(dilation, 1)
+        and groups == 1
+    )
 
 
 def _is(value: Any, wanted: int) -> bool:

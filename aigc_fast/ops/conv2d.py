@@ -1,10 +1,13 @@
 """Convolutions of images: common ones on CPUs by fewer products, all others torch's."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aigc_fast.ops._winograd import convolve, kind_of, pays
+from aigc_fast.ops import _conv_bfloat16
+from aigc_fast.ops._winograd import CONV4X4, convolve, is_of, kind_of, pays
 
 Pair = int | tuple[int, int]
 
@@ -33,15 +36,18 @@ def conv2d(
     memory order, whatever that of x is. Where torch's y is infinite it may be NaN, and for kernel 4
     outputs beside these too.
 
+    Kernel 4, stride 2, padding 1 in bfloat16, under autocast too, on a CPU with instructions for
+    that and no AMX: torch's products, and derivatives that take fewer and larger ones than torch's.
+
     Everywhere else, under autocast, within torch.compile, torch.func and forward-mode derivatives
     it is torch's own function. Differentiable as often as one likes.
 
     Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308.
     """
     if not torch.compiler.is_compiling():
-        kind = kind_of(weight, stride, padding, dilation, groups)
-        if kind is not None and pays(kind, x, weight, bias, transposed=False):
-            return convolve(kind, False, x, weight, bias)
+        y = _ours(False, x, weight, bias, (stride, padding, dilation, groups))
+        if y is not None:
+            return y
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -66,7 +72,20 @@ def conv_transpose2d(
     padding 1 run as `conv2d` says; all others are torch's.
     """
     if not torch.compiler.is_compiling() and output_padding in (0, (0, 0), [0, 0]):
-        kind = kind_of(weight, stride, padding, dilation, groups)
-        if kind is not None and pays(kind, x, weight, bias, transposed=True):
-            return convolve(kind, True, x, weight, bias)
+        y = _ours(True, x, weight, bias, (stride, padding, dilation, groups))
+        if y is not None:
+            return y
     return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def _ours(
+    transposed: bool, x: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]
+) -> Tensor | None:
+    """None where torch's function is the better one."""
+    kind = kind_of(weight, *how)
+    if kind is not None and pays(kind, x, weight, bias, transposed):
+        return convolve(kind, transposed, x, weight, bias)
+    if is_of(CONV4X4, weight, *how) and _conv_bfloat16.serves(x, weight, bias, transposed):
+        low = None if bias is None else bias.bfloat16()
+        return convolve(_conv_bfloat16.KIND, transposed, x.bfloat16(), weight.bfloat16(), low)
+    return None

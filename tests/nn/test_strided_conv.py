@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from aigc_fast.nn import Conv2dBiasAct
 from aigc_fast.nn import conv_bias_act as layers
-from aigc_fast.nn._strided_conv import strided_conv2d
+from aigc_fast.ops._strided_product import strided_product
 from aigc_fast.ops._winograd import are_faster
 from tests.op_samples import channels_last, rand
 from tests.ops.test_every_op import assert_as_good_as_torch
@@ -28,7 +28,7 @@ def test_is_the_convolution(size, kernel, stride, padding) -> None:
     x, weight = channels_last(rand(3, 5, *size)), channels_last(rand(7, 5, kernel, kernel))
     inputs = [x.requires_grad_(), weight.requires_grad_()]
     found = []
-    for function in (strided_conv2d, lambda x, w, s, p: F.conv2d(x, w, None, s, p)):
+    for function in (strided_product, lambda x, w, s, p: F.conv2d(x, w, None, s, p)):
         y = function(x, weight, stride, padding)
         gradients = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)
@@ -48,7 +48,7 @@ def test_is_as_exact_as_the_convolution(dtype) -> None:
         upstream = rand(*y.shape, seed=1).to(dtype).to(kind)
         return [y, *torch.autograd.grad(y, inputs, upstream)]
 
-    ours = run(lambda x, w: strided_conv2d(x, w, 2, (1, 1)), dtype)
+    ours = run(lambda x, w: strided_product(x, w, 2, (1, 1)), dtype)
     plain = run(lambda x, w: F.conv2d(x, w, None, 2, 1), dtype)
     exact = run(lambda x, w: F.conv2d(x, w, None, 2, 1), torch.float64)
     assert_as_good_as_torch(ours, plain, exact, dtype)
@@ -59,9 +59,9 @@ def test_layer_takes_it_where_it_can(monkeypatch) -> None:
 
     def spy(*args):
         taken.append(True)
-        return strided_conv2d(*args)
+        return strided_product(*args)
 
-    monkeypatch.setattr(layers, "strided_conv2d", spy)
+    monkeypatch.setattr(layers, "strided_product", spy)
     last = {"memory_format": torch.channels_last}
     for options, size, layout, takes in (
         ({"padding": 2}, 8, last, True),
