@@ -10,8 +10,9 @@ bfloat16 without AMX. What `ops.conv2d` has products of its own for is quicker s
 import torch
 from torch import Tensor, nn
 
+from aigc_fast.ops._conv_bfloat16 import serves
 from aigc_fast.ops._strided_product import LARGE
-from aigc_fast.ops._winograd import kind_of, pays
+from aigc_fast.ops._winograd import CONV4X4, kind_of, pays
 
 
 def is_better(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -31,5 +32,7 @@ def is_better(conv: nn.Conv2d, x: Tensor) -> bool:
     kind = kind_of(conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
     if kind is not None and pays(kind, x, conv.weight, None, transposed=False):
         return False  # fewer products still
+    if kind is CONV4X4 and serves(x, conv.weight, None, transposed=False):
+        return False  # the same product, and better ones of its derivatives
     last = all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, conv.weight))
     return last and 0 < x.shape[0] * rows * columns <= x.shape[1] * height * width

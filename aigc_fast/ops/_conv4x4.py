@@ -61,3 +61,11 @@ conv4x4_backward_weight = define(
     _check_backward_weight,
     stem=None,
 )
+#: The same in the order (out, 4, 4, in), of channels that are multiples of 16; in bfloat16 only, on
+#: CPUs that multiply it.
+conv4x4_backward_taps = define(
+    "conv4x4_backward_taps(Tensor grad, Tensor x) -> Tensor",
+    lambda grad, x: _reference_backward_weight(grad, x).permute(0, 2, 3, 1).contiguous(),
+    _check_backward_weight,
+    stem=None,
+)

@@ -13,24 +13,6 @@ LARGE = 1 << 20
 def strided_product(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
     """conv2d(x, weight, None, stride, padding) for a square kernel of a multiple of the stride, by
     operations that copy no more than they must where both are channels_last, as the result is."""
-    read, (n, rows, columns) = _pixels_read(x, weight.shape[2], stride, padding)
-    product = linear(read, weight.permute(0, 2, 3, 1).flatten(1))
-    return product.view(n, rows, columns, len(weight)).permute(0, 3, 1, 2)
-
-
-def gradient_of_weight(
-    grad: Tensor, x: Tensor, kernel: int, stride: int, padding: tuple[int, int]
-) -> Tensor:
-    """Its derivative with respect to weight, where grad is that of its result; channels_last."""
-    read, _ = _pixels_read(x, kernel, stride, padding)
-    product = grad.permute(0, 2, 3, 1).flatten(0, 2).t() @ read
-    return product.view(grad.shape[1], kernel, kernel, x.shape[1]).permute(0, 3, 1, 2)
-
-
-def _pixels_read(
-    x: Tensor, kernel: int, stride: int, padding: tuple[int, int]
-) -> tuple[Tensor, tuple[int, int, int]]:
-    """(outputs, kernel * kernel * channels): what each output reads; and (batch, rows, columns)."""
     vertical, horizontal = padding
     n, channels, height, width = x.shape
     # Blocks of stride pixels: what lies beyond the last whole one is read by no output.
@@ -39,9 +21,10 @@ def _pixels_read(
     right = columns * stride - width - horizontal
     blocks = F.pad(x, (horizontal, right, vertical, bottom)).permute(0, 2, 3, 1)
     blocks = blocks.reshape(n, rows, stride, columns, stride * channels)
-    count = kernel // stride  # of blocks that an output meets in either direction
+    count = weight.shape[2] // stride  # of blocks that an output meets in either direction
     rows, columns = rows - count + 1, columns - count + 1
     blocks = torch.cat([blocks[:, :, :, i : i + columns] for i in range(count)], 4)
     blocks = blocks.transpose(2, 3).flatten(3)
     blocks = torch.cat([blocks[:, i : i + rows] for i in range(count)], 3)
-    return blocks.flatten(0, 2), (n, rows, columns)
+    product = linear(blocks.flatten(0, 2), weight.permute(0, 2, 3, 1).flatten(1))
+    return product.view(n, rows, columns, len(weight)).permute(0, 3, 1, 2)

@@ -154,7 +154,7 @@ class Conv1dWeight {
       } else {
         KeptBuffer<T> single((count + side.move) * pitch);
         some.read(n, first, count, channels, single.data(), pitch);
-        pair_steps(single.data(), side.move * pitch, count * pitch, memory.data());
+        pair_steps(single.data(), single.data() + side.move * pitch, count * pitch, memory.data());
       }
     }
 

@@ -15,11 +15,17 @@ from tests.ops.test_every_op import assert_as_good_as_torch
 from tests.ops.test_linear import derivatives
 
 HOW = {"stride": 2, "padding": 1}
-#: the last one is a product of matrices
-SHAPES = {  # batch, channels, outputs, height, width
+#: Batch, channels, outputs, height and width. Where both channels are multiples of 16 the gradient
+#: of the weight is our kernel's: of rows with an odd output, of several images at a time and in the
+#: end fewer, of whole groups and others. The last one is a product of matrices.
+SHAPES = {
     "image": (3, 3, 20, 8, 12),
     "maps": (2, 40, 24, 10, 6),
     "one_output": (2, 20, 1, 4, 2),
+    "odd_rows": (2, 48, 32, 10, 6),
+    "smallest": (3, 16, 16, 2, 2),
+    "many_images": (37, 80, 144, 8, 8),
+    "large_images": (2, 64, 16, 64, 66),
     "large_weight": (2, 256, 260, 4, 6),
 }
 
@@ -56,6 +62,19 @@ def test_is_torchs(name, transposed, with_bias, layout) -> None:
     mine = derivatives(partial(convolve, module.KIND, transposed), *low)
     exact = derivatives(torchs, *(None if t is None else t.double() for t in low))
     assert_as_good_as_torch(mine, derivatives(torchs, *low), exact, torch.bfloat16)
+
+
+@pytest.mark.skipif(not module._has_kernel(), reason="oneDNN's sums differ with the threads")
+def test_the_same_bits_for_any_number_of_threads() -> None:
+    grad, x = rand(5, 112, 4, 6).bfloat16(), rand(5, 80, 8, 12).bfloat16()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 8, 40):
+            torch.set_num_threads(count)
+            found.append(module._weight_gradient(grad, x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 @pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
