@@ -76,6 +76,7 @@ def test_who_gets_a_graph():
         check_graph(True, CPU)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_keeps_what_it_reads():
     device = torch.device("cuda")

@@ -150,11 +150,9 @@ class Op:
         _check_place(self.name, backend, args)
 
     def _call_cuda(self, *args: Any) -> Any:
-        self.check(*args)
         return getattr(torch.ops.aigc_fast_cuda, self.name).default(*args)
 
     def _call_triton(self, *args: Any) -> Any:
-        self.check(*args)
         if self._triton is None:
             module = importlib.import_module(f"aigc_fast.kernels.{self.stem}")
             self._triton = getattr(module, self.name)
@@ -162,6 +160,7 @@ class Op:
 
     def _on_cuda(self, *args: Any) -> Any:
         """The implementation under the dispatch key CUDA."""
+        self.check(*args)  # before any look that takes them for right, at their devices too
         backend, _ = self.choose(*args)
         with torch.cuda.device(_first_tensor(args).device):
             return {

@@ -30,8 +30,8 @@ template <class Sizes, class Strides>
 Tensor empty_strided(const Sizes& sizes, const Strides& strides, ScalarType dtype) {
   AtenTensorHandle handle;
   const int32_t code = static_cast<int32_t>(dtype);  // the shim's codes are the enum's values
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {

@@ -26,7 +26,7 @@ class Device {
     if (aoti_torch_get_current_cuda_stream == nullptr)
       throw std::runtime_error("this torch has no CUDA");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 

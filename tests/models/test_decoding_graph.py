@@ -41,6 +41,7 @@ def test_replayed_steps_give_the_same_tokens(cache_dtype):
     assert engine._graph._recorded, "nothing was recorded"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_on_cuda():
     model = random_model(dtype=torch.float32).cuda()

@@ -54,6 +54,7 @@ def test_a_network_is_replayed():
         compare(model, DPMSolverMultistepScheduler, "cpu", 3, **GUIDED)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, DDPMScheduler])
 def test_captured_on_cuda(scheduler):

@@ -9,7 +9,7 @@ import aigc_fast
 from aigc_fast import ops
 from aigc_fast.ops import _registry
 from tests.op_samples.decode_attention import paged
-from tests.ops.test_every_op import IMPLEMENTATIONS, LOW, assert_as_good_as_torch
+from tests.ops.test_every_op import DEVICE, IMPLEMENTATIONS, LOW, assert_as_good_as_torch
 
 EVERYWHERE = pytest.mark.parametrize(
     ("implementation", "device"), [("reference", "cpu"), *IMPLEMENTATIONS]
@@ -211,6 +211,7 @@ def test_causal_rows_are_single_steps(implementation, device) -> None:
         torch.testing.assert_close(lse[:, i : i + 1], one_lse)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(
     ("batch", "q_len", "heads", "kv_heads", "head_dim", "lengths"),
@@ -231,10 +232,8 @@ def test_long_caches(batch, q_len, heads, kv_heads, head_dim, lengths, dtype) ->
     wide = [x.double() if x.is_floating_point() else x for x in args]
     exact = run("reference", "cpu", *wide, scale=0.5)
     plain = run("reference", "cpu", *args, scale=0.5)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for implementation in ["cpu"] if device == "cpu" else ["triton"]:
-        ours = run(implementation, device, *args, scale=0.5)
-        assert_as_good_as_torch(list(ours), list(plain), list(exact), dtype)
+    ours = run("cpu" if DEVICE == "cpu" else "triton", DEVICE, *args, scale=0.5)
+    assert_as_good_as_torch(list(ours), list(plain), list(exact), dtype)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -283,10 +282,10 @@ def test_refuses_lengths_outside_the_cache(implementation, bad, kind) -> None:
         ops.decode_attention(*args)
 
 
+@pytest.mark.gpu
 def test_gpu_kernels_clamp_lengths() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     args = inputs(2, 1, 2, 1, 8, 6)
-    got = run("triton", device, *args, torch.tensor([-4, 1000]))
+    got = run("triton", DEVICE, *args, torch.tensor([-4, 1000]))
     torch.testing.assert_close(got, run("reference", "cpu", *args, torch.tensor([0, 6])))
 
 
@@ -356,13 +355,13 @@ def test_refuses_pages_outside_the_pool(implementation, bad) -> None:
         ops.decode_attention(*args, block_table=table, window=1)
 
 
+@pytest.mark.gpu
 def test_gpu_kernels_clamp_pages() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     query, keys, values = inputs(2, 1, 2, 1, 8, 20)
     lengths = torch.tensor([20, 9])
     pages, value_pages, table = paged(keys, values, lengths.tolist(), 4)
     table[0, 1], table[1, 2] = -7, 2**31 - 1
-    got = run("triton", device, query, pages, value_pages, lengths, block_table=table.to(device))
+    got = run("triton", DEVICE, query, pages, value_pages, lengths, block_table=table.to(DEVICE))
     clamped = table.clamp(0, 9)
     want = run("reference", "cpu", query, pages, value_pages, lengths, block_table=clamped)
     torch.testing.assert_close(got, want)

@@ -14,6 +14,8 @@ from aigc_fast.ops import _registry
 from tests.op_samples import OPS, OpSamples, Sample
 
 CUDA = torch.cuda.is_available()
+#: where Triton's kernels run: without a GPU, in its interpreter
+DEVICE = "cuda" if CUDA else "cpu"
 #: (implementation, device); without a GPU, Triton runs in its interpreter on CPU tensors
 IMPLEMENTATIONS = (
     [("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")]
@@ -248,8 +250,7 @@ def test_is_made_of_what_list_ops_says(op) -> None:
     assert {part for part in listed if part != "torch"} <= run
 
 
-@pytest.mark.parametrize(("implementation", "device"), [("reference", "cpu"), *IMPLEMENTATIONS])
-@pytest.mark.parametrize(
+REFUSALS = pytest.mark.parametrize(
     ("op", "refusal"),
     [
         pytest.param(op, refusal, id=f"{name}-{refusal.name}")
@@ -257,12 +258,24 @@ def test_is_made_of_what_list_ops_says(op) -> None:
         for refusal in op.refusals()
     ],
 )
+
+
+@pytest.mark.parametrize(("implementation", "device"), [("reference", "cpu"), *IMPLEMENTATIONS])
+@REFUSALS
 def test_refuses(op, refusal, implementation, device) -> None:
     args, kwargs = map_tensors((refusal.args, refusal.kwargs), lambda t: t.to(device))
     with pytest.raises(refusal.error, match=refusal.match), aigc_fast.backend(implementation):
         op.function(*args, **kwargs)
     with pytest.raises(refusal.error, match=refusal.match):
         op.function(*args, **kwargs)
+
+
+@REFUSALS
+def test_a_gpu_refuses_before_it_chooses_a_kernel(op, refusal) -> None:
+    """What stands under CUDA's dispatch key, called with tensors of no GPU."""
+    on_cuda = _registry._intercepting(lambda inner, args: inner._on_cuda(*args))
+    with pytest.raises(refusal.error, match=refusal.match), on_cuda:
+        op.function(*refusal.args, **refusal.kwargs)
 
 
 # ---- derivatives ----------------------------------------------------------------------------
@@ -461,6 +474,7 @@ def test_same_bits_for_any_number_of_threads(op, sample, dtype) -> None:
         assert torch.equal(a.view(kind), b.view(kind)) and torch.equal(b.view(kind), c.view(kind))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 @pytest.mark.parametrize(("op", "sample"), FIRST)
 def test_captured_in_a_cuda_graph(op, sample) -> None:

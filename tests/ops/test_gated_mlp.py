@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import aigc_fast
 from aigc_fast import ops
 from tests.op_samples import rand
+from tests.ops.test_every_op import IMPLEMENTATIONS
 
 
 def test_is_silu_times_up_and_so_are_its_gradients() -> None:
@@ -33,11 +34,11 @@ def test_is_gelu_times_up_and_so_are_its_gradients(approximate) -> None:
     )
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "triton"])
-def test_gelu_keeps_its_relative_precision(implementation) -> None:
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATIONS[:2])
+def test_gelu_keeps_its_relative_precision(implementation, device) -> None:
     # 1 + erf(x / sqrt(2)), torch's form, has none left at -6.
-    inf = torch.tensor([torch.inf])
-    x = torch.linspace(-5, 5, 8192)
+    inf = torch.tensor([torch.inf], device=device)
+    x = torch.linspace(-5, 5, 8192).to(device)
     exact = x.double() * torch.special.ndtr(x.double())
     with aigc_fast.backend(implementation):
         y = ops.geglu(x, torch.ones_like(x))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import aigc_fast
 from aigc_fast import ops
 from tests.op_samples import channels_last, rand
+from tests.ops.test_every_op import DEVICE
 
 
 def _variables(order=torch.contiguous_format) -> list[torch.Tensor]:
@@ -46,6 +47,7 @@ def test_a_mean_far_from_zero_leaves_the_variance(dtype, order) -> None:
     torch.testing.assert_close(ops.group_norm_act(x, 2).double(), exact, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_triton_cuts_large_groups(monkeypatch, order) -> None:
     from aigc_fast.kernels import channel_tiles, group_norm_act
@@ -53,8 +55,7 @@ def test_triton_cuts_large_groups(monkeypatch, order) -> None:
     monkeypatch.setattr(group_norm_act, "_WHOLE", 0)
     for name, value in {"_TILE": 64, "_PROGRAMS": 24, "_CHANNELS": 8}.items():
         monkeypatch.setattr(channel_tiles, name, value)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = [t.detach().float().to(device).requires_grad_() for t in _variables(order)]
+    inputs = [t.detach().float().to(DEVICE).requires_grad_() for t in _variables(order)]
     results = []
     for backend in ("triton", "reference"):
         with aigc_fast.backend(backend):

@@ -10,7 +10,7 @@ import aigc_fast
 from aigc_fast import ops
 from tests.op_samples import rand
 from tests.op_samples.rotary import angles
-from tests.ops.test_every_op import IMPLEMENTATIONS, LOW
+from tests.ops.test_every_op import DEVICE, IMPLEMENTATIONS, LOW
 
 EVERYWHERE = pytest.mark.parametrize(
     ("implementation", "device"), [("reference", "cpu"), *IMPLEMENTATIONS]
@@ -18,7 +18,6 @@ EVERYWHERE = pytest.mark.parametrize(
 
 NARROW = [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
 SCALES = ("key_scale", "value_scale")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize(
@@ -34,6 +33,7 @@ def test_positions_outside_the_cache_are_refused_and_nothing_is_written(backend,
     assert torch.equal(caches[0], cache) and torch.equal(caches[1], cache)
 
 
+@pytest.mark.gpu
 def test_a_gpu_drops_tokens_outside_the_cache() -> None:
     new, cache = rand(4, 3, 2, 5).float(), rand(4, 8, 2, 5).float()
     caches = [cache.clone().to(DEVICE) for _ in range(2)]
@@ -63,6 +63,7 @@ def test_pages_that_are_not_there_are_refused_and_nothing_is_written(backend, pa
     assert torch.equal(caches[0], cache) and torch.equal(caches[1], cache)
 
 
+@pytest.mark.gpu
 def test_a_gpu_drops_tokens_outside_the_pages() -> None:
     new, cache = rand(4, 3, 2, 5).float(), rand(3, 4, 2, 5).float()
     caches = [cache.clone().to(DEVICE) for _ in range(2)]

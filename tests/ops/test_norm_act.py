@@ -8,7 +8,7 @@ import aigc_fast
 from aigc_fast import ops
 from aigc_fast.ops._activations import ACTIVATIONS
 from tests.op_samples import channels_last, rand
-from tests.ops.test_every_op import assert_as_good_as_torch
+from tests.ops.test_every_op import DEVICE, assert_as_good_as_torch
 
 
 def torchs(x, weight, bias, act):
@@ -127,13 +127,13 @@ def test_instance_norm_is_that_of_torch_and_a_style_modulates_it() -> None:
     torch.testing.assert_close(ops.adaptive_instance_norm(x, scale, shift), want)
 
 
+@pytest.mark.gpu
 def test_triton_sums_in_several_parts(monkeypatch) -> None:
     from aigc_fast.kernels import norm_tiles
 
     monkeypatch.setattr(norm_tiles, "_TILE", 16)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for x in (rand(2, 3, 7, 4) + 100, channels_last(rand(2, 3, 7, 4) + 100)):
-        inputs = [t.float().to(device) for t in (x, rand(3), rand(3, seed=1))]
+        inputs = [t.float().to(DEVICE) for t in (x, rand(3), rand(3, seed=1))]
         results = []
         for backend in ("triton", "reference"):
             with aigc_fast.backend(backend):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import aigc_fast
 from aigc_fast import ops
 from tests.op_samples import rand
+from tests.ops.test_every_op import DEVICE
 
 
 def variables(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -58,6 +59,7 @@ def test_frozen_weight_and_frozen_input() -> None:
     assert torch.equal(dx, both[0]) and torch.equal(dweight, both[1])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("residual", [False, True])
 def test_triton_rows_wider_than_a_block(monkeypatch, residual) -> None:
     from aigc_fast.kernels import rms_norm as kernels
@@ -65,8 +67,7 @@ def test_triton_rows_wider_than_a_block(monkeypatch, residual) -> None:
     monkeypatch.setattr(kernels, "_BLOCK", 64)
     monkeypatch.setattr(kernels, "_NARROW_TILE", 64)
     monkeypatch.setattr(kernels, "_PARTS", 3)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = [t.detach().float().to(device) for t in variables((7, 200), (7, 200), (200,))]
+    inputs = [t.detach().float().to(DEVICE) for t in variables((7, 200), (7, 200), (200,))]
     if not residual:
         del inputs[1]
     results = []

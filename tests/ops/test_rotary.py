@@ -7,8 +7,7 @@ import aigc_fast
 from aigc_fast import ops
 from tests.op_samples import rand
 from tests.op_samples.rotary import angles
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.ops.test_every_op import DEVICE
 
 
 def test_halves_are_transformers_llama() -> None:
@@ -27,6 +26,7 @@ def test_pairs_are_complex_numbers() -> None:
     torch.testing.assert_close(ours, torch.view_as_real(turned).flatten(-2))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "native"])

@@ -10,6 +10,7 @@ import aigc_fast
 from aigc_fast import ops
 from aigc_fast.ops import _gumbel
 from tests.op_samples import rand
+from tests.ops.test_every_op import DEVICE
 
 
 def draws(logits: Tensor, count: int, **kwargs: object) -> Tensor:
@@ -261,6 +262,7 @@ def test_masks() -> None:
     assert plain.unique().tolist() == allowed.nonzero()[:, 0].tolist()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("bad", ["nan", "inf", "nothing", "nothing_allowed"])
 def test_bad_rows(bad) -> None:
     logits, allowed = rand(3, 40).float(), torch.ones(3, 40, dtype=torch.bool)
@@ -280,8 +282,7 @@ def test_bad_rows(bad) -> None:
     good, _ = ops.sample_tokens(logits[[0, 2]], top_k=5, top_p=0.9, seeds=4)
     with aigc_fast.backend("triton"):
         tokens, logprobs = ops.sample_tokens(
-            logits.to("cuda" if torch.cuda.is_available() else "cpu"),
-            allowed=allowed, top_k=5, top_p=0.9, seeds=4,
+            logits.to(DEVICE), allowed=allowed.to(DEVICE), top_k=5, top_p=0.9, seeds=4
         )  # fmt: skip
     assert tokens.tolist() == [good[0], -1, good[1]]
     assert logprobs.isnan().tolist() == [False, True, False]

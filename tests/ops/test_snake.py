@@ -4,18 +4,17 @@ import pytest
 import torch
 
 from aigc_fast import backend, ops
+from tests.ops.test_every_op import IMPLEMENTATIONS
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "triton"])
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATIONS[:2])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0, 1e4, 3e5, 1e8])
-def test_sine_of_any_size(scale, implementation) -> None:
+def test_sine_of_any_size(scale, implementation, device) -> None:
     """As exact for large arguments as for small ones, x itself taken as what float32 holds."""
-    if implementation == "triton" and torch.cuda.is_available():
-        pytest.skip("runs on CPU tensors")
-    x = (torch.randn(1, 1, 1000) * scale).requires_grad_()
-    one = torch.ones(1)
+    x = (torch.randn(1, 1, 1000) * scale).to(device).requires_grad_()
+    one = torch.ones(1, device=device)
     with backend(implementation):
-        y = ops.snake(x, one, torch.full((1,), 1e-6))
+        y = ops.snake(x, one, 1e-6 * one)
         (slope,) = torch.autograd.grad(y.sum(), x)
     at = x.detach().double()
     # A small beta makes sin^2 the larger term.

@@ -95,6 +95,7 @@ def test_a_graph_on_the_cpu_is_refused():
         GANTrainer(*networks(), 4, cuda_graph=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["wgan-gp", "non-saturating"])
 def test_captured_on_cuda(name):
