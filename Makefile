@@ -28,9 +28,11 @@ test: $(VENV)/.build $(VENV)/.test
 bench: $(VENV)/.build $(VENV)/.test
 	$(BIN)/python -m benchmarks.report
 
-# A GPU machine brings its own torch: nothing is installed there but the library itself.
+# A GPU machine brings its own torch, setuptools, ninja, pybind11 and pytest, and may have no network:
+# nothing is installed there but the library itself.
 gpu:
-	AIGC_FAST_CUDA=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	AIGC_FAST_CUDA=1 $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index \
+		--no-build-isolation --no-deps -e .
 	$(PYTHON) -m benchmarks.gpu
 
 lint: $(VENV)/.lint $(VENV)/.build

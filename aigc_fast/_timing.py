@@ -9,12 +9,17 @@ import torch
 
 
 def interleaved(
-    variants: dict[str, Callable[[], object]], *, seconds: float = 1.0, rounds: int = 5
+    variants: dict[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    rounds: int = 5,
+    on_host: bool = False,
 ) -> dict[str, float]:
     """Median seconds of one call of each variant, measured in turns: A B C, B A C, ...
 
     seconds: roughly how long the whole measurement takes, beside one warm-up round
     rounds:  at least so many rounds, even where they take longer than `seconds`
+    on_host: on a GPU too what the calls take on the host, which then runs ahead
 
     The order of each round is drawn anew: a variant whose memory the allocator has just returned to
     the system leaves page faults to the next one, which must not be always the same.
@@ -22,7 +27,7 @@ def interleaved(
     for every variant. On a GPU, CUDA events time the device and the L2 cache is flushed before
     each turn.
     """
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and not on_host
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda") if cuda else None
     slowest = 0.0
     for call in variants.values():

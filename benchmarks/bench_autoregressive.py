@@ -20,6 +20,10 @@ from aigc_fast.models.autoregressive import DecoderLM, Engine, generate
 from benchmarks.int4_peer import greedy_decoder, with_int4_weights
 from tests.models.checkpoints import hf_names, llama_config
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="its figures are of the CPU; see bench_cuda_graph"
+)
+
 QUESTION = "What is a rainbow, and how does it form?"
 
 

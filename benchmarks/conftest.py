@@ -27,7 +27,9 @@ from tests.ops.test_every_op import (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="the smallest call of each, briefly")
+    which = parser.getgroup("which calls of each benchmark")
+    which.addoption("--quick", action="store_true", help="the smallest one, briefly")
+    which.addoption("--largest", action="store_true", help="the largest, in bfloat16")
 
 
 def pytest_configure() -> None:
@@ -35,18 +37,29 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """--quick keeps of each benchmark the call of the smallest sample."""
-    if not config.getoption("--quick"):
+    """--quick keeps of each benchmark the call of the smallest sample; --largest that of the
+    largest, forward and with gradients, operators before models, which may find no time."""
+    quick, largest = config.getoption("--quick"), config.getoption("--largest")
+    if not (quick or largest):
         return
 
-    def size(item: pytest.Item) -> int:
-        sample = vars(item)["callspec"].params.get("sample")
-        return sum(t.numel() for t in tensors((sample.args, sample.kwargs))) if sample else 0
+    def parameters(item: pytest.Item) -> dict[str, Any]:
+        return item.callspec.params if hasattr(item, "callspec") else {}
 
-    groups: dict[str, list[pytest.Item]] = {}
+    def size(item: pytest.Item) -> tuple[int, bool]:
+        sample = parameters(item).get("sample")
+        elements = tensors((sample.args, sample.kwargs)) if isinstance(sample, Sample) else []
+        return sum(t.numel() for t in elements), parameters(item).get("dtype") == torch.bfloat16
+
+    groups: dict[tuple, list[pytest.Item]] = {}
     for item in items:
-        groups.setdefault(item.originalname, []).append(item)
-    items[:] = [min(group, key=size) if len(group) > 1 else group[0] for group in groups.values()]
+        direction = parameters(item).get("direction") if largest else None
+        groups.setdefault((item.path, item.originalname, direction), []).append(item)
+    if quick:
+        items[:] = [min(group, key=lambda item: size(item)[0]) for group in groups.values()]
+    else:
+        items[:] = [max(group, key=size) for group in groups.values()]
+        items.sort(key=lambda item: "measure" not in item.fixturenames)
 
 
 @dataclass
@@ -94,7 +107,8 @@ class Measure:
             bytes_moved = sum(t.nbytes for t in [*tensors((args, kwargs)), *outputs])
             if backward:  # then the upstream gradients, the inputs again, and their gradients
                 bytes_moved *= 2
-        seconds, rounds = (0.2, 1) if self.quick else (2.5, 15)
+        # A GPU makes a thousand calls, and empties its cache before each, in half a second.
+        seconds, rounds = (0.2, 1) if self.quick else (0.5 if DEVICE == "cuda" else 2.5, 15)
         with torch.set_grad_enabled(backward):
             times = interleaved(calls, seconds=seconds, rounds=rounds)
             # With ours alone: after others' code a call waits for its own, which is no matter of

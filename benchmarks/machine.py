@@ -48,20 +48,25 @@ def describe() -> dict[str, str]:
 
     import aigc_fast
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
     return {
         "processor": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "aigc_fast": aigc_fast.__version__,
-        "commit": commit,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """The short name of HEAD; empty for a copy without a repository, or where git is not."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(
+            git, capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def plain_pass(size: int, kind: str) -> Callable[[], torch.Tensor]:

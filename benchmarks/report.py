@@ -1,6 +1,6 @@
 """Runs the suites and writes benchmarks/results/<machine>.json and .png.
 
-python -m benchmarks.report [--quick] [suite ...]
+python -m benchmarks.report [--quick | --largest] [--seconds N] [suite ...]
 
 A row of results names its suite, the commit it was measured at and whether briefly; some suites run
 by themselves replace their own rows alone.
@@ -19,8 +19,9 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 
-def run_suites(suites: list[str], quick: bool) -> list[dict]:
-    """The benchmarks of pytest-benchmark's report: suite, name, and what `measure` noted."""
+def run_suites(suites: list[str], options: list[str]) -> tuple[list[dict], int]:
+    """The benchmarks of pytest-benchmark's report: suite, name, and what `measure` noted; and how
+    pytest ended. What failed has no row."""
     names = suites or sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
     files = [HERE / f"bench_{name}.py" for name in names]
     for file in files:
@@ -30,15 +31,15 @@ def run_suites(suites: list[str], quick: bool) -> list[dict]:
         run = subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", *map(str, files), "--benchmark-enable", "-q"),
+                "--continue-on-collection-errors",
                 *("-p", "no:cacheprovider", f"--benchmark-json={report.name}"),
-                *("--benchmark-columns=median,rounds", *(["--quick"] if quick else [])),
+                *("--benchmark-columns=median,rounds", *options),
             ],
             cwd=HERE.parent,
         )
-        if run.returncode:
-            raise SystemExit(run.returncode)
-        rows = json.loads(Path(report.name).read_text())["benchmarks"]
-    return [
+        text = Path(report.name).read_text()
+        rows = json.loads(text)["benchmarks"] if text else []
+    found = [
         {
             "suite": Path(row["fullname"].split("::")[0]).stem.removeprefix("bench_"),
             "name": row["name"].removeprefix("bench_"),
@@ -46,6 +47,7 @@ def run_suites(suites: list[str], quick: bool) -> list[dict]:
         }
         for row in rows
     ]
+    return found, run.returncode
 
 
 def kept(path: Path, machine: dict, measured: set[str]) -> list[dict]:
@@ -134,10 +136,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suites", nargs="*", help="for instance bias_act; default: all")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--largest", action="store_true", help="of each the largest call alone")
+    parser.add_argument("--seconds", type=float, help="what begins later is left out")
     options = parser.parse_args()
     machine = describe()
     commit = machine.pop("commit")
-    rows = run_suites(options.suites, options.quick)
+    chosen = [f"--{name}" for name in ("quick", "largest") if vars(options)[name]]
+    if options.seconds is not None:
+        chosen += ["-p", "tests.on_device", f"--seconds={options.seconds}"]
+    rows, code = run_suites(options.suites, chosen)
+    if not rows:
+        raise SystemExit(code or "no benchmark ran")
     print(table(rows))
     rows = [{**row, "commit": commit, "quick": options.quick} for row in rows]
     RESULTS.mkdir(exist_ok=True)
@@ -147,6 +156,7 @@ def main() -> None:
     path.write_text(json.dumps({"machine": machine, "benchmarks": rows}, indent=1) + "\n")
     draw(rows, f"{machine['processor']} · torch {machine['torch']}", path.with_suffix(".png"))
     print(f"wrote {path.relative_to(HERE.parent)} and its picture")
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def runs_on_device(item: Any) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     return (
         item.get_closest_marker("gpu") is not None
-        or item.originalname.startswith("bench_")
+        or getattr(item, "originalname", "").startswith("bench_")
         or any(parameters.get(name) in ON_DEVICE for name in ("implementation", "device"))
     )
 
