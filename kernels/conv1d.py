@@ -39,10 +39,12 @@ def _conv(
 ):  # fmt: skip
     # Outputs phase, phase + apart, ... are one convolution; apart is 1 but where it is TRANSPOSED.
     blocks = tl.cdiv(tl.cdiv(length, apart), BLOCK_T)
-    phase = tl.program_id(0) // blocks
+    # Samples in the first dimension of the grid too: the others end at 65,535.
+    of_sample = blocks * tl.minimum(apart, length)
+    batch = (tl.program_id(0) // of_sample).to(tl.int64)
+    phase = tl.program_id(0) % of_sample // blocks
     step = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     output = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    batch = tl.program_id(2).to(tl.int64)
     is_output = output < outputs
     sums = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     first, own_taps, every = 0, taps, 1
@@ -185,7 +187,7 @@ def _launch(x, weight, bias, residuals, gate, length, places, factors, transpose
         gate = None if gate is None else _innermost(gate)
         blocks = triton.cdiv(triton.cdiv(length, apart), _STEPS)
         in_fp32 = INTERPRETED or x.dtype == torch.float32
-        grid = (blocks * min(apart, length), triton.cdiv(outputs, block_o), batch)
+        grid = (batch * min(apart, length) * blocks, triton.cdiv(outputs, block_o))
         _conv[grid](x, weight, None if bias is None else bias.contiguous(), *residuals[:3], gate, y,
                     time, length, channels, outputs, taps, *places, *factors, TRANSPOSED=transposed,
                     IN_FP32=in_fp32, BLOCK_T=_STEPS, BLOCK_O=block_o, BLOCK_C=block_c)  # fmt: skip
