@@ -196,6 +196,9 @@ class _SchedulerStep(OpFunction):
             grad, grad_x0, grad_second, sample, model_output, coefficients, uncond_output,
             guidance_scale, has_noise, num_history,
         )  # fmt: skip
-        grad_uncond = None if uncond_output is None else rest.pop(0)
-        grad_noise = rest.pop(0) if has_noise else None
+        grad_uncond = grad_noise = None
+        if uncond_output is not None:
+            grad_uncond, *rest = rest
+        if has_noise:
+            grad_noise, *rest = rest
         return grad_sample, grad_output, grad_uncond, grad_noise, None, None, None, *rest
