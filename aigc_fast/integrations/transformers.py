@@ -106,6 +106,7 @@ class Attention(Replacement):
 
 class RotaryAttention(Attention):
     uses = "apply_rotary, decode_attention"
+    capped = False
 
     @classmethod
     def assignments(cls, module: Any) -> Iterable[Assignment]:
@@ -141,9 +142,15 @@ class RotaryAttention(Attention):
         out, weights = attention(
             self, query, key, value, attention_mask,
             dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling,
-            softcap=getattr(self, "attn_logit_softcapping", None), **kwargs,
+            softcap=self.attn_logit_softcapping if self.capped else None, **kwargs,
         )  # fmt: skip
         return self.o_proj(out.flatten(2)), weights
+
+
+class CappedAttention(RotaryAttention):
+    """Gemma-2's. Gemma-3's has the setting too, and makes no use of it."""
+
+    capped = True
 
 
 def _half(angles: Tensor, batch: int) -> Tensor:
@@ -303,9 +310,9 @@ def _table(**architectures: dict[str, type[Replacement]]) -> dict[str, type[Repl
     }
 
 
-def _llama_like(name: str, norm: type[Replacement] = RMSNorm) -> dict[str, type[Replacement]]:
-    rows = dict(RMSNorm=norm, MLP=GatedMLP, Attention=RotaryAttention, ForCausalLM=CausalLM)
-    return {name + part: replacement for part, replacement in rows.items()}
+def _llama_like(name: str, **others: type[Replacement]) -> dict[str, type[Replacement]]:
+    rows = dict(RMSNorm=RMSNorm, MLP=GatedMLP, Attention=RotaryAttention, ForCausalLM=CausalLM)
+    return {name + part: replacement for part, replacement in (rows | others).items()}
 
 
 #: model_type: class -> what takes its place
@@ -314,7 +321,8 @@ TABLE = _table(
     mistral=_llama_like("Mistral"),
     qwen2=_llama_like("Qwen2"),
     qwen3=_llama_like("Qwen3"),
-    gemma2=_llama_like("Gemma2", norm=OffsetRMSNorm),
+    gemma2=_llama_like("Gemma2", RMSNorm=OffsetRMSNorm, Attention=CappedAttention),
+    gemma3=_llama_like("Gemma3", RMSNorm=OffsetRMSNorm),
     gpt2=dict(GPT2MLP=TanhMLP, GPT2Attention=Attention, GPT2LMHeadModel=CausalLM),
     **ARCHITECTURES,
 )

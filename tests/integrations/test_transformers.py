@@ -14,6 +14,7 @@ from aigc_fast.integrations import _patching
 from aigc_fast.integrations._patching import Replacement
 from aigc_fast.ops.linear import mkl_lags
 from tests.models.checkpoints import (
+    GEMMA3,
     VOCAB,
     Exact,
     assert_error_ratio,
@@ -40,6 +41,11 @@ MODELS = {
     ),
     "qwen3": ({}, STEP),
     "gemma2": (dict(sliding_window=6, query_pre_attn_scalar=20), STEP - {"swiglu"} | {"geglu"}),
+    "gemma3_text": (
+        # transformers makes no use of the softcap, nor may we
+        dict(GEMMA3, num_hidden_layers=3, sliding_window_pattern=2, attn_logit_softcapping=1.0),
+        STEP - {"swiglu"} | {"geglu"},
+    ),
     "gpt2": ({}, {"decode_attention"}),
 }
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)

@@ -21,6 +21,16 @@ NO_TOKENS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
 GPT2 = dict(
     vocab_size=VOCAB, n_embd=72, n_layer=3, n_head=6, n_positions=LENGTH, layer_norm_epsilon=1e-5
 )
+GEMMA3 = dict(
+    num_hidden_layers=7,
+    sliding_window=6,
+    query_pre_attn_scalar=20,
+    rope_parameters=dict(
+        full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1000.0),
+        sliding_attention=dict(rope_type="default", rope_theta=100.0),
+    ),
+)
+OFFSET_NORMS = ("gemma2", "gemma3_text")
 # model_type, then what its config has beside the sizes.
 MODELS = {
     "llama": ("llama", {}),
@@ -41,6 +51,16 @@ MODELS = {
     "gemma2 untied, no caps": (
         "gemma2",
         dict(tie_word_embeddings=False, attn_logit_softcapping=None, final_logit_softcapping=None),
+    ),
+    "gemma3": ("gemma3_text", GEMMA3),
+    "gemma3 untied, other layers": (
+        "gemma3_text",
+        dict(
+            tie_word_embeddings=False,
+            final_logit_softcapping=20.0,
+            sliding_window=4,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        ),
     ),
     "gpt2": ("gpt2", {}),
     "gpt2 untied": ("gpt2", dict(tie_word_embeddings=False, n_inner=90)),
@@ -84,7 +104,7 @@ def hf_model(config, dtype=torch.float32, seed=0):
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
-    offset = config.model_type == "gemma2"
+    offset = config.model_type in OFFSET_NORMS
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2:

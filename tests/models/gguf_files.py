@@ -2,7 +2,10 @@
 
 import torch
 
-# model_type -> which weights its converter changes, beside their names.
+from tests.models.checkpoints import OFFSET_NORMS
+
+_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}
+# Of these the converter changes weights, beside their names.
 _PERMUTED = ("llama", "mistral")
 
 
@@ -11,7 +14,7 @@ def write_gguf(path, hf, storage=None, **changes):
     import gguf
 
     config, kind = hf.config, hf.config.model_type
-    arch = "llama" if kind == "mistral" else kind
+    arch = _NAMES.get(kind, kind)
     writer = gguf.GGUFWriter(path, arch)
     for key, value in (_metadata(config) | changes).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
@@ -52,6 +55,7 @@ def _metadata(config):
         }
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
     found |= {
         "feed_forward_length": config.intermediate_size,
         "attention.head_count_kv": config.num_key_value_heads,
@@ -64,9 +68,12 @@ def _metadata(config):
         found["attention.layer_norm_epsilon"] = config.layer_norm_eps
     else:
         found["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
-    if kind in ("mistral", "gemma2"):
+    if kind in ("mistral", *OFFSET_NORMS):
         found["attention.sliding_window"] = config.sliding_window
-    if kind == "gemma2":
+    if kind == "gemma3_text":
+        local = config.rope_parameters["sliding_attention"]["rope_theta"]
+        found["rope.freq_base_swa"] = float(local)
+    if kind in OFFSET_NORMS:
         found["attn_logit_softcapping"] = config.attn_logit_softcapping
         found["final_logit_softcapping"] = config.final_logit_softcapping
     if rope["rope_type"] in ("linear", "yarn"):
@@ -90,7 +97,7 @@ def _converted(hf):
             heads = heads if projection == "q_proj" else config.num_key_value_heads
             halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
             weight = halves.swapaxes(1, 2).reshape(weight.shape)
-        if kind == "gemma2" and name.endswith("norm.weight"):
+        if kind in OFFSET_NORMS and name.endswith("norm.weight"):
             weight = weight + 1
         if kind == "gpt2" and projection in ("c_attn", "c_proj", "c_fc") and weight.ndim == 2:
             weight = weight.t()

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from tests.models.checkpoints import (
     MODELS,
+    OFFSET_NORMS,
     VOCAB,
     assert_error_ratio,
     exact_logits,
@@ -23,13 +24,13 @@ from tests.models.gguf_files import write_gguf
 from tests.models.test_rope import scaled_config
 
 # transformers' config says of these what GGUF cannot; llama.cpp runs Qwen without windows.
-UNSAID = {"qwen2 late windows", "gemma2 untied, no caps"}
+UNSAID = {"qwen2 late windows", "gemma2 untied, no caps", "gemma3 untied, other layers"}
 
 
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - UNSAID))
 def test_logits_agree_with_transformers(name, tmp_path):
     model_type, changes = MODELS[name]
-    if model_type == "gemma2":  # the default, by which llama.cpp divides
+    if model_type in OFFSET_NORMS:  # the default, by which llama.cpp divides
         changes = changes | {"query_pre_attn_scalar": 16}
     assert_agrees(hf_model(hf_config(model_type, **changes)), tmp_path)
 
@@ -58,8 +59,9 @@ def test_old_linear_scaling(tmp_path):
     assert (scaling.kind, scaling.factor) == ("linear", 2.0)
 
 
-def test_gemma2_27b_has_a_scale_of_its_own(tmp_path):
-    hf = hf_model(hf_config("gemma2", num_hidden_layers=46, query_pre_attn_scalar=12))
+@pytest.mark.parametrize("model_type, layers", [("gemma2", 46), ("gemma3_text", 62)])
+def test_gemma_27b_has_a_scale_of_its_own(model_type, layers, tmp_path):
+    hf = hf_model(hf_config(model_type, num_hidden_layers=layers, query_pre_attn_scalar=12))
     path = write_gguf(tmp_path / "model.gguf", hf)
     assert DecoderLM.from_pretrained(path).config.attention_scale == 12**-0.5
 

@@ -168,6 +168,35 @@ def test_bad_rope_parameters(rope, message):
         read_hf_config(config, ARCHITECTURES["llama"], 99)
 
 
+@pytest.mark.parametrize(
+    "rope, expected",
+    [
+        ({"rope_local_base_freq": 5}, (1e6, None, 5.0)),
+        ({"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 8}}, (7.0, 8.0, 1e4)),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 3}, "sliding_attention": None}},
+            (3.0, None, 1e4),
+        ),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "'sliding_attention' must be plain",
+        ),
+        ({"rope_parameters": {"full_attention": 5}}, "must be an object of plain values"),
+        ({"rope_local_base_freq": "5"}, "'rope_local_base_freq' must be of type float, got str"),
+        ({"rope_local_base_freq": -5.0}, "local_rope_theta must be positive"),
+    ],
+)
+def test_rope_parameters_of_two_kinds_of_layers(rope, expected):
+    config, row = SIZES | rope, ARCHITECTURES["gemma3_text"]
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            read_hf_config(config, row, 99)
+        return
+    found = read_hf_config(config, row, 99)
+    scaling = found.rope_scaling
+    assert (found.rope_theta, scaling and scaling.factor, found.local_rope_theta) == expected
+
+
 def test_divisors_must_fit():
     with pytest.raises(ValueError, match="rope_scaling.divisors must be positive"):
         RopeScaling("divisors", divisors=(1.0, 0.0))

@@ -20,6 +20,7 @@ pytest.importorskip("safetensors")
 
 from tests.models.checkpoints import (
     MODELS,
+    OFFSET_NORMS,
     VOCAB,
     assert_error_ratio,
     exact_logits,
@@ -77,7 +78,7 @@ def test_every_architecture_comes_back(name, tmp_path):
     token_ids = torch.randint(VOCAB, (2, 40))
     with torch.no_grad():
         want, found = model(token_ids), again(token_ids)
-    if hf.config.model_type == "gemma2":  # stores its norms less one, which rounds
+    if hf.config.model_type in OFFSET_NORMS:  # stores its norms less one, which rounds
         assert_error_ratio(found, want, exact_logits(hf, token_ids))
         assert_error_ratio(hf_logits(theirs, token_ids), want, exact_logits(hf, token_ids))
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 Fields = dict[str, Any]
@@ -47,11 +48,14 @@ class Architecture:
         slides: whether a layer has the sliding window, of its number and config.json's
             max_window_layers; `layer_types` goes before it. None: there are no windows.
         window, use_window: the defaults of config.json's sliding_window, use_sliding_window.
+        rope_theta, local_rope_theta: the defaults of its rope_theta, rope_local_base_freq; a local
+            one of None: layers with a window rotate as the others do.
         transposed: transformers stores the matrices of the layers as (in, out).
         offset_norms: transformers stores the weights of the norms less one.
         paired_rotary: llama.cpp rotates neighbours, and its converter permutes query and key.
         ignored: ends of the names of tensors in old files that hold no weight.
         model_class: of transformers, by which other programs know the kind.
+        gguf_name: general.architecture of a GGUF file, where it is not transformers' model_type.
     """
 
     names: Mapping[str, str]
@@ -63,11 +67,14 @@ class Architecture:
     slides: Callable[[int, int], bool] | None = None
     window: int | None = None
     use_window: bool = True
+    rope_theta: float = 10000.0
+    local_rope_theta: float | None = None
     transposed: bool = False
     offset_norms: bool = False
     paired_rotary: bool = False
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     model_class: str = "LlamaForCausalLM"
+    gguf_name: str | None = None
 
     def weight_name(self, part: str, layer: int | None, kind: str) -> str:
         """transformers' name of the `weight` or `bias` of a part, which llama.cpp names."""
@@ -145,6 +152,8 @@ _GEMMA2_CONFIG = _BIAS | {
     "attention_softcap": Key("attn_logit_softcapping", 50.0),
     "logit_softcap": Key("final_logit_softcapping", 30.0),
 }
+_GEMMA3_CONFIG = _GEMMA2_CONFIG | {"logit_softcap": Key("final_logit_softcapping", None)}
+del _GEMMA3_CONFIG["attention_softcap"]  # transformers has the key and no softcap
 _GPT2_CONFIG = {
     "vocab_size": Key("vocab_size"),
     "hidden_size": Key("n_embd"),
@@ -173,13 +182,18 @@ _GGUF_GEMMA2 = _GGUF_LLAMA | {
     "attention_softcap": Key("attn_logit_softcapping", 50.0),
     "logit_softcap": Key("final_logit_softcapping", 30.0),
 }
+_GGUF_GEMMA3 = _GGUF_LLAMA | {
+    "rope_theta": Key("rope.freq_base", 1e6),
+    "local_rope_theta": Key("rope.freq_base_swa", 10000.0),
+    "logit_softcap": Key("final_logit_softcapping", None),
+}
 _GGUF_GPT2 = _GGUF_SIZES | {"rms_norm_eps": Key("attention.layer_norm_epsilon")}
 
 
-def _gemma2_derived(fields: Fields) -> Fields:
+def _gemma_derived(layers_of_27b: int, fields: Fields) -> Fields:
     derived: Fields = {"embedding_scale": math.sqrt(fields["hidden_size"])}
-    # GGUF does not say so: of the three sizes 27B, the one of 46 layers, has another scale.
-    if "attention_scale" not in fields and fields["num_layers"] == 46:
+    # GGUF does not say so: of the sizes the largest, 27B, has another scale.
+    if "attention_scale" not in fields and fields["num_layers"] == layers_of_27b:
         derived["attention_scale"] = _head_dim(fields) ** -0.5
     return derived
 
@@ -205,6 +219,18 @@ _QWEN2 = replace(
     paired_rotary=False,
     model_class="Qwen2ForCausalLM",
 )
+_GEMMA2 = Architecture(
+    names=_GEMMA2_NAMES,
+    config=_LLAMA_CONFIG | _GEMMA2_CONFIG,
+    metadata=_GGUF_GEMMA2,
+    fixed={"activation": "geglu_tanh", "post_norms": True},
+    derive=partial(_gemma_derived, 46),
+    expected={"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": None},
+    slides=lambda layer, first: layer % 2 == 0,
+    window=4096,
+    offset_norms=True,
+    model_class="Gemma2ForCausalLM",
+)
 
 ARCHITECTURES = {
     "llama": _LLAMA,
@@ -222,17 +248,19 @@ ARCHITECTURES = {
         fixed={"qk_norm": True},
         model_class="Qwen3ForCausalLM",
     ),
-    "gemma2": Architecture(
-        names=_GEMMA2_NAMES,
-        config=_LLAMA_CONFIG | _GEMMA2_CONFIG,
-        metadata=_GGUF_GEMMA2,
-        fixed={"activation": "geglu_tanh", "post_norms": True},
-        derive=_gemma2_derived,
-        expected={"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": None},
-        slides=lambda layer, first: layer % 2 == 0,
-        window=4096,
-        offset_norms=True,
-        model_class="Gemma2ForCausalLM",
+    "gemma2": _GEMMA2,
+    "gemma3_text": replace(
+        _GEMMA2,
+        config=_LLAMA_CONFIG | _GEMMA3_CONFIG,
+        metadata=_GGUF_GEMMA3,
+        fixed={**_GEMMA2.fixed, "qk_norm": True},
+        derive=partial(_gemma_derived, 62),
+        expected={**_GEMMA2.expected, "sliding_window_pattern": 6},
+        slides=lambda layer, first: (layer + 1) % 6 != 0,
+        rope_theta=1e6,
+        local_rope_theta=10000.0,
+        model_class="Gemma3ForCausalLM",
+        gguf_name="gemma3",
     ),
     "gpt2": Architecture(
         names=_GPT2_NAMES,

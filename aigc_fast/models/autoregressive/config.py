@@ -39,6 +39,8 @@ class DecoderConfig:
         learned_positions: an embedding of the position instead of the rotation.
         rotary_dim: the leading features of a head that rotate, even; None is all of them.
         rope_scaling: how the rotary frequencies are stretched.
+        local_rope_theta: the base in the layers with a window, whose frequencies are not stretched;
+            None: they rotate as the others do.
         windows: for each layer how many of the newest tokens it sees, itself included, or None
             for all; () where all layers see all.
         attention_scale: factor on the scores; None is 1 / sqrt(head_dim).
@@ -68,6 +70,7 @@ class DecoderConfig:
     learned_positions: bool = False
     rotary_dim: int | None = None
     rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
     windows: tuple[int | None, ...] = ()
     attention_scale: float | None = None
     attention_softcap: float | None = None
@@ -133,6 +136,12 @@ class DecoderConfig:
             raise ValueError("rotary_dim must be above 2 for dynamic scaling, got 2")
         if scaling.kind == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"rope_theta must be above 1 for yarn, got {self.rope_theta}")
+
+    def rotation(self, layer: int) -> int | None:
+        """Which one of `rope.rotations` turns query and key of that layer, or None."""
+        if self.learned_positions:
+            return None
+        return int(self.local_rope_theta is not None and self.window(layer) is not None)
 
     def window(self, layer: int) -> int | None:
         """How many of the newest tokens that layer sees, or None for all."""

@@ -23,7 +23,7 @@ from .fused_step import FusedStep
 from .layers import DecoderLayer, Norm, Step
 from .load_gguf import read_gguf_model
 from .load_hf import from_hf_state_dict, read_hf_model
-from .rope import rotary
+from .rope import rotations
 from .save_hf import save_hf_model
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -55,7 +55,7 @@ class DecoderLM(nn.Module):
         self.lm_head: nn.Module | None = None  # the embedding itself
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._rotary: tuple[tuple[Tensor, Tensor], ...] = ()
         self._fused: FusedStep | None = None
         self._looked_at_layers = False
 
@@ -246,7 +246,8 @@ class DecoderLM(nn.Module):
                 cache.check_room(*token_ids.shape)
                 self._check_length(cache.used + 1)
                 embedded = self._embed(token_ids[:, 0])
-                hidden = fused(embedded, cache, *self._rotary_table(cache.capacity))[:, None]
+                cos, sin = self._rotary_tables(cache.capacity)[0]
+                hidden = fused(embedded, cache, cos, sin)[:, None]
             else:
                 hidden, step = self._enter(token_ids, cache)
                 residual = None
@@ -302,14 +303,15 @@ class DecoderLM(nn.Module):
             return table[:seq] if positions is None else F.embedding(positions, table)
 
         if config.learned_positions:
-            return hidden + rows(self.embed_positions.weight), Step(None, None, cache, ends)
+            return hidden + rows(self.embed_positions.weight), Step((), cache, ends)
         scaling = config.rope_scaling
         if scaling is not None and scaling.stretches(length):
             where = torch.arange(seq, device=hidden.device) if positions is None else positions
-            cos, sin = (angle.to(self._angle_dtype()) for angle in rotary(config, where, length))
+            angles = self._rotations(where, length)
         else:
-            cos, sin = map(rows, self._rotary_table(cache.capacity if cache else seq))
-        return hidden, Step(cos, sin, cache, ends)
+            tables = self._rotary_tables(cache.capacity if cache else seq)
+            angles = tuple((rows(cos), rows(sin)) for cos, sin in tables)
+        return hidden, Step(angles, cache, ends)
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_position_embeddings:
@@ -321,18 +323,20 @@ class DecoderLM(nn.Module):
     def _angle_dtype(self) -> torch.dtype:
         return torch.float64 if self.norm.weight.dtype == torch.float64 else torch.float32
 
-    def _rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of every position below `length`, or below more.
+    def _rotations(self, positions: Tensor, length: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        device, dtype = self.norm.weight.device, self._angle_dtype()
+        found = rotations(self.config, positions, length)
+        return tuple((cos.to(device, dtype), sin.to(device, dtype)) for cos, sin in found)
+
+    def _rotary_tables(self, length: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        """cos and sin of every position below `length`, or below more, of each rotation.
 
         Not buffers: `model.to(torch.bfloat16)` must leave the angles exact.
         """
-        device, dtype = self.norm.weight.device, self._angle_dtype()
-        table = self._rotary
-        if table is not None and len(table[0]) >= length:
-            if table[0].dtype == dtype and table[0].device == device:
-                return table
+        if self._rotary and len(cos := self._rotary[0][0]) >= length:
+            if cos.dtype == self._angle_dtype() and cos.device == self.norm.weight.device:
+                return self._rotary
         # A table made while generating must also serve training.
         with torch.inference_mode(False):
-            cos, sin = rotary(self.config, torch.arange(length), 1)
-            self._rotary = cos.to(device, dtype), sin.to(device, dtype)
+            self._rotary = self._rotations(torch.arange(length), 1)
         return self._rotary

@@ -49,7 +49,6 @@ class FusedStep:
             or type(norm) is not Norm
             or norm.weight.device.type != "cpu"
             or norm.weight.dtype == torch.float64
-            or config.learned_positions
             or config.rotary_dim != config.head_dim
         ):
             return
@@ -96,7 +95,7 @@ class FusedStep:
 #: attributes that decide what a module computes
 _SETTINGS: dict[type, tuple[str, ...]] = {
     QuantizedLinear: ("quantize_activations",),
-    Attention: ("softcap", "window"),
+    Attention: ("rotation", "softcap", "window"),
     MLP: ("activation",),
 }
 
@@ -129,6 +128,7 @@ def _is_plain(layer: nn.Module, place: int) -> TypeGuard[DecoderLayer]:
     return (
         type(attention) is Attention
         and attention.layer == place
+        and attention.rotation == 0
         and type(mlp) is MLP
         and mlp.activation == "swiglu"
         and layer.post_attention_norm is None

@@ -21,14 +21,13 @@ from .config import DecoderConfig
 class Step(NamedTuple):
     """What the layers of one forward pass share.
 
-    cos, sin: (seq, rotary_dim / 2), or (batch, seq, rotary_dim / 2) where sequences differ; None
-        in a model that does not rotate.
+    rotations: cos and sin, (seq, rotary_dim / 2), or (batch, seq, rotary_dim / 2) where sequences
+        differ; those of `rope.rotations`, none in a model that does not rotate.
     ends: int32 (batch,), the cached tokens with the new ones counted in; None where the new
         tokens are all there is to attend to.
     """
 
-    cos: Tensor | None
-    sin: Tensor | None
+    rotations: tuple[tuple[Tensor, Tensor], ...]
     cache: KVCache | None
     ends: Tensor | None
 
@@ -68,7 +67,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.layer = layer
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
-        self.window = config.window(layer)
+        self.window, self.rotation = config.window(layer), config.rotation(layer)
         self.qkv_proj = Linear(
             config.hidden_size, (heads + 2 * kv_heads) * head_dim, bias=config.qkv_bias
         )
@@ -82,16 +81,17 @@ class Attention(nn.Module):
         # Query and key heads lie side by side: one norm and rotation for both. (split_with_sizes
         # makes both views in the time of one slice.)
         query_key, value = packed.split_with_sizes(self.packed_sizes, 2)
-        if step.cos is not None and step.sin is not None:
+        if self.rotation is not None:
+            cos, sin = step.rotations[self.rotation]
             if self.query_norm is None or self.key_norm is None:
-                query_key = ops.apply_rotary(query_key, step.cos, step.sin)
+                query_key = ops.apply_rotary(query_key, cos, sin)
             else:
                 query_key = ops.qk_norm_rotary(
                     query_key,
                     self.query_norm.weight,
                     self.key_norm.weight,
-                    step.cos,
-                    step.sin,
+                    cos,
+                    sin,
                     self.query_key_sizes[0],
                     self.query_norm.eps,
                 )

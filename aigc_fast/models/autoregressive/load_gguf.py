@@ -42,11 +42,12 @@ def read_gguf_model(
     """
     file = read_gguf(path)
     name = file.get("general.architecture", str)
-    if name not in ARCHITECTURES:
+    known = {row.gguf_name or kind: row for kind, row in ARCHITECTURES.items()}
+    if name not in known:
         raise ValueError(
-            f"{file.path}: general.architecture is {name!r}; supported are {sorted(ARCHITECTURES)}"
+            f"{file.path}: general.architecture is {name!r}; supported are {sorted(known)}"
         )
-    architecture = ARCHITECTURES[name]
+    architecture = known[name]
     config = _read_config(file, name, architecture)
     unread = set(file.tensors) - {"rope_freqs.weight"}
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 _MISSING = object()
+_LAYER_KINDS = {"sliding_attention", "full_attention"}
 _TYPES = {field.name: str(field.type) for field in dataclass_fields(DecoderConfig)}
 
 
@@ -142,7 +143,7 @@ def read_hf_config(config: Config, architecture: Architecture, most_layers: int)
     fields |= architecture.derive(fields)
     fields["windows"] = _windows(config, architecture, fields["num_layers"])
     if not fields.get("learned_positions"):
-        fields |= _rope_fields(config, fields)
+        fields |= _rope_fields(config, architecture, fields)
     return DecoderConfig(**fields)
 
 
@@ -167,19 +168,19 @@ def _windows(config: Config, architecture: Architecture, layers: int) -> tuple[i
     if kinds is None:
         first = _checked("max_window_layers", config.get("max_window_layers", 28), "int")
         slides = [architecture.slides(layer, first) for layer in range(layers)]
-    elif isinstance(kinds, list) and set(map(str, kinds)) <= {
-        "sliding_attention",
-        "full_attention",
-    }:
+    elif isinstance(kinds, list) and set(map(str, kinds)) <= _LAYER_KINDS:
         slides = [kind == "sliding_attention" for kind in kinds]
     else:
         raise ValueError("'layer_types' must be a list of 'sliding_attention', 'full_attention'")
     return tuple(window if slide else None for slide in slides)
 
 
-def _rope_fields(config: Config, fields: Fields) -> Fields:
+def _rope_fields(config: Config, architecture: Architecture, fields: Fields) -> Fields:
     """The rotary fields; `rope_parameters` is what older files call rope_theta, rope_scaling."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    local_theta = architecture.local_rope_theta
+    if local_theta is not None:
+        rope, local_theta = _local_rope(config, rope, local_theta)
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"'rope_parameters' must be an object of plain values, got {rope!r}")
 
@@ -194,7 +195,8 @@ def _rope_fields(config: Config, fields: Fields) -> Fields:
     if not 0 < partial <= 1:
         raise ValueError(f"'partial_rotary_factor' must be in (0, 1], got {partial}")
     found: Fields = {
-        "rope_theta": get("rope_theta", 10000.0),
+        "rope_theta": get("rope_theta", architecture.rope_theta),
+        "local_rope_theta": local_theta,
         "rotary_dim": int(fields["head_dim"] * partial),
     }
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -223,6 +225,18 @@ def _rope_fields(config: Config, fields: Fields) -> Fields:
     # But for Llama 3, files mostly give the length before the scaling.
     found["max_position_embeddings"] = max(length, scaling.reach)
     return found | {"rope_scaling": scaling}
+
+
+def _local_rope(config: Config, rope: Any, default: float) -> tuple[Any, float]:
+    """The parameters of the layers without a window, and rope_theta of those with one."""
+    theta = config.get("rope_local_base_freq")
+    if isinstance(rope, dict) and not rope.keys().isdisjoint(_LAYER_KINDS):
+        local = rope.get("sliding_attention") or {}
+        if not isinstance(local, dict) or local.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters: 'sliding_attention' must be plain, got {local!r}")
+        theta = local.get("rope_theta", theta)
+        rope = rope.get("full_attention") or {}
+    return rope, _checked("rope_local_base_freq", default if theta is None else theta, "float")
 
 
 def _yarn_attention_factor(get: Callable[[str, Any], Any], factor: float) -> float | None:

@@ -8,7 +8,7 @@ NTK-aware scaling; Llama 3 as Meta published it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -82,6 +82,17 @@ class RopeScaling:
     def stretches(self, length: int) -> bool:
         """Whether the frequencies of a sequence of that length are its own (dynamic scaling)."""
         return self.kind == "dynamic" and length > self.original_length
+
+
+def rotations(
+    config: DecoderConfig, positions: Tensor, length: int
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """What `rotary` gives, and with a `local_rope_theta` that of the layers with a window."""
+    found = rotary(config, positions, length)
+    if config.local_rope_theta is None:
+        return (found,)
+    local = replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
+    return found, rotary(local, positions, length)
 
 
 def rotary(config: DecoderConfig, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,8 @@ def _write_config(config: DecoderConfig, architecture: Architecture) -> Fields:
         written |= _write_windows(config, architecture)
     if not config.learned_positions:
         written |= _write_rope(config)
+        if architecture.local_rope_theta is not None:
+            written["rope_local_base_freq"] = config.local_rope_theta
     return written
 
 
@@ -118,8 +120,9 @@ def _write_windows(config: DecoderConfig, architecture: Architecture) -> Fields:
     window = next(filter(None, sizes), None)
     rule = architecture.slides
     assert rule is not None
-    # Where the rule is the same for all layers (Mistral), transformers knows no layer_types.
-    if rule(0, 1) == rule(1, 1):
+    # Where the rule is the same for all layers (Mistral), transformers knows no layer_types. No
+    # architecture has more than five layers with a window in turn.
+    if len({rule(layer, 1) for layer in range(6)}) == 1:
         return {"sliding_window": window}
     kinds = {window: "sliding_attention", None: "full_attention"}
     return {
