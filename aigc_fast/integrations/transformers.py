@@ -133,9 +133,10 @@ class RotaryAttention(Attention):
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
-        cos, sin = (_half(angles, len(query)) for angles in position_embeddings)
-        query = ops.apply_rotary(query, cos, sin).transpose(1, 2)
-        key = ops.apply_rotary(key, cos, sin).transpose(1, 2)
+        if getattr(self, "use_rope", True):
+            cos, sin = (_half(angles, len(query)) for angles in position_embeddings)
+            query, key = ops.apply_rotary(query, cos, sin), ops.apply_rotary(key, cos, sin)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
             grow_in_place(past_key_values, self.layer_idx)
@@ -321,6 +322,7 @@ TABLE = _table(
     mistral=_llama_like("Mistral"),
     qwen2=_llama_like("Qwen2"),
     qwen3=_llama_like("Qwen3"),
+    smollm3=_llama_like("SmolLM3"),
     gemma2=_llama_like("Gemma2", RMSNorm=OffsetRMSNorm, Attention=CappedAttention),
     gemma3=_llama_like("Gemma3", RMSNorm=OffsetRMSNorm),
     gpt2=dict(GPT2MLP=TanhMLP, GPT2Attention=Attention, GPT2LMHeadModel=CausalLM),

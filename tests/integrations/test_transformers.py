@@ -40,6 +40,7 @@ MODELS = {
         STEP,
     ),
     "qwen3": ({}, STEP),
+    "smollm3": (dict(no_rope_layers=[1, 0, 1]), STEP),
     "gemma2": (dict(sliding_window=6, query_pre_attn_scalar=20), STEP - {"swiglu"} | {"geglu"}),
     "gemma3_text": (
         # transformers makes no use of the softcap, nor may we

@@ -47,6 +47,11 @@ MODELS = {
     ),
     "qwen3": ("qwen3", {}),
     "qwen3 tied, biased": ("qwen3", dict(tie_word_embeddings=True, attention_bias=True)),
+    "smollm3": ("smollm3", dict(num_hidden_layers=5)),
+    "smollm3 untied, other layers": (
+        "smollm3",
+        dict(tie_word_embeddings=False, attention_bias=True, no_rope_layers=[0, 1, 0]),
+    ),
     "gemma2": ("gemma2", dict(sliding_window=6, query_pre_attn_scalar=20)),
     "gemma2 untied, no caps": (
         "gemma2",

@@ -6,7 +6,7 @@ from tests.models.checkpoints import OFFSET_NORMS
 
 _NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}
 # Of these the converter changes weights, beside their names.
-_PERMUTED = ("llama", "mistral")
+_PERMUTED = ("llama", "mistral", "smollm3")
 
 
 def write_gguf(path, hf, storage=None, **changes):

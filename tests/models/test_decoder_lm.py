@@ -349,6 +349,7 @@ def test_full_cache_is_refused_and_left_as_it_was():
         ({"num_layers": True}, "num_layers must be int, got True"),
         ({"rope_theta": None}, "rope_theta must be float, got None"),
         ({"qk_norm": 1}, "qk_norm must be bool, got 1"),
+        ({"rope_layers": (1,)}, "rope_layers must be tuple[bool, ...], got (1,)"),
         ({"windows": (4.0,)}, "windows must be tuple[int | None, ...], got (4.0,)"),
         ({"rope_scaling": {"kind": "yarn"}}, "rope_scaling must be RopeScaling | None, got {"),
     ],
@@ -387,6 +388,8 @@ def test_bad_types_name_the_argument(make, message):
         ({"num_layers": 0}, "num_layers must be positive"),
         ({"rope_theta": math.nan}, "rope_theta must be positive"),
         ({"rms_norm_eps": math.inf}, "rms_norm_eps must be positive and finite"),
+        ({"rope_layers": (True, False)}, "rope_layers must have one entry for each of 1 layers"),
+        ({"rope_layers": (False,), "qk_norm": True}, "qk_norm must be False with"),
     ],
 )
 def test_bad_config(changes, message):

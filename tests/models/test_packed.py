@@ -20,11 +20,13 @@ from tests.models.gguf_files import write_gguf
 WIDE = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3"]
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
 
 
 def written(tmp_path, model_type: str, storage: str):
-    hf = hf_model(hf_config(model_type, **WIDE))
+    # Of SmolLM3 the fourth layer is the first that does not rotate.
+    layers = {"num_hidden_layers": 4} if model_type == "smollm3" else {}
+    hf = hf_model(hf_config(model_type, **WIDE, **layers))
     return write_gguf(tmp_path / "model.gguf", hf, gguf.GGMLQuantizationType[storage])
 
 

@@ -197,6 +197,29 @@ def test_rope_parameters_of_two_kinds_of_layers(rope, expected):
     assert (found.rope_theta, scaling and scaling.factor, found.local_rope_theta) == expected
 
 
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, (True, True, True)),
+        ({"num_hidden_layers": 4}, (True, True, True, False)),
+        ({"no_rope_layer_interval": 2}, (True, False, True)),
+        ({"no_rope_layers": [0, 1, 1], "no_rope_layer_interval": 2}, (False, True, True)),
+        ({"no_rope_layers": [1, 1]}, "rope_layers must have one entry for each of 3"),
+        ({"no_rope_layers": [1, 2, 1]}, "'no_rope_layers' must be a list of 0 and 1"),
+        ({"no_rope_layers": 4}, "'no_rope_layers' must be a list of 0 and 1"),
+        ({"no_rope_layer_interval": "4"}, "'no_rope_layer_interval' must be of type int"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+    ],
+)
+def test_layers_without_rotation(changes, expected):
+    config, row = SIZES | changes, ARCHITECTURES["smollm3"]
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            read_hf_config(config, row, 99)
+    else:
+        assert read_hf_config(config, row, 99).rope_layers == expected
+
+
 def test_divisors_must_fit():
     with pytest.raises(ValueError, match="rope_scaling.divisors must be positive"):
         RopeScaling("divisors", divisors=(1.0, 0.0))

@@ -50,6 +50,8 @@ class Architecture:
         window, use_window: the defaults of config.json's sliding_window, use_sliding_window.
         rope_theta, local_rope_theta: the defaults of its rope_theta, rope_local_base_freq; a local
             one of None: layers with a window rotate as the others do.
+        nope_interval: one layer in so many does not rotate, where config.json's no_rope_layers and
+            no_rope_layer_interval do not say; None: all rotate.
         transposed: transformers stores the matrices of the layers as (in, out).
         offset_norms: transformers stores the weights of the norms less one.
         paired_rotary: llama.cpp rotates neighbours, and its converter permutes query and key.
@@ -69,6 +71,7 @@ class Architecture:
     use_window: bool = True
     rope_theta: float = 10000.0
     local_rope_theta: float | None = None
+    nope_interval: int | None = None
     transposed: bool = False
     offset_norms: bool = False
     paired_rotary: bool = False
@@ -79,6 +82,11 @@ class Architecture:
     def weight_name(self, part: str, layer: int | None, kind: str) -> str:
         """transformers' name of the `weight` or `bias` of a part, which llama.cpp names."""
         return f"{self.names[part].format(layer)}.{kind}"
+
+    def rope_layers(self, layers: int, interval: int | None = None) -> tuple[bool, ...]:
+        """The field of that name where a file does not list the layers."""
+        interval = interval or self.nope_interval
+        return tuple((i + 1) % interval != 0 for i in range(layers)) if interval else ()
 
     def is_transposed(self, layer: int | None, shape: tuple[int, ...]) -> bool:
         """Whether transformers stores the transpose of a weight of that shape."""
@@ -247,6 +255,14 @@ ARCHITECTURES = {
         config=_LLAMA_CONFIG | _BIAS | {"head_dim": Key("head_dim", 128)},
         fixed={"qk_norm": True},
         model_class="Qwen3ForCausalLM",
+    ),
+    "smollm3": replace(
+        _LLAMA,
+        config={**_LLAMA.config, "tie_word_embeddings": Key("tie_word_embeddings", True)},
+        expected={**_LLAMA.expected, "use_sliding_window": False},
+        rope_theta=2e6,
+        nope_interval=4,
+        model_class="SmolLM3ForCausalLM",
     ),
     "gemma2": _GEMMA2,
     "gemma3_text": replace(

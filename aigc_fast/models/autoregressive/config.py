@@ -37,6 +37,7 @@ class DecoderConfig:
         activation: silu(gate) * up, gelu(gate) * up, or gelu without a gate; tanh approximation.
         qkv_bias, output_bias, mlp_bias: which projections have a bias.
         learned_positions: an embedding of the position instead of the rotation.
+        rope_layers: for each layer whether query and key rotate; () where all do.
         rotary_dim: the leading features of a head that rotate, even; None is all of them.
         rope_scaling: how the rotary frequencies are stretched.
         local_rope_theta: the base in the layers with a window, whose frequencies are not stretched;
@@ -68,6 +69,7 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     learned_positions: bool = False
+    rope_layers: tuple[bool, ...] = ()
     rotary_dim: int | None = None
     rope_scaling: RopeScaling | None = None
     local_rope_theta: float | None = None
@@ -93,16 +95,18 @@ class DecoderConfig:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
         for name, choices in (("norm", get_args(Norm)), ("activation", get_args(Activation))):
             check_choice(name, getattr(self, name), choices)
-        if self.windows and len(self.windows) != self.num_layers:
-            raise ValueError(
-                f"windows must have one entry for each of {self.num_layers} layers, "
-                f"got {len(self.windows)}"
-            )
+        for name in ("windows", "rope_layers"):
+            if (entries := getattr(self, name)) and len(entries) != self.num_layers:
+                raise ValueError(
+                    f"{name} must have one entry for each of {self.num_layers} layers, "
+                    f"got {len(entries)}"
+                )
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError(f"windows must be positive, got {self.windows}")
-        if self.qk_norm and self.learned_positions:
+        if self.qk_norm and (self.learned_positions or not all(self.rope_layers)):
             raise ValueError(
-                "qk_norm must be False with learned_positions: it goes with a rotation"
+                "qk_norm must be False with learned_positions and layers that do not rotate: it "
+                "goes with a rotation"
             )
         if self.rotary_dim is None:
             object.__setattr__(self, "rotary_dim", self.head_dim)
@@ -139,7 +143,7 @@ class DecoderConfig:
 
     def rotation(self, layer: int) -> int | None:
         """Which one of `rope.rotations` turns query and key of that layer, or None."""
-        if self.learned_positions:
+        if self.learned_positions or (self.rope_layers and not self.rope_layers[layer]):
             return None
         return int(self.local_rope_theta is not None and self.window(layer) is not None)
 

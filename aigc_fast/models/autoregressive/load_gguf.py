@@ -140,6 +140,7 @@ def _read_config(file: GGUFFile, name: str, architecture: Architecture) -> Decod
     fields["qkv_bias"] = not {"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"}.isdisjoint(file.tensors)
     fields["output_bias"] = "blk.0.attn_output.bias" in file.tensors
     fields["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    fields["rope_layers"] = architecture.rope_layers(fields["num_layers"])
     fields |= architecture.derive(fields)
 
     window = get(Key("attention.sliding_window", architecture.window), int, fields)

@@ -142,6 +142,8 @@ def read_hf_config(config: Config, architecture: Architecture, most_layers: int)
         raise ValueError(f"there are {fields['num_layers']} layers, but {most_layers} tensors")
     fields |= architecture.derive(fields)
     fields["windows"] = _windows(config, architecture, fields["num_layers"])
+    if architecture.nope_interval is not None:
+        fields["rope_layers"] = _rope_layers(config, architecture, fields["num_layers"])
     if not fields.get("learned_positions"):
         fields |= _rope_fields(config, architecture, fields)
     return DecoderConfig(**fields)
@@ -173,6 +175,16 @@ def _windows(config: Config, architecture: Architecture, layers: int) -> tuple[i
     else:
         raise ValueError("'layer_types' must be a list of 'sliding_attention', 'full_attention'")
     return tuple(window if slide else None for slide in slides)
+
+
+def _rope_layers(config: Config, architecture: Architecture, layers: int) -> tuple[bool, ...]:
+    found = config.get("no_rope_layers")
+    if found is None:
+        interval = config.get("no_rope_layer_interval", architecture.nope_interval)
+        return architecture.rope_layers(layers, _checked("no_rope_layer_interval", interval, "int"))
+    if not isinstance(found, list) or not all(rotates in (0, 1) for rotates in found):
+        raise ValueError(f"'no_rope_layers' must be a list of 0 and 1, got {found!r}")
+    return tuple(map(bool, found))
 
 
 def _rope_fields(config: Config, architecture: Architecture, fields: Fields) -> Fields:

@@ -97,6 +97,7 @@ def _normal(config: DecoderConfig) -> DecoderConfig:
         config,
         attention_scale=config.attention_scale or config.head_dim**-0.5,
         windows=config.windows if any(config.windows) else (),
+        rope_layers=() if all(config.rope_layers) else config.rope_layers,
     )
 
 
@@ -108,6 +109,9 @@ def _write_config(config: DecoderConfig, architecture: Architecture) -> Fields:
         written[key.name] = value if key.invert is None else key.invert(value)
     if architecture.slides is not None:
         written |= _write_windows(config, architecture)
+    if architecture.nope_interval is not None:
+        rotates = config.rope_layers or (True,) * config.num_layers
+        written["no_rope_layers"] = list(map(int, rotates))
     if not config.learned_positions:
         written |= _write_rope(config)
         if architecture.local_rope_theta is not None:
