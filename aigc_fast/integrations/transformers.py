@@ -69,6 +69,23 @@ class GatedMLP(Replacement):
         return self.down_proj(GATES[type(self.act_fn)](gate, up))
 
 
+class FusedGatedMLP(Replacement):
+    """Phi-3's: gate and up are one product."""
+
+    uses = "swiglu or geglu"
+    absorbs = ("activation_fn",)
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if type(module.activation_fn) not in GATES:
+            raise Unfit(f"its activation is {type(module.activation_fn).__name__}")
+        yield from super().assignments(module)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(GATES[type(self.activation_fn)](gate, up))
+
+
 class TanhMLP(Replacement):
     """GPT-2's: its tanh form of gelu is eight operators, and torch has it in one."""
 
@@ -127,16 +144,13 @@ class RotaryAttention(Attention):
                 hidden_states, position_embeddings=position_embeddings,
                 attention_mask=attention_mask, past_key_values=past_key_values, **kwargs,
             )  # fmt: skip
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape)
-        key = self.k_proj(hidden_states).view(shape)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key, value = self.project(hidden_states)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         if getattr(self, "use_rope", True):
             cos, sin = (_half(angles, len(query)) for angles in position_embeddings)
             query, key = ops.apply_rotary(query, cos, sin), ops.apply_rotary(key, cos, sin)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
             grow_in_place(past_key_values, self.layer_idx)
@@ -146,6 +160,20 @@ class RotaryAttention(Attention):
             softcap=self.attn_logit_softcapping if self.capped else None, **kwargs,
         )  # fmt: skip
         return self.o_proj(out.flatten(2)), weights
+
+    def project(self, hidden_states: Tensor) -> Iterable[Tensor]:
+        """Query, key and value, (batch, seq, heads, head_dim)."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        return (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+
+
+class FusedAttention(RotaryAttention):
+    """Phi-3's: query, key and value are one product."""
+
+    def project(self, hidden_states: Tensor) -> Iterable[Tensor]:
+        packed = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        kv_heads = self.num_key_value_heads
+        return packed.split((packed.shape[2] - 2 * kv_heads, kv_heads, kv_heads), 2)
 
 
 class CappedAttention(RotaryAttention):
@@ -322,6 +350,7 @@ TABLE = _table(
     mistral=_llama_like("Mistral"),
     qwen2=_llama_like("Qwen2"),
     qwen3=_llama_like("Qwen3"),
+    phi3=_llama_like("Phi3", MLP=FusedGatedMLP, Attention=FusedAttention),
     smollm3=_llama_like("SmolLM3"),
     gemma2=_llama_like("Gemma2", RMSNorm=OffsetRMSNorm, Attention=CappedAttention),
     gemma3=_llama_like("Gemma3", RMSNorm=OffsetRMSNorm),

@@ -30,6 +30,15 @@ GEMMA3 = dict(
         sliding_attention=dict(rope_type="default", rope_theta=100.0),
     ),
 )
+# Of 12 features 6 rotate.
+PHI3 = dict(
+    head_dim=None,
+    partial_rotary_factor=0.5,
+    original_max_position_embeddings=32,
+    rope_parameters=dict(
+        rope_type="longrope", short_factor=[1.0, 1.3, 1.1], long_factor=[1.0, 1.7, 4.5]
+    ),
+)
 OFFSET_NORMS = ("gemma2", "gemma3_text")
 # model_type, then what its config has beside the sizes.
 MODELS = {
@@ -47,6 +56,12 @@ MODELS = {
     ),
     "qwen3": ("qwen3", {}),
     "qwen3 tied, biased": ("qwen3", dict(tie_word_embeddings=True, attention_bias=True)),
+    "phi3": ("phi3", PHI3),
+    "phi3 long, windows": (
+        "phi3",
+        PHI3 | dict(original_max_position_embeddings=16, sliding_window=7),
+    ),
+    "phi3 plain": ("phi3", dict(head_dim=None, partial_rotary_factor=0.5)),
     "smollm3": ("smollm3", dict(num_hidden_layers=5)),
     "smollm3 untied, other layers": (
         "smollm3",

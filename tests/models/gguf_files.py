@@ -1,5 +1,7 @@
 """GGUF files as llama.cpp's converter (convert_hf_to_gguf.py) writes them."""
 
+import math
+
 import torch
 
 from tests.models.checkpoints import OFFSET_NORMS
@@ -30,6 +32,10 @@ def write_gguf(path, hf, storage=None, **changes):
         else:
             writer.add_tensor(name, gguf.quantize(values, storage), raw_dtype=storage)
     rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        for which in ("long", "short"):
+            factors = torch.tensor(rope[f"{which}_factor"])
+            writer.add_tensor(f"rope_factors_{which}.weight", factors.numpy())
     if rope.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", _llama3_divisors(config).numpy())
     writer.write_header_to_file()
@@ -68,8 +74,15 @@ def _metadata(config):
         found["attention.layer_norm_epsilon"] = config.layer_norm_eps
     else:
         found["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
-    if kind in ("mistral", *OFFSET_NORMS):
-        found["attention.sliding_window"] = config.sliding_window
+    if rope.get("rope_type") == "longrope":
+        scale = config.max_position_embeddings / config.original_max_position_embeddings
+        log = math.log(scale) / math.log(config.original_max_position_embeddings)
+        found["rope.scaling.attn_factor"] = math.sqrt(1 + log)
+    if kind == "phi3":
+        found["rope.scaling.original_context_length"] = config.original_max_position_embeddings
+        found["attention.key_length"] = found["attention.value_length"] = None
+    if kind in ("mistral", "phi3", *OFFSET_NORMS):
+        found["attention.sliding_window"] = config.sliding_window or 0
     if kind == "gemma3_text":
         local = config.rope_parameters["sliding_attention"]["rope_theta"]
         found["rope.freq_base_swa"] = float(local)

@@ -58,7 +58,9 @@ def test_float64_agrees_to_the_last_digits(name, tmp_path):
         assert (ours - exact).abs().max() <= 1e-12 * exact.abs().max()
 
 
-@pytest.mark.parametrize("name", ["llama tied, biased", "qwen3", "gemma2", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama tied, biased", "qwen3", "phi3", "gemma2", "gemma3", "gpt2"]
+)
 def test_gradients_flow_to_every_weight(name):
     model_type, changes = MODELS[name]
     hf = hf_model(hf_config(model_type, **changes)).double()
@@ -76,7 +78,9 @@ def test_gradients_flow_to_every_weight(name):
     assert error <= 1e-4 * expected.abs().max()  # transformers' norms are float32
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen3", "smollm3", "gemma2", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["mistral", "qwen3", "phi3", "smollm3", "gemma2", "gemma3", "gpt2"]
+)
 def test_prompts_of_different_lengths_are_independent(name, tmp_path):
     model_type, changes = MODELS[name]
     hf = hf_model(hf_config(model_type, **changes))

@@ -2,11 +2,12 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from aigc_fast.models.autoregressive import DecoderLM
+from aigc_fast.models.autoregressive import DecoderLM, Engine, generate
 from aigc_fast.models.autoregressive.architectures import ARCHITECTURES
 from aigc_fast.models.autoregressive.load_hf import read_hf_config
 from aigc_fast.models.autoregressive.rope import RopeScaling, attention_factor, inverse_frequencies
@@ -22,6 +23,7 @@ from tests.models.checkpoints import (
     hf_config,
     hf_logits,
     hf_model,
+    naive_greedy,
     step_by_step,
 )
 
@@ -48,13 +50,22 @@ SCALINGS = {
         original_max_position_embeddings=64,
         rope_theta=500000.0,
     ),
+    "longrope": dict(rope_type="longrope", factor=4.0, original_max_position_embeddings=16),
+    "longrope factor": dict(
+        rope_type="longrope", original_max_position_embeddings=16, attention_factor=0.8
+    ),
 }
 
 
 def scaled_config(name, **changes):
-    # transformers gives the length before the scaling, but for Llama 3.
-    length = 64 if name == "llama3" else 16
+    # transformers gives the length before the scaling, but for Llama 3 and LongRoPE.
+    length = 16 if SCALINGS[name]["rope_type"] in ("linear", "dynamic", "yarn") else 64
     parameters = {"rope_theta": 10000.0} | SCALINGS[name] | changes.pop("rope", {})
+    if parameters["rope_type"] == "longrope":
+        partial = parameters.get("partial_rotary_factor", 1.0)
+        pairs = int(changes.get("head_dim", SIZES["head_dim"]) * partial) // 2
+        parameters["short_factor"] = [1 + i / pairs for i in range(pairs)]
+        parameters["long_factor"] = [1 + i for i in range(pairs)]
     model_type = changes.pop("model_type", "llama")
     return hf_config(
         model_type, **{"max_position_embeddings": length, "rope_parameters": parameters} | changes
@@ -93,8 +104,9 @@ def test_scaled_models_agree_with_transformers(name, dtype, tmp_path):
     with torch.no_grad():
         prompt = model(token_ids)
     assert_error_ratio(prompt, hf_logits(hf, token_ids), exact_logits(hf, token_ids))
-    # Cached keys stay as they were rotated, so under dynamic scaling the chunks matter.
-    chunks = [11, 9, *[1] * 20]
+    # Cached keys stay as they were rotated, so under dynamic scaling the chunks matter. So they do
+    # for transformers' LongRoPE, but not for ours, which looks at the most a cache can hold.
+    chunks = [] if "longrope" in name else [11, 9, *[1] * 20]
     theirs, exact = hf_logits(hf, token_ids, *chunks), exact_logits(hf, token_ids, *chunks)
     assert_error_ratio(step_by_step(model, token_ids, 11, 9), theirs, exact)
 
@@ -124,7 +136,46 @@ def test_scaling_lengthens_the_longest_sequence():
         "yarn factor": 128,
         "yarn mscale": 128,
         "llama3": 64,
+        "longrope": 64,
+        "longrope factor": 64,
     }
+
+
+@pytest.mark.parametrize("capacity", [16, 17])
+def test_longrope_looks_at_what_a_cache_can_hold(capacity):
+    config = ours(scaled_config("longrope"))
+    scaling = config.rope_scaling
+    hf = hf_model(scaled_config("longrope"))
+    model = DecoderLM.from_hf_state_dict(config, hf.state_dict()).double()
+    factors = scaling.divisors if capacity == 16 else scaling.long_divisors
+    plain = replace(scaling, divisors=factors, long_divisors=factors)
+    expected = DecoderLM.from_hf_state_dict(
+        replace(config, rope_scaling=plain), hf.state_dict()
+    ).double()
+    token_ids = torch.randint(VOCAB, (2, 12))
+    with torch.no_grad():
+        found = model(token_ids, model.new_cache(2, capacity))
+        torch.testing.assert_close(found, expected(token_ids), rtol=1e-12, atol=1e-12)
+        # Without a cache it is the length of the sequences, whatever table was made before.
+        for ids, room in ((token_ids, 16), (torch.cat([token_ids] * 2, 1), 24)):
+            assert torch.equal(model(ids), model(ids, model.new_cache(2, room)))
+
+
+def test_requests_of_an_engine_share_the_frequencies_of_longrope():
+    config = ours(scaled_config("longrope"))
+    hf = hf_model(scaled_config("longrope"))
+    model = DecoderLM.from_hf_state_dict(config, hf.state_dict()).double()
+    long = replace(config.rope_scaling, divisors=config.rope_scaling.long_divisors)
+    always_long = DecoderLM.from_hf_state_dict(
+        replace(config, rope_scaling=long), hf.state_dict()
+    ).double()
+    prompts = [[1, 2, 3], list(range(14))]
+    for answer, prompt in zip(generate(model, prompts, 10), prompts, strict=True):
+        assert answer.tokens == naive_greedy(always_long, prompt, 10)
+    [short] = generate(model, prompts[:1], 10)
+    assert short.tokens == naive_greedy(model, prompts[0], 10)
+    assert short.tokens != naive_greedy(always_long, prompts[0], 10)
+    assert Engine(model).max_length == 64 and Engine(model, max_length=16).max_length == 16
 
 
 def test_old_names_mean_the_same():
@@ -137,10 +188,26 @@ def test_old_names_mean_the_same():
     assert read_hf_config(old, row, 99) == read_hf_config(new, row, 99)
 
 
+LONGROPE = dict(
+    rope_type="longrope",
+    original_max_position_embeddings=16,
+    short_factor=[1] * 8,
+    long_factor=[2.0] * 8,
+)
+
+
 @pytest.mark.parametrize(
     "rope, message",
     [
-        ({"rope_type": "longrope"}, "rope_type is 'longrope'"),
+        ({"rope_type": "proportional"}, "rope_type is 'proportional'"),
+        ({"rope_type": "longrope"}, "'original_max_position_embeddings' must be positive"),
+        (LONGROPE | {"short_factor": None}, "'short_factor' must be a list, got None"),
+        (LONGROPE | {"long_factor": ["2"]}, "'long_factor' must be of type float, got str"),
+        (LONGROPE | {"long_factor": [2]}, "rope_scaling.long_divisors must be 8"),
+        (
+            LONGROPE | {"original_max_position_embeddings": 1},
+            "rope_scaling.original_length must be above 1",
+        ),
         ({"rope_type": ["yarn"]}, "rope_type is ['yarn']"),
         ({"rope_type": "linear"}, "'factor' is missing"),
         ({"rope_type": "linear", "factor": -1.0}, "rope_scaling.factor must be positive"),

@@ -50,6 +50,8 @@ class Architecture:
         window, use_window: the defaults of config.json's sliding_window, use_sliding_window.
         rope_theta, local_rope_theta: the defaults of its rope_theta, rope_local_base_freq; a local
             one of None: layers with a window rotate as the others do.
+        rope_options: what transformers' model of the kind does beside the plain rotation: kinds of
+            scaling, and `partial_rotary_factor`.
         nope_interval: one layer in so many does not rotate, where config.json's no_rope_layers and
             no_rope_layer_interval do not say; None: all rotate.
         transposed: transformers stores the matrices of the layers as (in, out).
@@ -71,6 +73,7 @@ class Architecture:
     use_window: bool = True
     rope_theta: float = 10000.0
     local_rope_theta: float | None = None
+    rope_options: tuple[str, ...] = ("linear", "dynamic", "yarn", "llama3")
     nope_interval: int | None = None
     transposed: bool = False
     offset_norms: bool = False
@@ -117,6 +120,11 @@ _LLAMA_NAMES = {
     "ffn_up": "model.layers.{}.mlp.up_proj",
     "ffn_down": "model.layers.{}.mlp.down_proj",
 }
+# Without a part of the gate its rows stand before those of ffn_up.
+_PHI3_NAMES = {part: name for part, name in _LLAMA_NAMES.items() if part != "ffn_gate"} | {
+    "attn_qkv": "model.layers.{}.self_attn.qkv_proj",
+    "ffn_up": "model.layers.{}.mlp.gate_up_proj",
+}
 _GEMMA2_NAMES = _LLAMA_NAMES | {
     "post_attention_norm": "model.layers.{}.post_attention_layernorm",
     "ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
@@ -146,6 +154,9 @@ _LLAMA_CONFIG = {
     "max_position_embeddings": Key("max_position_embeddings"),
     "rms_norm_eps": Key("rms_norm_eps", 1e-6),
     "tie_word_embeddings": Key("tie_word_embeddings", False),
+}
+_PHI3_CONFIG = {name: key for name, key in _LLAMA_CONFIG.items() if name != "head_dim"} | {
+    "rms_norm_eps": Key("rms_norm_eps", 1e-5)
 }
 _BIAS = {
     "qkv_bias": Key("attention_bias", False),
@@ -256,6 +267,16 @@ ARCHITECTURES = {
         fixed={"qk_norm": True},
         model_class="Qwen3ForCausalLM",
     ),
+    "phi3": Architecture(
+        names=_PHI3_NAMES,
+        config=_PHI3_CONFIG,
+        metadata=_GGUF_LLAMA,
+        derive=lambda fields: {"head_dim": _head_dim(fields)},
+        expected={"hidden_act": "silu"},
+        slides=lambda layer, first: True,
+        rope_options=("longrope", "partial_rotary_factor"),
+        model_class="Phi3ForCausalLM",
+    ),
     "smollm3": replace(
         _LLAMA,
         config={**_LLAMA.config, "tie_word_embeddings": Key("tie_word_embeddings", True)},
@@ -310,6 +331,7 @@ ARCHITECTURES = {
         },
         metadata=_GGUF_LLAMA | {"rms_norm_eps": Key("attention.layer_norm_epsilon")},
         fixed={"norm": "layer"},
+        rope_options=("linear", "dynamic", "yarn", "llama3", "partial_rotary_factor"),
         expected={
             "hidden_act": "silu",
             "qk_layernorm": False,

@@ -50,6 +50,7 @@ class KVCache:
             `in_turn` are to be multiplied by.
         lengths: int32 (batch,), the valid entries of each sequence. It may be lowered, to take
             tokens back.
+        longest: the most tokens that a sequence can come to have; longrope looks at it.
         used: at least the largest of `lengths`, kept so that room is checked without waiting
             for the device.
     """
@@ -62,6 +63,7 @@ class KVCache:
         used: int = 0,
         block_table: Tensor | None = None,
         scales: Tensor | None = None,
+        longest: int | None = None,
     ) -> None:
         self.in_turn, self.keys, self.values = in_turn, in_turn[::2], in_turn[1::2]
         self.lengths, self.used, self.block_table = lengths, used, block_table
@@ -69,6 +71,7 @@ class KVCache:
         self.batch_size, self.capacity = len(lengths), in_turn[0].shape[1]
         if block_table is not None:
             self.capacity *= block_table.shape[1]
+        self.longest = self.capacity if longest is None else longest
 
     @classmethod
     def empty(

@@ -131,11 +131,13 @@ class DecoderConfig:
         scaling = self.rope_scaling
         if scaling is None:
             return
-        if scaling.kind == "divisors" and len(scaling.divisors) != rotary_dim // 2:
-            raise ValueError(
-                f"rope_scaling.divisors must be {rotary_dim // 2}, one for each pair of features, "
-                f"got {len(scaling.divisors)}"
-            )
+        sets = {"divisors": ("divisors",), "longrope": ("divisors", "long_divisors")}
+        for name in sets.get(scaling.kind, ()):
+            if len(divisors := getattr(scaling, name)) != rotary_dim // 2:
+                raise ValueError(
+                    f"rope_scaling.{name} must be {rotary_dim // 2}, one for each pair of "
+                    f"features, got {len(divisors)}"
+                )
         if scaling.kind == "dynamic" and rotary_dim == 2:
             raise ValueError("rotary_dim must be above 2 for dynamic scaling, got 2")
         if scaling.kind == "yarn" and self.rope_theta <= 1:

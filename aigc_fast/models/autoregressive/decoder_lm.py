@@ -56,6 +56,7 @@ class DecoderLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._rotary: tuple[tuple[Tensor, Tensor], ...] = ()
+        self._rotary_is_long = False
         self._fused: FusedStep | None = None
         self._looked_at_layers = False
 
@@ -246,7 +247,7 @@ class DecoderLM(nn.Module):
                 cache.check_room(*token_ids.shape)
                 self._check_length(cache.used + 1)
                 embedded = self._embed(token_ids[:, 0])
-                cos, sin = self._rotary_tables(cache.capacity)[0]
+                cos, sin = self._rotary_tables(cache.capacity, cache.longest)[0]
                 hidden = fused(embedded, cache, cos, sin)[:, None]
             else:
                 hidden, step = self._enter(token_ids, cache)
@@ -309,7 +310,8 @@ class DecoderLM(nn.Module):
             where = torch.arange(seq, device=hidden.device) if positions is None else positions
             angles = self._rotations(where, length)
         else:
-            tables = self._rotary_tables(cache.capacity if cache else seq)
+            sizes = (cache.capacity, cache.longest) if cache else (seq, seq)
+            tables = self._rotary_tables(*sizes)
             angles = tuple((rows(cos), rows(sin)) for cos, sin in tables)
         return hidden, Step(angles, cache, ends)
 
@@ -328,15 +330,20 @@ class DecoderLM(nn.Module):
         found = rotations(self.config, positions, length)
         return tuple((cos.to(device, dtype), sin.to(device, dtype)) for cos, sin in found)
 
-    def _rotary_tables(self, length: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        """cos and sin of every position below `length`, or below more, of each rotation.
+    def _rotary_tables(self, length: int, longest: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        """cos and sin of every position below `length`, or below more, of each rotation, in
+        sequences of at most `longest`.
 
         Not buffers: `model.to(torch.bfloat16)` must leave the angles exact.
         """
+        scaling = self.config.rope_scaling
+        is_long = scaling is not None and scaling.is_long(longest)
         if self._rotary and len(cos := self._rotary[0][0]) >= length:
-            if cos.dtype == self._angle_dtype() and cos.device == self.norm.weight.device:
+            kept = cos.dtype == self._angle_dtype() and cos.device == self.norm.weight.device
+            if kept and self._rotary_is_long == is_long:
                 return self._rotary
         # A table made while generating must also serve training.
         with torch.inference_mode(False):
-            self._rotary = self._rotations(torch.arange(length), 1)
+            self._rotary = self._rotations(torch.arange(length), longest if is_long else 1)
+        self._rotary_is_long = is_long
         return self._rotary

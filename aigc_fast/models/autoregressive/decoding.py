@@ -18,7 +18,7 @@ from .sampling import BatchSampler, Choice
 class Batch:
     """What the steps of the same requests share.
 
-    memory, scales: of the caches, as for KVCache.
+    memory, options: of the caches, as for KVCache: `scales` and `longest`.
     graph:          of `decoding_step`, where steps are to run in one.
     block_table:    the pages of each request.
     choices:        how each one's tokens are chosen.
@@ -28,12 +28,12 @@ class Batch:
         self,
         model: DecoderLM,
         memory: list[Tensor],
-        scales: Tensor | None,
+        options: dict[str, Any],
         graph: Replay | None,
         block_table: Tensor,
         choices: list[Choice],
     ) -> None:
-        self._model, self._memory, self._scales = model, memory, scales
+        self._model, self._memory, self._options = model, memory, options
         self._graph, self._block_table, self._device = graph, block_table, block_table.device
         self.sampler = BatchSampler(choices, self._device)
 
@@ -61,7 +61,7 @@ class Batch:
             torch.tensor(lengths, dtype=torch.int32, device=self._device),
             used=max(lengths),
             block_table=table,
-            scales=self._scales,
+            **self._options,
         )
         ids = torch.tensor(token_ids, device=self._device)[:, None]
         hidden = self._model.hidden_states(ids, cache)[:, 0]
@@ -72,7 +72,7 @@ class Batch:
 def decoding_step(
     model: DecoderLM,
     memory: list[Tensor],
-    scales: Tensor | None,
+    options: dict[str, Any],
     numbers: Tensor,
     block_table: Tensor,
     names: tuple[str, ...],
@@ -90,10 +90,10 @@ def decoding_step(
     ids, lengths, steps = numbers.unbind()
     # No number says here how much of the cache is used: the graph would keep it. There is room,
     # since a request has all its pages from the beginning.
-    cache = KVCache(memory, lengths.int(), block_table=block_table, scales=scales)
+    cache = KVCache(memory, lengths.int(), block_table=block_table, **options)
     logits = model.logits(model.hidden_states(ids[:, None], cache)[:, 0])
-    options = dict(zip(names, arguments, strict=True))
-    tokens, logprobs = ops.sample_tokens(logits, steps=steps, **options)
+    how = dict(zip(names, arguments, strict=True))
+    tokens, logprobs = ops.sample_tokens(logits, steps=steps, **how)
     return (torch.stack([tokens.double(), logprobs.double()]),)
 
 

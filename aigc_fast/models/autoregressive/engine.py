@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Engine:
         page_size: int = 16,
         max_batch_size: int = 32,
         prefill_chunk: int = 512,
+        max_length: int | None = None,
         cache_dtype: torch.dtype | None = None,
         cache_scales: Tensor | None = None,
         cuda_graph: bool = False,
@@ -65,6 +66,9 @@ class Engine:
             num_pages, page_size: the memory for keys and values, num_pages * page_size tokens.
             max_batch_size: how many requests run at once.
             prefill_chunk: tokens of a prompt computed at once. Others wait as long for a token.
+            max_length: the longest that a request may become, its last token not counted; None is
+                what the pages hold. Above the original length of a model with LongRoPE (Phi-3) all
+                requests have its long frequencies, for they share pages.
             cache_dtype: of keys and values: the model's, or a narrower one: float16 beside float32
                 takes half the memory, and half the time that attention takes to read it; int8,
                 float8_e4m3fn and float8_e5m2 a quarter: 2 * num_layers * num_kv_heads * head_dim
@@ -92,6 +96,7 @@ class Engine:
         self.pool = PagePool(num_pages, page_size)
         self.max_batch_size = count("max_batch_size", max_batch_size)
         self.prefill_chunk = count("prefill_chunk", prefill_chunk)
+        self._max_length = None if max_length is None else count("max_length", max_length)
         weight = model.norm.weight
         self._device = weight.device
         if cache_dtype not in (None, *CACHE_DTYPES):
@@ -100,14 +105,17 @@ class Engine:
         if dtype == torch.int8 and cache_scales is None:
             cache_scales = calibrate_cache(model, dtype)
         check_scales("cache_scales", cache_scales, model.config, dtype)
-        self._scales = None if cache_scales is None else cache_scales.to(weight.device)
+        self._options: dict[str, Any] = {
+            "scales": None if cache_scales is None else cache_scales.to(weight.device),
+            "longest": self.max_length,
+        }
         self._memory = allocate(
             model.config, self.pool.num_pages, self.pool.page_size, dtype, weight.device
         )
         self._graph: Replay | None = None
         check_graph(cuda_graph, weight.device)
         if cuda_graph:
-            step = functools.partial(decoding_step, model, self._memory, self._scales)
+            step = functools.partial(decoding_step, model, self._memory, self._options)
             self._graph = Replay(step, weight.device)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -115,9 +123,11 @@ class Engine:
 
     @property
     def max_length(self) -> int:
-        """Most keys and values a request may need: what the pages hold, or the model knows."""
+        """Most keys and values a request may need: what the pages hold, the model knows, or was
+        given."""
         room = self.pool.num_pages * self.pool.page_size
-        return min(room, self.model.config.max_position_embeddings)
+        known = self.model.config.max_position_embeddings
+        return min(room, known, self._max_length or known)
 
     @property
     def idle(self) -> bool:
@@ -177,6 +187,7 @@ class Engine:
                 f"prompt of length {len(ids)} and max_new_tokens = {max_new_tokens} need "
                 f"{request.capacity} positions; the model knows {config.max_position_embeddings}, "
                 f"the engine's pages hold {self.pool.num_pages * self.pool.page_size}"
+                + (f", its max_length is {self._max_length}" if self._max_length else "")
             )
         self._waiting.append(request)
         return request
@@ -222,7 +233,7 @@ class Engine:
             torch.tensor([begin], dtype=torch.int32, device=self._device),
             used=begin,
             block_table=self._block_table([request]),
-            scales=self._scales,
+            **self._options,
         )
         ids = torch.tensor([request.prompt[begin:end]], device=self._device)
         hidden = self.model.hidden_states(ids, cache)
@@ -245,7 +256,9 @@ class Engine:
         the same pages. Returns what accepts the tokens."""
         if self._batch is None:
             table, choices = self._block_table(self._running), [r.choice for r in self._running]
-            self._batch = Batch(self.model, self._memory, self._scales, self._graph, table, choices)
+            self._batch = Batch(
+                self.model, self._memory, self._options, self._graph, table, choices
+            )
         running, sampler = list(self._running), self._batch.sampler
         drafts = [request.draft() for request in running]
         rows = [i for i, draft in enumerate(drafts) for _ in draft]

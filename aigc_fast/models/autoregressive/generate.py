@@ -115,6 +115,7 @@ def _prepare(
         model,
         tokenizer,
         num_pages=pages,
+        max_length=room[-1],  # by which LongRoPE chooses its frequencies
         page_size=_PAGE_SIZE,
         max_batch_size=min(len(found), _BATCH),
         **of_engine,

@@ -25,6 +25,7 @@ _INTEGERS = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim
     "intermediate_size",
     "max_position_embeddings",
 }
+_LONGROPE = {"divisors": "rope_factors_short.weight", "long_divisors": "rope_factors_long.weight"}
 
 
 def read_gguf_model(
@@ -50,6 +51,8 @@ def read_gguf_model(
     architecture = known[name]
     config = _read_config(file, name, architecture)
     unread = set(file.tensors) - {"rope_freqs.weight"}
+    if _has_longrope(file):
+        unread -= set(_LONGROPE.values())
 
     def fetch(part: str, layer: int | None, kind: str, shape: tuple[int, ...]) -> Tensor:
         tensor_name = f"{part}.{kind}" if layer is None else f"blk.{layer}.{part}.{kind}"
@@ -168,12 +171,24 @@ def _read_config(file: GGUFFile, name: str, architecture: Architecture) -> Decod
         raise ValueError(f"{file.path}: {error}") from None
 
 
+def _has_longrope(file: GGUFFile) -> bool:
+    return all(name in file.tensors for name in _LONGROPE.values())
+
+
+def _numbers(file: GGUFFile, name: str) -> tuple[float, ...]:
+    return tuple(file.tensors[name].dequantize().flatten().tolist())
+
+
 def _read_scaling(file: GGUFFile, name: str, length: int) -> RopeScaling | None:
     scale, kind = f"{name}.rope.scale_linear", f"{name}.rope.scaling.type"
     options: dict[str, Any] = {"original_length": length}
     if "rope_freqs.weight" in file.tensors:  # what llama.cpp's converter makes of `llama3`
-        divisors = file.tensors["rope_freqs.weight"].dequantize().flatten().tolist()
-        options |= {"kind": "divisors", "divisors": tuple(divisors)}
+        options |= {"kind": "divisors", "divisors": _numbers(file, "rope_freqs.weight")}
+    elif _has_longrope(file):
+        options["kind"] = "longrope"
+        options["original_length"] = file.get(f"{name}.rope.scaling.original_context_length", int)
+        options["attention_factor"] = file.get(f"{name}.rope.scaling.attn_factor", float)
+        options |= {key: _numbers(file, tensor) for key, tensor in _LONGROPE.items()}
     elif scale in file.metadata:
         options |= {"kind": "linear", "factor": file.get(scale, float)}
     elif file.metadata.get(kind, "none") == "none":

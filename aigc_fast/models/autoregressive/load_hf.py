@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 _MISSING = object()
+LONGROPE = {"short_factor": "divisors", "long_factor": "long_divisors"}
 _LAYER_KINDS = {"sliding_attention", "full_attention"}
 _TYPES = {field.name: str(field.type) for field in dataclass_fields(DecoderConfig)}
 
@@ -214,9 +215,13 @@ def _rope_fields(config: Config, architecture: Architecture, fields: Fields) -> 
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return found
-    if kind not in ("linear", "dynamic", "yarn", "llama3"):
+    if "longrope" in architecture.rope_options:  # whose older files say `su` or `yarn`
+        kind = "longrope"
+    if kind not in ("linear", "dynamic", "yarn", "llama3", "longrope"):
         raise ValueError(f"rope_type is {kind!r}, which is not supported")
     options: Fields = {"kind": kind, "factor": get("factor", None), "original_length": length}
+    if kind == "longrope":
+        options |= _longrope(rope, get, length)
     if options["factor"] is None:
         raise ValueError("rope_parameters: 'factor' is missing")
     if kind in ("yarn", "llama3"):
@@ -249,6 +254,23 @@ def _local_rope(config: Config, rope: Any, default: float) -> tuple[Any, float]:
         theta = local.get("rope_theta", theta)
         rope = rope.get("full_attention") or {}
     return rope, _checked("rope_local_base_freq", default if theta is None else theta, "float")
+
+
+def _longrope(rope: Config, get: Callable[..., Any], length: int) -> Fields:
+    original = get("original_max_position_embeddings", None, "int")
+    if original is None or original < 1:
+        raise ValueError(f"'original_max_position_embeddings' must be positive, got {original}")
+    found: Fields = {
+        "original_length": original,
+        "factor": get("factor", length / original),
+        "attention_factor": get("attention_factor", None),
+    }
+    for name, field in LONGROPE.items():
+        divisors = rope.get(name)
+        if not isinstance(divisors, list):
+            raise ValueError(f"rope_parameters: {name!r} must be a list, got {divisors!r}")
+        found[field] = tuple(_checked(name, value, "float") for value in divisors)
+    return found
 
 
 def _yarn_attention_factor(get: Callable[[str, Any], Any], factor: float) -> float | None:

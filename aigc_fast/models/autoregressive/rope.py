@@ -2,7 +2,7 @@
 
 The formulas are those of transformers' modeling_rope_utils, in float64. Sources: Su et al. 2021
 (arXiv:2104.09864); Peng et al. 2023, YaRN (arXiv:2309.00071), which also describes linear and
-NTK-aware scaling; Llama 3 as Meta published it.
+NTK-aware scaling; Ding et al. 2024, LongRoPE (arXiv:2402.13753); Llama 3 as Meta published it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .arguments import check_fields
 if TYPE_CHECKING:
     from .config import DecoderConfig
 
-Kind = Literal["linear", "dynamic", "yarn", "llama3", "divisors"]
+Kind = Literal["linear", "dynamic", "yarn", "llama3", "longrope", "divisors"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class RopeScaling:
     Attributes:
         kind: `linear` divides all by `factor`; `dynamic` raises the base once a sequence is longer
             than `original_length`; `yarn` and `llama3` divide the slow ones and leave the fast
-            ones; `divisors` divides each by its own.
+            ones; `longrope` divides each by its own, of one set or another as sequences can become
+            longer than `original_length` or not; `divisors` divides each by its own.
         factor: how many times the original length is reached.
         original_length: the longest sequence before the scaling.
         low_freq_factor, high_freq_factor: llama3; waves longer than original_length /
@@ -39,8 +40,10 @@ class RopeScaling:
         beta_fast, beta_slow: yarn; turns within the original length, above and below which a
             frequency is left and divided.
         truncate: yarn; round the two borders to whole frequencies.
-        attention_factor: yarn; multiplies cos and sin, None is 0.1 * log(factor) + 1.
-        divisors: one for each pair of features.
+        attention_factor: multiplies cos and sin; None is 0.1 * log(factor) + 1 for yarn and
+            sqrt(1 + log(factor) / log(original_length)) for longrope.
+        divisors: one for each pair of features; of longrope the short set.
+        long_divisors: longrope; the long set.
     """
 
     kind: Kind
@@ -53,6 +56,7 @@ class RopeScaling:
     truncate: bool = True
     attention_factor: float | None = None
     divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, "rope_scaling.")
@@ -72,6 +76,8 @@ class RopeScaling:
                 "rope_scaling.low_freq_factor must be below high_freq_factor, got "
                 f"{self.low_freq_factor} and {self.high_freq_factor}"
             )
+        if self.kind == "longrope" and self.original_length < 2:
+            raise ValueError("rope_scaling.original_length must be above 1 for longrope, got 1")
 
     @property
     def reach(self) -> int:
@@ -83,11 +89,16 @@ class RopeScaling:
         """Whether the frequencies of a sequence of that length are its own (dynamic scaling)."""
         return self.kind == "dynamic" and length > self.original_length
 
+    def is_long(self, longest: int) -> bool:
+        """Whether sequences that can become so long have the long frequencies of longrope, from
+        their first token on: keys in a cache stay as they were rotated."""
+        return self.kind == "longrope" and longest > self.original_length
+
 
 def rotations(
     config: DecoderConfig, positions: Tensor, length: int
 ) -> tuple[tuple[Tensor, Tensor], ...]:
-    """What `rotary` gives, and with a `local_rope_theta` that of the layers with a window."""
+    """What `rotary` gives and, with a `local_rope_theta` that of the layers with a window."""
     found = rotary(config, positions, length)
     if config.local_rope_theta is None:
         return (found,)
@@ -96,7 +107,8 @@ def rotations(
 
 
 def rotary(config: DecoderConfig, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, float64 (*positions.shape, rotary_dim / 2), in a sequence of `length`."""
+    """cos and sin, float64 (*positions.shape, rotary_dim / 2); length as for
+    `inverse_frequencies`."""
     frequencies = inverse_frequencies(config, length).to(positions.device)
     angles = positions[..., None].double() * frequencies
     factor = attention_factor(config.rope_scaling)
@@ -105,18 +117,22 @@ def rotary(config: DecoderConfig, positions: Tensor, length: int) -> tuple[Tenso
 
 def attention_factor(scaling: RopeScaling | None) -> float:
     """What cos and sin are multiplied by."""
-    if scaling is None or scaling.kind != "yarn":
+    if scaling is None or scaling.kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-    return 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
+    log = math.log(max(scaling.factor, 1.0))
+    if scaling.kind == "longrope":
+        return math.sqrt(1 + log / math.log(scaling.original_length))
+    return 0.1 * log + 1.0
 
 
 def inverse_frequencies(config: DecoderConfig, length: int) -> Tensor:
     """Radians per position of every pair of features, float64 (rotary_dim / 2,).
 
     Args:
-        length: of the sequence so far, which only dynamic scaling looks at.
+        length: of the sequence so far, at which dynamic scaling looks, or the most it can become,
+            at which longrope does.
     """
     dim, base, scaling = config.rotary_dim, config.rope_theta, config.rope_scaling
     assert dim is not None  # DecoderConfig fills it in
@@ -129,8 +145,9 @@ def inverse_frequencies(config: DecoderConfig, length: int) -> Tensor:
         return plain
     if scaling.kind == "linear":
         return plain / scaling.factor
-    if scaling.kind == "divisors":
-        return plain / torch.tensor(scaling.divisors, dtype=torch.float64)
+    if scaling.kind in ("divisors", "longrope"):
+        divisors = scaling.long_divisors if scaling.is_long(length) else scaling.divisors
+        return plain / torch.tensor(divisors, dtype=torch.float64)
     keep = (
         _yarn_keep(dim, base, scaling) if scaling.kind == "yarn" else _llama3_keep(plain, scaling)
     )

@@ -15,7 +15,7 @@ from aigc_fast.nn import QuantizedLinear
 
 from .architectures import ARCHITECTURES, Architecture, Fields
 from .config import DecoderConfig
-from .load_hf import read_hf_config
+from .load_hf import LONGROPE, read_hf_config
 from .rope import RopeScaling
 from .weights import disassemble
 
@@ -113,7 +113,7 @@ def _write_config(config: DecoderConfig, architecture: Architecture) -> Fields:
         rotates = config.rope_layers or (True,) * config.num_layers
         written["no_rope_layers"] = list(map(int, rotates))
     if not config.learned_positions:
-        written |= _write_rope(config)
+        written |= _write_rope(config, architecture)
         if architecture.local_rope_theta is not None:
             written["rope_local_base_freq"] = config.local_rope_theta
     return written
@@ -136,13 +136,16 @@ def _write_windows(config: DecoderConfig, architecture: Architecture) -> Fields:
     }
 
 
-def _write_rope(config: DecoderConfig) -> Fields:
+def _write_rope(config: DecoderConfig, architecture: Architecture) -> Fields:
     """Under the names that transformers had first, and still reads."""
     written: Fields = {"rope_theta": config.rope_theta}
-    if config.rotary_dim != config.head_dim:
+    known, scaling = architecture.rope_options, config.rope_scaling
+    if config.rotary_dim != config.head_dim and "partial_rotary_factor" in known:
         written["partial_rotary_factor"] = (config.rotary_dim or 0) / config.head_dim
-    if (scaling := config.rope_scaling) is not None:
+    if scaling is not None and scaling.kind in known:
         written["rope_scaling"] = _write_scaling(scaling)
+        if scaling.kind == "longrope":  # where Phi-3 looks first
+            written["original_max_position_embeddings"] = scaling.original_length
         if scaling.kind in ("linear", "dynamic"):
             # The only place for the length before the scaling.
             written["max_position_embeddings"] = scaling.original_length
@@ -151,11 +154,14 @@ def _write_rope(config: DecoderConfig) -> Fields:
 
 def _write_scaling(scaling: RopeScaling) -> Fields:
     written: Fields = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind in ("yarn", "llama3"):
+    if scaling.kind in ("yarn", "llama3", "longrope"):
         written["original_max_position_embeddings"] = scaling.original_length
     names = {
         "llama3": ("low_freq_factor", "high_freq_factor"),
         "yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor"),
+        "longrope": ("attention_factor",),
     }.get(scaling.kind, ())
     values = {name: getattr(scaling, name) for name in names}
+    if scaling.kind == "longrope":
+        values |= {name: list(getattr(scaling, field)) for name, field in LONGROPE.items()}
     return written | {name: value for name, value in values.items() if value is not None}

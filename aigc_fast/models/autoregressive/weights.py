@@ -5,12 +5,13 @@
     position_embd            embed_positions
     output_norm, output      norm, lm_head
     blk.N.attn_norm          layers.N.attention_norm
-    blk.N.attn_{q,k,v}       layers.N.attention.qkv_proj     (GPT-2: attn_qkv)
+    blk.N.attn_{q,k,v}       layers.N.attention.qkv_proj     (GPT-2, Phi-3: attn_qkv)
     blk.N.attn_{q,k}_norm    layers.N.attention.{query,key}_norm
     blk.N.attn_output        layers.N.attention.o_proj
     blk.N.post_attention_norm        .post_attention_norm
     blk.N.ffn_norm                   .mlp_norm
-    blk.N.ffn_{gate,up}              .mlp.gate_up_proj       (without a gate: ffn_up, .mlp.up_proj)
+    blk.N.ffn_{gate,up}              .mlp.gate_up_proj       (Phi-3: ffn_up)
+    blk.N.ffn_up                     .mlp.up_proj            (without a gate)
     blk.N.ffn_down                   .mlp.down_proj
     blk.N.post_ffw_norm              .post_mlp_norm
 
@@ -92,6 +93,8 @@ def parts_of(module: str, architecture: Architecture) -> tuple[int | None, tuple
         layer = int(number)
     if module == "attention.qkv_proj" and "attn_qkv" in architecture.names:
         return layer, ("attn_qkv",)
+    if module == "mlp.gate_up_proj" and "ffn_gate" not in architecture.names:
+        return layer, ("ffn_up",)
     return layer, _PARTS[module]
 
 
