@@ -352,6 +352,7 @@ TABLE = _table(
     qwen3=_llama_like("Qwen3"),
     phi3=_llama_like("Phi3", MLP=FusedGatedMLP, Attention=FusedAttention),
     smollm3=_llama_like("SmolLM3"),
+    granite=_llama_like("Granite"),
     gemma2=_llama_like("Gemma2", RMSNorm=OffsetRMSNorm, Attention=CappedAttention),
     gemma3=_llama_like("Gemma3", RMSNorm=OffsetRMSNorm),
     gpt2=dict(GPT2MLP=TanhMLP, GPT2Attention=Attention, GPT2LMHeadModel=CausalLM),

@@ -32,8 +32,10 @@ class CausalLM(Replacement):
         if not self._can_fuse(args, labels, kwargs):
             return super().forward(*args, labels=labels, **kwargs)
         out = self.base_model(*args, **kwargs)
+        hidden, scaling = out.last_hidden_state, getattr(self.config, "logits_scaling", None)
         loss = causal_lm_loss(
-            out.last_hidden_state,
+            # Granite's logits are divided, by a power of two: no rounding here either.
+            hidden if scaling is None else hidden / scaling,
             self.lm_head.weight,
             labels,  # type: ignore[arg-type]  # _can_fuse
             bias=self.lm_head.bias,

@@ -15,6 +15,7 @@ from aigc_fast.integrations._patching import Replacement
 from aigc_fast.ops.linear import mkl_lags
 from tests.models.checkpoints import (
     GEMMA3,
+    GRANITE,
     PHI3,
     VOCAB,
     Exact,
@@ -42,6 +43,7 @@ MODELS = {
     ),
     "qwen3": ({}, STEP),
     "phi3": (dict(PHI3, sliding_window=7), STEP),
+    "granite": (GRANITE | dict(logits_scaling=4.0), STEP),  # those released have 8 and 16
     "smollm3": (dict(no_rope_layers=[1, 0, 1]), STEP),
     "gemma2": (dict(sliding_window=6, query_pre_attn_scalar=20), STEP - {"swiglu"} | {"geglu"}),
     "gemma3_text": (

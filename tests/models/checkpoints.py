@@ -39,6 +39,13 @@ PHI3 = dict(
         rope_type="longrope", short_factor=[1.0, 1.3, 1.1], long_factor=[1.0, 1.7, 4.5]
     ),
 )
+GRANITE = dict(
+    head_dim=None,
+    embedding_multiplier=3.5,
+    logits_scaling=3.0,
+    residual_multiplier=0.22,
+    attention_multiplier=0.2,
+)
 OFFSET_NORMS = ("gemma2", "gemma3_text")
 # model_type, then what its config has beside the sizes.
 MODELS = {
@@ -66,6 +73,12 @@ MODELS = {
     "smollm3 untied, other layers": (
         "smollm3",
         dict(tie_word_embeddings=False, attention_bias=True, no_rope_layers=[0, 1, 0]),
+    ),
+    "granite": ("granite", GRANITE),
+    "granite tied, biased": (
+        "granite",
+        GRANITE
+        | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, logits_scaling=0.7),
     ),
     "gemma2": ("gemma2", dict(sliding_window=6, query_pre_attn_scalar=20)),
     "gemma2 untied, no caps": (

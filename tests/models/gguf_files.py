@@ -8,7 +8,7 @@ from tests.models.checkpoints import OFFSET_NORMS
 
 _NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}
 # Of these the converter changes weights, beside their names.
-_PERMUTED = ("llama", "mistral", "smollm3")
+_PERMUTED = ("llama", "mistral", "smollm3", "granite")
 
 
 def write_gguf(path, hf, storage=None, **changes):
@@ -81,6 +81,11 @@ def _metadata(config):
     if kind == "phi3":
         found["rope.scaling.original_context_length"] = config.original_max_position_embeddings
         found["attention.key_length"] = found["attention.value_length"] = None
+    if kind == "granite":
+        found["attention.scale"] = float(config.attention_multiplier)
+        found["logit_scale"] = float(config.logits_scaling)
+        found["embedding_scale"] = float(config.embedding_multiplier)
+        found["residual_scale"] = float(config.residual_multiplier)
     if kind in ("mistral", "phi3", *OFFSET_NORMS):
         found["attention.sliding_window"] = config.sliding_window or 0
     if kind == "gemma3_text":

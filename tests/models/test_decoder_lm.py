@@ -255,7 +255,9 @@ def test_model_trains_after_it_has_generated():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": False}, {"logit_softcap": 0.5}], ids=str
+    "changes",
+    [{}, {"tie_word_embeddings": False}, {"logit_softcap": 0.5, "logits_scaling": 0.3}],
+    ids=str,
 )
 def test_loss_is_that_of_the_logits(changes):
     model = random_model(dataclasses.replace(TINY, **changes))

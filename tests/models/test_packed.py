@@ -20,13 +20,14 @@ from tests.models.gguf_files import write_gguf
 WIDE = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"]
 
 
 def written(tmp_path, model_type: str, storage: str):
     # Of SmolLM3 the fourth layer is the first that does not rotate.
     layers = {"num_hidden_layers": 4} if model_type == "smollm3" else {}
-    hf = hf_model(hf_config(model_type, **WIDE, **layers))
+    scales = {"residual_multiplier": 0.5} if model_type == "granite" else {}
+    hf = hf_model(hf_config(model_type, **WIDE, **layers, **scales))
     return write_gguf(tmp_path / "model.gguf", hf, gguf.GGMLQuantizationType[storage])
 
 
@@ -116,6 +117,8 @@ EXCHANGES = {
     "the last norm": lambda m: setattr(m, "norm", copy.deepcopy(m.layers[0].mlp_norm)),
     "a layer more": lambda m: m.layers.append(copy.deepcopy(m.layers[0])),
     "a softcap": lambda m: setattr(m.layers[0].attention, "softcap", 1e-3),
+    "a rotation": lambda m: setattr(m.layers[0].attention, "rotation", None),
+    "a residual scale": lambda m: setattr(m.layers[0], "residual_scale", 0.5),
     "a forward": lambda m: setattr(m.layers[0].mlp, "forward", lambda x: 3 * x),
     "a hook": lambda m: m.layers[0].mlp.register_forward_hook(lambda module, args, out: 3 * out),
 }

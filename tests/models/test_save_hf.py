@@ -184,7 +184,7 @@ CONFIG = DecoderConfig(31, 16, 2, 2, 1, 8, 24)
         replace(CONFIG, windows=(4, None)),  # of Mistral, where all layers have one
         replace(CONFIG, qkv_bias=True, output_bias=True, qk_norm=True, mlp_bias=True),
         replace(CONFIG, rope_scaling=RopeScaling("divisors", divisors=(1.0,) * 4)),
-        replace(CONFIG, embedding_scale=2.0),
+        replace(CONFIG, embedding_scale=2.0, activation="geglu_tanh"),
     ],
 )
 def test_what_no_architecture_has_is_refused(config, tmp_path):

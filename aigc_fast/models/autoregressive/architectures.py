@@ -173,6 +173,12 @@ _GEMMA2_CONFIG = _BIAS | {
 }
 _GEMMA3_CONFIG = _GEMMA2_CONFIG | {"logit_softcap": Key("final_logit_softcapping", None)}
 del _GEMMA3_CONFIG["attention_softcap"]  # transformers has the key and no softcap
+_GRANITE_CONFIG = {
+    "attention_scale": Key("attention_multiplier", 1.0),
+    "logits_scaling": Key("logits_scaling", 1.0),
+    "embedding_scale": Key("embedding_multiplier", 1.0),
+    "residual_scale": Key("residual_multiplier", 1.0),
+}
 _GPT2_CONFIG = {
     "vocab_size": Key("vocab_size"),
     "hidden_size": Key("n_embd"),
@@ -196,6 +202,12 @@ _GGUF_SIZES = {
 _GGUF_LLAMA = _GGUF_SIZES | {
     "rms_norm_eps": Key("attention.layer_norm_rms_epsilon"),
     "rope_theta": Key("rope.freq_base", 10000.0),
+}
+_GGUF_GRANITE = _GGUF_LLAMA | {
+    "attention_scale": Key("attention.scale", None),
+    "logits_scaling": Key("logit_scale", 1.0),
+    "embedding_scale": Key("embedding_scale", 1.0),
+    "residual_scale": Key("residual_scale", 1.0),
 }
 _GGUF_GEMMA2 = _GGUF_LLAMA | {
     "attention_softcap": Key("attn_logit_softcapping", 50.0),
@@ -284,6 +296,12 @@ ARCHITECTURES = {
         rope_theta=2e6,
         nope_interval=4,
         model_class="SmolLM3ForCausalLM",
+    ),
+    "granite": replace(
+        _LLAMA,
+        config={**_LLAMA.config, **_GRANITE_CONFIG},
+        metadata=_GGUF_GRANITE,
+        model_class="GraniteForCausalLM",
     ),
     "gemma2": _GEMMA2,
     "gemma3_text": replace(

@@ -47,7 +47,9 @@ class DecoderConfig:
         attention_scale: factor on the scores; None is 1 / sqrt(head_dim).
         attention_softcap: scores become softcap * tanh(score / softcap).
         logit_softcap: the same for the logits.
+        logits_scaling: what the logits are divided by, before the softcap.
         embedding_scale: factor on the token embedding on its way in.
+        residual_scale: factor on what attention and MLP add to the residual stream.
     """
 
     vocab_size: int
@@ -77,7 +79,9 @@ class DecoderConfig:
     attention_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    logits_scaling: float = 1.0
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -222,6 +222,8 @@ class DecoderLM(nn.Module):
         )
         if not plain:  # packed, with an adapter, with hooks
             return ops.cross_entropy(self.logits(hidden), labels, **options)
+        if self.config.logits_scaling != 1.0:
+            hidden = hidden / self.config.logits_scaling
         options["softcap"] = self.config.logit_softcap
         bias = getattr(head, "bias", None)
         return ops.linear_cross_entropy(hidden, head.weight, labels, linear_bias=bias, **options)
@@ -232,6 +234,8 @@ class DecoderLM(nn.Module):
             logits = ops.linear(hidden, self.embed_tokens.weight)
         else:
             logits = self.lm_head(hidden)
+        if self.config.logits_scaling != 1.0:
+            logits = logits / self.config.logits_scaling
         softcap = self.config.logit_softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

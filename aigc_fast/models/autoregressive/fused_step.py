@@ -97,6 +97,7 @@ _SETTINGS: dict[type, tuple[str, ...]] = {
     QuantizedLinear: ("quantize_activations",),
     Attention: ("rotation", "softcap", "window"),
     MLP: ("activation",),
+    DecoderLayer: ("residual_scale",),
 }
 
 
@@ -133,6 +134,7 @@ def _is_plain(layer: nn.Module, place: int) -> TypeGuard[DecoderLayer]:
         and mlp.activation == "swiglu"
         and layer.post_attention_norm is None
         and layer.post_mlp_norm is None
+        and layer.residual_scale == 1.0
         and type(layer.attention_norm) is type(layer.mlp_norm) is Norm
         and layer.attention_norm.bias is None
         and attention.query_norm is None

@@ -157,14 +157,18 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = norm()
         self.mlp = MLP(config)
         self.post_mlp_norm = norm() if config.post_norms else None
+        self.residual_scale = config.residual_scale
 
     def forward(self, hidden: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
         hidden, residual = self.attention_norm(hidden, residual)
         hidden = self.attention(hidden, step)
         if self.post_attention_norm is not None:
             hidden = self.post_attention_norm.alone(hidden)
-        hidden, residual = self.mlp_norm(hidden, residual)
+        hidden, residual = self.mlp_norm(self._scaled(hidden), residual)
         hidden = self.mlp(hidden)
         if self.post_mlp_norm is not None:
             hidden = self.post_mlp_norm.alone(hidden)
-        return hidden, residual
+        return self._scaled(hidden), residual
+
+    def _scaled(self, branch: Tensor) -> Tensor:
+        return branch if self.residual_scale == 1.0 else branch * self.residual_scale
