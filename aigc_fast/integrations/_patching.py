@@ -155,11 +155,11 @@ _LAYERS: dict[type, type[Replacement]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
 def patch(model: Any, *, fuse_loss: bool = False, freeze: bool = False) -> PatchReport:
     """Makes the parts of a stock model that are known here call aigc_fast's operators, in place.
 
-    model: a model of transformers (Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3, Granite, Gemma-2,
-           Gemma-3, GPT-2; of speech VITS, DAC, SpeechT5's and FastSpeech2Conformer's HiFi-GAN) or
-           of diffusers (UNet2D, UNet2DCondition, AutoencoderKL, DiT, SD3, Flux, Wan), any module
-           that has one inside, such as PEFT's, or a pipeline of diffusers, all models of which are
-           patched. Of any other model nothing is changed.
+    model: a model of transformers (Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3, Granite, OLMo-2,
+           Gemma-2, Gemma-3, GPT-2; of speech VITS, DAC, SpeechT5's and FastSpeech2Conformer's
+           HiFi-GAN) or of diffusers (UNet2D, UNet2DCondition, AutoencoderKL, DiT, SD3, Flux, Wan),
+           any module that has one inside, such as PEFT's, or a pipeline of diffusers, all models of
+           which are patched. Of any other model nothing is changed.
     fuse_loss: a language model of transformers that is trained with labels computes its loss by
                `linear_cross_entropy`: its output has the loss, and None for the logits, which are
                never all in memory. In evaluation, and where the loss is another, nothing changes.

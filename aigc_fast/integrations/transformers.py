@@ -145,8 +145,6 @@ class RotaryAttention(Attention):
                 attention_mask=attention_mask, past_key_values=past_key_values, **kwargs,
             )  # fmt: skip
         query, key, value = self.project(hidden_states)
-        if hasattr(self, "q_norm"):
-            query, key = self.q_norm(query), self.k_norm(key)
         if getattr(self, "use_rope", True):
             cos, sin = (_half(angles, len(query)) for angles in position_embeddings)
             query, key = ops.apply_rotary(query, cos, sin), ops.apply_rotary(key, cos, sin)
@@ -164,7 +162,11 @@ class RotaryAttention(Attention):
     def project(self, hidden_states: Tensor) -> Iterable[Tensor]:
         """Query, key and value, (batch, seq, heads, head_dim)."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        return (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query = self.q_proj(hidden_states).view(shape)
+        key = self.k_proj(hidden_states).view(shape)
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, self.v_proj(hidden_states).view(shape)
 
 
 class FusedAttention(RotaryAttention):
@@ -174,6 +176,18 @@ class FusedAttention(RotaryAttention):
         packed = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         kv_heads = self.num_key_value_heads
         return packed.split((packed.shape[2] - 2 * kv_heads, kv_heads, kv_heads), 2)
+
+
+class JointNormAttention(RotaryAttention):
+    """OLMo-2's: query and key are normed over all heads together."""
+
+    def project(self, hidden_states: Tensor) -> Iterable[Tensor]:
+        query, key = (
+            self.q_norm(self.q_proj(hidden_states)),
+            self.k_norm(self.k_proj(hidden_states)),
+        )
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        return (x.view(shape) for x in (query, key, self.v_proj(hidden_states)))
 
 
 class CappedAttention(RotaryAttention):
@@ -353,6 +367,7 @@ TABLE = _table(
     phi3=_llama_like("Phi3", MLP=FusedGatedMLP, Attention=FusedAttention),
     smollm3=_llama_like("SmolLM3"),
     granite=_llama_like("Granite"),
+    olmo2=_llama_like("Olmo2", Attention=JointNormAttention),
     gemma2=_llama_like("Gemma2", RMSNorm=OffsetRMSNorm, Attention=CappedAttention),
     gemma3=_llama_like("Gemma3", RMSNorm=OffsetRMSNorm),
     gpt2=dict(GPT2MLP=TanhMLP, GPT2Attention=Attention, GPT2LMHeadModel=CausalLM),

@@ -80,6 +80,8 @@ MODELS = {
         GRANITE
         | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, logits_scaling=0.7),
     ),
+    "olmo2": ("olmo2", {}),
+    "olmo2 tied, biased": ("olmo2", dict(tie_word_embeddings=True, attention_bias=True)),
     "gemma2": ("gemma2", dict(sliding_window=6, query_pre_attn_scalar=20)),
     "gemma2 untied, no caps": (
         "gemma2",

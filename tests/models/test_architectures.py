@@ -59,7 +59,7 @@ def test_float64_agrees_to_the_last_digits(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama tied, biased", "qwen3", "phi3", "granite", "gemma2", "gemma3", "gpt2"]
+    "name", ["llama tied, biased", "qwen3", "phi3", "granite", "olmo2", "gemma2", "gemma3", "gpt2"]
 )
 def test_gradients_flow_to_every_weight(name):
     model_type, changes = MODELS[name]
@@ -79,7 +79,7 @@ def test_gradients_flow_to_every_weight(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral", "qwen3", "phi3", "smollm3", "granite", "gemma2", "gemma3", "gpt2"]
+    "name", ["mistral", "qwen3", "phi3", "smollm3", "granite", "olmo2", "gemma2", "gemma3", "gpt2"]
 )
 def test_prompts_of_different_lengths_are_independent(name, tmp_path):
     model_type, changes = MODELS[name]

@@ -391,6 +391,7 @@ def test_bad_types_name_the_argument(make, message):
         ({"rope_theta": math.nan}, "rope_theta must be positive"),
         ({"rms_norm_eps": math.inf}, "rms_norm_eps must be positive and finite"),
         ({"rope_layers": (True, False)}, "rope_layers must have one entry for each of 1 layers"),
+        ({"joint_qk_norm": True}, "qk_norm must be True with joint_qk_norm"),
         ({"rope_layers": (False,), "qk_norm": True}, "qk_norm must be False with"),
     ],
 )

@@ -20,7 +20,7 @@ from tests.models.gguf_files import write_gguf
 WIDE = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"]
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "phi3"]
 
 
 def written(tmp_path, model_type: str, storage: str):
@@ -49,7 +49,7 @@ def test_packed_logits_are_those_of_the_dequantised_model(model_type, storage, t
     ours, plain, true = results
     error, limit = ((t - true).square().mean().sqrt() for t in (ours, plain))
     assert error <= 2 * limit
-    assert bool(packed._fused and packed._fused.weights) == (model_type == "llama")
+    assert bool(packed._fused and packed._fused.weights) == (model_type in ("llama", "phi3"))
 
 
 def test_the_fused_step_is_the_layers_one_by_one(tmp_path, monkeypatch):

@@ -125,11 +125,11 @@ _PHI3_NAMES = {part: name for part, name in _LLAMA_NAMES.items() if part != "ffn
     "attn_qkv": "model.layers.{}.self_attn.qkv_proj",
     "ffn_up": "model.layers.{}.mlp.gate_up_proj",
 }
-_GEMMA2_NAMES = _LLAMA_NAMES | {
+_OLMO2_NAMES = _LLAMA_NAMES | {
     "post_attention_norm": "model.layers.{}.post_attention_layernorm",
-    "ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
     "post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
 }
+_GEMMA2_NAMES = _OLMO2_NAMES | {"ffn_norm": "model.layers.{}.pre_feedforward_layernorm"}
 _GPT2_NAMES = {
     "token_embd": "transformer.wte",
     "position_embd": "transformer.wpe",
@@ -302,6 +302,14 @@ ARCHITECTURES = {
         config={**_LLAMA.config, **_GRANITE_CONFIG},
         metadata=_GGUF_GRANITE,
         model_class="GraniteForCausalLM",
+    ),
+    "olmo2": replace(
+        _LLAMA,
+        names=_OLMO2_NAMES,
+        config=_LLAMA_CONFIG | _BIAS | {"rms_norm_eps": Key("rms_norm_eps", 1e-5)},
+        fixed={"pre_norms": False, "post_norms": True, "qk_norm": True, "joint_qk_norm": True},
+        paired_rotary=False,
+        model_class="Olmo2ForCausalLM",
     ),
     "gemma2": _GEMMA2,
     "gemma3_text": replace(

@@ -32,8 +32,9 @@ class DecoderConfig:
         max_position_embeddings: the longest sequence the model takes, scaling included.
         tie_word_embeddings: the output projection is the embedding itself.
         norm: RMS norm, or layer norm with a bias.
-        post_norms: attention and MLP have a norm behind them too, not only before.
+        pre_norms, post_norms: whether attention and MLP have a norm before them, and behind them.
         qk_norm: an RMS norm over each head of query and key, before the rotation.
+        joint_qk_norm: that norm is over all heads of query together, and over all of key.
         activation: silu(gate) * up, gelu(gate) * up, or gelu without a gate; tanh approximation.
         qkv_bias, output_bias, mlp_bias: which projections have a bias.
         learned_positions: an embedding of the position instead of the rotation.
@@ -64,8 +65,10 @@ class DecoderConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = True
     norm: Norm = "rms"
+    pre_norms: bool = True
     post_norms: bool = False
     qk_norm: bool = False
+    joint_qk_norm: bool = False
     activation: Activation = "swiglu"
     qkv_bias: bool = False
     output_bias: bool = False
@@ -112,6 +115,8 @@ class DecoderConfig:
                 "qk_norm must be False with learned_positions and layers that do not rotate: it "
                 "goes with a rotation"
             )
+        if self.joint_qk_norm and not self.qk_norm:
+            raise ValueError("qk_norm must be True with joint_qk_norm")
         if self.rotary_dim is None:
             object.__setattr__(self, "rotary_dim", self.head_dim)
         self._check_rotary(self.rotary_dim or self.head_dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import is_
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,9 @@ class FusedStep:
             return
         for layer, of_layer in zip(layers, linears, strict=True):
             qkv, output, gate_up, down = (linear.weight for linear in of_layer)
-            self.weights += [layer.attention_norm.weight, qkv, output]
-            self.weights += [layer.mlp_norm.weight, gate_up, down]
+            before_attention, before_mlp = cast(Any, (layer.attention_norm, layer.mlp_norm))
+            self.weights += [before_attention.weight, qkv, output]
+            self.weights += [before_mlp.weight, gate_up, down]
         self.weights.append(norm.weight)
 
     def is_current(self) -> bool:

@@ -72,8 +72,10 @@ class Attention(nn.Module):
             config.hidden_size, (heads + 2 * kv_heads) * head_dim, bias=config.qkv_bias
         )
         self.o_proj = Linear(heads * head_dim, config.hidden_size, bias=config.output_bias)
-        self.query_norm = Norm(config, head_dim, "rms") if config.qk_norm else None
-        self.key_norm = Norm(config, head_dim, "rms") if config.qk_norm else None
+        self.joint_qk_norm = config.joint_qk_norm
+        widths = [n * head_dim if self.joint_qk_norm else head_dim for n in (heads, kv_heads)]
+        self.query_norm = Norm(config, widths[0], "rms") if config.qk_norm else None
+        self.key_norm = Norm(config, widths[1], "rms") if config.qk_norm else None
 
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
         batch, seq, _ = hidden.shape
@@ -82,19 +84,7 @@ class Attention(nn.Module):
         # makes both views in the time of one slice.)
         query_key, value = packed.split_with_sizes(self.packed_sizes, 2)
         if self.rotation is not None:
-            cos, sin = step.rotations[self.rotation]
-            if self.query_norm is None or self.key_norm is None:
-                query_key = ops.apply_rotary(query_key, cos, sin)
-            else:
-                query_key = ops.qk_norm_rotary(
-                    query_key,
-                    self.query_norm.weight,
-                    self.key_norm.weight,
-                    cos,
-                    sin,
-                    self.query_key_sizes[0],
-                    self.query_norm.eps,
-                )
+            query_key = self._norm_and_rotate(query_key, *step.rotations[self.rotation])
         query, key = query_key.split_with_sizes(self.query_key_sizes, 2)
         keys, values = key, value
         of_cache: dict[str, Any] = {}
@@ -117,6 +107,18 @@ class Attention(nn.Module):
             **of_cache,
         )
         return self.o_proj(out.reshape(batch, seq, -1))
+
+    def _norm_and_rotate(self, query_key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        query_norm, key_norm = self.query_norm, self.key_norm
+        if query_norm is None or key_norm is None:
+            return ops.apply_rotary(query_key, cos, sin)
+        if not self.joint_qk_norm:
+            weights, heads = (query_norm.weight, key_norm.weight), self.query_key_sizes[0]
+            return ops.qk_norm_rotary(query_key, *weights, cos, sin, heads, query_norm.eps)
+        query, key = query_key.split_with_sizes(self.query_key_sizes, 2)
+        query = query_norm.alone(query.flatten(2)).view_as(query)
+        key = key_norm.alone(key.flatten(2)).view_as(key)
+        return ops.apply_rotary(torch.cat((query, key), 2), cos, sin)
 
 
 class MLP(nn.Module):
@@ -151,20 +153,20 @@ class DecoderLayer(nn.Module):
         def norm() -> Norm:
             return Norm(config, config.hidden_size, config.norm)
 
-        self.attention_norm = norm()
+        self.attention_norm = norm() if config.pre_norms else None
         self.attention = Attention(config, layer)
         self.post_attention_norm = norm() if config.post_norms else None
-        self.mlp_norm = norm()
+        self.mlp_norm = norm() if config.pre_norms else None
         self.mlp = MLP(config)
         self.post_mlp_norm = norm() if config.post_norms else None
         self.residual_scale = config.residual_scale
 
     def forward(self, hidden: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
-        hidden, residual = self.attention_norm(hidden, residual)
+        hidden, residual = _add(self.attention_norm, hidden, residual)
         hidden = self.attention(hidden, step)
         if self.post_attention_norm is not None:
             hidden = self.post_attention_norm.alone(hidden)
-        hidden, residual = self.mlp_norm(self._scaled(hidden), residual)
+        hidden, residual = _add(self.mlp_norm, self._scaled(hidden), residual)
         hidden = self.mlp(hidden)
         if self.post_mlp_norm is not None:
             hidden = self.post_mlp_norm.alone(hidden)
@@ -172,3 +174,11 @@ class DecoderLayer(nn.Module):
 
     def _scaled(self, branch: Tensor) -> Tensor:
         return branch if self.residual_scale == 1.0 else branch * self.residual_scale
+
+
+def _add(norm: Norm | None, branch: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the next branch sees, and the residual stream with `branch` added."""
+    if norm is not None:
+        return norm(branch, residual)
+    hidden = branch if residual is None else branch.to(residual.dtype) + residual
+    return hidden, hidden
