@@ -88,6 +88,7 @@ MODELS = {
         dict(tie_word_embeddings=False, attn_logit_softcapping=None, final_logit_softcapping=None),
     ),
     "gemma3": ("gemma3_text", GEMMA3),
+    "gemma3 wide windows": ("gemma3_text", GEMMA3 | dict(sliding_window=LENGTH)),
     "gemma3 untied, other layers": (
         "gemma3_text",
         dict(

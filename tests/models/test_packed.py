@@ -20,14 +20,17 @@ from tests.models.gguf_files import write_gguf
 WIDE = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
+# Of SmolLM3 the fourth layer is the first that does not rotate.
+NOT_PLAIN = {
+    "mistral": {"sliding_window": 5},
+    "smollm3": {"num_hidden_layers": 4},
+    "granite": {"residual_multiplier": 0.5},
+}
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "phi3"]
 
 
 def written(tmp_path, model_type: str, storage: str):
-    # Of SmolLM3 the fourth layer is the first that does not rotate.
-    layers = {"num_hidden_layers": 4} if model_type == "smollm3" else {}
-    scales = {"residual_multiplier": 0.5} if model_type == "granite" else {}
-    hf = hf_model(hf_config(model_type, **WIDE, **layers, **scales))
+    hf = hf_model(hf_config(model_type, **WIDE, **NOT_PLAIN.get(model_type, {})))
     return write_gguf(tmp_path / "model.gguf", hf, gguf.GGMLQuantizationType[storage])
 
 
@@ -50,6 +53,19 @@ def test_packed_logits_are_those_of_the_dequantised_model(model_type, storage, t
     error, limit = ((t - true).square().mean().sqrt() for t in (ours, plain))
     assert error <= 2 * limit
     assert bool(packed._fused and packed._fused.weights) == (model_type in ("llama", "phi3"))
+
+
+def test_windows_that_hold_all_there_can_be_do_not_hinder_the_fused_step(tmp_path):
+    fused = []
+    for window in (63, 64):
+        path = tmp_path / "model.gguf"
+        hf = hf_model(hf_config("mistral", **WIDE, sliding_window=window))
+        model = DecoderLM.from_pretrained(
+            write_gguf(path, hf, gguf.GGMLQuantizationType["Q8_0"]), packed=True
+        )
+        generate(model, [[1, 2]], 2)
+        fused.append(bool(model._fused and model._fused.weights))
+    assert fused == [False, True]
 
 
 def test_the_fused_step_is_the_layers_one_by_one(tmp_path, monkeypatch):

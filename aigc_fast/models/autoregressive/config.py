@@ -156,8 +156,10 @@ class DecoderConfig:
         """Which one of `rope.rotations` turns query and key of that layer, or None."""
         if self.learned_positions or (self.rope_layers and not self.rope_layers[layer]):
             return None
-        return int(self.local_rope_theta is not None and self.window(layer) is not None)
+        slides = bool(self.windows) and self.windows[layer] is not None
+        return int(slides and self.local_rope_theta is not None)
 
     def window(self, layer: int) -> int | None:
-        """How many of the newest tokens that layer sees, or None for all."""
-        return self.windows[layer] if self.windows else None
+        """How many of the newest tokens that layer sees, or None for all there can be."""
+        window = self.windows[layer] if self.windows else None
+        return None if window is None or window >= self.max_position_embeddings else window

@@ -120,7 +120,7 @@ def _write_config(config: DecoderConfig, architecture: Architecture) -> Fields:
 
 
 def _write_windows(config: DecoderConfig, architecture: Architecture) -> Fields:
-    sizes = [config.window(layer) for layer in range(config.num_layers)]
+    sizes = config.windows or (None,) * config.num_layers
     window = next(filter(None, sizes), None)
     rule = architecture.slides
     assert rule is not None
