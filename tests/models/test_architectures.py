@@ -78,6 +78,22 @@ def test_gradients_flow_to_every_weight(name):
     assert error <= 1e-4 * expected.abs().max()  # transformers' norms are float32
 
 
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "smollm3", "granite", "olmo2", "gemma3"])
+def test_compiles_without_a_graph_break(name):
+    model_type, changes = MODELS[name]
+    hf = hf_model(hf_config(model_type, **changes))
+    config = read_hf_config(hf.config.to_dict(), ARCHITECTURES[model_type], 99)
+    token_ids = torch.randint(VOCAB, (2, 9))
+
+    def model():  # which has made no table of angles yet
+        return DecoderLM.from_hf_state_dict(config, hf.state_dict(), model_type)
+
+    with torch.no_grad():
+        expected = model().hidden_states(token_ids)
+        compiled = torch.compile(model().hidden_states, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(token_ids), expected)
+
+
 @pytest.mark.parametrize(
     "name", ["mistral", "qwen3", "phi3", "smollm3", "granite", "olmo2", "gemma2", "gemma3", "gpt2"]
 )

@@ -8,7 +8,7 @@ NTK-aware scaling; Ding et al. 2024, LongRoPE (arXiv:2402.13753); Llama 3 as Met
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -98,21 +98,17 @@ class RopeScaling:
 def rotations(
     config: DecoderConfig, positions: Tensor, length: int
 ) -> tuple[tuple[Tensor, Tensor], ...]:
-    """What `rotary` gives and, with a `local_rope_theta` that of the layers with a window."""
-    found = rotary(config, positions, length)
+    """cos and sin, float64 (*positions.shape, rotary_dim / 2), and with a `local_rope_theta` also
+    those of the layers with a window; length as for `inverse_frequencies`."""
+
+    def turn(frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        angles = positions[..., None].double() * frequencies.to(positions.device)
+        return angles.cos() * factor, angles.sin() * factor
+
+    found = turn(inverse_frequencies(config, length), attention_factor(config.rope_scaling))
     if config.local_rope_theta is None:
         return (found,)
-    local = replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
-    return found, rotary(local, positions, length)
-
-
-def rotary(config: DecoderConfig, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, float64 (*positions.shape, rotary_dim / 2); length as for
-    `inverse_frequencies`."""
-    frequencies = inverse_frequencies(config, length).to(positions.device)
-    angles = positions[..., None].double() * frequencies
-    factor = attention_factor(config.rope_scaling)
-    return angles.cos() * factor, angles.sin() * factor
+    return found, turn(_plain(config.local_rope_theta, config.rotary_dim), 1.0)
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
@@ -136,11 +132,10 @@ def inverse_frequencies(config: DecoderConfig, length: int) -> Tensor:
     """
     dim, base, scaling = config.rotary_dim, config.rope_theta, config.rope_scaling
     assert dim is not None  # DecoderConfig fills it in
-    exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
     if scaling is not None and scaling.stretches(length):
         stretch = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
         base *= stretch ** (dim / (dim - 2))
-    plain = base**-exponents
+    plain = _plain(base, dim)
     if scaling is None or scaling.kind == "dynamic":
         return plain
     if scaling.kind == "linear":
@@ -152,6 +147,11 @@ def inverse_frequencies(config: DecoderConfig, length: int) -> Tensor:
         _yarn_keep(dim, base, scaling) if scaling.kind == "yarn" else _llama3_keep(plain, scaling)
     )
     return plain * keep + plain / scaling.factor * (1 - keep)
+
+
+def _plain(base: float, dim: int | None) -> Tensor:
+    assert dim is not None  # DecoderConfig fills it in
+    return base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
 
 def _yarn_keep(dim: int, base: float, scaling: RopeScaling) -> Tensor:
