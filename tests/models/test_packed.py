@@ -20,9 +20,13 @@ from tests.models.gguf_files import write_gguf
 WIDE = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)],
+}  # fmt: skip
 # Of SmolLM3 the fourth layer is the first that does not rotate.
-NOT_PLAIN = {
+BESIDE = {
     "mistral": {"sliding_window": 5},
+    "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8},
     "smollm3": {"num_hidden_layers": 4},
     "granite": {"residual_multiplier": 0.5},
 }
@@ -30,7 +34,7 @@ ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "ol
 
 
 def written(tmp_path, model_type: str, storage: str):
-    hf = hf_model(hf_config(model_type, **WIDE, **NOT_PLAIN.get(model_type, {})))
+    hf = hf_model(hf_config(model_type, **WIDE, **BESIDE.get(model_type, {})))
     return write_gguf(tmp_path / "model.gguf", hf, gguf.GGMLQuantizationType[storage])
 
 
