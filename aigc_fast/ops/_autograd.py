@@ -21,6 +21,8 @@ def asked_for(ctx: Any) -> list[bool]:
     """ctx.needs_input_grad in a Function's backward, less what the running one makes no use of: of
     a generator's loss, or of a penalty on gradients of the input, the gradients of a
     discriminator's weights would be thrown away, a third of the work."""
+    if torch.compiler.is_compiling():  # which finds out by itself
+        return list(ctx.needs_input_grad)
     nodes = (node for node, _ in ctx.next_functions if node is not None)
     return [required and _runs(next(nodes)) for required in ctx.needs_input_grad]
 
