@@ -112,18 +112,25 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = [row for row in first_and_last(rows) if "eager" in row.get("seconds", ())][::-1]
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.42 * len(rows)), layout="constrained")
-    for offset, (name, colour) in enumerate(
-        [("ours", "#d1495b"), ("compile", "#8d96a3"), ("eager", "#cfd4da")]
+    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes.axvline(1, color="#41464d", linewidth=1, label="eager PyTorch")
+    for offset, name, label, colour in (
+        (-0.18, "ours", "aigc_fast", "#d1495b"),
+        (0.18, "compile", "torch.compile", "#8d96a3"),
     ):
         values = [row["seconds"]["eager"] / row["seconds"].get(name, float("nan")) for row in rows]
-        places = [i + 0.27 * (offset - 1) for i in range(len(rows))]
-        label = {"compile": "torch.compile", "eager": "eager PyTorch"}.get(name, "aigc_fast")
-        bars = axes.barh(places, values, height=0.25, color=colour, label=label)
+        places, beyond = [i + offset for i in range(len(rows))], [v - 1 for v in values]
+        bars = axes.barh(places, beyond, left=1, height=0.34, color=colour, label=label)
         if name == "ours":
             axes.bar_label(bars, [f"{v:.1f}x" for v in values], padding=3, fontsize=8)
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+    names = [row["name"].replace("torch.", "") for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xscale("log")
+    ticks = [0.5, 1, 2, 5, 10, 20, 50, 100, 200]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(0.5, 200)
     axes.set_xlabel("speed relative to eager PyTorch (higher is better)")
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
