@@ -44,8 +44,8 @@ def headlines(machines: list[dict]) -> str:
         f"|---|---|{'---|' * len(columns)}",
     ]
     for what, other, name, key in ROWS:
-        cells = [
-            shown(flat(rows[name])[f"{key}_over_ours"]) if name in rows else "" for rows in found
-        ]
+        # A row may be missing, or this peer in it, which is optional.
+        ratios = [flat(rows.get(name, {})).get(f"{key}_over_ours") for rows in found]
+        cells = ["" if ratio is None else shown(ratio) for ratio in ratios]
         lines.append(f"| {what} | {other} | {' | '.join(cells)} |")
     return "\n".join(lines)
