@@ -175,7 +175,9 @@ def test_list_ops() -> None:
     assert rows["bias_act"]["dtypes"] == ["float64", "float32", "bfloat16", "float16"]
     assert rows["bias_act"]["made_of"] == ["bias_act"]
     assert rows["layer_norm"]["implementations"] == rows["bias_act"]["implementations"]
-    assert rows["linear"]["made_of"] == rows["linear"]["implementations"] == ["torch"]
+    assert rows["linear"]["made_of"] == ["linear_product", "torch"]
+    plain = rows["upsample_conv2d"]
+    assert plain["made_of"] == plain["implementations"] == ["torch"]
     assert rows["modulated_conv2d"]["made_of"][-2:] == ["conv3x3", "torch"]
 
 

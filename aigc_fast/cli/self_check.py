@@ -112,7 +112,7 @@ def _spectral_norm(x: Inputs) -> Result:
 #: What aigc_fast.ops has without a kernel of its own.
 PLAIN = {
     "conv2d_resample", "dequantize_weight", "merge_attention", "modulated_conv2d", "pack_weight",
-    "causal_conv3d", "conv2d", "conv_transpose2d", "linear", "quantize_weight", "upsample_conv2d",
+    "causal_conv3d", "conv2d", "conv_transpose2d", "quantize_weight", "upsample_conv2d",
     "scaled_dot_product_attention",
 }  # fmt: skip
 #: A call of each public operator of aigc_fast.ops.
@@ -173,6 +173,7 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "group_norm_act": lambda x: ops.group_norm_act(x(2, 6, 5, 7), 3, x(6), x(6), act="silu"),
     "instance_norm_act": lambda x: ops.instance_norm_act(x(2, 6, 5, 7), x(6), x(6), act="lrelu"),
     "layer_norm": lambda x: ops.layer_norm(x(5, 127), x(127), x(127)),
+    "linear": lambda x: ops.linear(x(64, 160), x(161, 160), x(161)),
     "linear_cross_entropy": lambda x: ops.linear_cross_entropy(
         x(3, 17), x(31, 17), x.int32(3, 0, 30).long()
     ),

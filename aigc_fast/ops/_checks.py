@@ -1,12 +1,14 @@
 """The words in which arguments are refused: shapes, dtypes, devices and options, never data."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from aigc_fast.ops._autograd import transforming
 from aigc_fast.ops._registry import FLOATS
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -22,6 +24,19 @@ def has_data(x: torch.Tensor) -> bool:
 def can_look(x: torch.Tensor) -> bool:
     """Whether looking costs nothing, as it would on a GPU."""
     return x.device.type == "cpu" and has_data(x)
+
+
+def plain_on_cpu(tensors: Iterable[torch.Tensor | None], dtypes: Collection[torch.dtype]) -> bool:
+    """Whether all are torch's own tensors of one of these dtypes in a CPU's memory: subclasses
+    (sharded, quantised) know torch's functions, and not our operators."""
+    return all(
+        type(t) in _PLAIN
+        and t.dtype in dtypes
+        and t.device.type == "cpu"
+        and t.layout is torch.strided
+        for t in tensors
+        if t is not None
+    )
 
 
 def check_tensor(

@@ -17,6 +17,7 @@ from torch import Tensor
 from aigc_fast import _libraries
 from aigc_fast._devices import has_bfloat16_instructions, has_fast_bfloat16
 from aigc_fast.ops._autograd import transforming, wanted
+from aigc_fast.ops._checks import plain_on_cpu
 from aigc_fast.ops._conv4x4 import conv4x4_backward_taps
 from aigc_fast.ops._strided_product import LARGE, strided_product
 from aigc_fast.ops._winograd import CONV4X4
@@ -41,13 +42,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> 
         and x.shape[1] == weight.shape[into]
         and (transposed or x.shape[2] % 2 == x.shape[3] % 2 == 0)
         and (bias is None or bias.shape == weight.shape[out : out + 1])
-        and all(
-            type(t) in (Tensor, torch.nn.Parameter)
-            and (t.dtype is dtype or (mixed and t.dtype is torch.float32))
-            and t.device.type == "cpu"
-            and t.layout is torch.strided
-            for t in tensors
-        )
+        and plain_on_cpu(tensors, (dtype, torch.float32) if mixed else (dtype,))
         and not transforming()
         and torch._C._get_mkldnn_enabled()
     )

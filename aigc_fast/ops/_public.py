@@ -23,7 +23,7 @@ _MADE_OF: dict[str, tuple[str, ...]] = {
     "generator_loss": ("gan_loss",),
     "instance_norm_act": ("norm_act",),
     "layer_norm": ("modulated_norm",),
-    "linear": (TORCH,),
+    "linear": ("linear_product", TORCH),
     "linear_cross_entropy": ("cross_entropy", TORCH),
     "merge_attention": (TORCH,),
     "modulated_conv2d": ("scale_bias_act", "bias_act", "upfirdn2d", "conv3x3", TORCH),

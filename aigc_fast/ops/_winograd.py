@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from aigc_fast import _libraries
 from aigc_fast._devices import (
@@ -21,14 +20,13 @@ from aigc_fast._devices import (
 )
 from aigc_fast.ops import _conv4x4
 from aigc_fast.ops._autograd import OpFunction, asked_for, transforming, wanted
+from aigc_fast.ops._checks import plain_on_cpu
 from aigc_fast.ops._layout import to_planes
 from aigc_fast.ops._registry import FLOATS
 from aigc_fast.ops.conv3x3 import _conv3x3, _conv3x3_backward_input, _conv3x3_backward_weight
 
 #: Multiply-adds from which a few more microseconds a call are worth it.
 _LEAST = 2**20
-
-_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 class Kind(NamedTuple):
@@ -108,13 +106,7 @@ def pays(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, transposed:
         and x.numel() * weight.shape[out] * 9 >= _LEAST
         and _waste(kind, x.shape[2] // step, x.shape[3] // step) <= kind.waste
         and (bias is None or bias.shape == weight.shape[out : out + 1])
-        and all(
-            type(t) in _PLAIN  # other subclasses know torch's function only
-            and t.dtype is x.dtype
-            and t.device.type == "cpu"
-            and t.layout is torch.strided
-            for t in (x, weight, x if bias is None else bias)
-        )
+        and plain_on_cpu((x, weight, bias), (x.dtype,))
         and x.numel() <= _most_pixels(kind, x.dtype) * x.shape[1]
         and not torch.is_autocast_enabled("cpu")
         and not transforming()

@@ -1,8 +1,6 @@
-"""Dense products, by the library that does them best on this processor."""
+"""Dense products, where torch's own library leaves half of a processor unused."""
 
 import functools
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,17 +9,15 @@ from torch import Tensor
 
 from aigc_fast import _libraries
 from aigc_fast.ops._autograd import OpFunction, asked_for, transforming
-from aigc_fast.ops._layout import transposed_copy
+from aigc_fast.ops._checks import check_tensor, plain_on_cpu
+from aigc_fast.ops._registry import define
 
-#: Multiply-adds from which oneDNN's 10 us a call are worth it.
-_LEAST = 2**22
-#: Terms of a sum at most. In chains of 512, as oneDNN takes them, sums are 1.7 times as wrong as
-#: MKL's in the mean and up to 2.4 times at worst; in pieces of 384 1.3 and 1.5 times.
-_TERMS = 384
-#: Rows of x from which a weight that has more is worth the copy of its pieces.
-_ROWS = 32
-#: Elements copied at a time: where these take more, each copy is new memory, four times as slow.
-_COPY = 2**21
+#: Multiply-adds from which our call's few us are worth it, rows of x from which packing the weight
+#: is, and columns that fill a vector.
+_LEAST = 3 * 2**19
+_ROWS = 2
+_COLUMNS = 16
+_DTYPES = (torch.float32,)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -32,42 +28,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bias:   (out_features,) or None.
 
     torch leaves float32 products on x86 to MKL, which on processors that are not Intel's does not
-    use AVX-512: oneDNN, which torch has too, is about twice as fast there. There this function
-    asks oneDNN for products of 4 million multiply-adds and more, gradients' too, in pieces of 384
-    terms of each sum: more at once would round more than MKL. Pieces are copied, so that longer
-    sums take 32 rows of x or more. Everywhere else, in other dtypes, under autocast, within
-    torch.compile, torch.func and forward-mode derivatives it is torch's own function.
-    Differentiable as often as one likes.
+    use AVX-512. There this function multiplies by a kernel of its own, about twice as fast,
+    gradients' products too: of two rows of x and more, from a million and a half multiply-adds on.
+    Everywhere else, in other dtypes, under autocast, within torch.compile, torch.func and
+    forward-mode derivatives it is torch's own function. Differentiable as often as one likes.
     """
-    if torch.compiler.is_compiling() or not _by_onednn(x, weight, bias):
+    if torch.compiler.is_compiling() or not _is_ours(x, weight, bias):
         return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return _product(x, weight, bias)
-    if x.dim() == 2:
-        return _Linear.call(x, weight, bias)
-    y = _Linear.call(x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = (_Linear.call if torch.is_grad_enabled() else _product)(rows, weight, bias)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         mkl_lags()
         and x.shape[-1:] == weight.shape[1:]
         and x.numel() * weight.shape[0] >= _LEAST
-        and (x.shape[-1] <= _TERMS or x.numel() >= _ROWS * x.shape[-1])
+        and x.numel() >= _ROWS * x.shape[-1]
+        and weight.shape[0] >= _COLUMNS
         and (bias is None or bias.shape == weight.shape[:1])
-        and all(
-            # Subclasses (sharded, quantised) know F.linear, and not oneDNN's operator.
-            type(t) in (Tensor, torch.nn.Parameter)
-            and t.dtype is torch.float32
-            and t.device.type == "cpu"
-            and t.layout is torch.strided
-            for t in (x, weight, x if bias is None else bias)
-        )
+        and plain_on_cpu((x, weight, bias), _DTYPES)
         and not torch.is_autocast_enabled("cpu")
         and not transforming()
-        and torch._C._get_mkldnn_enabled()
-        and torch._C._get_tracing_state() is None  # torch.jit cannot record oneDNN's operator
+        and torch._C._get_tracing_state() is None  # what torch.jit records runs elsewhere too
     )
 
 
@@ -75,49 +59,27 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def mkl_lags() -> bool:
     """Whether torch's products come from MKL on a processor for which MKL has older code."""
     features = _libraries.features()
-    avx512 = all(features.get(name) for name in _libraries.CPU_LEVELS["avx512"])
-    built = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return avx512 and not features["intel"] and built
+    ours = "cpu" in _libraries.loaded and _libraries.loaded["cpu"].stem == "cpu_avx512"
+    return ours and not features["intel"] and torch.backends.mkl.is_available()
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In pieces of at most _TERMS terms of each sum, which oneDNN adds up in one chain."""
-    pieces = -(-x.shape[-1] // _TERMS)
-    if pieces == 1:
-        return _piece(x, weight, bias)
-    some = _COPY * pieces // x.shape[-1]
-    parts = x.tensor_split(pieces, -1)
-    return _side_by_side(
-        [
-            _sum_of_pieces(parts, rows.tensor_split(pieces, -1), part_of_bias)
-            for rows, part_of_bias in zip(
-                weight.split(some),
-                itertools.repeat(None) if bias is None else bias.split(some),
-                strict=False,
-            )
-        ]
-    )
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensor("x", x, ndim=2)
+    check_tensor("weight", weight, ndim=2, like=("x", x))
+    if weight.shape[1] != x.shape[1] or x.shape[1] == 0:
+        raise ValueError(f"weight must have shape (out_features, {x.shape[1]} > 0)")
+    if bias is not None:
+        shape = (weight.shape[0],)
+        check_tensor("bias", bias, shape=shape, like=("x", x))
 
 
-def _sum_of_pieces(x: Sequence[Tensor], weight: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    y = _piece(x[0], weight[0], bias)
-    for part, piece in zip(x[1:], weight[1:], strict=True):
-        y += _piece(part, piece)
-    return y
-
-
-def _side_by_side(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-def _piece(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # With gaps between its rows oneDNN takes a hundred times as long.
-    if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        weight = weight.contiguous()
-    # It would copy x itself, in twice the time or more: weights' gradients have such an x.
-    if x.dim() == 2 and not x.is_contiguous() and x.t().is_contiguous():
-        x = transposed_copy(x)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+_product = define(
+    "linear_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    F.linear,
+    _check,
+    stem=None,
+    dtypes=_DTYPES,
+)
 
 
 class _Linear(OpFunction):

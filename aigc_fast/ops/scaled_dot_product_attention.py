@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._autograd import transforming
+from aigc_fast.ops._checks import plain_on_cpu
 from aigc_fast.ops._dense_attention import attend
-from aigc_fast.ops._winograd import are_faster
 from aigc_fast.ops.linear import mkl_lags
 
 #: Queries from which packing keys and values is worth it: of any number, and of as many as caches
@@ -66,7 +66,6 @@ def has_attention(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool = 
     return (
         not torch.compiler.is_compiling()
         and mkl_lags()
-        and are_faster()
         and query.dim() == key.dim() == value.dim() == 4
         and query.shape[2] >= (_FEW_QUERIES if key.shape[2] <= _FEW_KEYS else _QUERIES)
         and query.shape[0] == key.shape[0] == value.shape[0]
@@ -75,13 +74,7 @@ def has_attention(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool = 
         and 0 not in key.shape
         and 0 not in value.shape
         and (query.shape[1] == key.shape[1] or (enable_gqa and query.shape[1] % key.shape[1] == 0))
-        and all(
-            type(t) in (Tensor, torch.nn.Parameter)
-            and t.dtype is query.dtype
-            and t.device.type == "cpu"
-            and t.layout is torch.strided
-            for t in (query, key, value)
-        )
+        and plain_on_cpu((query, key, value), (query.dtype,))
         and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and (
             not torch.is_autocast_enabled("cpu")

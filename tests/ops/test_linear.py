@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import aigc_fast
 from aigc_fast import nn, ops
 from tests.op_samples.sample import rand
 from tests.ops.test_every_op import assert_as_good_as_torch
@@ -24,9 +25,9 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["onednn", "torch"])
+@pytest.fixture(params=["ours", "torch"])
 def products(request, monkeypatch):
-    """oneDNN for products of any size, on any processor; and how often it was asked."""
+    """Our kernel for products of any size, on any processor; and how often it was asked."""
     asked = []
 
     def product(*args):
@@ -34,10 +35,9 @@ def products(request, monkeypatch):
         return original(*args)
 
     original = module._product
-    monkeypatch.setattr(module, "mkl_lags", lambda: request.param == "onednn")
-    monkeypatch.setattr(module, "_LEAST", 1)
-    monkeypatch.setattr(module, "_ROWS", 1)
-    monkeypatch.setattr(module, "_COPY", 3000)
+    monkeypatch.setattr(module, "mkl_lags", lambda: request.param == "ours")
+    for least in ("_LEAST", "_ROWS", "_COLUMNS"):
+        monkeypatch.setattr(module, least, 1)
     monkeypatch.setattr(module, "_product", product)
     asked.append(request.param)
     return asked
@@ -66,7 +66,7 @@ def test_is_torchs(case, dtype, with_bias, products) -> None:
     assert_as_good_as_torch(mine, plain, exact, dtype)
     with torch.no_grad():
         assert torch.equal(ops.linear(*low), mine[0])
-    expected = products[0] == "onednn" and dtype == torch.float32 and 0 not in shape
+    expected = products[0] == "ours" and dtype == torch.float32 and 0 not in shape
     assert (len(products) > 1) == expected
 
 
@@ -76,7 +76,7 @@ def test_any_strides(products) -> None:
     torch.testing.assert_close(ops.linear(x[::2], weight), F.linear(x[::2], weight))
     gaps = rand(14, 50).float()[:, :12]
     torch.testing.assert_close(ops.linear(x, gaps), F.linear(x, gaps))
-    assert len(products) == (4 if products[0] == "onednn" else 1)
+    assert len(products) == (4 if products[0] == "ours" else 1)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +108,15 @@ def test_elsewhere_it_is_torchs_own(products) -> None:
     assert len(products) == 1
 
 
-def test_few_rows_of_long_sums_are_torchs(products, monkeypatch) -> None:
-    """A copy of the weight costs more than its product with them."""
-    monkeypatch.setattr(module, "_ROWS", 32)
-    for rows, terms, asks in [(31, 385, False), (32, 385, True), (1, 384, True)]:
+def test_small_products_are_torchs(products, monkeypatch) -> None:
+    """What it costs to call and to pack is more than they take."""
+    for least, value in (("_LEAST", 3 * 2**19), ("_ROWS", 2), ("_COLUMNS", 16)):
+        monkeypatch.setattr(module, least, value)
+    sizes = {(1, 1024, 1536): 0, (2, 1024, 768): 1, (2, 1024, 767): 0, (4096, 64, 15): 0}
+    for (rows, terms, columns), asks in sizes.items():
         del products[1:]
-        ops.linear(rand(rows, terms).float(), rand(4, terms).float())
-        assert (len(products) > 1) == (asks and products[0] == "onednn")
+        ops.linear(rand(rows, terms).float(), rand(columns, terms).float())
+        assert len(products) - 1 == (asks if products[0] == "ours" else 0)
 
 
 def test_module_is_nn_linear(products) -> None:
@@ -125,7 +127,76 @@ def test_module_is_nn_linear(products) -> None:
 
 
 def test_traces(products) -> None:
-    """By torch.jit, which cannot record oneDNN's operator."""
+    """By torch.jit, to torch's own operator, which runs everywhere."""
     layer, x = nn.Linear(24, 9), rand(2, 3, 24).float()
     traced = torch.jit.trace(layer, x)
     torch.testing.assert_close(traced(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("order", ["plain", "x_transposed", "weight_transposed", "both"])
+@pytest.mark.parametrize(
+    ("rows", "terms", "columns"),
+    [(1, 1, 1), (7, 33, 49), (8, 256, 48), (17, 257, 47), (31, 513, 97), (530, 40, 200)],
+)
+def test_kernel(rows, terms, columns, order) -> None:
+    """The edges of tiles and blocks, in every order of memory, for any number of threads."""
+    x, weight, bias = rand(rows, terms), rand(columns, terms, seed=1), rand(columns, seed=2)
+    low = [t.float() for t in (x, weight, bias)]
+    exact = F.linear(*(t.double() for t in low))
+    plain = F.linear(*low)
+    if order in ("x_transposed", "both"):
+        low[0] = low[0].t().contiguous().t()
+    if order in ("weight_transposed", "both"):
+        low[1] = low[1].t().contiguous().t()
+    mine = module._product(*low)
+    assert mine.is_contiguous()
+    assert_as_good_as_torch([mine], [plain], [exact], torch.float32)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(module._product(*low), mine)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_kernel_reads_and_writes_no_more_than_there_is() -> None:
+    """Rows and columns between others, of which none but these is read or changed."""
+    x, weight = rand(40, 70).float(), rand(90, 70, seed=1).float()
+    x[:, 50:] = torch.nan
+    weight[:, 50:] = torch.nan
+    expected = module._product(x[:, :50].contiguous(), weight[:, :50].contiguous(), None)
+    assert torch.equal(module._product(x[:, :50], weight[:, :50], None), expected)
+    assert torch.equal(
+        module._product(x[:, :50].t().contiguous().t(), weight[:, :50], None), expected
+    )
+    spread = rand(1, 50).float().expand(9, 50)
+    plain = module._product(spread.contiguous(), weight[:, :50], None)
+    assert torch.equal(module._product(spread, weight[:, :50], None), plain)
+
+
+def test_nan_stays_in_its_row_and_column() -> None:
+    x, weight = rand(20, 30).float(), rand(50, 30, seed=1).float()
+    x[3, 4], weight[5, 6] = torch.nan, torch.inf
+    expected = F.linear(x, weight)
+    torch.testing.assert_close(module._product(x, weight, None), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias", "match"),
+    [
+        (rand(3, 4).float(), rand(5, 6).float(), None, "weight must have shape"),
+        (rand(3, 0).float(), rand(5, 0).float(), None, "weight must have shape"),
+        (rand(3, 4).float(), rand(5, 4).float(), rand(6).float(), "bias must have shape"),
+        (rand(2, 3, 4).float(), rand(5, 4).float(), None, "x must have 2 dim"),
+    ],
+)
+def test_kernel_refuses(x, weight, bias, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        module._product(x, weight, bias)
+
+
+@pytest.mark.skipif(not module.mkl_lags(), reason="torch's own products are as fast here")
+def test_explain() -> None:
+    found = str(aigc_fast.explain(ops.linear, torch.ones(64, 256), torch.ones(128, 256)))
+    assert found == "linear: cpu (cpu_avx512, as operator linear_product)"
