@@ -49,6 +49,12 @@ def cpu_level() -> str:
     return wish
 
 
+def loaded_level() -> str | None:
+    """The level of csrc/cpu that was loaded, if any was."""
+    path = loaded.get("cpu")
+    return None if path is None else path.stem.removeprefix("cpu_")
+
+
 def _load(kind: str, name: str) -> None:
     path = LIB / f"{name}.so"
     if not path.exists():

@@ -27,7 +27,7 @@ from aigc_fast.nn._replacing import (
 )
 from aigc_fast.nn.conv2d import convolve
 from aigc_fast.ops._winograd import are_faster, in_torch_order, kind_of
-from aigc_fast.ops.linear import mkl_lags
+from aigc_fast.ops.linear import lags
 
 #: package of a stock class -> the module that says what takes the place of its classes: TABLE, by
 #: the full name of the class
@@ -87,7 +87,7 @@ class Linear(Replacement):
 
     @classmethod
     def assignments(cls, module: nn.Module) -> Iterable[Assignment]:
-        if not mkl_lags():
+        if not lags(module.weight.dtype):
             raise Unfit("torch's own products are as fast on this machine")
         yield from super().assignments(module)
 

@@ -133,8 +133,7 @@ def _most_pixels(kind: Kind, dtype: torch.dtype) -> float:
 
 def are_faster() -> bool:
     """Whether the library that runs here was compiled for AVX2 or AVX-512."""
-    library = _libraries.loaded.get("cpu")
-    return library is not None and library.stem in ("cpu_avx512", "cpu_avx2")
+    return _libraries.loaded_level() in ("avx512", "avx2")
 
 
 def convolve(

@@ -13,11 +13,10 @@ from aigc_fast.ops._checks import check_tensor, plain_on_cpu
 from aigc_fast.ops._registry import define
 
 #: Multiply-adds from which our call's few us are worth it, rows of x from which packing the weight
-#: is, and columns that fill a vector.
+#: is (torch has products of a vector in float16), and columns that fill a vector.
 _LEAST = 3 * 2**19
-_ROWS = 2
+_ROWS = {torch.float32: 2, torch.bfloat16: 4, torch.float16: 4}
 _COLUMNS = 16
-_DTYPES = (torch.float32,)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,11 +26,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     weight: (out_features, in_features).
     bias:   (out_features,) or None.
 
-    torch leaves float32 products on x86 to MKL, which on processors that are not Intel's does not
-    use AVX-512. There this function multiplies by a kernel of its own, about twice as fast,
-    gradients' products too: of two rows of x and more, from a million and a half multiply-adds on.
-    Everywhere else, in other dtypes, under autocast, within torch.compile, torch.func and
-    forward-mode derivatives it is torch's own function. Differentiable as often as one likes.
+    Where torch's products are slow this function multiplies by a kernel of its own, gradients too:
+    of two rows of x and more (of 16 bits, four), from a million and a half multiply-adds on.
+    These are float32 ones on processors with AVX-512 that are not Intel's, for which torch asks an
+    MKL that does not use it (half of our speed), and those of float16 and bfloat16 where the
+    processor has no instructions that torch would use (an eighth). Everywhere else, under autocast,
+    within torch.compile, torch.func and forward-mode derivatives it is torch's own function.
+    Differentiable as often as one likes.
     """
     if torch.compiler.is_compiling() or not _is_ours(x, weight, bias):
         return F.linear(x, weight, bias)
@@ -42,13 +43,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        mkl_lags()
+        lags(x.dtype)
         and x.shape[-1:] == weight.shape[1:]
         and x.numel() * weight.shape[0] >= _LEAST
-        and x.numel() >= _ROWS * x.shape[-1]
+        and x.numel() >= _ROWS[x.dtype] * x.shape[-1]
         and weight.shape[0] >= _COLUMNS
         and (bias is None or bias.shape == weight.shape[:1])
-        and plain_on_cpu((x, weight, bias), _DTYPES)
+        and plain_on_cpu((x, weight, bias), (x.dtype,))
         and not torch.is_autocast_enabled("cpu")
         and not transforming()
         and torch._C._get_tracing_state() is None  # what torch.jit records runs elsewhere too
@@ -56,11 +57,24 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 @functools.cache
+def lags(dtype: torch.dtype) -> bool:
+    """Whether torch's products of this dtype take twice our time on this CPU, and more."""
+    if dtype == torch.float32:
+        return mkl_lags()
+    onednn = torch.ops.mkldnn
+    has_instructions = {
+        torch.bfloat16: onednn._is_mkldnn_bf16_supported,
+        torch.float16: onednn._is_mkldnn_fp16_supported,
+    }
+    vectors = _libraries.loaded_level() in ("avx512", "avx2")
+    return vectors and dtype in has_instructions and not has_instructions[dtype]()
+
+
+@functools.cache
 def mkl_lags() -> bool:
-    """Whether torch's products come from MKL on a processor for which MKL has older code."""
-    features = _libraries.features()
-    ours = "cpu" in _libraries.loaded and _libraries.loaded["cpu"].stem == "cpu_avx512"
-    return ours and not features["intel"] and torch.backends.mkl.is_available()
+    """Whether torch's products come from an MKL that leaves AVX-512 unused, and ours do not."""
+    ours = _libraries.loaded_level() == "avx512" and not _libraries.features()["intel"]
+    return ours and torch.backends.mkl.is_available()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -78,7 +92,7 @@ _product = define(
     F.linear,
     _check,
     stem=None,
-    dtypes=_DTYPES,
+    dtypes=tuple(_ROWS),
 )
 
 

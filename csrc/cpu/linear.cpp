@@ -1,11 +1,10 @@
-// y = x @ weight^T + bias in float32, for processors on which torch's library leaves AVX-512
-// unused.
+// y = x @ weight^T + bias where torch's own products are slow: float32 by a library that leaves
+// AVX-512 unused, 16-bit numbers on processors without instructions for them.
 //
-// A block of the weight is packed so that the outputs of a tile, rows times vectors of columns that
-// stay in registers, lie side by side for each term; rows of x are read where they are. Every
-// kTerms terms the tile goes to y and comes back: short chains of additions round less, and a
-// packed block stays in the second cache. What is summed in which order is the same for any number
-// of threads.
+// A block of the weight is packed so that the columns of a tile, whose sums stay in registers, lie
+// side by side for each term. Every kTerms terms the sums join those in memory: short chains of
+// additions round less, and a packed block stays in the second cache. What is summed in which order
+// is the same for any number of threads.
 #include "copy_transposed.h"
 #include "kept_buffer.h"
 #include "tensor.h"
@@ -14,41 +13,100 @@ namespace aigc_fast {
 namespace {
 
 // One of the strides is 1.
+template <class T>
 struct Matrix {
-  const float* data;
+  const T* data;
   int64_t rows, columns, row_stride, column_stride;
 
   explicit Matrix(const Tensor& x)
-      : data(aigc_fast::data<float>(x)),
+      : data(aigc_fast::data<T>(x)),
         rows(x.size(0)),
         columns(x.size(1)),
         row_stride(x.stride(0)),
         column_stride(x.stride(1)) {}
 
-  // to[column * pitch + row] of a block.
-  void transpose(int64_t row, int64_t count, int64_t column, int64_t width, float* to,
-                 int64_t pitch) const {
-    copy(row, count, row_stride, column, width, column_stride, to, pitch);
-  }
-  // to[row * pitch + column].
+  // to[i * pitch + j] of the rows row + i and the columns column + j.
   void take(int64_t row, int64_t count, int64_t column, int64_t width, float* to,
             int64_t pitch) const {
+    copy(row, count, row_stride, column, width, column_stride, to, pitch);
+  }
+  // to[j * pitch + i] of the same.
+  void take_transposed(int64_t row, int64_t count, int64_t column, int64_t width, float* to,
+                       int64_t pitch) const {
     copy(column, width, column_stride, row, count, row_stride, to, pitch);
   }
 
  private:
-  // to[i * pitch + j] for `outer` indices i and `inner` indices j.
-  void copy(int64_t j, int64_t inner, int64_t inner_stride, int64_t i, int64_t outer,
-            int64_t outer_stride, float* to, int64_t pitch) const {
-    const float* from = data + i * outer_stride + j * inner_stride;
+  void copy(int64_t i, int64_t outer, int64_t outer_stride, int64_t j, int64_t inner,
+            int64_t inner_stride, float* to, int64_t pitch) const {
+    const T* from = data + i * outer_stride + j * inner_stride;
     if (inner_stride != 1) return copy_transposed(from, inner_stride, outer, inner, to, pitch);
-    for (int64_t k = 0; k < outer; ++k, from += outer_stride, to += pitch) convert(from, inner, to);
+    for (; outer > 0; --outer, from += outer_stride, to += pitch) convert(from, inner, to);
   }
 };
 
+// Where the sums of a tile go, `pitch` between rows: they are added to what is there, or, the first
+// ones, to a bias.
+struct Sums {
+  float* data;
+  int64_t pitch, columns;
+  bool more;
+  const float* bias;
+};
+
+constexpr int64_t L = kLanes<float>;
+// A tile: all but a few of the registers.
+constexpr int kTileRows = kVectorBytes == 64 ? 8 : 4, kVectors = 3;
+constexpr int64_t kGroup = kVectors * L;
+
+// The products of P rows of x and V vectors of columns, [term][kGroup].
+template <int P, int V>
+__attribute__((noinline)) void multiply_tile(const float* x, int64_t pitch, int64_t terms,
+                                             const float* w, const Sums& to) {
+  Vec<float> sums[P][V] = {};
+#pragma GCC unroll 2
+  for (int64_t t = 0; t < terms; ++t, w += kGroup) {
+    Vec<float> weights[V];
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) weights[v] = load(w + v * L);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) sums[p][v] += x[p * pitch + t] * weights[v];
+  }
+  const int64_t lanes = to.columns - (V - 1) * L;  // of the last vector
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      float* y = to.data + p * to.pitch + v * L;
+      const float* start = to.more ? y : to.bias ? to.bias + v * L : nullptr;
+      if (v < V - 1 || lanes >= L)
+        store(y, start ? load(start) + sums[p][v] : sums[p][v]);
+      else
+        store_n(y, start ? load_n(start, lanes) + sums[p][v] : sums[p][v], lanes);
+    }
+}
+
+// The same of `rows` rows, P or fewer.
+template <int P>
+void multiply_rows(int64_t rows, const float* x, int64_t pitch, int64_t terms, const float* w,
+                   Sums to) {
+  if (rows >= P) {
+    const auto multiply = to.columns <= L       ? &multiply_tile<P, 1>
+                          : to.columns <= 2 * L ? &multiply_tile<P, 2>
+                                                : &multiply_tile<P, kVectors>;
+    multiply(x, pitch, terms, w, to);
+    rows -= P, x += P * pitch, to.data += P * to.pitch;
+  }
+  if constexpr (P > 1)
+    if (rows > 0) multiply_rows<P / 2>(rows, x, pitch, terms, w, to);
+}
+
+template <class T>
 class Product {
  public:
-  Product(const Matrix& x, const Matrix& weight, const float* bias, float* y)
+  Product(const Tensor& x, const Tensor& weight, const float* bias, T* y)
       : x_(x), weight_(weight), bias_(bias), y_(y) {}
 
   void run() const {
@@ -71,16 +129,13 @@ class Product {
   }
 
  private:
-  static constexpr int64_t L = kLanes<float>;
-  // A tile: all but a few of the registers.
-  static constexpr int kTileRows = kVectorBytes == 64 ? 8 : 4, kVectors = 3;
-  static constexpr int64_t kGroup = kVectors * L;
   static constexpr int64_t kTerms = 256;
-  // Rows that are transposed at a time where x has its terms apart.
-  static constexpr int64_t kTaken = 2 * kTileRows;
-  // Of a block of y, which stays in the second cache, and those below which a block of the weight
-  // is not worth packing once more.
+  // Of a block of sums, which stays in the second cache, and those below which a block of the
+  // weight is not worth packing once more.
   static constexpr int64_t kColumns = 4 * kGroup, kRows = 512, kFewRows = 64;
+  // Rows of x that are copied at a time where they are not read where they are.
+  static constexpr int64_t kTaken = 2 * kTileRows;
+  static constexpr bool kWide = std::is_same_v<T, float>;
 
   static int64_t parts(int64_t size, int64_t most) { return (size + most - 1) / most; }
   // Where a part begins, a multiple of `unit`.
@@ -90,90 +145,57 @@ class Product {
   }
 
   void multiply(int64_t row, int64_t last_row, int64_t column, int64_t last_column) const {
-    const int64_t groups = parts(last_column - column, kGroup);
-    KeptBuffer<float> packed(groups * kGroup * kTerms), rows(kTaken * kTerms);
+    const int64_t rows = last_row - row, columns = last_column - column;
+    T* y = y_ + row * weight_.rows + column;
+    if constexpr (kWide) return sum(row, rows, column, columns, y, weight_.rows);
+    KeptBuffer<float> sums(rows * columns);
+    sum(row, rows, column, columns, sums.data(), columns);
+    for (int64_t r = 0; r < rows; ++r)
+      convert(sums.data() + r * columns, columns, y + r * weight_.rows);
+  }
+
+  void sum(int64_t row, int64_t rows, int64_t column, int64_t columns, float* to,
+           int64_t pitch) const {
+    const int64_t groups = parts(columns, kGroup);
+    KeptBuffer<float> packed(groups * kGroup * kTerms), taken(kTaken * kTerms);
     for (int64_t term = 0; term < weight_.columns; term += kTerms) {
       const int64_t terms = std::min(kTerms, weight_.columns - term);
+      auto width = [&](int64_t group) { return std::min(kGroup, columns - group * kGroup); };
+      auto weights = [&](int64_t group) { return packed.data() + group * kGroup * terms; };
       for (int64_t g = 0; g < groups; ++g)
-        pack(column + g * kGroup, std::min(kGroup, last_column - column - g * kGroup), term, terms,
-             packed.data() + g * kGroup * terms);
-      for (int64_t r = row; r < last_row; r += kTaken) {
-        const int64_t count = std::min(kTaken, last_row - r);
-        const float* from = x_.data + r * x_.row_stride + term;
-        int64_t pitch = x_.row_stride;
-        if (x_.column_stride != 1) {
-          x_.take(r, count, term, terms, rows.data(), kTerms);
-          from = rows.data(), pitch = kTerms;
-        }
+        pack(column + g * kGroup, width(g), term, terms, weights(g));
+      for (int64_t r = 0; r < rows; r += kTaken) {
+        const int64_t count = std::min(kTaken, rows - r);
+        const auto [x, x_pitch] = some_rows(row + r, count, term, terms, taken.data());
         for (int64_t i = 0; i < count; i += kTileRows)
           for (int64_t g = 0; g < groups; ++g)
-            some_rows<kTileRows>(std::min<int64_t>(kTileRows, count - i), from + i * pitch, pitch,
-                                 terms, packed.data() + g * kGroup * terms, term > 0, r + i,
-                                 column + g * kGroup,
-                                 std::min(kGroup, last_column - column - g * kGroup));
+            multiply_rows<kTileRows>(std::min<int64_t>(kTileRows, count - i), x + i * x_pitch,
+                                     x_pitch, terms, weights(g),
+                                     {to + (r + i) * pitch + g * kGroup, pitch, width(g), term > 0,
+                                      bias_ ? bias_ + column + g * kGroup : nullptr});
       }
     }
   }
 
   // [term][kGroup], zero beyond the last column.
   void pack(int64_t column, int64_t count, int64_t term, int64_t terms, float* to) const {
-    weight_.transpose(column, count, term, terms, to, kGroup);
+    weight_.take_transposed(column, count, term, terms, to, kGroup);
     for (int64_t t = 0; count < kGroup && t < terms; ++t)
       std::fill(to + t * kGroup + count, to + (t + 1) * kGroup, 0.0f);
   }
 
-  // As many rows as `count` says, P or fewer.
-  template <int P>
-  void some_rows(int64_t count, const float* x, int64_t pitch, int64_t terms, const float* w,
-                 bool more, int64_t row, int64_t column, int64_t columns) const {
-    if (count >= P) {
-      const int64_t vectors = parts(columns, L);
-      auto tile = vectors == 1   ? &Product::tile<P, 1>
-                  : vectors == 2 ? &Product::tile<P, 2>
-                                 : &Product::tile<P, kVectors>;
-      (this->*tile)(x, pitch, terms, w, more, row, column, columns);
-      count -= P, x += P * pitch, row += P;
-    }
-    if constexpr (P > 1)
-      if (count > 0) some_rows<P / 2>(count, x, pitch, terms, w, more, row, column, columns);
+  // Rows of x, where they are or in `taken`, and how far they lie apart.
+  std::pair<const float*, int64_t> some_rows(int64_t row, int64_t count, int64_t term,
+                                             int64_t terms, float* taken) const {
+    if constexpr (kWide)
+      if (x_.column_stride == 1) return {x_.data + row * x_.row_stride + term, x_.row_stride};
+    x_.take(row, count, term, terms, taken, kTerms);
+    return {taken, kTerms};
   }
 
-  // The products of P rows and V vectors of columns: added to y, or where it has none, to the bias.
-  // They are summed first, or all terms would be one chain.
-  template <int P, int V>
-  __attribute__((noinline)) void tile(const float* x, int64_t pitch, int64_t terms, const float* w,
-                                      bool more, int64_t row, int64_t column,
-                                      int64_t columns) const {
-    const int64_t y_pitch = weight_.rows;
-    float* y = y_ + row * y_pitch + column;
-    const int64_t lanes = columns - (V - 1) * L;  // of the last vector
-    Vec<float> sums[P][V] = {};
-#pragma GCC unroll 2
-    for (int64_t t = 0; t < terms; ++t, w += kGroup) {
-      Vec<float> weights[V];
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) weights[v] = load(w + v * L);
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p)
-#pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) sums[p][v] += x[p * pitch + t] * weights[v];
-    }
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) {
-        float* to = y + p * y_pitch + v * L;
-        const float* start = more ? to : bias_ ? bias_ + column + v * L : nullptr;
-        if (v < V - 1 || lanes >= L)
-          store(to, start ? load(start) + sums[p][v] : sums[p][v]);
-        else
-          store_n(to, start ? load_n(start, lanes) + sums[p][v] : sums[p][v], lanes);
-      }
-  }
-
-  const Matrix &x_, &weight_;
+  const Matrix<T> x_, weight_;
   const float* bias_;
-  float* y_;
+  T* y_;
 };
 
 Tensor with_a_unit_stride(const Tensor& x) {
@@ -183,21 +205,27 @@ Tensor with_a_unit_stride(const Tensor& x) {
 Tensor linear_product(const Tensor& x_in, const Tensor& weight_in, const MaybeTensor& bias_in) {
   require(x_in.dim() == 2 && weight_in.dim() == 2 && x_in.size(1) == weight_in.size(1),
           "x must be (rows, in_features) and weight (out_features, in_features)");
-  for (const Tensor* t : {&x_in, &weight_in})
-    require(t->scalar_type() == ScalarType::Float, "x and weight must be float32");
+  require(x_in.size(1) > 0, "x must have features");
+  require(weight_in.scalar_type() == x_in.scalar_type(), "weight must have the dtype of x");
   const Tensor x = with_a_unit_stride(x_in), weight = with_a_unit_stride(weight_in);
-  std::optional<Tensor> bias;
-  if (bias_in) {
-    require(bias_in->dim() == 1 && bias_in->size(0) == weight.size(0) &&
-                bias_in->scalar_type() == ScalarType::Float,
-            "bias must be float32 of shape (out_features,)");
-    bias = as_contiguous(*bias_in);
-  }
-  Tensor y = empty({x.size(0), weight.size(0)}, ScalarType::Float);
-  require(x.size(1) > 0, "x must have features");
+  const int64_t columns = weight.size(0);
+  Tensor y = empty({x.size(0), columns}, x.scalar_type());
   if (y.numel() == 0) return y;
-  Product(Matrix(x), Matrix(weight), bias ? data<float>(*bias) : nullptr, mutable_data<float>(y))
-      .run();
+  dispatch(x, "x", [&]<class T>(T) {
+    if constexpr (std::is_same_v<T, double>) {
+      require(false, "x must be float32, bfloat16 or float16");
+    } else {
+      std::vector<float> bias;
+      if (bias_in) {
+        require(bias_in->dim() == 1 && bias_in->size(0) == columns &&
+                    bias_in->scalar_type() == x.scalar_type(),
+                "bias must have shape (out_features,) and the dtype of x");
+        bias.resize(columns);
+        convert(data<T>(as_contiguous(*bias_in)), columns, bias.data());
+      }
+      Product<T>(x, weight, bias_in ? bias.data() : nullptr, mutable_data<T>(y)).run();
+    }
+  });
   return y;
 }
 

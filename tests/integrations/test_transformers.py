@@ -436,7 +436,7 @@ def test_what_does_not_fit_is_kept_and_reported() -> None:
 
 @pytest.mark.parametrize("lags", [True, False])
 def test_products_of_known_models_where_torchs_lag(monkeypatch, lags) -> None:
-    monkeypatch.setattr(_patching, "mkl_lags", lambda: lags)
+    monkeypatch.setattr(_patching, "lags", lambda dtype: lags)
     model, (ids, _) = make("llama"), prompts()
     want = model(ids).logits
     report = aigc_fast.patch(model)

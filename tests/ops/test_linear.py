@@ -13,6 +13,7 @@ from tests.ops.test_every_op import assert_as_good_as_torch
 
 #: Not the function, which has the module's name.
 module = importlib.import_module("aigc_fast.ops.linear")
+LOW = (torch.float32, torch.bfloat16, torch.float16)
 CASES = {
     "matrix": ((33, 40), (17, 40)),
     "batch": ((2, 3, 5, 24), (9, 24)),
@@ -35,9 +36,10 @@ def products(request, monkeypatch):
         return original(*args)
 
     original = module._product
-    monkeypatch.setattr(module, "mkl_lags", lambda: request.param == "ours")
-    for least in ("_LEAST", "_ROWS", "_COLUMNS"):
-        monkeypatch.setattr(module, least, 1)
+    monkeypatch.setattr(module, "lags", lambda dtype: request.param == "ours" and dtype in LOW)
+    monkeypatch.setattr(module, "_LEAST", 1)
+    monkeypatch.setattr(module, "_ROWS", dict.fromkeys(LOW, 1))
+    monkeypatch.setattr(module, "_COLUMNS", 1)
     monkeypatch.setattr(module, "_product", product)
     asked.append(request.param)
     return asked
@@ -54,7 +56,7 @@ def derivatives(function, x, weight, bias):
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_is_torchs(case, dtype, with_bias, products) -> None:
     shape, kernel = CASES[case]
@@ -66,7 +68,7 @@ def test_is_torchs(case, dtype, with_bias, products) -> None:
     assert_as_good_as_torch(mine, plain, exact, dtype)
     with torch.no_grad():
         assert torch.equal(ops.linear(*low), mine[0])
-    expected = products[0] == "ours" and dtype == torch.float32 and 0 not in shape
+    expected = products[0] == "ours" and dtype in LOW and 0 not in shape
     assert (len(products) > 1) == expected
 
 
@@ -110,13 +112,20 @@ def test_elsewhere_it_is_torchs_own(products) -> None:
 
 def test_small_products_are_torchs(products, monkeypatch) -> None:
     """What it costs to call and to pack is more than they take."""
-    for least, value in (("_LEAST", 3 * 2**19), ("_ROWS", 2), ("_COLUMNS", 16)):
-        monkeypatch.setattr(module, least, value)
-    sizes = {(1, 1024, 1536): 0, (2, 1024, 768): 1, (2, 1024, 767): 0, (4096, 64, 15): 0}
-    for (rows, terms, columns), asks in sizes.items():
+    monkeypatch.setattr(module, "_LEAST", 3 * 2**19)
+    monkeypatch.setattr(module, "_ROWS", {torch.float32: 2, torch.float16: 4})
+    monkeypatch.setattr(module, "_COLUMNS", 16)
+    for dtype, rows, terms, columns, asks in [
+        (torch.float32, 1, 1024, 1536, False),
+        (torch.float32, 2, 1024, 768, True),
+        (torch.float32, 2, 1024, 767, False),
+        (torch.float32, 4096, 64, 15, False),
+        (torch.float16, 3, 1024, 1024, False),
+        (torch.float16, 4, 1024, 1024, True),
+    ]:
         del products[1:]
-        ops.linear(rand(rows, terms).float(), rand(columns, terms).float())
-        assert len(products) - 1 == (asks if products[0] == "ours" else 0)
+        ops.linear(rand(rows, terms).to(dtype), rand(columns, terms).to(dtype))
+        assert (len(products) > 1) == (asks and products[0] == "ours")
 
 
 def test_module_is_nn_linear(products) -> None:
@@ -133,15 +142,16 @@ def test_traces(products) -> None:
     torch.testing.assert_close(traced(x), F.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("order", ["plain", "x_transposed", "weight_transposed", "both"])
 @pytest.mark.parametrize(
     ("rows", "terms", "columns"),
     [(1, 1, 1), (7, 33, 49), (8, 256, 48), (17, 257, 47), (31, 513, 97), (530, 40, 200)],
 )
-def test_kernel(rows, terms, columns, order) -> None:
+def test_kernel(rows, terms, columns, order, dtype) -> None:
     """The edges of tiles and blocks, in every order of memory, for any number of threads."""
     x, weight, bias = rand(rows, terms), rand(columns, terms, seed=1), rand(columns, seed=2)
-    low = [t.float() for t in (x, weight, bias)]
+    low = [t.to(dtype) for t in (x, weight, bias)]
     exact = F.linear(*(t.double() for t in low))
     plain = F.linear(*low)
     if order in ("x_transposed", "both"):
@@ -150,7 +160,7 @@ def test_kernel(rows, terms, columns, order) -> None:
         low[1] = low[1].t().contiguous().t()
     mine = module._product(*low)
     assert mine.is_contiguous()
-    assert_as_good_as_torch([mine], [plain], [exact], torch.float32)
+    assert_as_good_as_torch([mine], [plain], [exact], dtype)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -189,6 +199,7 @@ def test_nan_stays_in_its_row_and_column() -> None:
         (rand(3, 0).float(), rand(5, 0).float(), None, "weight must have shape"),
         (rand(3, 4).float(), rand(5, 4).float(), rand(6).float(), "bias must have shape"),
         (rand(2, 3, 4).float(), rand(5, 4).float(), None, "x must have 2 dim"),
+        (rand(3, 4), rand(5, 4), None, "x must be float32, bfloat16 or float16"),
     ],
 )
 def test_kernel_refuses(x, weight, bias, match) -> None:
