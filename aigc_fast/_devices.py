@@ -1,5 +1,7 @@
 """What a device does well."""
 
+import functools
+
 import torch
 
 from aigc_fast import _libraries
@@ -27,6 +29,19 @@ def has_bfloat16_instructions() -> bool:
 def has_float16_instructions() -> bool:
     """The same of float16. Where it has none, torch's convolutions take up to 70 times as long."""
     return _has("avx512fp16")
+
+
+@functools.cache
+def torch_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch has products of this dtype on this CPU. Of 16 bits it has them where oneDNN
+    does; else they take ten times as long as float32's, and convolutions up to 70 times."""
+    asked = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    if dtype not in asked:
+        return True
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, asked[dtype])()
 
 
 def _has(feature: str) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
+from aigc_fast._devices import torch_multiplies
 from aigc_fast.integrations import _packed
 from aigc_fast.nn._replacing import (
     Assignment,
@@ -106,7 +107,8 @@ class Conv2d(Replacement):
         how = conv.stride, conv.padding, conv.dilation, conv.groups
         if not are_faster():
             raise Unfit("torch's own convolution is as fast on this machine")
-        if conv.padding_mode != "zeros" or kind_of(conv.weight, *how) is None:
+        faster = kind_of(conv.weight, *how) or not torch_multiplies(conv.weight.dtype)
+        if conv.padding_mode != "zeros" or not faster:
             raise Unfit("torch's own convolution is as fast")
         yield from super().assignments(module)
 

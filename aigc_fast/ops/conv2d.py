@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aigc_fast._devices import torch_multiplies
 from aigc_fast.ops import _conv_bfloat16
+from aigc_fast.ops._autograd import transforming
+from aigc_fast.ops._checks import plain_on_cpu
 from aigc_fast.ops._winograd import CONV4X4, convolve, is_of, kind_of, pays
 
 Pair = int | tuple[int, int]
@@ -39,6 +42,8 @@ def conv2d(
     Kernel 4, stride 2, padding 1 in bfloat16, under autocast too, on a CPU with instructions for
     that and no AMX: torch's products, and derivatives that take fewer and larger ones than torch's.
 
+    Where torch has no products of a 16-bit dtype on the CPU, all others run in float32 inside.
+
     Everywhere else, under autocast, within torch.compile, torch.func and forward-mode derivatives
     it is torch's own function. Differentiable as often as one likes.
 
@@ -48,6 +53,10 @@ def conv2d(
         y = _ours(False, x, weight, bias, (stride, padding, dilation, groups))
         if y is not None:
             return y
+        if _lacks_products(x, weight, bias):
+            wide = None if bias is None else bias.float()
+            y = F.conv2d(x.float(), weight.float(), wide, stride, padding, dilation, groups)
+            return y.to(x.dtype)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -69,13 +78,27 @@ def conv_transpose2d(
     bias:   (out_channels,) or None.
 
     Kernel 4, stride 2, padding 1 of images x that are made of such tiles, and kernel 3, stride 1,
-    padding 1 run as `conv2d` says; all others are torch's.
+    padding 1 run as `conv2d` says; all others are torch's, in float32 inside where it says so.
     """
-    if not torch.compiler.is_compiling() and output_padding in (0, (0, 0), [0, 0]):
-        y = _ours(True, x, weight, bias, (stride, padding, dilation, groups))
-        if y is not None:
-            return y
-    return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    how = stride, padding, output_padding, groups, dilation
+    if not torch.compiler.is_compiling():
+        if output_padding in (0, (0, 0), [0, 0]):
+            y = _ours(True, x, weight, bias, (stride, padding, dilation, groups))
+            if y is not None:
+                return y
+        if _lacks_products(x, weight, bias):
+            wide = None if bias is None else bias.float()
+            return F.conv_transpose2d(x.float(), weight.float(), wide, *how).to(x.dtype)
+    return F.conv_transpose2d(x, weight, bias, *how)
+
+
+def _lacks_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        not torch_multiplies(x.dtype)
+        and plain_on_cpu((x, weight, bias), (x.dtype,))
+        and not torch.is_autocast_enabled("cpu")
+        and not transforming()
+    )
 
 
 def _ours(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast import _libraries
+from aigc_fast._devices import torch_multiplies
 from aigc_fast.ops._autograd import OpFunction, asked_for, transforming
 from aigc_fast.ops._checks import check_tensor, plain_on_cpu
 from aigc_fast.ops._registry import define
@@ -61,13 +62,7 @@ def lags(dtype: torch.dtype) -> bool:
     """Whether torch's products of this dtype take twice our time on this CPU, and more."""
     if dtype == torch.float32:
         return mkl_lags()
-    onednn = torch.ops.mkldnn
-    has_instructions = {
-        torch.bfloat16: onednn._is_mkldnn_bf16_supported,
-        torch.float16: onednn._is_mkldnn_fp16_supported,
-    }
-    vectors = _libraries.loaded_level() in ("avx512", "avx2")
-    return vectors and dtype in has_instructions and not has_instructions[dtype]()
+    return _libraries.loaded_level() in ("avx512", "avx2") and not torch_multiplies(dtype)
 
 
 @functools.cache

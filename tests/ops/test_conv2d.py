@@ -360,3 +360,33 @@ def test_what_torch_refuses_is_refused(padding) -> None:
     x, weight = rand(4, 16, 4, 4), rand(16, 16, 3, 3)
     with pytest.raises(TypeError):
         ops.conv2d(x, weight, padding=padding)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("transposed", "shape", "kernel", "how"),
+    [
+        (False, (2, 6, 9, 7), (8, 6, 1, 1), {}),
+        (False, (2, 6, 9, 7), (9, 2, 3, 5), {"stride": 2, "padding": (1, 2), "groups": 3}),
+        (False, (1, 4, 8, 8), (4, 4, 3, 3), {"padding": "same", "dilation": 2}),
+        (True, (2, 6, 5, 7), (6, 2, 3, 3), {"stride": 2, "output_padding": 1, "groups": 2}),
+    ],
+)
+def test_in_float32_where_torch_has_no_products(
+    transposed, shape, kernel, how, dtype, monkeypatch
+) -> None:
+    functions = importlib.import_module("aigc_fast.ops.conv2d")
+    monkeypatch.setattr(functions, "torch_multiplies", lambda asked: asked is not dtype)
+    ours, torchs = (
+        (ops.conv_transpose2d, F.conv_transpose2d) if transposed else (ops.conv2d, F.conv2d)
+    )
+    channels = kernel[1] * how["groups"] if transposed else kernel[0]
+    low = [rand(*s, seed=i).to(dtype) for i, s in enumerate((shape, kernel, (channels,)))]
+    wide = [t.float().requires_grad_() for t in low]
+    low = [t.requires_grad_() for t in low]
+    y, expected = ours(*low, **how), torchs(*wide, **how)
+    assert torch.equal(y, expected.to(dtype))
+    grads = torch.autograd.grad(y.float().square().sum(), low)
+    wanted = torch.autograd.grad(expected, wide, 2 * y.detach().float())
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want.to(dtype))
