@@ -26,11 +26,6 @@ def has_bfloat16_instructions() -> bool:
     return _has("avx512bf16")
 
 
-def has_float16_instructions() -> bool:
-    """The same of float16. Where it has none, torch's convolutions take up to 70 times as long."""
-    return _has("avx512fp16")
-
-
 @functools.cache
 def torch_multiplies(dtype: torch.dtype) -> bool:
     """Whether torch has products of this dtype on this CPU. Of 16 bits it has them where oneDNN

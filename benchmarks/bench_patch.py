@@ -16,7 +16,7 @@ from benchmarks.machine import DEVICE
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def model(request):
     config = transformers.LlamaConfig(
         vocab_size=49152,

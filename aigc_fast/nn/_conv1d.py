@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast._devices import has_bfloat16_instructions, has_float16_instructions
+from aigc_fast._devices import has_bfloat16_instructions, torch_multiplies
 
 
 def convolve(
@@ -64,7 +64,7 @@ def is_compiled(conv: nn.Conv1d | nn.ConvTranspose1d | nn.Conv2d) -> bool:
     dtype = conv.weight.dtype
     if dtype == torch.bfloat16:
         return has_bfloat16_instructions()
-    return dtype != torch.float16 or not has_float16_instructions()
+    return dtype != torch.float16 or not torch_multiplies(torch.float16)
 
 
 def is_fused(conv: nn.Conv1d | nn.ConvTranspose1d | nn.Conv2d, *tensors: Tensor | None) -> bool:

@@ -16,7 +16,7 @@ from aigc_fast import _libraries
 from aigc_fast._devices import (
     has_bfloat16_instructions,
     has_fast_bfloat16,
-    has_float16_instructions,
+    torch_multiplies,
 )
 from aigc_fast.ops import _conv4x4
 from aigc_fast.ops._autograd import OpFunction, asked_for, transforming, wanted
@@ -126,7 +126,7 @@ def _most_pixels(kind: Kind, dtype: torch.dtype) -> float:
         return 0
     if dtype is torch.bfloat16 and has_bfloat16_instructions():
         return 0 if has_fast_bfloat16("cpu") else kind.bfloat16_pixels
-    if dtype is torch.float16 and has_float16_instructions():
+    if dtype is torch.float16 and torch_multiplies(torch.float16):
         return 0
     return math.inf if dtype in FLOATS else 0
 
