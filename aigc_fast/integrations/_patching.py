@@ -27,6 +27,7 @@ from aigc_fast.nn._replacing import (
     take_back,
 )
 from aigc_fast.nn.conv2d import convolve
+from aigc_fast.ops._unfolded import may_serve
 from aigc_fast.ops._winograd import are_faster, in_torch_order, kind_of
 from aigc_fast.ops.linear import lags
 
@@ -107,7 +108,11 @@ class Conv2d(Replacement):
         how = conv.stride, conv.padding, conv.dilation, conv.groups
         if not are_faster():
             raise Unfit("torch's own convolution is as fast on this machine")
-        faster = kind_of(conv.weight, *how) or not torch_multiplies(conv.weight.dtype)
+        faster = (
+            kind_of(conv.weight, *how)
+            or may_serve(conv.weight, conv.groups)
+            or not torch_multiplies(conv.weight.dtype)
+        )
         if conv.padding_mode != "zeros" or not faster:
             raise Unfit("torch's own convolution is as fast")
         yield from super().assignments(module)

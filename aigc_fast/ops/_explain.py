@@ -83,10 +83,12 @@ def list_ops() -> list[dict[str, Any]]:
 def _row(name: str) -> dict[str, Any]:
     parts = made_of(name)
     own = [OPS[part] for part in parts if part != TORCH]
+    # torch computes what an operator of several does not take.
+    dtypes = FLOATS if TORCH in parts else [t for t in FLOATS if all(t in op.dtypes for op in own)]
     everywhere = [kind for kind in BACKENDS if all(op.has(kind) for op in own)]
     return {
         "op": name,
         "made_of": list(parts),
         "implementations": everywhere if own else [TORCH],
-        "dtypes": [name_of(t) for t in FLOATS if all(t in op.dtypes for op in own)],
+        "dtypes": [name_of(t) for t in dtypes],
     }

@@ -15,7 +15,7 @@ _MADE_OF: dict[str, tuple[str, ...]] = {
     "adaptive_instance_norm": ("norm_act",),
     "batch_norm_act": ("norm_act",),
     "causal_conv3d": ("conv3x3", "conv4x4", "conv3x3_backward_input", TORCH),
-    "conv2d": ("conv3x3", "conv4x4", TORCH),
+    "conv2d": ("conv3x3", "conv4x4", "linear_product", TORCH),
     "conv_transpose2d": ("conv_transpose4x4", "conv3x3_backward_input", TORCH),
     "conv2d_resample": ("upfirdn2d", "conv3x3", TORCH),
     "dequantize_weight": (TORCH,),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast._devices import torch_multiplies
-from aigc_fast.ops import _conv_bfloat16
+from aigc_fast.ops import _conv_bfloat16, _unfolded
 from aigc_fast.ops._autograd import transforming
 from aigc_fast.ops._checks import plain_on_cpu
 from aigc_fast.ops._winograd import CONV4X4, convolve, is_of, kind_of, pays
@@ -42,7 +42,9 @@ def conv2d(
     Kernel 4, stride 2, padding 1 in bfloat16, under autocast too, on a CPU with instructions for
     that and no AMX: torch's products, and derivatives that take fewer and larger ones than torch's.
 
-    Where torch has no products of a 16-bit dtype on the CPU, all others run in float32 inside.
+    From a million elements of weight on, up to 32 outputs of all images are one product of matrices
+    (`linear`, where that has products of its own; in bfloat16 without AMX from 4 million on). What
+    is left runs in float32 inside where torch has no products of a 16-bit dtype on the CPU.
 
     Everywhere else, under autocast, within torch.compile, torch.func and forward-mode derivatives
     it is torch's own function. Differentiable as often as one likes.
@@ -53,6 +55,8 @@ def conv2d(
         y = _ours(False, x, weight, bias, (stride, padding, dilation, groups))
         if y is not None:
             return y
+        if _unfolded.serves(x, weight, bias, stride, padding, dilation, groups):
+            return _unfolded.unfolded(x, weight, bias, stride, padding, dilation)
         if _lacks_products(x, weight, bias):
             wide = None if bias is None else bias.float()
             y = F.conv2d(x.float(), weight.float(), wide, stride, padding, dilation, groups)

@@ -15,6 +15,7 @@ from tests.ops.test_every_op import assert_as_good_as_torch
 from tests.ops.test_linear import derivatives
 
 module = importlib.import_module("aigc_fast.ops._winograd")
+linear = importlib.import_module("aigc_fast.ops.linear")
 CONV4X4 = module.CONV4X4
 #: ours, torch's, and with which arguments
 KINDS = {
@@ -390,3 +391,40 @@ def test_in_float32_where_torch_has_no_products(
     wanted = torch.autograd.grad(expected, wide, 2 * y.detach().float())
     for grad, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, want.to(dtype))
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "kernel", "how"),
+    [
+        ((2, 5, 4, 3), (7, 5, 3, 3), {"padding": 1}),
+        ((1, 6, 9, 8), (4, 6, 3, 5), {"stride": (2, 3), "padding": (0, 2)}),
+        ((3, 4, 7, 7), (5, 4, 3, 3), {"dilation": 2, "stride": [2, 2]}),
+        ((2, 8, 3, 4), (6, 8, 1, 1), {}),
+    ],
+)
+def test_few_outputs_are_a_product(shape, kernel, how, dtype, with_bias, monkeypatch) -> None:
+    unfolded = importlib.import_module("aigc_fast.ops._unfolded")
+    monkeypatch.setattr(unfolded, "_most_outputs", lambda weight: 24)
+    calls: list = []
+    monkeypatch.setattr(unfolded, "linear", lambda *args: calls.append(args) or F.linear(*args))
+    low = [rand(*shape).to(dtype), rand(*kernel, seed=1).to(dtype)]
+    low.append(rand(kernel[0], seed=2).to(dtype) if with_bias else None)
+    exact = derivatives(partial(F.conv2d, **how), *(t if t is None else t.double() for t in low))
+    plain = derivatives(partial(F.conv2d, **how), *low)
+    mine = derivatives(partial(ops.conv2d, **how), *low)
+    assert calls and [t.shape for t in mine] == [t.shape for t in plain]
+    assert_as_good_as_torch(mine, plain, exact, dtype)
+    del calls[:]
+    many = torch.cat([low[0]] * 4)  # more outputs than a product is for
+    ops.conv2d(many, *low[1:], **how)
+    assert not calls
+
+
+@pytest.mark.skipif(not linear.lags(torch.float32), reason="torch's products are as fast here")
+def test_which_outputs_are_few() -> None:
+    for channels, batch, size, few in [(384, 2, 8, True), (384, 3, 8, False), (288, 2, 8, False)]:
+        x, weight = torch.empty(batch, channels, size, size), torch.empty(channels, channels, 3, 3)
+        found = str(aigc_fast.explain(ops.conv2d, x, weight, None, 2, 1))
+        assert ("linear_product" in found) == few, (channels, batch, found)
