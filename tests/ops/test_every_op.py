@@ -356,8 +356,7 @@ def as_function(op: OpSamples, sample: Sample) -> tuple[Any, list[Tensor]]:
 @pytest.mark.parametrize(("op", "sample"), DIFFERENTIABLE)
 def test_gradcheck(op, sample) -> None:
     f, inputs = as_function(op, sample)
-    assert torch.autograd.gradcheck(f, inputs, fast_mode=True)
-    assert torch.autograd.gradcheck(f, inputs) or sum(t.numel() for t in inputs) > 500
+    assert torch.autograd.gradcheck(f, inputs)
 
 
 @pytest.mark.parametrize(("op", "sample"), SECOND)
