@@ -23,7 +23,7 @@ from .fused_step import FusedStep
 from .layers import DecoderLayer, Norm, Step
 from .load_gguf import read_gguf_model
 from .load_hf import from_hf_state_dict, read_hf_model
-from .rope import rotations
+from .rotary_tables import RotaryTables
 from .save_hf import save_hf_model
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -55,8 +55,7 @@ class DecoderLM(nn.Module):
         self.lm_head: nn.Module | None = None  # the embedding itself
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._rotary: tuple[tuple[Tensor, Tensor], ...] = ()
-        self._rotary_is_long = False
+        self._rotary = RotaryTables(config)
         self._fused: FusedStep | None = None
         self._looked_at_layers = False
 
@@ -251,7 +250,8 @@ class DecoderLM(nn.Module):
                 cache.check_room(*token_ids.shape)
                 self._check_length(cache.used + 1)
                 embedded = self._embed(token_ids[:, 0])
-                cos, sin = self._rotary_tables(cache.capacity, cache.longest)[0]
+                weight = self.norm.weight
+                cos, sin = self._rotary.below(cache.capacity, cache.longest, weight)[0]
                 hidden = fused(embedded, cache, cos, sin)[:, None]
             else:
                 hidden, step = self._enter(token_ids, cache)
@@ -309,13 +309,13 @@ class DecoderLM(nn.Module):
 
         if config.learned_positions:
             return hidden + rows(self.embed_positions.weight), Step((), cache, ends)
-        scaling = config.rope_scaling
+        scaling, weight = config.rope_scaling, self.norm.weight
         if scaling is not None and scaling.stretches(length):
             where = torch.arange(seq, device=hidden.device) if positions is None else positions
-            angles = self._rotations(where, length)
+            angles = self._rotary.at(where, length, weight)
         else:
             sizes = (cache.capacity, cache.longest) if cache else (seq, seq)
-            tables = self._rotary_tables(*sizes)
+            tables = self._rotary.below(*sizes, weight)
             angles = tuple((rows(cos), rows(sin)) for cos, sin in tables)
         return hidden, Step(angles, cache, ends)
 
@@ -325,29 +325,3 @@ class DecoderLM(nn.Module):
                 f"token_ids has {length} positions, above max_position_embeddings = "
                 f"{self.config.max_position_embeddings}"
             )
-
-    def _angle_dtype(self) -> torch.dtype:
-        return torch.float64 if self.norm.weight.dtype == torch.float64 else torch.float32
-
-    def _rotations(self, positions: Tensor, length: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        device, dtype = self.norm.weight.device, self._angle_dtype()
-        found = rotations(self.config, positions, length)
-        return tuple((cos.to(device, dtype), sin.to(device, dtype)) for cos, sin in found)
-
-    def _rotary_tables(self, length: int, longest: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        """cos and sin of every position below `length`, or below more, of each rotation, in
-        sequences of at most `longest`.
-
-        Not buffers: `model.to(torch.bfloat16)` must leave the angles exact.
-        """
-        scaling = self.config.rope_scaling
-        is_long = scaling is not None and scaling.is_long(longest)
-        if self._rotary and len(cos := self._rotary[0][0]) >= length:
-            kept = cos.dtype == self._angle_dtype() and cos.device == self.norm.weight.device
-            if kept and self._rotary_is_long == is_long:
-                return self._rotary
-        # A table made while generating must also serve training.
-        with torch.inference_mode(False):
-            self._rotary = self._rotations(torch.arange(length), longest if is_long else 1)
-        self._rotary_is_long = is_long
-        return self._rotary
