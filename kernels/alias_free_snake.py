@@ -1,7 +1,7 @@
 """Up by 2 with a filter of 12 taps, snake, down by 2 with another, and the backward of it.
 
 A program takes BLOCK samples of a row, of which those near its ends only serve their neighbours.
-The upsampled signal is its even and odd samples (csrc/cpu/alias_free_snake.cpp has the formulas):
+The upsampled signal is its even and odd samples (csrc/cpu/alias_free_filters.h has the formulas):
 the first filter reads x around each sample through the cache, the second what the other threads
 hold, through shared memory (tl.gather).
 """
