@@ -15,7 +15,7 @@ from aigc_fast.ops._registry import define
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
-    """softmax(scale * query key^T) value, differentiable as often as one likes.
+    """softmax(scale * query key^T) value, differentiable to any order.
 
     query: (batch, queries, heads, head_dim).
     key:   (batch, keys, kv_heads, head_dim); each head serves heads / kv_heads of the queries'.

@@ -33,12 +33,15 @@ class _Explained(BaseException):  # which nothing on the way handles
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which implementation the call function(*args, **kwargs) would take, and why.
 
-    function: one of aigc_fast.ops, or any that calls one: then it is the first one called that is
-              explained, by the name of its operator.
+    function: one of aigc_fast.ops, or any function that calls one. Then the first operator called
+              is explained, by its own name.
 
-    Of a function made of several parts (see `list_ops`) the first operator decides; one that runs
-    torch's own operators alone has the implementation "torch". Nothing is computed; the arguments
-    are checked, and within a block of `backend` RuntimeError says what the call would say.
+    For a function made of several operators (see `list_ops`) the first one decides. A function that
+    runs torch's operators only has the implementation "torch". Nothing is computed, but arguments
+    are checked.
+
+    Raises TypeError for what is no such function, RuntimeError within a block of `backend` that
+    the call could not obey, and what the call itself raises for its arguments.
     """
     if not callable(function):
         raise TypeError(
@@ -74,9 +77,14 @@ def _explained(op: Op, args: tuple) -> None:
 
 
 def list_ops() -> list[dict[str, Any]]:
-    """Every function of aigc_fast.ops: its name, the operators of the library that it is made of
-    ("torch" among them where torch computes too), the implementations of these that this machine
-    has ("torch" where it is torch's alone), and their dtypes."""
+    """A row for every function of aigc_fast.ops, with these keys:
+
+    op:              its name.
+    made_of:         the library's operators that it calls, and "torch" where torch computes too.
+    implementations: those that this machine has for all of these operators; ["torch"] where torch
+                     computes everything.
+    dtypes:          names of the dtypes that compiled kernels take.
+    """
     return [_row(name) for name in sorted(PUBLIC)]
 
 

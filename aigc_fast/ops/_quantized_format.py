@@ -117,8 +117,12 @@ def dequantize_weight(
     packed: Tensor, bits: int, group_size: int, out_features: int, in_features: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """The weight (out_features, in_features) as numbers: code * scale + minimum, or
-    (code - 2^(bits - 1)) * scale, in float32 (float64 for float64), then rounded to `dtype`.
+    """The weight (out_features, in_features) as numbers: code * scale + minimum where there are
+    minimums, else (code - 2^(bits - 1)) * scale.
+
+    packed:     uint8, from `pack_weight` or `quantize_weight`.
+    bits, group_size, out_features, in_features: those of the weight that was packed.
+    dtype:      of the result. Computes in float32 (float64 for float64) and rounds once.
 
     Raises TypeError or ValueError for a packed weight of another format or of other sizes.
     """
@@ -151,8 +155,14 @@ def quantize_weight(
 
     weight:     (out_features, in_features), floating.
     bits:       4 or 8.
-    group_size: columns that share a scale; None is all of them (one scale a row).
-    symmetric:  scale = max|w| / (2^(bits - 1) - 1), else from the minimum to the maximum.
+    group_size: columns that share a scale, a divisor of in_features; None is all of them (one scale
+                a row).
+    symmetric:  True for scale = max|w| / (2^(bits - 1) - 1) and no minimums; False for codes that
+                divide the range from the minimum to the maximum of each group evenly.
+
+    Returns the packed weight, as `pack_weight` does.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, number of bits or group_size.
     """
     check_tensor("weight", weight, ndim=2)
     check_bits(bits)

@@ -291,10 +291,12 @@ def explaining(take: Callable[[Op, tuple], Any]) -> Iterator[None]:
 def backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Within the block every operator of the library runs this implementation, in all threads.
 
-    name: "reference", "cpu", "triton" or "cuda". An operator that lacks it raises RuntimeError, as
-          it does for tensors that lie where the implementation does not run. What functions of
-          aigc_fast.ops leave to torch, all of `linear` or the convolution in `conv2d_resample`, is
-          torch's in any block, and such a function refuses tensors that lie elsewhere too.
+    name: "reference", "cpu", "triton" or "cuda". An operator raises RuntimeError where it has no
+          such implementation, or gets tensors on a device that the implementation does not run
+          on. What functions of aigc_fast.ops leave to torch (all of `linear`, the convolution in
+          `conv2d_resample`) torch computes in any block; they refuse such tensors just the same.
+
+    Raises ValueError for another name.
     """
     if name not in BACKENDS:
         raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")

@@ -33,7 +33,7 @@ def add_noise(
             alpha * noise - sigma * sample. (-1, 1) is that of flow matching, where alpha is
             1 - sigma: noise - sample.
 
-    Computes in fp32 (fp64 for fp64) and rounds once. Differentiable without end with respect to
+    Computes in fp32 (fp64 for fp64) and rounds once. Differentiable to any order with respect to
     all tensors. Bytes that must move: 3 times sample, 4 with the velocity.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device.

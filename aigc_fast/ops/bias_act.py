@@ -1,4 +1,4 @@
-"""Bias, activation, gain and clamp in one pass, differentiable as often as one likes."""
+"""Bias, activation, gain and clamp in one pass, differentiable to any order."""
 
 import math
 from typing import Any

@@ -33,19 +33,19 @@ def causal_conv3d(
     bias:     (out_channels,) or None.
     stride, dilation: of frames, height and width, as of torch.nn.functional.conv3d.
     padding:  of height and width, with zeros.
-    history:  the frames before x, (batch, in_channels, any number, height, width): the end of the
-              last part of a stream, or `x[:, :, :1].expand(-1, -1, n, -1, -1)` for a first frame
-              that repeats. What is missing, all of it for None, counts as zero.
+    history:  the frames before x, (batch, in_channels, any number, height, width): the end of a
+              stream's previous part, or `x[:, :, :1].expand(-1, -1, n, -1, -1)` for a first frame
+              that repeats. Missing frames, with None all of them, count as zeros.
     y:        (batch, out_channels, (frames - 1) // stride + 1, new height, new width).
 
-    Where `conv2d` has products of its own for the kernel (on CPUs with AVX2 or AVX-512), it is a
-    sum of these over frames, one for each frame of the kernel, in any strides of x, with no
-    product of a zero before the first frame; few products excepted. y is then in channels_last_3d
-    memory order or frame by frame, whatever that of x is, and a 16-bit y is rounded at each frame
-    of the kernel. A single frame without history is one `conv2d` anywhere. All else is torch's
-    conv3d of a padded copy.
+    Where `conv2d` runs a frame of the kernel by its own algorithm (on CPUs with AVX2 or AVX-512), y
+    is the sum of such convolutions, one for each frame of the kernel, unless there is little to
+    compute. x may have any strides, and the zeros before the first frame are not multiplied. y is
+    then in channels_last_3d memory order or frame by frame, whatever that of x is, and a 16-bit y
+    is rounded at each frame of the kernel. A single frame without history is one `conv2d` on every
+    device. All else is torch's conv3d of a padded copy.
 
-    Differentiable as often as one likes.
+    Differentiable to any order.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device.
     """

@@ -1,4 +1,4 @@
-"""Mean and variance of every channel in one pass, differentiable as often as one likes."""
+"""Mean and variance of every channel in one pass, differentiable to any order."""
 
 from typing import Any
 

@@ -37,16 +37,17 @@ def conv1d(
     stride:    steps of x between two steps of the result.
     padding:   zeros before and after every sequence.
     dilation:  steps between two taps.
-    slope:     what negative values of x are multiplied by: 1 leaves them, 0 is a ReLU.
+    slope:     factor on negative values of x: 1 leaves them, 0 is a ReLU.
+    gain:      factor on the result.
 
     Returns (batch, out, (time + 2 * padding - dilation * (taps - 1) - 1) // stride + 1), channels
     innermost in memory.
     Computes in fp32 (fp64 for fp64) and rounds once; bfloat16 on a CPU is rounded once more between
     leaky_relu and the products. Bytes that must move: x, residuals and y once.
 
-    Differentiable as often as one likes, in all tensors: of y = conv(x, weight), linear in both,
-    the gradient of x is a transposed convolution of that of y, and the gradient of weight a third
-    operator; their own derivatives are these three again.
+    Differentiable to any order in all tensors: of y = conv(x, weight), linear in both, the gradient
+    of x is a transposed convolution of that of y, and the gradient of weight a third operator;
+    their own derivatives are these three again.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device.
     """
@@ -70,8 +71,8 @@ def conv_transpose1d(
     weight:  (in, out, taps), dtype of x, of any strides.
     stride:  steps of the result between two inputs. Every stride-th output is one convolution of
              the inputs, with every stride-th tap: no product with an inserted zero is made.
-    padding: steps that are left out at the beginning and the end of the result.
-    output_padding: steps that the result is longer by, fewer than stride.
+    padding: steps left out at the beginning and at the end of the result.
+    output_padding: steps added at the end of the result, fewer than stride.
     dilation: steps of the result between two taps.
 
     Returns (batch, out, (time - 1) * stride + dilation * (taps - 1) + 1 - 2 * padding +

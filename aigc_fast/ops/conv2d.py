@@ -30,24 +30,30 @@ def conv2d(
     weight: (out_channels, in_channels / groups, kernel height, kernel width).
     bias:   (out_channels,) or None.
 
-    On a CPU with AVX2 or AVX-512 two kinds run by Winograd's algorithm, from 16 channels on either
-    side on, about as exact as torch's: kernel 3, stride 1, padding 1 with 4 products an output in
-    place of 9, and kernel 4, stride 2, padding 1 with 7.5 in place of 16, where y is made of tiles
-    of 2 x 4 outputs with a third more at most, as from 4 x 4, 8 x 8 and nearly all above 9 x 9.
-    So do their derivatives. In float64 and float32, and in a 16-bit dtype for which the CPU has no
-    instructions; kernel 3 in bfloat16 without AMX up to 256 pixels too. y is then in channels_last
-    memory order, whatever that of x is. Where torch's y is infinite it may be NaN, and for kernel 4
-    outputs beside these too.
+    On a CPU with AVX2 or AVX-512 two kinds run by Winograd's algorithm, derivatives included, where
+    there are at least 16 input and 16 output channels:
 
-    Kernel 4, stride 2, padding 1 in bfloat16, under autocast too, on a CPU with instructions for
-    that and no AMX: torch's products, and derivatives that take fewer and larger ones than torch's.
+    - kernel 3, stride 1, padding 1: 4 products an output in place of 9;
+    - kernel 4, stride 2, padding 1: 7.5 in place of 16, where tiles of 2 x 4 outputs cover y with
+      at most a third more outputs than it has (4 x 4, 8 x 8, nearly every size above 9 x 9).
 
-    From a million elements of weight on, up to 32 outputs of all images are one product of matrices
-    (`linear`, where that has products of its own; in bfloat16 without AMX from 4 million on). What
-    is left runs in float32 inside where torch has no products of a 16-bit dtype on the CPU.
+    That is in float64 and float32, in a 16-bit dtype for which the CPU has no instructions, and for
+    kernel 3 in bfloat16 up to 256 pixels on CPUs without AMX. It is about as exact as torch's
+    function. y is then in channels_last memory order, whatever that of x is. Where torch's y is
+    infinite it may be NaN, and for kernel 4 outputs beside these too.
 
-    Everywhere else, under autocast, within torch.compile, torch.func and forward-mode derivatives
-    it is torch's own function. Differentiable as often as one likes.
+    Kernel 4, stride 2, padding 1 in bfloat16, under autocast too, on a CPU that has instructions
+    for it but no AMX: forward by torch, derivatives by fewer and larger products than torch's.
+
+    Weights of a million elements and more with up to 32 outputs of all images: one product of
+    matrices, where `linear` has products of its own (in bfloat16 without AMX from 4 million on). y
+    is in channels_last memory order too.
+
+    Where torch has no products of a 16-bit dtype on the CPU, all others run in float32 inside.
+
+    Everything else is torch's own function, and so is every call under autocast but for the
+    above, within torch.compile, torch.func and forward-mode derivatives. Differentiable to any
+    order.
 
     Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308.
     """
@@ -81,8 +87,8 @@ def conv_transpose2d(
     weight: (in_channels, out_channels / groups, kernel height, kernel width).
     bias:   (out_channels,) or None.
 
-    Kernel 4, stride 2, padding 1 of images x that are made of such tiles, and kernel 3, stride 1,
-    padding 1 run as `conv2d` says; all others are torch's, in float32 inside where it says so.
+    Kernel 3, stride 1, padding 1, and kernel 4, stride 2, padding 1 run as `conv2d` says (for
+    kernel 4 the tiles are of x); all others are torch's, in float32 inside where it says so.
     """
     how = stride, padding, output_padding, groups, dilation
     if not torch.compiler.is_compiling():

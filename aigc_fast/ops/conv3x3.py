@@ -26,8 +26,9 @@ def conv3x3(
               tensors, read as if they were concatenated along the channels.
     weight:   (out, in, 3, 3), dtype of x.
     bias:     (out,), dtype of x, or None.
-    slope:    (out,), dtype of x: what negative values are multiplied by; None leaves them.
+    slope:    (out,), dtype of x: factor on negative values; None leaves them.
     residual: (batch, out, height, width), dtype of x, or None.
+    gain:     factor on the result before the residual is added.
 
     Returns (batch, out, height, width) in channels_last memory order. Computes in fp32 (fp64 for
     fp64) and rounds once. On CPUs with AMX, bfloat16 is multiplied in its tiles: sixteen times

@@ -42,7 +42,7 @@ def cross_entropy(
     softcap:         positive, or None.
     z_loss:          weight of lse^2, which keeps softmax's denominator near one.
 
-    Differentiable as often as one likes; the first gradient is a kernel. Bytes that must move: the
+    Differentiable to any order; the first gradient is a kernel. Bytes that must move: the
     logits once, in backward the logits and their gradient; PyTorch under a 16-bit dtype moves six
     times that, with copies in float32.
 

@@ -45,7 +45,7 @@ def diffusion_loss(
     weights:      (batch,), any floating dtype, such as functions of the signal-to-noise ratio
                   (alpha / sigma)^2; None for 1.
 
-    Computes in fp32 (fp64 for fp64). Differentiable without end with respect to all tensors: the
+    Computes in fp32 (fp64 for fp64). Differentiable to any order with respect to all tensors: the
     first gradient of model_output is one pass, every other one is torch's. Bytes that must move:
     model_output and what the target is made of once, in backward the gradient too.
 

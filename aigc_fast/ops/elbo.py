@@ -30,7 +30,7 @@ def sample_gaussian(parameters: Tensor, noise: Tensor | None = None) -> tuple[Te
                 sample is then the mean.
 
     sample has the dtype of parameters; kl, in nats, is (batch,) in float32 (float64 for float64).
-    Computes in fp32 (fp64 for fp64) and rounds once. Differentiable without end with respect to
+    Computes in fp32 (fp64 for fp64) and rounds once. Differentiable to any order with respect to
     both tensors: the first gradient is one pass, further ones are torch's. Outside of its bounds
     log_variance has the gradient zero, as torch.clamp has it. Bytes that must move: 4 times the
     sample, 7 times in backward.
@@ -62,7 +62,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, kind: str = "bernoulli")
     output: (batch, ...), float64/32/16 or bfloat16.
     target: its shape, and its dtype or float32: under autocast the output alone is narrow.
 
-    Computes in fp32 (fp64 for fp64). Differentiable without end with respect to both: the first
+    Computes in fp32 (fp64 for fp64). Differentiable to any order with respect to both: the first
     gradient of the output is one pass, every other one is torch's. Bytes that must move: output and
     target, in backward the gradient too.
 

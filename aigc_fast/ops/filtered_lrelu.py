@@ -49,7 +49,9 @@ def filtered_lrelu(
     up, down:    one factor, or (x, y): horizontal, vertical.
     padding:     p, or (x, y), or (left, right, top, bottom), in pixels of the upsampled image;
                  negative crops.
-    flip_filter: correlations in place of convolutions, for both filters.
+    gain, slope: of the leaky ReLU: its values are multiplied by gain, negative ones by slope too.
+    clamp:       limit on its magnitude, at least 0, or None.
+    flip_filter: True for correlations in place of convolutions, with both filters.
 
     Computes in fp32 and rounds once. The C++ kernel holds a few rows of the upsampled image; the
     Triton version is upfirdn2d's kernel twice and one between them, with that image in fp32 in

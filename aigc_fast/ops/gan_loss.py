@@ -48,12 +48,12 @@ def discriminator_loss(real: Tensor, fake: Tensor, loss: str = "non_saturating")
 def generator_loss(
     fake: Tensor, real: Tensor | None = None, loss: str = "non_saturating"
 ) -> Tensor:
-    """What the generator minimises: the third column of `discriminator_loss`, a scalar like its.
+    """What the generator minimises: the third column of the table in `discriminator_loss`.
 
     fake: logits of generated samples.
     real: logits of real samples, for the relativistic loss alone; of the shape of fake.
 
-    Dtypes, derivatives, bytes and errors are those of `discriminator_loss`.
+    Dtypes, result, derivatives, bytes and errors are those of `discriminator_loss`.
     """
     if (real is None) == (loss == "relativistic"):
         raise ValueError("real must be given for the relativistic loss, and for no other")

@@ -17,7 +17,12 @@ def layer_norm(
 ) -> Tensor:
     """y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension.
 
-    x, weight, bias: as for `modulated_layer_norm`, and so are y, the arithmetic and the errors.
+    x:            (..., width), float64/32/16 or bfloat16; y is contiguous. Rows that lie a fixed
+                  stride apart are read in place, other strides copied once.
+    weight, bias: shape (width,), dtype of x, or None for ones and zeros.
+    eps:          added to the variance.
+
+    Arithmetic, derivatives, bytes and errors are those of `modulated_layer_norm`.
     """
     return _call(x, None, None, weight, bias, eps, False)
 

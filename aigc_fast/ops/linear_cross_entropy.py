@@ -36,21 +36,21 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """cross_entropy(linear(input, linear_weight, linear_bias), target, ...) with the logits of
-    some rows at a time: they, and their gradient in their place, take no more memory than
-    linear_weight, or 2048 rows of them.
+    """cross_entropy(linear(input, linear_weight, linear_bias), target, ...), computed for some rows
+    of logits at a time. These, and then their gradient in the same place, take no more memory than
+    linear_weight or than 2048 rows of logits, whichever is more.
 
-    input:         (..., features), float64/32/16 or bfloat16; last hidden states of a decoder.
-    linear_weight: (classes, features), its dtype; under autocast of any floating dtype.
-    target:        (...), int64.
-    linear_bias:   (classes,) or None.
+    input:         (..., features), float64/32/16 or bfloat16: the last hidden states of a decoder.
+    linear_weight: (classes, features), dtype of input; under autocast any floating dtype.
+    target:        (...), int64, as for `cross_entropy`.
+    linear_bias:   (classes,), dtype of linear_weight, or None.
 
     The other arguments, the result and the errors are those of `cross_entropy`; the names are those
-    of torch.nn.functional.linear_cross_entropy. Logits have the dtype of input; gradients of the
-    weight and bias add up in float32. Those of "mean" and "sum" are computed with the loss, which
-    saves the logits' recomputation in backward; in float16, whose range needs a gradient scaler's
-    factor, and for "none" they are recomputed. Differentiable as often as one likes: gradients of
-    gradients hold all logits.
+    of torch.nn.functional.linear_cross_entropy. Logits have the dtype of input; gradients of weight
+    and bias are summed in float32. For "mean" and "sum" the gradients are computed together with
+    the loss, so that backward need not compute the logits again. For "none", and in float16, whose
+    range needs the factor of a gradient scaler, backward does. Differentiable to any order; second
+    derivatives hold all logits.
 
     Sources: Hsu et al. 2024 (Liger), arXiv:2410.10989; Wijmans et al. 2024, arXiv:2411.09009.
     """

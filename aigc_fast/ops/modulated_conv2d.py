@@ -48,7 +48,7 @@ def modulated_conv2d(
     channels that go into one convolution with the shared weight, the demodulation (a product of
     matrices (batch, in) and (in, out)) those that leave it. For float16 weight and style are first
     divided by their largest values, which demodulation makes good, lest the products overflow.
-    Differentiable as often as one likes.
+    Differentiable to any order.
 
     Raises TypeError or ValueError for a wrong dtype, shape, device, act, alpha or clamp.
 
@@ -99,7 +99,7 @@ def conv2d_resample(
             y is (batch, out_channels, H up, W up).
     down:   1, or the stride after the filter: y is (batch, out_channels, H / down, W / down).
 
-    Differentiable as often as one likes.
+    Differentiable to any order.
 
     Raises TypeError or ValueError for a wrong dtype, shape, device, up, down or filter.
 

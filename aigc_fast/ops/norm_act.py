@@ -94,8 +94,8 @@ def instance_norm_act(
                   strides are copied once to contiguous.
     weight, bias: shape (C,), or (N, C) for those of each sample; or None.
 
-    The others, the arithmetic, derivatives, bytes and errors are those of `batch_norm_act` in
-    training.
+    The other arguments, the arithmetic, derivatives, bytes and errors are those of `batch_norm_act`
+    in training.
 
     Source: Ulyanov et al. 2016, arXiv:1607.08022.
     """
@@ -116,9 +116,9 @@ def adaptive_instance_norm(
 ) -> Tensor:
     """y = gain * act(instance_norm(x) * (1 + scale) + shift): the norm that a style modulates.
 
-    scale, shift: shape (N, C), any floating dtype; halves of one packed projection will do.
+    scale, shift: shape (N, C), any floating dtype; they may be halves of one packed projection.
 
-    The others, and all else, are those of `instance_norm_act`.
+    The other arguments and everything else are those of `instance_norm_act`.
 
     Source: Huang and Belongie 2017, arXiv:1703.06868; Karras et al. 2019, arXiv:1812.04948.
     """
@@ -138,8 +138,8 @@ def pixel_norm_act(
 
     x: shape (N, C, ...), C > 0; memory orders as for `instance_norm_act`.
 
-    The others, the arithmetic, derivatives, bytes and errors are those of `batch_norm_act` in
-    training.
+    The other arguments, the arithmetic, derivatives, bytes and errors are those of `batch_norm_act`
+    in training.
 
     Source: Karras et al. 2018, arXiv:1710.10196.
     """

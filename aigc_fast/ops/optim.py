@@ -52,23 +52,28 @@ def adam_step(
     """One step of Adam or AdamW on every tensor, in place; the numbers are those of torch.optim.
 
         step += 1
-        g = grad * min(1, max_norm / (norm + 1e-6))      and + weight_decay param, not decoupled
+        g = grad * min(1, max_norm / (norm + 1e-6))      only with norm and max_norm
+        g += weight_decay param                          unless decoupled
         exp_avg += (1 - beta1) (g - exp_avg)
         exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) g^2
         param = (1 - lr weight_decay) param              only if decoupled
         param -= lr / (1 - beta1^step) exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
         average += (1 - ema_decay) (param - average)
 
-    params, grads, exp_avgs, exp_avg_sqs: as many tensors each, of one floating dtype and device,
-              each param's three of its shape; any strides.
-    steps:    a floating scalar tensor for each param: the steps taken. float32 in torch.optim.
-    averages: averaged weights of the params, or none.
-    norm:     what `gradient_norm` gave. Where it is not finite nothing is written, but `skipped`
-              grows by one. Nothing of this waits for the device.
-    max_norm: the norm to which gradients are scaled down.
-    skipped:  floating scalar tensor that counts.
-    rates:    floating tensor (2,), on the device: read in place of lr and ema_decay, for a CUDA
-              graph, in which the numbers stay as they were. float64 gives the results of numbers.
+    params:   tensors of one floating dtype and device, any shapes and strides.
+    grads, exp_avgs, exp_avg_sqs: for each param a tensor of its shape, dtype and device.
+    steps:    for each param a floating scalar tensor, the steps taken; float32 in torch.optim.
+    averages: for each param its averaged weights, of its shape and dtype; or () for none.
+    lr, betas, eps, weight_decay: as in torch.optim.Adam.
+    decoupled: True for the weight decay of AdamW, False for that of Adam.
+    ema_decay: the share of the old average that stays.
+    norm:     what `gradient_norm` returned, or None. Where it is not finite nothing is written, but
+              `skipped` grows by one. None of this waits for the device.
+    max_norm: the norm that gradients are scaled down to; needs norm. None for no clipping.
+    skipped:  floating scalar tensor that counts the skipped steps, or None.
+    rates:    floating tensor (2,) on the device, read in place of lr and ema_decay: a CUDA graph
+              keeps plain numbers as they were when it was recorded. In float64 the results are
+              those of plain numbers.
 
     Computes in fp32 (fp64 for fp64) and rounds once. Bytes that must move: 7 times the parameters,
     9 with averages.

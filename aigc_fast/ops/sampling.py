@@ -47,9 +47,9 @@ def sample_tokens(
     top_k:        only the k largest logits survive; 0 for all.
     top_p:        of these, the smallest set of the likeliest whose probabilities reach top_p.
     min_p:        of these, those at least min_p times as likely as the likeliest.
-    typical_p:    of these, the smallest set of those whose log-probability is nearest to its mean,
-                  the negative entropy, whose probabilities reach typical_p; all as near as the last
-                  of them. (Log-probabilities and entropy are of what survives so far.)
+    typical_p:    of these, the tokens whose log-probability is nearest to its mean, which is the
+                  negative entropy: the smallest set whose probabilities reach typical_p, and those
+                  that are as near as its last one. (All of this among what survives so far.)
     repetition_penalty: positive logits of tokens with a count other than 0 are divided by it,
                   negative ones multiplied.
     presence_penalty, frequency_penalty: subtracted from logits of tokens with a count above 0, the
@@ -60,10 +60,10 @@ def sample_tokens(
                   of word t // 32; other tokens are never drawn.
     seeds, steps: int64 (batch,), or one int for all rows. A row's noise depends on its seed, its
                   step and the token's number alone: count steps up from token to token, and give
-                  sequences that shall differ different seeds. No seeds: drawn from torch's own
-                  generator.
+                  sequences that must differ different seeds. None: seeds are drawn from torch's
+                  own generator.
 
-    Each parameter is a number or a (batch,) tensor; all of them are taken as float32.
+    Temperature, filters and penalties are each a number or a (batch,) tensor, taken as float32.
 
     Returns (tokens, logprobs), int64 and float32 (batch,): logprobs is log_softmax of the logits as
     they came, before mask, penalties and filters. Where logits tie, lower token numbers come first:

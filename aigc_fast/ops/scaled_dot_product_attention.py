@@ -33,17 +33,18 @@ def scaled_dot_product_attention(
     value: (batch, kv_heads, keys, value_dim), dtype of query.
     y:     (batch, heads, queries, value_dim), dtype of query.
 
-    On CPUs whose products torch leaves to an MKL that does not use AVX-512 (those that are not
-    Intel's), both products and the softmax between them are one operator of ours, 1.5 to 5 times as
+    torch leaves these products to MKL, which does not use AVX-512 on CPUs that are not Intel's.
+    There both products and the softmax between them are one operator of ours, 1.5 to 5 times as
     fast, and so are their gradients: in float32 and 16 bits, from 32 queries on (8 where there are
     up to 512 keys), without a mask and dropout. y is then (batch, queries, heads, value_dim) in
-    memory, as torch's is where query comes from a projection: who joins heads again copies nothing.
-    Of a query in another order torch's y has that order, and `view` may fail here where it does not
-    there. Computes in fp32; in 16 bits probabilities are rounded once, as in torch's.
-    Differentiable as often as one likes, the first time by an operator.
+    memory, so that joining the heads copies nothing. torch's y has the order of query in memory:
+    where that is another, a `view` that works on torch's y may fail on this one. Computes in fp32;
+    in 16 bits probabilities are rounded once, as torch does. Differentiable to any order; the
+    first gradients are an operator.
 
-    Everywhere else, where autocast changes a dtype, where torch.nn.attention.sdpa_kernel rules out
-    flash attention, within torch.compile and torch.func it is torch's own function.
+    Everything else is torch's own function: on other CPUs and on GPUs, where autocast changes a
+    dtype, where torch.nn.attention.sdpa_kernel rules out flash attention, within torch.compile and
+    torch.func.
 
     Source: Dao et al., FlashAttention, arXiv:2205.14135; Rabe and Staats, arXiv:2112.05682.
     """

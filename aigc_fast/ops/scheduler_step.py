@@ -56,7 +56,7 @@ def scheduler_step(
     return_x0:    whether x0 is returned too, in the dtype of sample.
 
     Computes in fp32 (fp64 for fp64) and rounds once. Zero times inf is NaN, also for a zero
-    coefficient. Differentiable without end with respect to all tensors but the coefficients; at
+    coefficient. Differentiable to any order with respect to all tensors but the coefficients; at
     |x0| = r the derivative is that inside. With guidance_rescale there is no derivative.
     Bytes that must move: (3 + the number of optional tensors) times sample; backward (4 + the
     same number, those of uncond_output and x0 counted twice).

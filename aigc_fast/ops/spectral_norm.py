@@ -32,7 +32,7 @@ def spectral_norm(
     weights as often as one likes, with u and v as constants, as the paper has it. Bytes that must
     move: forward 2, backward 3 times the weights, where each of them fits a core's cache.
 
-    Raises TypeError or ValueError for a wrong dtype, shape, device, or number of anything.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or number of tensors.
 
     Source: Miyato et al. 2018, arXiv:1802.05957.
     """

@@ -33,7 +33,7 @@ def timestep_embedding(
 
     Returns float32 (batch, dim), float64 for float64 timesteps, as diffusers does whatever the
     dtype of the model. Angles are computed in float64 everywhere: in float32 those of timesteps in
-    the thousands are off in the fourth digit. Differentiable without end with respect to timesteps.
+    the thousands are off in the fourth digit. Differentiable to any order in timesteps.
 
     Raises TypeError or ValueError for a wrong dtype, shape, dim, downscale_freq_shift or
     max_period.

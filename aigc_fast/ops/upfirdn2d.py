@@ -43,8 +43,13 @@ def upfirdn2d(
     filter:      shape (height, width), or (taps,) for a separable filter with these taps in both
                  directions. Any floating dtype; used in fp32 (fp64 for fp64). It has no gradient.
     up, down:    one factor, or (x, y): horizontal, vertical.
-    padding:     p, or (x, y), or (left, right, top, bottom), in pixels of the upsampled image.
+    padding:     p, or (x, y), or (left, right, top, bottom), in pixels of the upsampled image;
+                 negative crops.
+    flip_filter: True for a correlation in place of the convolution.
+    gain:        factor on the filter.
     bias:        shape (C,), dtype of x, or None.
+    act, alpha, clamp: as for `bias_act`.
+    act_gain:    the gain of `bias_act`.
 
     y has height (H up + top + bottom - filter height) // down + 1; width likewise. Computes in fp32
     and rounds once. The derivative is an upfirdn2d with up and down exchanged and the filter

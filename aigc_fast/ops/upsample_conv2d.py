@@ -24,15 +24,15 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Of the k x k pixels that the kernel meets, many are copies of one pixel of x; their weights are
     added first. The sums make a transposed convolution of stride 2 with a kernel of k + 1: for
     k = 3 four products an output in place of nine, and no upsampled x in memory. The convolution
-    is torch's. In 16 bits the sums are rounded once. In float32 y is the more exact one, but the
-    gradient of x, one sum of 16 x out_channels products in place of four of 9 x out_channels, may
-    be 2.3 times as wrong as that of the two calls (at 256 channels; 1.3 times in the mean).
+    is torch's. In 16 bits the sums are rounded once. In float32 y is more exact than that of the
+    two calls, but the gradient of x may be 2.3 times as wrong as theirs (at 256 channels; 1.3 times
+    on average): it is one sum of 16 x out_channels products in place of four of 9 x out_channels.
 
-    On a CPU, where the sums take their time, an x of fewer than 1,024 pixels is upsampled first and
-    goes to `conv2d`, which takes about as many products where it runs Winograd's algorithm.
+    On a CPU, where adding the weights takes a while, an x of fewer than 1,024 pixels is upsampled
+    first and goes to `conv2d`, whose Winograd algorithm takes about as few products.
 
-    Differentiable as often as one likes. Under autocast x and weight may differ in dtype, as they
-    may for torch's convolution.
+    Differentiable to any order. Under autocast x and weight may differ in dtype, as they may for
+    torch's convolution.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device.
 

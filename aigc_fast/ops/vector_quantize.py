@@ -29,21 +29,21 @@ def vector_quantize(
     indices:   int64, the shape of x without `dim`.
     distances: their shape, float32 (float64 for float64).
 
-    Derivatives: of `quantized` straight through, x's gradient is that of quantized and the codebook
-    gets none; of `distances`, with g their gradient,
+    Derivatives. That of `quantized` goes straight through: x gets the gradient of quantized, the
+    codebook gets none. For `distances`, with g their gradient,
 
         grad_x[n] = 2 beta g[n] (x[n] - quantized[n])
         grad_codebook[k] = sum over n with indices[n] = k of -2 g[n] (x[n] - quantized[n])
 
     so that `distances.mean()` has the gradient of VQ-VAE's |sg(x) - e|^2 + beta |x - sg(e)|^2,
-    where sg makes a constant. A codebook that moving averages learn should be detached.
+    where sg is the stop-gradient. A codebook that moving averages learn should be detached.
 
     No matrix of distances is written. Scores are |e|^2 / 2 - x.e in fp32 (fp64 for fp64), so the
     code that is chosen may be farther than the nearest one by the rounding of these: its squared
     distance by at most 2^-22 features |e| (|x| + |e|), where |e| is the length of the longest code.
     A score that is NaN counts as infinite; where all are, the index is 0. Distances are sums of
-    (x - e)^2, as exact as their terms. Bytes that must move: forward x, the
-    codebook, quantized; backward x and two gradients of its size.
+    (x - e)^2, as exact as their terms. Bytes that must move: forward x, the codebook and quantized;
+    backward x and two gradients of its size.
 
     Contiguous x and x in channels_last are read where they lie, for any `dim`; other strides are
     copied once. The bits do not depend on the number of threads.
