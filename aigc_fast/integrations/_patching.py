@@ -160,39 +160,41 @@ _LAYERS: dict[type, type[Replacement]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
 
 
 def patch(model: Any, *, fuse_loss: bool = False, freeze: bool = False) -> PatchReport:
-    """Makes the parts of a stock model that are known here call aigc_fast's operators, in place.
+    """Makes the parts of a stock model that this library knows call its operators, in place.
 
     model: a model of transformers (Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3, Granite, OLMo-2,
            Gemma-2, Gemma-3, GPT-2; of speech VITS, DAC, SpeechT5's and FastSpeech2Conformer's
            HiFi-GAN) or of diffusers (UNet2D, UNet2DCondition, AutoencoderKL, DiT, SD3, Flux, Wan),
-           any module that has one inside, such as PEFT's, or a pipeline of diffusers, all models of
-           which are patched. Of any other model nothing is changed.
-    fuse_loss: a language model of transformers that is trained with labels computes its loss by
-               `linear_cross_entropy`: its output has the loss, and None for the logits, which are
-               never all in memory. In evaluation, and where the loss is another, nothing changes.
-    freeze:    the weights of convolutions will stay as they are: on CPUs, where no gradient is
-               wanted and a call has up to 1,024 pixels (64 where Winograd's algorithm serves), a
-               second copy is kept as oneDNN packs it, until the model is moved. A weight that was
-               loaded or changed in place is packed anew; a write to `weight.data` is noticed only
-               where it changes one of the 64 to 127 elements that are compared in each call.
+           any module that has one inside, such as PEFT's, or a pipeline of diffusers, all of whose
+           models are patched. Any other model stays as it is.
+    fuse_loss: whether a language model of transformers, in training and called with labels,
+               computes its loss by `linear_cross_entropy`. Its output then has the loss, and None
+               for the logits, which are never all in memory. In evaluation, and where the model
+               has another loss, nothing changes.
+    freeze:    a promise that the weights of convolutions stay as they are. On CPUs, where no
+               gradient is wanted and a call has up to 1,024 pixels (64 where Winograd's algorithm
+               serves), a second copy is then kept in oneDNN's packed format, until the model is
+               moved. A weight that was loaded or changed in place is packed again; a write to
+               `weight.data` is noticed only if it changes one of the 64 to 127 elements that each
+               call compares.
 
     Modules, parameters, the names in state dicts and hooks stay. Outputs agree to rounding, in
-    training too. Patching again changes nothing (`unpatch` before another choice of arguments).
-    Within torch.compile the stock code runs, which the compiler fuses by itself. `unpatch` takes it
-    all back; a deep copy or pickle of a patched model is patched. Hooks on modules whose work
-    another does (an activation inside a gated MLP, the norms of a residual block) do not run while
-    it is patched. Speech's convolutions are ours on CPUs, where no gradient is wanted and no weight
-    norm, hook or adapter hangs on them.
+    training too. Patching again changes nothing: `unpatch` first to choose other arguments. Within
+    torch.compile the stock code runs, which the compiler fuses by itself. `unpatch` takes all of it
+    back; a deep copy or pickle of a patched model is patched too. Hooks do not run on modules whose
+    work another one does while the model is patched (an activation inside a gated MLP, the norms
+    of a residual block). The convolutions of speech models are replaced on CPUs, where no gradient
+    is wanted and they have no weight norm, hook or adapter.
 
-    Dtype and memory order of results stay as well. Convolutions of ours give channels_last: the
-    results of a model in another order are copied back, so move it there first. Where a CPU has
-    instructions for bfloat16, most of a convolutional model is faster still with these, by torch's
-    own convolutions, which like channels_last best:
+    Dtype and memory order of results stay as well. The library's convolutions write channels_last,
+    and copy the result where the model has another order: so move the model to channels_last
+    first. On CPUs with bfloat16 instructions most of a convolutional model is faster still in
+    bfloat16, by torch's own convolutions, which also prefer channels_last:
 
     >>> aigc_fast.patch(unet.to(torch.bfloat16).to(memory_format=torch.channels_last))
 
-    Returns what was replaced and what was not, and why. TypeError if `model` is neither a module
-    nor a pipeline.
+    Returns what was replaced, and what was not and why. Raises TypeError if `model` is neither a
+    module nor a pipeline.
     """
     replaced: Counter[tuple[str, str]] = Counter()
     kept: Counter[tuple[str, str]] = Counter()

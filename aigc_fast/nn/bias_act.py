@@ -14,7 +14,7 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 class BiasAct(nn.Module):
     """clip(gain * act(x + bias), -clamp, clamp), with a bias of shape (num_features,).
 
-    dim: the dimension of x that bias runs along.
+    dim: the dimension of x that bias runs along; its size is num_features.
     act, alpha, gain, clamp: as for `ops.bias_act`.
 
     >>> BiasAct(64, act="lrelu", alpha=0.2, gain=1.0)  # nn.LeakyReLU(0.2) and a bias per channel

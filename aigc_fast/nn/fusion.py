@@ -35,23 +35,23 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def fuse(model: nn.Module) -> PatchReport:
-    """Makes the layers before activations apply them too, in place.
+    """Makes layers apply the activation that follows them, in place.
 
     model: any module. Wherever an nn.Sequential, or another forward that torch.fx can trace, runs
            Linear, Conv or ConvTranspose (1d to 3d), or BatchNorm, InstanceNorm or GroupNorm, and
-           then ReLU, LeakyReLU, Tanh, Sigmoid, ELU, SELU, Softplus, SiLU or GELU, the former calls
-           bias_act or a norm with the activation, and the latter passes on what it gets. A dropout
-           between them stays: ReLU and LeakyReLU commute with it.
+           then ReLU, LeakyReLU, Tanh, Sigmoid, ELU, SELU, Softplus, SiLU or GELU, the layer calls
+           bias_act or a norm with the activation, and the activation returns what it is given. A
+           dropout between them may stay there: ReLU and LeakyReLU commute with it.
 
-    Modules, parameters, the names in state dicts and parametrizations stay; outputs and gradients,
-    of any order, agree to rounding. What has hooks that would see another tensor, or is used in
-    several places, is kept as it is. Of a forward some of whose arguments can be left out, that is
-    fused which runs in the same way with them and without. Otherwise a forward is taken to go the
-    way it goes now, and an nn.Sequential to run as a whole: one that is indexed or sliced between a
-    layer and its activation gives the activation's result already. Within torch.compile the stock
-    code runs. Fusing again changes nothing; `unfuse` takes all back.
+    Modules, parameters, the names in state dicts and parametrizations stay; outputs and gradients
+    of any order agree to rounding. What has hooks that would see another tensor, or is used in
+    several places, is left alone. Where some arguments of a forward are optional, only what runs in
+    the same way with and without them is fused. Apart from that, a forward is assumed to take the
+    path that it takes now, and an nn.Sequential to run as a whole: one that is indexed or sliced
+    between a layer and its activation returns the activation's result already. Within torch.compile
+    the stock code runs. Fusing again changes nothing; `unfuse` takes all of it back.
 
-    Returns what was replaced and what was not, and why. TypeError if `model` is no module.
+    Returns what was replaced, and what was not and why. Raises TypeError if `model` is no module.
     """
     _check(model)
     places = Counter(child for _, _, child in _places(model))
@@ -79,7 +79,7 @@ def fuse(model: nn.Module) -> PatchReport:
 def unfuse(model: nn.Module) -> None:
     """Takes back what `fuse` did to `model` or to a module inside it; else does nothing.
 
-    TypeError if `model` is no module.
+    Raises TypeError if `model` is no module.
     """
     _check(model)
     take_back(model, _RECORD)
@@ -93,9 +93,9 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
            layer has weight * s and (bias - mean) * s + shift, s = scale / sqrt(var + eps), and the
            norm is an nn.Identity. A Linear must get (N, features).
 
-    What has hooks or is used in several places stays. The copy is in evaluation mode, takes no
-    gradients for its parameters, and agrees with model.eval() to rounding. `fuse` may follow.
-    TypeError if `model` is no module.
+    What has hooks or is used in several places stays as it is. The copy is in evaluation mode, its
+    parameters require no gradient, and its outputs agree with those of model.eval() to rounding.
+    `fuse` may follow. Raises TypeError if `model` is no module.
     """
     _check(model)
     folded = copy.deepcopy(model)

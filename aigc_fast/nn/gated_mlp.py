@@ -6,14 +6,14 @@ from aigc_fast import ops
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up."""
+    """silu(gate) * up, both (..., width), as `ops.swiglu`."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return ops.swiglu(gate, up)
 
 
 class GEGLU(nn.Module):
-    """gelu(gate) * up; `approximate` as in nn.GELU."""
+    """gelu(gate) * up, both (..., width), as `ops.geglu`; `approximate` as in nn.GELU."""
 
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()

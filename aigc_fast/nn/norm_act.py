@@ -107,8 +107,8 @@ class SyncBatchNormAct(BatchNormAct, nn.SyncBatchNorm):
     """nn.SyncBatchNorm, then an activation: x of shape (N, C, ...), on CPUs too.
 
     In training its statistics, and gradients of any order, are those of the batches of all
-    processes together, which may differ in size; all of them must run it at once. Without
-    torch.distributed at work, and in evaluation, it is a batch norm.
+    processes together, which may differ in size; all of them must call it together. In evaluation,
+    and where torch.distributed is not initialised, it is a batch norm.
 
     process_group: the processes; all of them where None.
     act, alpha, gain: as for `ops.batch_norm_act`; the others, and the state dict, as for torch's.
@@ -124,9 +124,9 @@ class SyncBatchNormAct(BatchNormAct, nn.SyncBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """Makes the batch norms inside, torch's and this library's, such modules, in place.
-
-        torch.nn.SyncBatchNorm's method of the name would leave out the activations. Returns module.
+        """Turns the batch norms inside `module`, torch's and this library's, into this class, in
+        place, and returns `module`. (torch.nn.SyncBatchNorm's method of this name would leave out
+        the activations.)
         """
         for child in module.modules():
             if type(child) in _BATCH_NORMS:
@@ -232,10 +232,10 @@ class PixelNormAct(Activated):
 
 
 class MinibatchStddev(nn.Module):
-    """Appends to x, (N, C, ...), channels that say how much the samples of a group differ.
+    """Appends to x, (N, C, ...), channels with the standard deviation over the samples of a group.
 
-    group_size:   samples of a group, at most: the largest number up to it that divides the batch
-                  is taken, the whole batch where None.
+    group_size:   most samples of a group: the largest number up to it that divides the batch is
+                  taken. None for the whole batch.
     num_channels: channels to append, each from C / num_channels of x.
 
     Plain PyTorch: it is one pass over the smallest map of a discriminator.

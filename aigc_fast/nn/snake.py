@@ -15,9 +15,10 @@ class Snake(nn.Module):
     """x + sin(alpha x)^2 / (alpha + 1e-9), one alpha per channel.
 
     channels:        the size of dimension 1 of x.
-    alpha:           what the frequency starts from: 1 times it or, with alpha_logscale, exp(0).
+    alpha:           the initial frequency. Without effect where alpha_logscale is True, as in
+                     BigVGAN's code: the frequency then starts at 1.
     alpha_trainable: False keeps the parameters from being trained.
-    alpha_logscale:  the parameters are logarithms, as in the published BigVGAN models.
+    alpha_logscale:  True if the parameters are logarithms, as in the published BigVGAN models.
 
     >>> Snake(256)(torch.randn(2, 256, 100)).shape
     torch.Size([2, 256, 100])

@@ -24,8 +24,8 @@ def spectral_norm(model: Model, n_power_iterations: int = 1, eps: float = 1e-12)
     The weights become weight_orig, weight_u and weight_v, as torch.nn.utils.spectral_norm (applied
     to each of these layers) names and computes them: state dicts travel in both directions.
     A model may be called several times before backward: every call has its own u and v. As with
-    torch's, a model cannot be deep-copied after a call, since `weight` is no leaf then; give the
-    copy the state dict.
+    torch's, a model cannot be deep-copied after a call, because `weight` is then no leaf; build
+    another one and load the state dict instead.
 
     Raises ValueError if the model has no such layer, or one that is normalised already.
 

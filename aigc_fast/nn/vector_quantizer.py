@@ -12,22 +12,22 @@ class VectorQuantizer(nn.Module):
     """x to (quantized, indices, loss): the nearest of `embedding.weight` for every vector of x.
 
     num_codes, features: shape of the codebook.
-    dim:   of x along which its vectors lie; 1 for images.
+    dim:   the dimension of x along which its vectors lie; 1 for images.
     beta:  weight of the commitment loss.
-    decay: None where the optimizer learns the codebook; else, in training mode, each call moves
+    decay: None where the optimizer learns the codebook. Else, in training mode, each call moves
            every code towards the mean of the vectors that chose it: counts and sums are averaged
            with this factor (the buffers ema_count and ema_sum), and a code is their ratio. A code
            that nobody has chosen for long stays where it is.
-    restart_below: with `decay`, a code whose averaged count falls below takes the place of a random
-           vector of x; 0 is never.
+    restart_below: with `decay`, a code whose averaged count falls below this moves to a random
+           vector of x; 0 for never.
 
     quantized and indices are those of `ops.vector_quantize`, gradients go straight through. loss is
     a scalar, the mean over all elements of x: without decay it is |sg(x) - e|^2, with the gradient
-    of |sg(x) - e|^2 + beta |x - sg(e)|^2; with decay it is beta |x - sg(e)|^2. sg makes a constant.
+    of |sg(x) - e|^2 + beta |x - sg(e)|^2; with decay it is beta |x - sg(e)|^2. sg: stop-gradient.
 
-    x may be of fewer bits than the codebook, which then is rounded for the call; keep the codebook
-    in float32, for averages move by less than 16 bits tell apart. Processes that train together
-    are not joined.
+    x may have a narrower dtype than the codebook, which is then rounded for the call. Keep the
+    codebook in float32: averages move by less than 16 bits can tell apart. Processes that train
+    together do not share their counts.
 
     Raises ValueError for a decay outside [0, 1) and for restart_below without decay.
 
