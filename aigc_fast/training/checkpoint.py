@@ -23,7 +23,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """What `save_checkpoint` wrote. Runs no code from the file.
 
-    Raises OSError where there is no file, ValueError where it is no such checkpoint.
+    Raises OSError where there is no file, ValueError where it is not such a checkpoint.
     """
     try:
         state = torch.load(path, map_location=device, weights_only=True)

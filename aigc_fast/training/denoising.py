@@ -18,21 +18,22 @@ WEIGHTINGS = ("min_snr", "p2")
 
 @dataclass(frozen=True)
 class Denoising:
-    """A task for a model of (noisy, timesteps): to predict, where noisy = alpha * sample + sigma *
-    noise,
+    """What a model of (noisy, timesteps) predicts, where noisy = alpha * sample + sigma * noise.
 
-        epsilon  the noise
-        v        alpha * noise - sigma * sample: where there is hardly a signal left it asks for the
-                 sample and not, as the noise would, for a copy of the input (arXiv:2202.00512)
-        flow     noise - sample, where alpha = 1 - sigma and the timestep is 1000 sigma, any real
-                 number: rectified flow (arXiv:2209.03003)
+    prediction: epsilon  the noise
+                v        alpha * noise - sigma * sample: where hardly any signal is left this is
+                         nearly the sample, while the noise would be nearly a copy of the input
+                         (arXiv:2202.00512)
+                flow     noise - sample, with alpha = 1 - sigma and the timestep 1000 sigma, any
+                         real number: rectified flow (arXiv:2209.03003)
+    schedule:   of epsilon and v, over 1000 timesteps: cosine (arXiv:2102.09672) or linear
+                (arXiv:2006.11239).
+    weighting:  of the squared error of each sample; None for 1. The others are factors on the
+                squared error of the noise, by the signal-to-noise ratio alpha^2 / sigma^2:
+                min_snr  min(snr, 5) / snr (arXiv:2303.09556)
+                p2       1 / (1 + snr) (arXiv:2204.00227)
 
-    schedule:  of epsilon and v, over 1000 timesteps: cosine (arXiv:2102.09672) or linear
-               (arXiv:2006.11239).
-    weighting: of the squared error of each sample. None: all alike. The others are functions of the
-               signal-to-noise ratio, alpha^2 / sigma^2, and of the error in the noise:
-               min_snr  min(snr, 5) / snr (arXiv:2303.09556)
-               p2       1 / (1 + snr) (arXiv:2204.00227)
+    Raises ValueError for another word.
     """
 
     prediction: str = "v"
@@ -46,7 +47,7 @@ class Denoising:
             check_choice("weighting", self.weighting, WEIGHTINGS)
 
     def scheduler(self) -> Scheduler:
-        """One with the noise levels of this task."""
+        """A scheduler with the noise levels of this task."""
         if self.prediction == "flow":
             return FlowMatchEulerDiscreteScheduler()
         return DDPMScheduler(

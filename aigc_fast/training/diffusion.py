@@ -25,17 +25,19 @@ from .trainer import (
 
 @dataclass(frozen=True)
 class DiffusionRecipe(Denoising):
-    """What the model is asked for, see Denoising, and how it is trained.
+    """What the model predicts, and how it is trained.
+
+    prediction, schedule, weighting: as for `Denoising`.
 
     lr, betas, weight_decay: of AdamW. The learning rate rises over the first twentieth of the
                 training and falls along a cosine to zero.
-    max_norm:   to which gradients are clipped; None for not at all.
+    max_norm:   the norm that gradients are clipped to; None for no clipping.
     ema_decay:  of the averaged weights; less in the first steps.
     unlabelled: share of the labels that "any" replaces, so that the model learns both outputs of
                 classifier-free guidance (arXiv:2207.12598).
     bf16:       run the model under bfloat16 autocast; weights stay as they are.
-    gradient_checkpointing: keep only what goes into the model's blocks, and compute what is inside
-                again for the gradients: a third more time, a fraction of the memory.
+    gradient_checkpointing: keep only the inputs of the model's blocks, and compute what is inside
+                them again for the gradients: a third more time, a fraction of the memory.
     """
 
     lr: float = 2e-3
@@ -71,15 +73,15 @@ class DiffusionStep(NamedTuple):
 
 class DiffusionTrainer(Trainer):
     """Trains model(noisy, timesteps, labels). A step whose loss or gradients are not finite leaves
-    weights, their averages and the optimizer as they are and is counted in `skipped`; what a batch
-    norm keeps has moved by then, so far as it is finite.
+    weights, their averages and the optimizer as they are and is counted in `skipped`; the running
+    statistics of batch norms have moved by then, unless they are not finite.
 
     recipe:  what is minimised, and how; by default v at the cosine schedule.
-    done:    done(step) is the share of the training, 0 to 1, that lies behind at a step, such as
+    done:    done(step) is the share of the training, 0 to 1, that is done by a step, such as
              `lambda step: step / 1000`: the learning rate depends on it.
     null_label: the class that stands for "any"; None where there are no classes.
     seed:    of noise, timesteps and the order of samples. The same seed gives the same losses, to
-             the bit, also where training was interrupted and went on from `state_dict`.
+             the bit, also where training was interrupted and resumed from `state_dict`.
     average: the model with averaged weights, the one to sample from.
     """
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Holds `model`, a copy whose weights follow those of another one at a distance.
+    """A moving average of a model's weights and buffers, in the attribute `model`.
 
-    decay: share of the old average that stays at every update. While there have been few updates
-        it is less, (1 + updates) / (10 + updates), so that the start is soon forgotten.
+    decay: share of the old average that stays at every update, in [0, 1). At first it is less,
+        (1 + updates) / (10 + updates), so that the start is soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
@@ -24,9 +24,9 @@ class EMA:
         )
 
     def averages_of(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """The average of each, in whichever order they come.
+        """The average of each of these parameters.
 
-        Raises ValueError for one that the model did not have when this was made.
+        Raises ValueError for one that the model did not have when this average was made.
         """
         parameters = list(parameters)
         if not all(p in self._of for p in parameters):

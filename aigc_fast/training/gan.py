@@ -43,15 +43,15 @@ class GANTrainer(Trainer):
     A step is a batch of real samples: an update of the discriminator and, every n_critic steps, of
     the generator. Networks of `num_classes` are called with labels as well. A step whose loss or
     gradients are not finite leaves weights, their averages and the optimizer as they are and is
-    counted in `skipped`; what a batch norm keeps has moved by then, so far as it is finite.
-    Parameters that want no gradient as the trainer is made stay as they are.
+    counted in `skipped`; the running statistics of batch norms have moved by then, unless they are
+    not finite. Parameters that require no gradient when the trainer is made are not trained.
 
     recipe:  what is minimised; by default the non-saturating loss and numbers of DCGAN
         (arXiv:1406.2661, arXiv:1511.06434).
-    done:    done(step) is the share of the training, 0 to 1, that lies behind at a step, such as
+    done:    done(step) is the share of the training, 0 to 1, that is done by a step, such as
         `lambda step: step / 1000`; for recipes whose learning rates fall.
     seed:    of latents, noise and the order of samples. The same seed gives the same losses, to the
-        bit, also where training was interrupted and went on from `state_dict`.
+        bit, also where training was interrupted and resumed from `state_dict`.
     cuda_graph: whether a step is one CUDA graph, from the third step of its kind on (with or
         without the generator, with or without the penalty) and for each shape of a batch. The
         networks must then not wait for the device in `forward`, and their parameters must stay the

@@ -18,18 +18,19 @@ class GANRecipe:
     loss:             one of aigc_fast.ops.gan_loss.LOSSES.
     penalty:          "gradient" (of WGAN-GP), "r1", "r2" or "r1+r2" on the discriminator, or None.
     penalty_weight:   its factor.
-    penalty_interval: it is computed every so many steps only, and then weighs so many times more
-                      (lazy regularisation, arXiv:1912.04958).
+    penalty_interval: steps from one penalty to the next; its weight is then that many times as
+                      large (lazy regularisation, arXiv:1912.04958).
     path_length_weight: factor of the generator's path length penalty (arXiv:1912.04958, where it is
                       2); 0 for none. For generators with styles, such as StyleGAN2Generator.
     path_length_interval: updates of the generator from one such penalty to the next, as above.
-    n_critic:         updates of the discriminator for one of the generator.
-    weight_clip:      limit on the discriminator's weights, as of the first WGAN; None for none.
-    g_lr, d_lr, betas: of the two Adams.
+    n_critic:         updates of the discriminator for each one of the generator.
+    weight_clip:      limit on the magnitude of the discriminator's weights (the first WGAN); None
+                      for no limit.
+    g_lr, d_lr, betas: of the Adam optimizers of generator and discriminator.
     lr_falls_from:    share of the training, 0 to 1, after which both learning rates fall to zero
-                      along a line (arXiv:1703.10593, 7.2); 1 for never.
-    max_norm:         to which gradients are clipped; None for not at all.
-    instance_noise:   deviation of noise added to all that the discriminator sees
+                      linearly (arXiv:1703.10593, 7.2); 1 for never.
+    max_norm:         the norm that gradients are clipped to; None for no clipping.
+    instance_noise:   standard deviation of the noise added to all that the discriminator sees
                       (arXiv:1610.04490), so that it judges shapes and not single pixels.
     ema_decay:        of the generator's averaged weights; less in the first steps.
     bf16:             run the networks under bfloat16 autocast; weights stay as they are.

@@ -25,19 +25,19 @@ from .trainer import (
 
 @dataclass(frozen=True)
 class LanguageRecipe:
-    """What is minimised, the cross-entropy of every token of a window after those before it, and
-    how.
+    """How a language model is trained. What is minimised is the cross-entropy of each token of a
+    window, given those before it.
 
     label_smoothing, z_loss: of `ops.linear_cross_entropy`.
     lr, betas, weight_decay: of AdamW. The learning rate rises over the first twentieth of the
                 training and falls along a cosine to zero. Norms and biases do not decay.
-    max_norm:   to which gradients are clipped; None for not at all.
-    micro_batches: in so many parts a batch goes through the model, one after another, to one
-                update: as good as the same (to rounding) in less memory.
+    max_norm:   the norm that gradients are clipped to; None for no clipping.
+    micro_batches: parts of a batch that go through the model one after another, for one update:
+                the same result, to rounding, in less memory.
     ema_decay:  of the averaged weights; less in the first steps. None for no average.
     bf16:       run the model under bfloat16 autocast; weights and losses stay as they are.
-    gradient_checkpointing: keep only what goes into the model's blocks, and compute what is inside
-                again for the gradients: a third more time, a fraction of the memory.
+    gradient_checkpointing: keep only the inputs of the model's blocks, and compute what is inside
+                them again for the gradients: a third more time, a fraction of the memory.
     """
 
     label_smoothing: float = 0.0
@@ -81,10 +81,10 @@ class LanguageTrainer(Trainer):
     finite leaves weights, their averages and the optimizer as they are and is counted in `skipped`.
 
     recipe:  what is minimised, and how.
-    done:    done(step) is the share of the training, 0 to 1, that lies behind at a step, such as
+    done:    done(step) is the share of the training, 0 to 1, that is done by a step, such as
              `lambda step: step / 1000`: the learning rate depends on it.
     seed:    of the order of windows. The same seed gives the same losses, to the bit, also where
-             training was interrupted and went on from `state_dict`.
+             training was interrupted and resumed from `state_dict`.
     average: the model with averaged weights, or the model itself where there are none.
     """
 

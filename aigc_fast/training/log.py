@@ -10,10 +10,12 @@ from aigc_fast.io._whole import written_whole
 
 
 class CSVLog:
-    """Appends a row of numbers a step; each is on the disk's side of the process at once.
+    """Appends a row of numbers for each step to a CSV file, and flushes it at once.
 
-    last_step: rows after it are dropped: a run that was killed may have logged steps that its
-        checkpoint does not have. 0 begins anew.
+    columns: names of the numbers; the column "step" comes before them.
+
+    last_step: rows after this step are dropped: a run that was killed may have logged steps that
+        its checkpoint does not have. 0 begins a new file.
     """
 
     def __init__(self, path: str | os.PathLike[str], columns: list[str], last_step: int = 0):
@@ -32,7 +34,7 @@ class CSVLog:
         self._file.flush()
 
     def read(self) -> list[list[float]]:
-        """The rows there are; one that a kill cut short is left out."""
+        """The rows of the file, without one that a kill cut short."""
         with self.path.open(newline="") as file:
             rows = list(csv.reader(file))[1:]
         return [list(map(float, row)) for row in rows if len(row) == len(self.columns)]

@@ -19,13 +19,14 @@ Recipe = TypeVar("Recipe")
 
 
 class Trainer(ABC):
-    """
+    """A loop over batches that can be interrupted and resumed; subclasses add the step.
+
     recipe:     a dataclass: what is minimised, and how.
     networks, optimizers: what a step changes, by the names that `state_dict` gives them.
     ema:        the averaged weights, of the network to sample from; None for that network's own.
-    done:       done(step) is the share of the training, 0 to 1, that lies behind at a step.
+    done:       done(step) is the share of the training, 0 to 1, that is done by a step.
     seed:       of everything random. The same seed gives the same losses, to the bit, also where
-                training was interrupted and went on from `state_dict`.
+                training was interrupted and resumed from `state_dict`.
     """
 
     def __init__(
@@ -62,11 +63,14 @@ class Trainer(ABC):
     def train(
         self, samples: Tensor, labels: Tensor | None = None, *, epochs: int, batch_size: int
     ) -> Iterator[Any]:
-        """Yields after every step; whoever iterates logs, plots, or stops. Goes on after
+        """Yields after every step, so that the caller can log, plot or stop. Resumes after
         `steps_done`.
 
-        samples: as the networks take them, or uint8 pixels, a fourth of the memory: they become
-                 numbers in [-1, 1] a batch at a time.
+        samples: (count, ...) as the networks take them, or uint8 pixels, a quarter of the memory,
+                 which become numbers in [-1, 1] a batch at a time.
+        labels:  int64 (count,), for networks of classes.
+        epochs:  passes over the samples, those already done included.
+        batch_size: samples of a step; those that do not fill a batch are left out of the epoch.
         """
         data = (samples,) if labels is None else (samples, labels)
         steps = steps_of_epoch(len(samples), batch_size)
@@ -100,8 +104,10 @@ class Trainer(ABC):
         return states
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave, the state of torch's own generators too; ValueError
-        where it is of another recipe."""
+        """Restores what `state_dict` gave, the state of torch's own generators included.
+
+        Raises ValueError for the state of another recipe.
+        """
         # An older checkpoint lacks what was added since, whose default is what was done before.
         recipe, other = asdict(self.recipe), asdict(type(self.recipe)()) | state["recipe"]
         if differing := sorted(name for name in recipe if recipe[name] != other[name]):

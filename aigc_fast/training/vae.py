@@ -29,21 +29,21 @@ _CONSTANTS = {"bernoulli": 0.0, "gaussian": math.log(2 * math.pi) / 2, "laplace"
 
 @dataclass(frozen=True)
 class VAERecipe:
-    """What is minimised, the mean over images of reconstruction + beta * max(divergence, free_bits)
-    in nats, and how.
+    """How a VAE is trained. What is minimised is the mean over images of
+    reconstruction + beta * max(divergence, free_bits), in nats.
 
-    likelihood: of the pixels of an image in [-1, 1], as `ops.reconstruction_loss` has them:
-                "bernoulli" of (pixel + 1) / 2, whose logits the decoder gives; "gaussian" or
-                "laplace" of the pixel, at the number that the decoder gives.
-    beta:       weight of the divergence (Higgins et al. 2017); a Gaussian of deviation s in place
-                of 1 is beta = s^2.
-    warm_up:    share of the training, 0 to 1, over which that weight rises from zero along a line
+    likelihood: of the pixels, in [-1, 1], given what the decoder returns; a kind of
+                `ops.reconstruction_loss`. "bernoulli": it returns logits of (pixel + 1) / 2.
+                "gaussian" and "laplace": it returns the means of the pixels.
+    beta:       weight of the divergence (Higgins et al. 2017). A Gaussian likelihood of standard
+                deviation s in place of 1 is the same as beta = s^2.
+    warm_up:    share of the training, 0 to 1, over which that weight rises linearly from zero
                 (arXiv:1602.02282).
-    free_bits:  nats of each image's divergence, all latent numbers together, that cost nothing
-                (after arXiv:1606.04934, which has them for groups of numbers).
+    free_bits:  nats of each image's divergence, over all its latents together, that cost nothing
+                (arXiv:1606.04934 has them for groups of latents).
     lr, betas, weight_decay: of AdamW. The learning rate rises over the first twentieth of the
                 training and falls along a cosine to zero.
-    max_norm:   to which gradients are clipped; None for not at all.
+    max_norm:   the norm that gradients are clipped to; None for no clipping.
     ema_decay:  of the averaged weights; less in the first steps.
     bf16:       run the model under bfloat16 autocast; weights, latents and losses stay as they are.
     """
@@ -92,13 +92,14 @@ class VAETrainer(Trainer):
     """Trains a model of encode(images) -> parameters, as `ops.sample_gaussian` takes them, and
     decode(latents), both called with labels as well where there are some. A step whose loss or
     gradients are not finite leaves weights, their averages and the optimizer as they are and is
-    counted in `skipped`; what a batch norm keeps has moved by then, so far as it is finite.
+    counted in `skipped`; the running statistics of batch norms have moved by then, unless they are
+    not finite.
 
     recipe:  what is minimised, and how.
-    done:    done(step) is the share of the training, 0 to 1, that lies behind at a step, such as
+    done:    done(step) is the share of the training, 0 to 1, that is done by a step, such as
              `lambda step: step / 1000`: beta and the learning rate depend on it.
     seed:    of noise and the order of samples. The same seed gives the same losses, to the bit,
-             also where training was interrupted and went on from `state_dict`.
+             also where training was interrupted and resumed from `state_dict`.
     average: the model with averaged weights, the one to sample from.
     """
 
