@@ -1,4 +1,8 @@
-"""Noise schedules and solvers: each solver is a table of rows for ops.scheduler_step."""
+"""Noise schedules and solvers: each solver is a table of rows for ops.scheduler_step.
+
+The classes have the names, arguments and defaults of diffusers' schedulers, and give the same
+samples. Their docstrings explain what is particular to a class; the loop is `Scheduler`'s.
+"""
 
 from aigc_fast.schedulers.adams import IPNDMScheduler, LMSDiscreteScheduler
 from aigc_fast.schedulers.ancestral import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler

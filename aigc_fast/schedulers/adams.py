@@ -81,8 +81,9 @@ def ipndm_step(
 
 @dataclass
 class IPNDMScheduler(Scheduler):
-    """PLMS on the schedule of v-diffusion: alpha = cos, sigma = sin of timestep * pi / 2, so far
-    as those have no other betas."""
+    """Linear multistep (PLMS) of order up to 4, with alpha = cos and sigma = sin of
+    timestep * pi / 2 unless trained_betas are given.
+    """
 
     num_train_timesteps: int = 1000
     trained_betas: Sequence[float] | None = None
@@ -155,7 +156,10 @@ def lms_step(
 
 @dataclass
 class LMSDiscreteScheduler(VarianceExploding):
-    """step() takes the order, up to 4."""
+    """Linear multistep in sigma.
+
+    step() takes the order, 1 to 4, which is the default.
+    """
 
     advance: ClassVar = lms_step
 

@@ -98,8 +98,11 @@ def ddpm_step(
 
 @dataclass
 class DDPMScheduler(DiffusionScheduler):
-    """variance_type: fixed_small, fixed_small_log, fixed_large, learned or learned_range; with the
-    last two the model's output has twice the channels of the sample."""
+    """Ancestral sampling (Ho et al. 2020, arXiv:2006.11239).
+
+    variance_type: fixed_small, fixed_small_log, fixed_large, learned or learned_range; with the
+        last two the model's output has twice the channels of the sample.
+    """
 
     _: KW_ONLY
     variance_type: str = "fixed_small"
@@ -173,8 +176,10 @@ def ddim_step(
 
 @dataclass
 class DDIMScheduler(DiffusionScheduler):
-    """eta: 0 is deterministic, 1 has the noise of DDPM (diffusers takes it at every step).
-    set_alpha_to_one: whether the step behind the last has no noise, or that of timestep 0.
+    """Implicit sampling (Song et al. 2020, arXiv:2010.02502).
+
+    eta: 0 is deterministic, 1 has the noise of DDPM; step() takes it too, as diffusers does.
+    set_alpha_to_one: whether the last step ends without noise, or with that of timestep 0.
     """
 
     _: KW_ONLY
@@ -221,7 +226,7 @@ def ddim_inverse_step(
 
 @dataclass
 class DDIMInverseScheduler(DiffusionScheduler):
-    """DDIM backwards: from an image to the noise that DDIM makes it of."""
+    """DDIM backwards: from an image to the noise from which DDIM makes it."""
 
     _: KW_ONLY
     clip_sample: bool = True

@@ -53,8 +53,12 @@ def lcm_step(
 
 @dataclass
 class LCMScheduler(DiffusionScheduler):
-    """original_inference_steps: the steps that the model was distilled with, of which
-    set_timesteps takes some; timestep_scaling: of the boundary condition."""
+    """Latent consistency models (arXiv:2310.04378): every step goes to x0, then adds noise.
+
+    original_inference_steps: the steps that the model was distilled with; set_timesteps chooses
+        among them.
+    timestep_scaling: factor on the timestep in the boundary condition.
+    """
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -145,7 +149,10 @@ def tcd_step(
 
 @dataclass
 class TCDScheduler(LCMScheduler):
-    """step() takes eta, the share of noise; 0 is deterministic."""
+    """Trajectory consistency distillation (arXiv:2402.19159).
+
+    step() takes eta, in [0, 1]: the share of noise, 0.3 by default; 0 is deterministic.
+    """
 
     advance: ClassVar = tcd_step
     second_output: ClassVar = "pred_noised_sample"
@@ -184,7 +191,10 @@ def consistency_step(
 
 @dataclass
 class CMStochasticIterativeScheduler(Scheduler):
-    """Timesteps are 250 log sigma."""
+    """Multistep sampling of consistency models (arXiv:2303.01469, algorithm 1).
+
+    Timesteps are 250 log sigma.
+    """
 
     num_train_timesteps: int = 40
     sigma_min: float = 0.002

@@ -65,8 +65,9 @@ def singlestep_step(
 
 @dataclass
 class DPMSolverSinglestepScheduler(FinalSigma):
-    """DPM-Solver++ whose orders rise 1, 2, 3 and begin anew: every `solver_order` steps of the
-    loop are one step of that order."""
+    """DPM-Solver++ with orders 1, 2, 3, 1, 2, 3, ...: every `solver_order` steps of the loop are
+    one step of that order.
+    """
 
     _: KW_ONLY
     solver_order: int = 2

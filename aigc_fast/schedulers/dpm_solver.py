@@ -215,10 +215,10 @@ def check_solver(s: Any, algorithms: tuple[str, ...], types: tuple[str, ...]) ->
 class DPMSolverMultistepScheduler(FinalSigma):
     """DPM-Solver++ of order 1 to 3 ("2M"), its SDE variant, and DPM-Solver.
 
-    algorithm_type: dpmsolver++, sde-dpmsolver++, dpmsolver or sde-dpmsolver.
+    algorithm_type:    dpmsolver++, sde-dpmsolver++, dpmsolver or sde-dpmsolver.
     solver_type:       midpoint or heun, for order 2.
-    lower_order_final: lower orders in the last two steps of fewer than 15.
-    euler_at_final:    order 1 in the last step of any number.
+    lower_order_final: lower orders in the last two steps, where there are fewer than 15.
+    euler_at_final:    order 1 in the last step, however many there are.
     """
 
     _: KW_ONLY

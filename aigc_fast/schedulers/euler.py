@@ -175,7 +175,9 @@ class VarianceExploding(SigmaScheduler):
 
 @dataclass
 class EulerDiscreteScheduler(VarianceExploding):
-    """step() takes s_churn, s_tmin, s_tmax and s_noise of algorithm 2.
+    """Euler's method (Karras et al. 2022, arXiv:2206.00364, algorithm 2 without its correction).
+
+    step() takes s_churn, s_tmin, s_tmax and s_noise, which add noise before a step.
 
     interpolation_type: linear, or log_linear between the first and the last sigma of training.
     timestep_type: discrete, or continuous: with v_prediction a timestep is then log(sigma) / 4.
@@ -224,7 +226,7 @@ class EulerDiscreteScheduler(VarianceExploding):
 
 @dataclass
 class EulerAncestralDiscreteScheduler(VarianceExploding):
-    """Euler's method to a lower sigma than the next, and noise up to that."""
+    """Euler's method to a sigma below the next one, then noise up to that one."""
 
     _: KW_ONLY
     rescale_betas_zero_snr: bool = False
@@ -294,7 +296,10 @@ class EDMScheduler(Scheduler):
 
 @dataclass
 class EDMEulerScheduler(EDMScheduler):
-    """step() takes s_churn, s_tmin, s_tmax and s_noise of algorithm 2."""
+    """Euler's method for models with the preconditioning of EDM (arXiv:2206.00364).
+
+    step() takes s_churn, s_tmin, s_tmax and s_noise of the paper's algorithm 2.
+    """
 
     advance: ClassVar = euler_step
     second_output: ClassVar = "pred_original_sample"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aigc_fast import ops
 from aigc_fast.ops._checks import check_choice
+from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.schedulers.diffusion_scheduler import check_spacings, spacing_of
 from aigc_fast.schedulers.euler import churn, churned, slope
 from aigc_fast.schedulers.linear import NOISE, OUTPUT, SAMPLE, X0, Row, named
@@ -63,13 +64,9 @@ def euler_step(
     step = steps_of(s, sample.device, euler_rows)[index]
     noise = None
     if step.stochastic:
-        noise = draw_noise(sample, generator, at_least_fp32(sample))
+        noise = draw_noise(sample, generator, wide_dtype(sample.dtype))
     result = step(sample, output, noise, return_x0=return_x0, **guidance)
     return result if return_x0 else (result, None)
-
-
-def at_least_fp32(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def renoise_step(
@@ -77,7 +74,7 @@ def renoise_step(
     guidance: dict,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     step = steps_of(s, sample.device, renoise_rows)[index]
-    noise = draw_noise(sample, generator, at_least_fp32(sample))
+    noise = draw_noise(sample, generator, wide_dtype(sample.dtype))
     result = step(sample, output, noise, return_x0=return_x0, **guidance)
     return result if return_x0 else (result, None)
 
@@ -155,10 +152,11 @@ class FlowMatchScheduler(Scheduler):
 class ShiftedFlowMatch(FlowMatchScheduler):
     """The arguments that the schedulers of image and video models have.
 
-    use_dynamic_shifting: set_timesteps takes mu, the logarithm of the shift (time_shift_type
+    use_dynamic_shifting: whether set_timesteps takes mu, the log of the shift (time_shift_type
         exponential) or the shift itself (linear), in place of `shift`.
-    shift_terminal: stretches the schedule so that this is its last sigma before 0.
-    invert_sigmas: from x0 to noise.
+    shift_terminal: the last sigma before 0, to which the schedule is stretched; None for no
+        stretching.
+    invert_sigmas: whether to go from x0 to noise.
     """
 
     _: KW_ONLY
@@ -218,7 +216,12 @@ class ShiftedFlowMatch(FlowMatchScheduler):
 
 @dataclass
 class FlowMatchEulerDiscreteScheduler(ShiftedFlowMatch):
-    """stochastic_sampling: every step goes to x0, and adds noise up to the next sigma."""
+    """Euler's method for flow matching (arXiv:2403.03206).
+
+    shift: above 1 more of the steps are at high noise.
+    use_dynamic_shifting, shift_terminal, invert_sigmas: as for `ShiftedFlowMatch`.
+    stochastic_sampling: every step goes to x0, and adds noise up to the next sigma.
+    """
 
     _: KW_ONLY
     stochastic_sampling: bool = False
@@ -240,7 +243,7 @@ def growing_step(
     x0 = row(sample, output, return_x0=True, **guidance)[1]
     size = [round(factors[index] * length) for length in s.first_size]
     x0 = torch.nn.functional.interpolate(x0, size=size, mode=s.upscale_mode)
-    noise = draw_noise(x0, generator, at_least_fp32(x0))
+    noise = draw_noise(x0, generator, wide_dtype(x0.dtype))
     later = s.sigmas[index + 1].item()
     return (1.0 - later) * x0 + later * noise, x0
 
@@ -249,8 +252,8 @@ def growing_step(
 class FlowMatchLCMScheduler(ShiftedFlowMatch):
     """The sampler of consistency-distilled flow models: every step goes to x0 and adds noise.
 
-    scale_factors: of the first steps, how much larger than the first sample x0 shall be;
-        upscale_mode: that of torch.nn.functional.interpolate.
+    scale_factors: for each of the first steps, the size of x0 relative to that of the first sample.
+    upscale_mode: the mode of torch.nn.functional.interpolate that enlarges x0.
     """
 
     _: KW_ONLY
@@ -262,8 +265,10 @@ class FlowMatchLCMScheduler(ShiftedFlowMatch):
 
 @dataclass
 class FlowMatchHeunDiscreteScheduler(FlowMatchScheduler):
-    """Second order; every timestep but the first is visited twice. step() takes s_churn, s_tmin,
-    s_tmax and s_noise."""
+    """Heun's method for flow matching: second order; every timestep but the first comes twice.
+
+    step() takes s_churn, s_tmin, s_tmax and s_noise, which add noise before a step.
+    """
 
     order: ClassVar = 2
     advance: ClassVar = heun_step

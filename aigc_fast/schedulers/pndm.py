@@ -148,7 +148,10 @@ def guided(
 
 @dataclass
 class PNDMScheduler(DiffusionScheduler):
-    """skip_prk_steps: begins with PLMS, not with three Runge-Kutta steps (twelve calls)."""
+    """Pseudo numerical methods (arXiv:2202.09778): Runge-Kutta, then linear multistep (PLMS).
+
+    skip_prk_steps: begin with PLMS, without three Runge-Kutta steps (twelve calls of the model).
+    """
 
     _: KW_ONLY
     skip_prk_steps: bool = False

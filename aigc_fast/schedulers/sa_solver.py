@@ -152,9 +152,9 @@ def middle(timestep: float | Tensor) -> int:
 
 @dataclass
 class SASolverScheduler(LambdaScheduler):
-    """Stochastic Adams methods of predictor and corrector orders 1 to 4.
+    """Stochastic Adams methods, with predictor and corrector of orders 1 to 4.
 
-    tau_func: timestep -> the strength of the noise; by default 1 from 200 to 800.
+    tau_func: timestep -> strength of the noise; by default 1 for timesteps 200 to 800, else 0.
     algorithm_type: data_prediction or noise_prediction.
     """
 

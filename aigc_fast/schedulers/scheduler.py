@@ -52,7 +52,7 @@ class Scheduler(Configured):
         self.set_begin_index(0)
 
     def forget(self) -> None:
-        """Begins a history."""
+        """Empties the history."""
 
     @property
     def init_noise_sigma(self) -> float:
@@ -60,7 +60,7 @@ class Scheduler(Configured):
         return 1.0
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """What the model is to be given at `timestep`."""
+        """The sample as the model takes it at `timestep`."""
         return sample
 
     def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,8 +76,17 @@ class Scheduler(Configured):
         device: torch.device | str | None = None,
         **custom: Any,
     ) -> None:
-        """Lays out the schedule. `custom` is what the class of diffusers takes beside the number
-        of steps: timesteps, sigmas, mu, original_inference_steps, strength."""
+        """Lays out the schedule.
+
+        num_inference_steps: from 1 to num_train_timesteps; or None with a list of timesteps or
+            sigmas in `custom`.
+        device: of `timesteps`; None for the CPU.
+        custom: what diffusers' class takes beside: timesteps, sigmas, mu,
+            original_inference_steps, strength.
+
+        Raises TypeError or ValueError for a number or list that will not do, and for an argument
+        that the class does not have.
+        """
         if num_inference_steps is not None:
             try:
                 num_inference_steps = operator.index(num_inference_steps)

@@ -71,7 +71,7 @@ def heun_step(
 
 @dataclass
 class HeunDiscreteScheduler(VarianceExploding):
-    """Second order; every timestep but the first is visited twice."""
+    """Heun's method in sigma: second order; every timestep but the first comes twice."""
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -152,7 +152,7 @@ def kdpm2_ancestral_step(
 
 @dataclass
 class KDPM2DiscreteScheduler(VarianceExploding):
-    """Second order, by the midpoint in log sigma."""
+    """DPM-Solver-2 in sigma: second order, by the midpoint in log sigma."""
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -194,7 +194,7 @@ class KDPM2DiscreteScheduler(VarianceExploding):
 
 @dataclass
 class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
-    """DPM-Solver-2 to a lower sigma than the next, and noise up to that."""
+    """DPM-Solver-2 to a sigma below the next one, then noise up to that one."""
 
     advance: ClassVar = kdpm2_ancestral_step  # type: ignore[assignment]
 

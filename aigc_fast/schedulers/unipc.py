@@ -133,9 +133,9 @@ def unipc_step(
 class UniPCMultistepScheduler(FinalSigma):
     """UniPC of order 1 to 3.
 
-    predict_x0:        of B(h) in x0, not in epsilon.
+    predict_x0:        whether the solver works on predictions of x0, or of epsilon.
     solver_type:       bh1 or bh2, the choice of B(h).
-    disable_corrector: the steps after which the sample is not corrected.
+    disable_corrector: indices of the steps after which the sample is not corrected.
     shift_terminal:    with use_flow_sigmas, the last sigma before the end.
     """
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aigc_fast import ops
+from aigc_fast.ops._layout import wide_dtype
 from aigc_fast.ops._pages import NARROW
 
 
@@ -83,7 +84,7 @@ def _softcapped(
 ) -> Tensor:
     """Plain PyTorch, for training: neither torch's attention nor decode_attention has a derivative
     with a softcap. It holds q_len * q_len scores of every head."""
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(query.dtype)
     grouped = query.to(wide).unflatten(2, (keys.shape[2], -1))
     scores = torch.einsum("bikgd,bjkd->bkgij", grouped, keys.to(wide))
     scores = scores * (query.shape[3] ** -0.5 if scale is None else scale)
