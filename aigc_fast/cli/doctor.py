@@ -1,4 +1,4 @@
-"""`aigc-fast doctor`: what is here, what runs where, and whether it computes rightly."""
+"""`aigc-fast doctor`: what is here, what runs where, and whether it computes correctly."""
 
 import importlib.metadata
 import os

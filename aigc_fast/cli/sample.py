@@ -46,7 +46,7 @@ class SampleOptions:
     output: Picture = Path("samples.png")
     count: Count = 40
     label: Annotated[
-        int | None, typer.Option(min=0, help="The class, of a conditional model; all in turn.")
+        int | None, typer.Option(min=0, help="Class of a conditional model; by default all.")
     ] = None
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same samples.")
@@ -81,10 +81,10 @@ class DiffusionOptions(SampleOptions):
         ),
     ] = Path("samples.png")
     scheduler: Annotated[
-        str, typer.Option(help="As `ddim`, `unipc`, `flow_euler`; any other word lists them.")
+        str, typer.Option(help="Such as ddim, unipc, flow_euler; any other word lists them.")
     ] = "dpmpp_2m"
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the scheduler.")] = 20
-    guidance: Annotated[float, typer.Option(help="How far towards the class; 1 is as is.")] = 1.0
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")] = 20
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 for none.")] = 1.0
 
 
 @sample.command()

@@ -29,13 +29,15 @@ class RunOptions:
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for what is written.")]
     data: Annotated[str, typer.Option(help="digits, or a folder of images.")] = "digits"
     steps: Annotated[int, _run(min=1, help="Batches to train on, in all.")] = 5000
-    minutes: Annotated[float | None, _run(min=0.0001, help="Stop after so long instead.")] = None
+    minutes: Annotated[
+        float | None, _run(min=0.0001, help="Stop after this many minutes instead.")
+    ] = None
     batch: Batch = 64
     bf16: Annotated[bool, _run("--bf16", help="Compute in bfloat16.")] = False
     seed: Annotated[
         int, _run(min=0, max=2**63 - 1, help="The same seed gives the same losses.")
     ] = 0
-    every: Annotated[int, _run(min=1, help="Steps from checkpoint to checkpoint.")] = 500
+    every: Annotated[int, _run(min=1, help="Steps from one checkpoint to the next.")] = 500
     resume: Annotated[bool, _run("--resume", help="Go on from the checkpoint.")] = False
     tensorboard: Annotated[bool, _run("--tensorboard", help="Log to OUTPUT/tensorboard too.")] = (
         False
@@ -52,8 +54,12 @@ def _train(
 @dataclass(frozen=True, kw_only=True)
 class GANOptions(RunOptions):
     arch: Annotated[str, typer.Option(help="dcgan, r3gan or mlp.")] = "dcgan"
-    loss: Annotated[str, typer.Option(help="As `wgan-gp`; any other word lists them.")] = "wgan-gp"
-    size: Annotated[int, typer.Option(help="Pixels: 28, 32, 64, 128; of r3gan 256 too.")] = 28
+    loss: Annotated[str, typer.Option(help="Such as wgan-gp; any other word lists them.")] = (
+        "wgan-gp"
+    )
+    size: Annotated[
+        int, typer.Option(help="Pixels of a side: 28, 32, 64, 128; with r3gan 256 too.")
+    ] = 28
     channels: Annotated[int, typer.Option(min=1, help="Width of the networks.")] = 32
     conditional: Conditional = False
     penalty: Annotated[
@@ -83,7 +89,9 @@ class DiffusionOptions(RunOptions):
     data: Annotated[str, typer.Option(help="digits, moving-digits, or a folder of images.")] = (
         "digits"
     )
-    size: Annotated[int, typer.Option(help="Pixels: an even number; 28 of the digits.")] = 28
+    size: Annotated[
+        int, typer.Option(help="Pixels of a side, an even number; 28 for the digits.")
+    ] = 28
     patch: Annotated[
         tuple[int, int, int], typer.Option(help="Frames, rows and columns of a token of video.")
     ] = (1, 4, 4)
@@ -97,7 +105,7 @@ class DiffusionOptions(RunOptions):
     ] = None
     channels: Annotated[
         int,
-        typer.Option(help="Width of the U-Net, or a fourth of a transformer's; of eights."),
+        typer.Option(help="Width of the U-Net, or a quarter of a transformer's; a multiple of 8."),
     ] = 32
     batch: Batch = 32
     lr: HighestLR = 2e-3
@@ -117,8 +125,8 @@ def diffusion(options: DiffusionOptions) -> None:
 @dataclass(frozen=True, kw_only=True)
 class VAEOptions(RunOptions):
     size: Annotated[int, typer.Option(min=5, help="Pixels of a side; 28 of the digits.")] = 28
-    channels: Annotated[int, typer.Option(help="Width of the first layer; of eights.")] = 32
-    latent_dim: Annotated[int, typer.Option(min=1, help="Numbers of a latent vector.")] = 16
+    channels: Annotated[int, typer.Option(help="Width of the first layer, a multiple of 8.")] = 32
+    latent_dim: Annotated[int, typer.Option(min=1, help="Size of a latent vector.")] = 16
     conditional: Conditional = False
     likelihood: Annotated[str, typer.Option(help="Of a pixel: bernoulli, gaussian or laplace.")] = (
         "bernoulli"
@@ -168,7 +176,7 @@ class TextOptions(RunOptions):
     micro_batches: Annotated[
         int, _run(min=1, help="Parts of a batch, one after another: less memory.")
     ] = 1
-    every: Annotated[int, _run(min=1, help="Steps from checkpoint to checkpoint.")] = 100
+    every: Annotated[int, _run(min=1, help="Steps from one checkpoint to the next.")] = 100
     lr: HighestLR = 1e-4
     gradient_checkpointing: GradientCheckpointing = False
 
