@@ -48,11 +48,11 @@ class KVCache:
         block_table: None, or int32 (batch, pages): the pages of each sequence, in order.
         scales: None, or float32 (2 * num_layers, num_kv_heads): what the numbers of each head of
             `in_turn` are to be multiplied by.
-        lengths: int32 (batch,), the valid entries of each sequence. It may be lowered, to take
-            tokens back.
-        longest: the most tokens that a sequence can come to have; longrope looks at it.
-        used: at least the largest of `lengths`, kept so that room is checked without waiting
-            for the device.
+        lengths: int32 (batch,), the valid entries of each sequence. It may be lowered, to drop the
+            newest tokens.
+        longest: the most tokens that a sequence may reach, by which LongRoPE chooses frequencies.
+        used: at least the largest of `lengths`, kept on the host so that checking for room does
+            not wait for the device.
     """
 
     def __init__(

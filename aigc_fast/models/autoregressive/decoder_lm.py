@@ -45,7 +45,7 @@ class DecoderLM(nn.Module):
         super().__init__()
         check_class("config", config, DecoderConfig)
         self.config = config
-        #: bos_token_id, eos_token_id and pad_token_id, so far as the file has them it came from
+        #: bos_token_id, eos_token_id and pad_token_id, those that the model's file has
         self.special_token_ids: dict[str, Any] = {}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.learned_positions:
@@ -74,14 +74,16 @@ class DecoderLM(nn.Module):
             path: a GGUF file, dequantised to `dtype`; or a Hugging Face folder: config.json and
                 safetensors, which stay memory-mapped where they have that dtype and no fused
                 weight is made of them. The architectures are those of architectures.py.
-            packed: keep the matrices of a GGUF file as codes, of 4 or 8 bits, as `io.pack_gguf`
+            dtype: of the weights: float32, bfloat16, float16 or float64.
+            packed: keep the matrices of a GGUF file as codes of 4 or 8 bits, as `io.pack_gguf`
                 does; for inference. A token then reads the bytes of the file, not those of dtype.
-            quantize_activations: round what the packed matrices multiply to int8, in groups of 32:
+            quantize_activations: round the inputs of packed matrices to int8, in groups of 32:
                 faster on a CPU, and what llama.cpp does.
 
         Raises:
             OSError: a file cannot be opened.
-            ValueError: a file is unsound or describes a model of another kind.
+            ValueError: a file is unsound or describes a model of another kind, or `packed` is True
+                for a folder.
             TypeError: `dtype` is not a floating-point dtype that the ops take.
         """
         if dtype not in _DTYPES:
@@ -104,7 +106,10 @@ class DecoderLM(nn.Module):
 
         Args:
             state: `model.layers.0.self_attn.q_proj.weight` and so on.
-            architecture: transformers' `model_type`, which says how the weights are called.
+            architecture: transformers' `model_type`, which decides the names of the weights.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape; there is no such architecture.
         """
         empty = cls._empty(config)
         return cls._assemble(empty, from_hf_state_dict(empty, state, architecture))
@@ -117,13 +122,13 @@ class DecoderLM(nn.Module):
         architectures.py that describes the model: a Mistral without windows is a Llama.
 
         Args:
-            folder: made where it is not there. Files of these names are replaced when the new ones
-                are complete; the model may have come from there.
+            folder: created if needed. Files of these names are replaced once the new ones are
+                complete; the model may have been read from there.
             tokenizer: what `io.load_tokenizer` gave; its files are written too.
 
         Raises:
-            ValueError: packed weights or replaced layers; a config that none of the architectures
-                has.
+            ValueError: the model has packed weights or replaced layers, or a config that none of
+                the architectures has.
         """
         empty = self._empty(self.config).state_dict()
         save_hf_model(folder, self, {name: like.shape for name, like in empty.items()})
@@ -148,10 +153,14 @@ class DecoderLM(nn.Module):
         dtype: torch.dtype | None = None,
         scales: Tensor | None = None,
     ) -> KVCache:
-        """An empty cache on the model's device, of its dtype or a given one.
+        """An empty cache on the model's device.
 
         Args:
-            scales: of a cache of int8, which needs them, or fp8; see `calibrate_cache`.
+            batch_size: sequences.
+            capacity: most tokens of a sequence.
+            dtype: of keys and values; None is that of the model.
+            scales: float32 (2 * num_layers, num_kv_heads), for a cache of int8, which needs them,
+                or of float8; see `calibrate_cache`.
         """
         weight = self.norm.weight
         return KVCache.empty(
@@ -188,13 +197,13 @@ class DecoderLM(nn.Module):
         return self.logits(self.hidden_states(token_ids, cache))
 
     def loss(self, token_ids: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
-        """Cross-entropy of every token with what the model expects after those before it, for
-        training and for perplexity, which is exp of it. The logits are never all in memory.
+        """Cross-entropy of each token given those before it, for training and for perplexity,
+        which is exp of it. The logits are never all in memory.
 
         Args:
             token_ids: int64 or int32 (batch, seq), seq at least 2.
-            labels: int64 (batch, seq): the token that each one counts as, `token_ids` by default;
-                -100 where it shall not count.
+            labels: int64 (batch, seq), the token to be predicted at each place, -100 for none;
+                `token_ids` by default. (They are shifted here, as in transformers.)
             options: `reduction`, `label_smoothing`, `z_loss` and `ignore_index` of
                 `ops.linear_cross_entropy`; "none" gives (batch, seq - 1).
 
@@ -241,8 +250,8 @@ class DecoderLM(nn.Module):
     def hidden_states(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """The normalised states before the output projection, (batch, seq, hidden_size).
 
-        As `forward`, but it trusts that the ids are inside the vocabulary: looking would make
-        a GPU wait at every token.
+        Arguments as for `forward`, but ids outside the vocabulary are not noticed: looking would
+        make a GPU wait at every token.
         """
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
             fused = self._fused_step(token_ids, cache)
@@ -264,7 +273,7 @@ class DecoderLM(nn.Module):
             return hidden
 
     def _fused_step(self, token_ids: Tensor, cache: KVCache | None) -> FusedStep | None:
-        """All layers in one operator, where layers and call are such as it takes."""
+        """All layers as one operator, or None where the layers or the call do not fit it."""
         if cache is None:
             return None
         # Looking at all layers takes a tenth of a step, whose weights have driven them out of the

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 class Engine:
     """Generates for many requests at once, with keys and values in pages that they share.
 
-    Every step computes one token of each running request, then a piece of the prompt of the one
-    that is next. Prompts that begin alike share the pages of what is alike, also with requests
-    that have ended; the pages of these are the first to go when memory is needed. A request waits
-    until it can have all the pages it may need, so that a running one never fails for memory.
+    Every step computes one token of each running request, then a piece of the next request's
+    prompt. Prompts with the same beginning share its pages, also with requests that have ended,
+    whose pages are the first to be reused when memory is needed. A request waits until it can have
+    all the pages it may need, so that a running one never fails for lack of memory.
 
     >>> engine = Engine(model, tokenizer)
     >>> request = engine.add("Once upon a time", max_new_tokens=50, stop_strings=["\\n"])
@@ -65,29 +65,29 @@ class Engine:
             tokenizer: for prompts given as text, for the text of updates and for stop strings.
             num_pages, page_size: the memory for keys and values, num_pages * page_size tokens.
             max_batch_size: how many requests run at once.
-            prefill_chunk: tokens of a prompt computed at once. Others wait as long for a token.
+            prefill_chunk: tokens of a prompt computed in one step; other requests wait for it.
             max_length: the longest that a request may become, its last token not counted; None is
                 what the pages hold. Above the original length of a model with LongRoPE (Phi-3) all
-                requests have its long frequencies, for they share pages.
-            cache_dtype: of keys and values: the model's, or a narrower one: float16 beside float32
+                requests use its long frequencies, because they share pages.
+            cache_dtype: of keys and values; None is that of the model. Next to float32, float16
                 takes half the memory, and half the time that attention takes to read it; int8,
                 float8_e4m3fn and float8_e5m2 a quarter: 2 * num_layers * num_kv_heads * head_dim
                 bytes a token, 11.25 KiB instead of 45 for SmolLM2-135M. These round each number,
-                int8 to 1 / 84 of the largest in its head, e4m3 by 1 / 16 and e5m2 by 1 / 8 of
-                itself at most.
-            cache_scales: what the numbers of each head of caches of one byte are to be multiplied
-                by, as `calibrate_cache` gives them. None is 1 for fp8, as in vLLM, and for int8
-                what `calibrate_cache` finds without a text.
+                int8 to 1 / 84 of the largest in its head, e4m3 by at most 1 / 16 and e5m2 by at
+                most 1 / 8 of itself.
+            cache_scales: float32 (2 * num_layers, num_kv_heads), the factor on the numbers of each
+                head of caches of one byte, as `calibrate_cache` gives them. None is 1 for float8,
+                as in vLLM, and for int8 what `calibrate_cache` finds without a text.
             cuda_graph: whether a decoding step, sampling included, is one CUDA graph for each
-                number of running requests; nothing then waits for the device but the reading of
-                the tokens. A step of a model with dynamic rotary scaling past its original length,
-                whose angles change with the length, is always run without. That the step can be
+                number of running requests. Then only reading the tokens waits for the device.
+                With dynamic rotary scaling, steps beyond the original length run without, since
+                their angles change with the length. That the step can be
                 recorded is tested on the CPU, by replaying the operators that it calls; the
                 recording itself has not run on a GPU yet.
 
         Raises:
             TypeError, ValueError: naming the argument at fault: a number is not positive, scales
-                do not go with cache_dtype, cuda_graph is True for a model on the CPU.
+                do not fit cache_dtype, cuda_graph is True for a model on the CPU.
             RuntimeError: from `step`, where the device cannot record the model's decoding step.
         """
         check_class("model", model, DecoderLM)
@@ -123,8 +123,8 @@ class Engine:
 
     @property
     def max_length(self) -> int:
-        """Most keys and values a request may need: what the pages hold, the model knows, or was
-        given."""
+        """Most keys and values that a request may need: the least of what the pages hold, what the
+        model knows and the argument."""
         room = self.pool.num_pages * self.pool.page_size
         known = self.model.config.max_position_embeddings
         return min(room, known, self._max_length or known)
@@ -144,18 +144,18 @@ class Engine:
         stop_strings: Sequence[str] = (),
         draft_tokens: int = 0,
     ) -> Request:
-        """Queues a request; the steps to come work on it.
+        """Queues a request for the next steps.
 
         Args:
             prompt: a text, or token ids: a list, or a tensor or array of one dimension.
             max_new_tokens: how many tokens to generate at most.
             sampling: how a token is chosen; by default the most likely one is.
-            stop_tokens: ids, or one id, that end the answer, the last one being such.
-            stop_strings: texts that end the answer, which goes up to before the first of them.
-            draft_tokens: guess so many tokens at most from what followed the newest ones earlier in
-                the text, and check them in one step. The tokens are the same as without, with
-                sampling too; the time is less where text repeats itself. No guesses are made where
-                there are penalties.
+            stop_tokens: ids, or one id, that end the answer, which includes them.
+            stop_strings: texts that end the answer, which stops before them.
+            draft_tokens: guess up to this many tokens from what followed the newest ones earlier in
+                the text, and check them in one step. The tokens are the same as without guesses,
+                with sampling too; it takes less time where text repeats itself. No guesses are
+                made where there are penalties.
 
         Raises:
             TypeError, ValueError: naming the argument at fault.
@@ -193,7 +193,11 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request; what it has generated stays. Nothing happens if it has ended already."""
+        """Ends a request, which keeps what it has generated; does nothing if it has ended already.
+
+        Raises:
+            ValueError: the request is another engine's.
+        """
         check_class("request", request, Request)
         if request.finish_reason is None:
             if request not in self._running and request not in self._waiting:
@@ -206,7 +210,7 @@ class Engine:
         """The next token of every running request, and a piece of the prompt of the next one.
 
         Raises:
-            ValueError: the model's logits are not finite. The requests are as they were before.
+            ValueError: the model's logits are not finite. The requests stay as they were.
         """
         running = list(self._running)
         # Nothing is accepted before all is computed.

@@ -40,7 +40,7 @@ def generate(
     cuda_graph: bool = False,
     **options: Any,
 ) -> list[Request]:
-    """The answers to some prompts, in their order; arguments as for `stream`.
+    """Answers prompts, and returns the finished requests in their order. Arguments as for `stream`.
 
     >>> [answer] = generate(model, ["Once upon a time"], 50, tokenizer=tokenizer)
     >>> answer.text, answer.tokens, answer.logprobs, answer.finish_reason
@@ -66,11 +66,12 @@ def stream(
     cuda_graph: bool = False,
     **options: Any,
 ) -> Iterator[Update]:
-    """Yields what comes for each prompt as it comes. Closing the iterator ends all of it.
+    """Answers prompts, and yields an update whenever one of them gets tokens. Closing the iterator
+    ends the generation.
 
     Args:
-        prompts: one text, which needs a tokenizer, or list of token ids for each; of any lengths,
-            none is padded. Or a tensor of ids: one prompt, or one in each row.
+        prompts: a text, which needs a tokenizer, or a list of token ids for each prompt; they may
+            have any lengths, nothing is padded. Or a tensor of ids: one prompt, or one in each row.
         max_new_tokens: how many tokens to generate at most.
         sampling: how a token is chosen; prompt i draws with seed + i.
         cache_dtype, cache_scales, cuda_graph: as for `Engine`.

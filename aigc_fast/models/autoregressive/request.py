@@ -19,11 +19,11 @@ class Update:
     """What a step added to a request.
 
     Attributes:
-        tokens, logprobs: new tokens, a stop token included, and the logarithms of the model's own
-            probabilities of them.
-        text: what can be shown of them: it ends before a stop string, and where it might be the
-            beginning of one it waits. Empty without a tokenizer.
-        finish_reason: why this update is the last: "stop", "length" or "cancelled"; None before.
+        tokens, logprobs: the new tokens, a stop token included, and the logarithms of the
+            probabilities that the model gave them.
+        text: the new text that can be shown. It ends before a stop string, and what may be the
+            beginning of one is held back. Empty without a tokenizer.
+        finish_reason: "stop", "length" or "cancelled" in the last update; None before.
     """
 
     request: Request

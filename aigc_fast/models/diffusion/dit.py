@@ -110,14 +110,14 @@ def _zero_linear(in_features: int, out_features: int) -> Linear:
 
 
 class DiT(DiffusersModel):
-    """From noisy latents, timesteps and classes to a prediction.
+    """Predicts from noisy latents, timesteps and classes.
 
     config: what config.json of diffusers' DiTTransformer2DModel says; what is left out is its
             default, and names of parameters are its own. Besides, `patch_size` may be three
             numbers (frames, rows, columns): the model is then one of video, every token sees all
             frames, and the position in time is added to that in space.
 
-    A new model starts as the paper has it: each block is the identity, and zero is the answer.
+    A new model starts as in the paper: each block is the identity, and the prediction is zero.
     ValueError names an option that is not supported or known.
 
     Source: Peebles and Xie 2022, arXiv:2212.09748.

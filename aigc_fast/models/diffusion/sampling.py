@@ -65,18 +65,18 @@ def _begin(
 
 
 class Sampler:
-    """`sample` for calls that repeat. With `cuda_graph` all steps of a call, guidance included, are
-    one CUDA graph, and nothing in it waits for the device.
+    """`sample` for many calls with the same options. With `cuda_graph` all steps of a call,
+    guidance included, are one CUDA graph, and nothing in it waits for the device.
 
     >>> sampler = Sampler(model, DPMSolverMultistepScheduler(), num_steps=20, cuda_graph=True)
     >>> images = [sampler((16, 3, 32, 32), seed=seed) for seed in range(100)]
 
-    The samples are those of `sample`, the noise of stochastic solvers too: it is drawn on the CPU
-    before the steps. The first call with a shape runs the steps one by one, the second of them
-    records (with a stochastic solver it is one call more); a graph holds memory for every shape,
-    so use few. Until then the samples cost as much as with `sample`. The steps are recorded as
-    they are: the model must not change between calls but in the values of its parameters, and must
-    do nothing in `forward` that waits for the device.
+    The samples are those of `sample`; the noise of stochastic solvers, too, is drawn on the CPU
+    before the steps. For each shape the first call runs the steps one by one and the second one
+    records them (with a stochastic solver one call later); until then samples take as long as with
+    `sample`. The graph of a shape keeps its memory, so use few shapes. Between calls nothing of
+    the model may change but the values of its parameters, and its `forward` must not wait for the
+    device.
 
     That the loop can be recorded is tested on the CPU, by replaying the operators that it calls;
     the recording itself has not run on a GPU yet.

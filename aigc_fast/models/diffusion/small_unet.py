@@ -41,7 +41,7 @@ class ResBlock(nn.Module):
 
 
 class SmallUNet(nn.Module):
-    """From a noisy image, its timestep and its class, if any, to a prediction of its size.
+    """Predicts from noisy images, timesteps and, where there are classes, labels.
 
     The image is folded by `patch` (space to depth) on the way in and unfolded on the way out;
     every level after the first halves it. Each block on the way up reads the output of its
@@ -49,7 +49,7 @@ class SmallUNet(nn.Module):
 
     channels: width of each level, a multiple of 8.
     blocks: residual blocks of each level, each way.
-    num_classes: class number `num_classes` stands for "any", and is the only one if that is 0.
+    num_classes: labels go from 0 to num_classes, which stands for "any"; 0 for no other class.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class SmallUNet(nn.Module):
         self, sample: Tensor, timesteps: Tensor | float, labels: Tensor | None = None
     ) -> Tensor:
         """sample (batch, image_channels, height, width), timesteps (batch,) or a number for all of
-        them -> shape of sample.
+        them, to a prediction of the shape of sample.
 
         height and width: multiples of patch.
         labels: int64 (batch,), or None for "any" throughout.

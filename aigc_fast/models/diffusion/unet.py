@@ -105,7 +105,7 @@ _CLASSES = {"UNet2DModel": _PIXELS, "UNet2DConditionModel": _CONDITIONED}
 
 
 class UNet(DiffusersModel):
-    """From noisy images, timesteps and a class or text, if any, to a prediction of their size.
+    """Predicts from noisy images, timesteps and, where it has them, classes or a text.
 
     config: what config.json of diffusers' UNet2DModel or UNet2DConditionModel says, the class
             under "_class_name"; without it "cross_attention_dim" tells. What is left out is
@@ -174,7 +174,7 @@ class UNet(DiffusersModel):
         text: Tensor | None = None,
     ) -> Tensor:
         """sample (batch, in_channels, height, width), timesteps (batch,) or a number for all of
-        them, to a sample's prediction.
+        them, to a prediction (batch, out_channels, height, width).
 
         labels: int64 (batch,), for a model with classes and for no other.
         text:   (batch, tokens, cross_attention_dim), diffusers' encoder_hidden_states.

@@ -23,7 +23,7 @@ _FIXED: dict[str, Any] = dict(latents_mean=None, latents_std=None)
 
 
 class AutoencoderKL(DiffusersModel):
-    """From images to the distribution of their latents, and from latents to images.
+    """Encodes images to the distribution of their latents, and decodes latents to images.
 
     config: what config.json of diffusers' AutoencoderKL says: Stable Diffusion 1, 2, XL and 3,
             Flux. What is left out is diffusers' default. Names of parameters are diffusers' own.

@@ -56,7 +56,7 @@ class BigVGANGenerator(Generator):
     activation:        "snakebeta", or "snake" for one parameter in place of two.
     snake_logscale:    whether the parameters of activations are logarithms.
     use_bias_at_final: whether the last convolution has a bias.
-    use_tanh_at_final: what keeps samples in [-1, 1]: tanh, or else clamping.
+    use_tanh_at_final: whether tanh keeps the samples in [-1, 1], or clamping.
 
     The other arguments, the attribute and the errors are those of `HiFiGANGenerator`; all of them
     have the names of the published config.json, in_channels being its num_mels. Names of the state

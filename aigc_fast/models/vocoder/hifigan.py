@@ -18,18 +18,19 @@ LAST_SLOPE = 0.01
 
 
 class HiFiGANGenerator(Generator):
-    """(batch, in_channels, frames) to waveforms (batch, 1, frames * hop) in [-1, 1].
+    """Mel spectrograms or latents (batch, in_channels, frames) to waveforms in [-1, 1],
+    (batch, 1, frames * hop).
 
     upsample_rates:           samples that each transposed convolution makes of one; their product
                               is `hop`.
-    upsample_kernel_sizes:    of these convolutions: a rate, or more than it by an even number.
-    upsample_initial_channel: channels before the first of them; each halves them.
-    resblock_kernel_sizes, resblock_dilation_sizes: of the residual blocks after each of them, odd
-                              kernels; their mean is taken.
+    upsample_kernel_sizes:    of these convolutions: the rate plus an even number, or 0.
+    upsample_initial_channel: channels before the first of them; each one halves the channels.
+    resblock_kernel_sizes, resblock_dilation_sizes: of the parallel residual blocks after each of
+                              them, whose mean is taken; kernel sizes are odd.
     resblock:                 "1" for blocks of pairs of convolutions, "2" for single ones.
     in_channels:              mel bands, or the channels of VITS's latents.
-    speaker_channels:         of a speaker's vector, 0 for none (VITS: `cond`).
-    bias:                     of the last convolution; VITS has none.
+    speaker_channels:         size of a speaker's vector, 0 for none (VITS: `cond`).
+    bias:                     whether the last convolution has one; in VITS it has not.
 
     Names of the state dict are the original's. Attribute: `hop`, samples of a frame. ValueError
     names an argument that will not do. Differentiable.
