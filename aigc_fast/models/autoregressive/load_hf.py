@@ -213,10 +213,17 @@ def _rope_fields(config: Config, architecture: Architecture, fields: Fields) -> 
         "rotary_dim": int(fields["head_dim"] * partial),
     }
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return found
-    if "longrope" in architecture.rope_options:  # whose older files say `su` or `yarn`
-        kind = "longrope"
+    if kind != "default":
+        if "longrope" in architecture.rope_options:  # whose older files say `su` or `yarn`
+            kind = "longrope"
+        found["rope_scaling"] = scaling = _rope_scaling(kind, rope, get, length)
+        # But for Llama 3, files mostly give the length before the scaling.
+        found["max_position_embeddings"] = max(length, scaling.reach)
+    return found
+
+
+def _rope_scaling(kind: Any, rope: Config, get: Callable[..., Any], length: int) -> RopeScaling:
+    """The scaling of that kind; get(name, default, kind) reads and checks a parameter."""
     if kind not in ("linear", "dynamic", "yarn", "llama3", "longrope"):
         raise ValueError(f"rope_type is {kind!r}, which is not supported")
     options: Fields = {"kind": kind, "factor": get("factor", None), "original_length": length}
@@ -238,10 +245,7 @@ def _rope_fields(config: Config, architecture: Architecture, fields: Fields) -> 
             "truncate": get("truncate", True, "bool"),
             "attention_factor": _yarn_attention_factor(get, options["factor"]),
         }
-    scaling = RopeScaling(**options)
-    # But for Llama 3, files mostly give the length before the scaling.
-    found["max_position_embeddings"] = max(length, scaling.reach)
-    return found | {"rope_scaling": scaling}
+    return RopeScaling(**options)
 
 
 def _local_rope(config: Config, rope: Any, default: float) -> tuple[Any, float]:
