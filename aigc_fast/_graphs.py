@@ -12,6 +12,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 
 def check_graph(cuda_graph: bool, device: torch.device) -> None:
+    """ValueError where a graph is asked for on a device that records none."""
     if cuda_graph and device.type not in RECORDERS:
         raise ValueError(f"cuda_graph must be False for a model on {device}, got True")
 

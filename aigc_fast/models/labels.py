@@ -6,6 +6,7 @@ from torch import Tensor
 
 
 def check_labels(labels: Tensor | None, conditional: bool) -> None:
+    """ValueError unless there are labels just where the network is conditional."""
     if (labels is not None) != conditional:
         raise ValueError("labels must be given if, and only if, the network has num_classes")
 

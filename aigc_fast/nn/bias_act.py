@@ -84,5 +84,6 @@ def of_dtype(parameter: MaybeTensor, x: Tensor) -> MaybeTensor:
 
 
 def describe(module: Any) -> str:
+    """The activation of a module and its options, for extra_repr."""
     options = {name: getattr(module, name) for name in ("act", "alpha", "gain", "clamp")}
     return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)

@@ -63,6 +63,7 @@ def resolve(
 
 
 def activate(x: Tensor, act: int, alpha: float) -> Tensor:
+    """act(x), by its number in ACTIVATIONS."""
     match list(ACTIVATIONS)[act]:
         case "linear":
             return x.clone()

@@ -13,11 +13,12 @@ from aigc_fast.ops._registry import define
 _MAX_RESIDUALS = 3
 
 
-def bent(x: Tensor, slope: float) -> Tensor:
+def leaky_relu(x: Tensor, slope: float) -> Tensor:
+    """x itself where the slope is 1."""
     return F.leaky_relu(x, slope) if slope != 1 else x
 
 
-def unbent(y: Tensor, gate: Tensor | None, slope: float) -> Tensor:
+def leaky_relu_backward(y: Tensor, gate: Tensor | None, slope: float) -> Tensor:
     """y times the derivative of leaky_relu(gate, slope)."""
     if gate is None or slope == 1:
         return y
@@ -37,10 +38,10 @@ def _reference(
     gate: Tensor | None = None,
     gate_slope: float = 1.0,
 ) -> Tensor:
-    y = F.conv1d(bent(x, slope), weight, bias, stride, padding, dilation)
+    y = F.conv1d(leaky_relu(x, slope), weight, bias, stride, padding, dilation)
     for residual in residuals:
         y = y + residual
-    return channels_innermost(unbent(y * gain if gain != 1 else y, gate, gate_slope))
+    return channels_innermost(leaky_relu_backward(y * gain if gain != 1 else y, gate, gate_slope))
 
 
 def _reference_transpose(
@@ -56,9 +57,9 @@ def _reference_transpose(
     gate_slope: float = 1.0,
 ) -> Tensor:
     y = F.conv_transpose1d(
-        bent(x, slope), weight, bias, stride, padding, output_padding, 1, dilation
+        leaky_relu(x, slope), weight, bias, stride, padding, output_padding, 1, dilation
     )
-    return channels_innermost(unbent(y, gate, gate_slope))
+    return channels_innermost(leaky_relu_backward(y, gate, gate_slope))
 
 
 def _reference_backward_weight(
@@ -72,7 +73,7 @@ def _reference_backward_weight(
     slope: float,
 ) -> Tensor:
     weight = x.new_empty(grad.shape[1], x.shape[1], taps)
-    grad, x = bent(grad, grad_slope), bent(x, slope)
+    grad, x = leaky_relu(grad, grad_slope), leaky_relu(x, slope)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, [stride], [padding], [dilation], False, [0], 1, (False, True, False)
     )[1].contiguous()

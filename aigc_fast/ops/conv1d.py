@@ -7,11 +7,11 @@ from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction, asked_for, wanted
 from aigc_fast.ops._conv1d import (
-    bent,
     conv1d_backward_weight,
     conv1d_gated,
     conv_transpose1d_gated,
-    unbent,
+    leaky_relu,
+    leaky_relu_backward,
 )
 from aigc_fast.ops._layout import channels_innermost
 
@@ -150,12 +150,12 @@ def _input_gradient(
     back = places.adjoint(x, weight.shape[2])
     if not wanted(grad, weight):
         return back.run(grad, weight, gate=None if slope == 1 else x, gate_slope=slope)
-    return unbent(_convolve(back, grad, weight), x, slope)
+    return leaky_relu_backward(_convolve(back, grad, weight), x, slope)
 
 
 def _weight_gradient(places: _Places, grad: Tensor, x: Tensor, taps: int, slope: float) -> Tensor:
     if wanted(grad, x):
-        return _WeightGradient.call(places, grad, bent(x, slope), taps)
+        return _WeightGradient.call(places, grad, leaky_relu(x, slope), taps)
     return places.weight_gradient(grad, x, taps, slope)
 
 

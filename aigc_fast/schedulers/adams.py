@@ -44,6 +44,7 @@ def adams(newest: Form, count: int) -> Form:
 
 
 def newest_first(kept: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+    """The last `count` of these, or all there are."""
     return kept[: -count - 1 : -1]
 
 

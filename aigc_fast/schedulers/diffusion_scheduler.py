@@ -99,6 +99,7 @@ class SigmaScheduler(DiffusionScheduler):
 
 
 def spacing_of(scheduler: Any) -> str | None:
+    """The spacing of sigmas that is asked for, karras, exponential or beta, or None."""
     for kind in ("karras", "exponential", "beta"):
         if getattr(scheduler, f"use_{kind}_sigmas"):
             return kind
@@ -106,6 +107,7 @@ def spacing_of(scheduler: Any) -> str | None:
 
 
 def check_spacings(scheduler: Any) -> None:
+    """ValueError for more than one spacing of sigmas, ImportError where "beta" lacks scipy."""
     asked = [k for k in ("karras", "exponential", "beta") if getattr(scheduler, f"use_{k}_sigmas")]
     if len(asked) > 1:
         names = ", ".join(f"use_{kind}_sigmas" for kind in asked)

@@ -47,21 +47,23 @@ class Form:
         return Form({name: -scale for name, scale in self.terms.items()})
 
     def __mul__(self, factor: Scalar) -> "Form":
-        factor = wide(factor)
+        factor = as_double(factor)
         return Form({name: factor * scale for name, scale in self.terms.items()})
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Scalar) -> "Form":
-        divisor = wide(divisor)
+        divisor = as_double(divisor)
         return Form({name: scale / divisor for name, scale in self.terms.items()})
 
 
-def wide(scalar: Scalar) -> Any:
+def as_double(scalar: Scalar) -> Any:
+    """A tensor of scalars as a float64 array; numbers as they are."""
     return scalar.double().numpy() if isinstance(scalar, Tensor) else scalar
 
 
 def named(name: str) -> Form:
+    """The tensor of that name alone."""
     return Form({name: 1.0})
 
 

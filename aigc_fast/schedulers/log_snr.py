@@ -33,6 +33,7 @@ def is_edm(s: Any) -> bool:
 
 
 def levels_of(s: Any) -> Levels:
+    """alpha, sigma and log(alpha / sigma) at every sigma of the schedule."""
     sigma = s.sigmas.cpu()
     if is_edm(s):
         alpha = torch.ones_like(sigma)

@@ -39,6 +39,7 @@ PARTS = ((1.0,), (1.0, -1.0), (1.0, -2.0, 2.0), (1.0, -3.0, 6.0, -6.0))
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    """At x; the coefficient of the highest power comes first."""
     powers = range(len(coefficients) - 1, -1, -1)
     terms = [c * x**k for c, k in zip(coefficients, powers, strict=True)]
     return sum(terms[1:], terms[0])

@@ -28,6 +28,7 @@ def prompt_ids(prompt: Any, tokenizer: TextTokenizer | None) -> list[int]:
 
 
 def stop_token_ids(value: Any) -> list[int]:
+    """The ids of one number or of several."""
     if isinstance(value, Set):
         value = list(value)
     one = isinstance(value, int) or getattr(value, "shape", None) == ()
@@ -35,6 +36,7 @@ def stop_token_ids(value: Any) -> list[int]:
 
 
 def stop_texts(value: Any) -> list[str]:
+    """The strings as a list; TypeError or ValueError for what is no list of texts."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"stop_strings must be a list of strings, got {type(value).__name__}")
     strings = list(value)
@@ -46,6 +48,7 @@ def stop_texts(value: Any) -> list[str]:
 
 
 def check_known(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    """ValueError for an id outside the vocabulary."""
     for token in ids:
         if not 0 <= token < vocab_size:
             raise ValueError(f"{name} must lie in [0, {vocab_size}), got {token}")
