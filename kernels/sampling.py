@@ -16,7 +16,16 @@ from torch import Tensor
 from .gumbel import ONE, gumbel, log, log1p, weight
 from .math import fp32
 from .memory_order import contiguous_like
-from .selection import first_of, keep_first, key_of, kth_largest, logit_of, nucleus, typical
+from .selection import (
+    compact,
+    first_of,
+    keep_first,
+    key_of,
+    kth_largest,
+    logit_of,
+    nucleus,
+    typical,
+)
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_sample": (128, 16384)}
@@ -52,6 +61,74 @@ def _processed(
 
 
 @triton.jit
+def _make_keys(
+    logits_ptr, counts_ptr, allowed_ptr, key_ptr, vocab, repetition, unrepetition, presence,
+    frequency, COUNTS: tl.constexpr, ALLOWED: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(largest logit, largest after penalties and mask, whether a draw is possible); the keys of
+    the latter are written."""
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    bad = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, vocab, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < vocab
+        x = tl.load(logits_ptr + at, mask, float("-inf")).to(tl.float32) + 0.0
+        bad |= 1 - (x < float("inf")).to(tl.int32)  # NaN is not below inf
+        top = tl.maximum(top, x)
+        x = _processed(
+            x, counts_ptr, allowed_ptr, at, mask, repetition, unrepetition, presence, frequency,
+            COUNTS, ALLOWED, PACKED,
+        ) + 0.0  # fmt: skip
+        best = tl.maximum(best, x)
+        tl.store(key_ptr + at, key_of(x).to(tl.int32, bitcast=True), mask)
+    largest = tl.max(best, 0)
+    good = (tl.max(bad, 0) == 0) & (largest > float("-inf")) & (largest < float("inf"))
+    return tl.max(top, 0), largest, good
+
+
+@triton.jit
+def _log_sum(logits_ptr, vocab, top, BLOCK: tl.constexpr):
+    """log(sum(exp(logits - top))); top is the largest."""
+    total = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, vocab, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + at, at < vocab, float("-inf")).to(tl.float32)
+        total += weight(x - top)
+    return log1p((tl.sum(total, 0) - ONE).to(tl.float32) * 9.094947017729282e-13)  # 2^-40
+
+
+@triton.jit
+def _draw(
+    key_ptr, token_ptr, size, edge, enough, each, least, mean, furthest, largest, rate, seed, step,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The token of the largest log-probability plus Gumbel noise, among those that pass all
+    filters."""
+    score = float("-inf")
+    token = 0
+    seen = 0
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        key = tl.load(key_ptr + at, at < size, 0).to(tl.uint32, bitcast=True)
+        number = tl.load(token_ptr + at, at < size, 0)
+        kept, seen = first_of(key, at < size, edge, enough, each, seen)
+        y = (logit_of(key) - largest) * rate
+        s = tl.where(
+            kept & (y >= least) & (tl.abs(y - mean) <= furthest),
+            y + gumbel(seed, step, number),
+            float("-inf"),
+        )
+        highest = tl.max(s, 0)
+        # Numbers rise from block to block, so the first of equals stays.
+        candidate = tl.min(tl.where(s == highest, number, 0x7FFFFFFF), 0)
+        token = tl.where(highest > score, candidate, token)
+        score = tl.maximum(score, highest)
+    return token
+
+
+@triton.jit
 def _sample(
     logits_ptr, rows_ptr, counts_ptr, allowed_ptr, seeds_ptr, steps_ptr, key_ptr, token_ptr,
     tokens_ptr, logprobs_ptr, vocab, logits_stride, counts_stride, allowed_stride,
@@ -78,32 +155,12 @@ def _sample(
     # Divisions in here would be calls: correctly rounded ones are, and they spill registers.
     rate = _setting(rows_ptr, rate, row, 8, PER_ROW)
     unrepetition = _setting(rows_ptr, unrepetition, row, 9, PER_ROW)
-    lane = tl.arange(0, BLOCK)
 
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    bad = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, vocab, BLOCK):
-        at = start + lane
-        mask = at < vocab
-        x = tl.load(logits_ptr + at, mask, float("-inf")).to(tl.float32) + 0.0
-        bad |= 1 - (x < float("inf")).to(tl.int32)  # NaN is not below inf
-        top = tl.maximum(top, x)
-        x = _processed(
-            x, counts_ptr, allowed_ptr, at, mask, repetition, unrepetition, presence, frequency,
-            COUNTS, ALLOWED, PACKED,
-        ) + 0.0  # fmt: skip
-        best = tl.maximum(best, x)
-        tl.store(key_ptr + at, key_of(x).to(tl.int32, bitcast=True), mask)
-    top = tl.max(top, 0)
-    largest = tl.max(best, 0)
-    good = (tl.max(bad, 0) == 0) & (largest > float("-inf")) & (largest < float("inf"))
-    total = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, vocab, BLOCK):
-        at = start + lane
-        x = tl.load(logits_ptr + at, at < vocab, float("-inf")).to(tl.float32)
-        total += weight(x - top)
-    log_sum = log1p((tl.sum(total, 0) - ONE).to(tl.float32) * 9.094947017729282e-13)  # 2^-40
+    top, largest, good = _make_keys(
+        logits_ptr, counts_ptr, allowed_ptr, key_ptr, vocab, repetition, unrepetition, presence,
+        frequency, COUNTS, ALLOWED, PACKED, BLOCK,
+    )  # fmt: skip
+    log_sum = _log_sum(logits_ptr, vocab, top, BLOCK)
     tl.debug_barrier()  # the keys are there for all threads
 
     least = tl.where(min_p > 0, log(tl.maximum(min_p, 1e-30)), float("-inf"))
@@ -114,21 +171,7 @@ def _sample(
     n = vocab + 0
     if (k > 0) & (k < vocab):
         edge, n = kth_largest(key_ptr, vocab, k, BLOCK)
-
-    size = 0
-    seen = 0
-    for start in range(0, vocab, BLOCK):
-        at = start + lane
-        key = tl.load(key_ptr + at, at < vocab, 0).to(tl.uint32, bitcast=True)
-        kept, seen = first_of(key, at < vocab, edge, n, 1, seen)
-        x = logit_of(key)
-        kept = kept & (x > float("-inf")) & ((x - largest) * rate >= floor)
-        to = size + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.debug_barrier()  # survivors move forward within what all threads have read
-        tl.store(key_ptr + to, key.to(tl.int32, bitcast=True), kept)
-        tl.store(token_ptr + to, at, kept)
-        size += tl.sum(kept.to(tl.int32), 0)
-    tl.debug_barrier()
+    size = compact(key_ptr, token_ptr, vocab, edge, n, floor, largest, rate, BLOCK)
 
     edge = tl.full((), 0, tl.uint32)
     enough = tl.full((), 1, tl.int64)
@@ -141,27 +184,11 @@ def _sample(
         size = keep_first(key_ptr, token_ptr, size, edge, enough, each, least, largest, rate, BLOCK)
         edge = tl.full((), 0, tl.uint32)  # all of these are of the nucleus
         mean, furthest = typical(key_ptr, size, typical_p, largest, rate, BLOCK)
-    seed = tl.load(seeds_ptr + row)
-    step = tl.load(steps_ptr + row)
-    score = float("-inf")
-    token = 0
-    seen = 0
-    for start in range(0, size, BLOCK):
-        at = start + lane
-        key = tl.load(key_ptr + at, at < size, 0).to(tl.uint32, bitcast=True)
-        number = tl.load(token_ptr + at, at < size, 0)
-        kept, seen = first_of(key, at < size, edge, enough, each, seen)
-        y = (logit_of(key) - largest) * rate
-        s = tl.where(
-            kept & (y >= least) & (tl.abs(y - mean) <= furthest),
-            y + gumbel(seed, step, number),
-            float("-inf"),
-        )
-        highest = tl.max(s, 0)
-        # Numbers rise from block to block, so the first of equals stays.
-        candidate = tl.min(tl.where(s == highest, number, 0x7FFFFFFF), 0)
-        token = tl.where(highest > score, candidate, token)
-        score = tl.maximum(score, highest)
+    seed, step = tl.load(seeds_ptr + row), tl.load(steps_ptr + row)
+    token = _draw(
+        key_ptr, token_ptr, size, edge, enough, each, least, mean, furthest, largest, rate, seed,
+        step, BLOCK,
+    )  # fmt: skip
     own = tl.load(logits_ptr + token).to(tl.float32)
     tl.store(tokens_ptr + row, tl.where(good, token, -1).to(tl.int64))
     tl.store(logprobs_ptr + row, tl.where(good, (own - top) - log_sum, float("nan")))

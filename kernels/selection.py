@@ -79,6 +79,29 @@ def first_of(key, mask, edge, enough, each, seen):
 
 
 @triton.jit
+def compact(
+    key_ptr, token_ptr, vocab, edge, n, floor, largest, rate, BLOCK: tl.constexpr
+):  # fmt: skip
+    """How many survive: the keys of the top k that are likely enough move to the front, and their
+    token numbers beside them."""
+    size = 0
+    seen = 0
+    for start in range(0, vocab, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        key = tl.load(key_ptr + at, at < vocab, 0).to(tl.uint32, bitcast=True)
+        kept, seen = first_of(key, at < vocab, edge, n, 1, seen)
+        x = logit_of(key)
+        kept = kept & (x > float("-inf")) & ((x - largest) * rate >= floor)
+        to = size + tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.debug_barrier()  # survivors move forward within what all threads have read
+        tl.store(key_ptr + to, key.to(tl.int32, bitcast=True), kept)
+        tl.store(token_ptr + to, at, kept)
+        size += tl.sum(kept.to(tl.int32), 0)
+    tl.debug_barrier()
+    return size
+
+
+@triton.jit
 def keep_first(
     key_ptr, token_ptr, size, edge, enough, each, least, largest, rate, BLOCK: tl.constexpr
 ):  # fmt: skip
