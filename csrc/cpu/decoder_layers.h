@@ -1,14 +1,15 @@
-// What decoder_step is given: sizes, packed weights, layers.
+// What decoder_step is given: sizes, numbers, packed weights, layers; and the shares of its
+// attention.
 #pragma once
 
 #include "attention_shape.h"
 #include "quantized.h"
+#include "sums.h"
 
 namespace aigc_fast {
 
-constexpr int kLayerTensors = 6;      // attention norm, qkv, output, MLP norm, gate and up, down
-constexpr int kLayerStages = 7;       // of a layer
 constexpr int64_t kWeightGroup = 32;  // of all the weights
+constexpr int64_t kKeysOfItem = 64;   // keys of an item of attention
 
 struct DecoderWeight {
   QuantizedFormat format;
@@ -21,6 +22,10 @@ struct DecoderWeight {
     tiles = x.size(0);
   }
   int64_t rows() const { return tiles * kTileRows; }
+  bool fits(int64_t rows, int64_t columns) const {
+    return format.columns() == columns && this->rows() - rows >= 0 &&
+           this->rows() - rows < kTileRows;
+  }
 
  private:
   static QuantizedFormat format_with_groups_of_32(const Tensor& x) {
@@ -30,24 +35,9 @@ struct DecoderWeight {
   }
 };
 
-// T is the type of the caches; their numbers of each head are to be multiplied by its scale.
-template <class T>
-struct DecoderLayer {
-  const float* attention_norm;
-  DecoderWeight qkv, output;
-  const float* mlp_norm;
-  DecoderWeight gate_up, down;
-  T *keys, *values;
-  const float *key_scale, *value_scale;
-};
-
-// A share of the keys of one key/value head of one sequence.
-struct KeyShare {
-  int64_t b, head, split, splits;
-};
-
 struct DecoderSizes {
   int64_t batch, hidden, heads, kv_heads, head_dim, inner, capacity, key_batch, key_seq, key_head;
+  int64_t turning;  // the leading features of a head that a rotation turns
   Pages pages;
   int64_t group() const { return heads / kv_heads; }
   int64_t packed() const { return (heads + 2 * kv_heads) * head_dim; }
@@ -57,5 +47,68 @@ struct DecoderSizes {
     return pages.at(b, index / pages.size) * key_batch + index % pages.size * key_seq;
   }
 };
+
+// The same in all layers.
+struct DecoderNumbers {
+  float eps, scale, softcap, residual_scale;
+  bool as_codes;     // activations, in every product
+  bool gelu;         // in its tanh form, in place of silu
+  bool joint_norms;  // the norm of query is over all its heads, and so is that of key
+};
+
+// A share of the keys of one key/value head of one sequence, which has `splits` of them.
+struct KeyShare {
+  int64_t b, head, begin, end, splits;
+};
+
+// Those of all sequences in a layer that sees the `window` newest keys.
+struct KeyShares {
+  int64_t window;
+  std::vector<KeyShare> units;
+  bool split = false;  // whether some head has several
+
+  KeyShares(const DecoderSizes& s, const std::vector<int64_t>& positions, int64_t window)
+      : window(window) {
+    for (int64_t b = 0; b < s.batch; ++b) {
+      const int64_t end = positions[b] + 1, oldest = std::max<int64_t>(0, end - window);
+      const int64_t first = oldest / kKeysOfItem, splits = positions[b] / kKeysOfItem + 1 - first;
+      for (int64_t h = 0; h < s.kv_heads; ++h)
+        for (int64_t i = first; i < first + splits; ++i)
+          units.push_back({b, h, std::max(oldest, i * kKeysOfItem),
+                           std::min(end, (i + 1) * kKeysOfItem), splits});
+      split = split || splits > 1;
+    }
+  }
+};
+
+// T is the type of the caches; their numbers of each head are to be multiplied by its scale.
+template <class T>
+struct DecoderLayer {
+  DecoderWeight qkv, output, gate_up, down;
+  T *keys, *values;
+  const float *key_scale, *value_scale;
+  const KeyShares* shares;
+  // nullptr where the layer has none: the norms' weights, the bias, the angles of each position.
+  const float *attention_norm, *post_attention_norm, *mlp_norm, *post_mlp_norm;
+  const float *query_norm, *key_norm, *qkv_bias;
+  const float *cos, *sin;
+};
+
+// 1 / rms(x)
+inline float rms_factor(const float* x, int64_t width, float eps) {
+  const float squares = sums_over<float, 1>(width, [&](int64_t i, auto n, Vec<float>* sum) {
+    const Vec<float> v = load(x + i, n);
+    sum[0] += v * v;
+  })[0];
+  return 1 / std::sqrt(squares / width + eps);
+}
+
+// out = x * factor * weight
+inline void scale_row(const float* x, int64_t width, float factor, const float* weight,
+                      float* out) {
+  for_vectors<float>(width, [&](int64_t i, auto n) {
+    store(out + i, load(x + i, n) * factor * load(weight + i, n), n);
+  });
+}
 
 }  // namespace aigc_fast

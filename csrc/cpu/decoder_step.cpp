@@ -1,8 +1,41 @@
 // The operator decoder_step: what it takes, and its refusals (decoder_step.h does the work).
 #include "decoder_step.h"
 
+#include <deque>
+
 namespace aigc_fast {
 namespace {
+
+using Tensors = std::vector<Tensor>;
+using MaybeTensors = std::optional<Tensors>;
+
+// What a layer has beside its two norms and four products.
+struct LayerOptions {
+  MaybeTensors qkv_biases, query_key_norms, post_norms;
+  std::vector<int64_t> rotations, windows;
+};
+
+// The numbers of small tensors, in float32.
+class Floats {
+ public:
+  explicit Floats(ScalarType dtype) : dtype_(dtype) {}
+  const float* of(const Tensor& x, int64_t size, const char* name) {
+    require(x.dim() == 1 && x.size(0) == size && x.is_contiguous() && x.scalar_type() == dtype_,
+            name, " must have shape (", size, ",) and the dtype of hidden");
+    return dtype_ == ScalarType::Float ? data<float>(x) : converted_.emplace_back(copy(x)).data();
+  }
+  static std::vector<float> copy(const Tensor& x) {
+    std::vector<float> out(x.numel());
+    dispatch(x, "hidden", [&]<class T>(T) {
+      if constexpr (!std::is_same_v<T, double>) convert(data<T>(x), out.size(), out.data());
+    });
+    return out;
+  }
+
+ private:
+  ScalarType dtype_;
+  std::deque<std::vector<float>> converted_;
+};
 
 std::vector<int64_t> read_positions(const Tensor& lengths, const DecoderSizes& s) {
   require(lengths.dim() == 1 && lengths.size(0) == s.batch && lengths.is_contiguous() &&
@@ -17,33 +50,13 @@ std::vector<int64_t> read_positions(const Tensor& lengths, const DecoderSizes& s
   return positions;
 }
 
-std::vector<float> floats_of(const Tensor& x) {
-  std::vector<float> out(x.numel());
-  dispatch(x, "hidden", [&]<class T>(T) {
-    if constexpr (!std::is_same_v<T, double>) convert(data<T>(x), out.size(), out.data());
-  });
-  return out;
-}
-
-Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
-                    const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& cos_in,
-                    const Tensor& sin_in, double eps, double scale, bool quantize_activations,
-                    const MaybeTensor& table, const MaybeTensor& scales_in) {
-  require(hidden_in.dim() == 2 && hidden_in.size(1) > 0, "hidden must have 2 dimensions");
-  require(weights.size() > kLayerTensors && weights.size() % kLayerTensors == 1,
-          "weights must be 6 tensors a layer and the last norm");
-  const size_t num_layers = weights.size() / kLayerTensors;
-  require(caches.size() == 2 * num_layers && caches[0].dim() == 4,
-          "caches must be keys and values of each layer");
-  const Tensor hidden = as_contiguous(hidden_in);
-  const Tensor cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
-  const ScalarType dtype = hidden.scalar_type();
-  require(dtype != ScalarType::Double, "hidden must be float32, bfloat16 or float16");
-
+// Of the caches, which must be of one kind.
+DecoderSizes sizes_of(const Tensor& hidden, const Tensors& caches, const MaybeTensor& table) {
+  const Tensor& cache = caches[0];
+  require(cache.dim() == 4, "caches must have 4 dimensions");
   DecoderSizes s{};
   s.batch = hidden.size(0);
   s.hidden = hidden.size(1);
-  const Tensor& cache = caches[0];
   if (table) s.pages = {*table, cache, s.batch};
   require(table || cache.size(0) == s.batch, "caches must have the batch of hidden");
   s.capacity = cache.size(1) * (table ? table->size(1) : 1);
@@ -52,69 +65,152 @@ Tensor decoder_step(const Tensor& hidden_in, const std::vector<Tensor>& weights,
   require(cache.scalar_type() != ScalarType::Double, "caches must be of 32, 16 or 8 bits");
   require(s.head_dim > 0 && s.head_dim % 2 == 0 && s.kv_heads > 0 && cache.stride(3) == 1,
           "caches must have an even, contiguous head_dim");
-  const int64_t attended = DecoderWeight(weights[2]).format.columns();
-  s.heads = attended / s.head_dim;
-  s.inner = DecoderWeight(weights[5]).format.columns();
-  require(s.heads * s.head_dim == attended && s.heads % s.kv_heads == 0,
-          "the output projection must take a multiple of the heads of the caches");
   for (const Tensor& t : caches)
     require(
         t.scalar_type() == cache.scalar_type() && same_shape(t, cache) && same_strides(t, cache),
         "caches must all have one dtype, one shape and one layout");
-  for (const Tensor* t : {&cos, &sin})
-    require(t->dim() == 2 && t->size(0) >= s.capacity && t->size(1) == s.head_dim / 2 &&
-                t->scalar_type() == ScalarType::Float,
+  return s;
+}
+
+// Contiguous tables of cos or sin, of all positions.
+Tensors angles_of(const Tensors& tables, size_t count, const DecoderSizes& s) {
+  require(!tables.empty() && tables.size() == count, "cos and sin must be as many, one or more");
+  Tensors out;
+  for (const Tensor& t : tables) {
+    require(t.dim() == 2 && t.size(0) >= s.capacity && t.size(1) == s.turning / 2 &&
+                t.scalar_type() == ScalarType::Float,
             "cos and sin must be float32 with a row for each of ", s.capacity, " positions");
-  // Of keys and values of each layer in turn, and of each head.
-  std::vector<float> scales(caches.size() * s.kv_heads, 1.0f);
-  if (scales_in) {
-    const Tensor given = as_contiguous(*scales_in);
+    out.push_back(as_contiguous(t));
+  }
+  return out;
+}
+
+// Of keys and values of each layer in turn, and of each head.
+std::vector<float> cache_scales(const MaybeTensor& x, int64_t caches, const DecoderSizes& s) {
+  std::vector<float> scales(caches * s.kv_heads, 1.0f);
+  if (x) {
+    const Tensor given = as_contiguous(*x);
     require(given.scalar_type() == ScalarType::Float && given.dim() == 2 &&
-                given.size(0) == int64_t(caches.size()) && given.size(1) == s.kv_heads,
-            "cache_scales must be float32 of shape (", caches.size(), ", ", s.kv_heads, ")");
+                given.size(0) == caches && given.size(1) == s.kv_heads,
+            "cache_scales must be float32 of shape (", caches, ", ", s.kv_heads, ")");
     std::copy_n(data<float>(given), scales.size(), scales.begin());
   }
-  auto is_norm = [&](const Tensor& t) {
-    return t.dim() == 1 && t.size(0) == s.hidden && t.is_contiguous() && t.scalar_type() == dtype;
+  return scales;
+}
+
+// The shares of a layer's keys; layers that see as many have the same.
+const KeyShares* shares_of(std::deque<KeyShares>& found, const DecoderSizes& s,
+                           const std::vector<int64_t>& positions, int64_t window) {
+  require(window >= 0, "windows must not be negative, got ", window);
+  window = window == 0 ? AttentionShape{}.window : window;
+  for (const KeyShares& shares : found)
+    if (shares.window == window) return &shares;
+  return &found.emplace_back(s, positions, window);
+}
+
+void check_options(const LayerOptions& o, size_t layers) {
+  const auto count = [&](size_t given, size_t expected, const char* name) {
+    require(given == expected, name, " must hold ", expected, ", got ", given);
   };
+  if (o.qkv_biases) count(o.qkv_biases->size(), layers, "qkv_biases");
+  if (o.query_key_norms) count(o.query_key_norms->size(), 2 * layers, "query_key_norms");
+  if (o.post_norms) count(o.post_norms->size(), 2 * layers, "post_norms");
+  if (!o.rotations.empty()) count(o.rotations.size(), layers, "rotations");
+  if (!o.windows.empty()) count(o.windows.size(), layers, "windows");
+}
+
+Tensor decoder_step(const Tensor& hidden_in, const Tensors& weights, const Tensors& caches,
+                    const Tensor& lengths, const Tensors& cos_in, const Tensors& sin_in, double eps,
+                    double scale, bool quantize_activations, const MaybeTensor& table,
+                    const MaybeTensor& scales_in, const MaybeTensors& qkv_biases,
+                    const MaybeTensors& query_key_norms, const MaybeTensors& post_norms,
+                    const std::vector<int64_t>& rotations, const std::vector<int64_t>& windows,
+                    std::optional<double> softcap, double residual_scale, bool gelu) {
+  const LayerOptions o{qkv_biases, query_key_norms, post_norms, rotations, windows};
+  require(hidden_in.dim() == 2 && hidden_in.size(1) > 0, "hidden must have 2 dimensions");
+  const size_t num_layers = caches.size() / 2;
+  require(num_layers > 0 && caches.size() % 2 == 0, "caches must be keys and values of each layer");
+  // Four products of each layer, and its two norms where they stand before attention and MLP.
+  const bool pre_norms = weights.size() == 6 * num_layers + 1;
+  require(pre_norms || weights.size() == 4 * num_layers + 1,
+          "weights must be 6 or 4 tensors a layer and the last norm");
+  check_options(o, num_layers);
+  require(!softcap || *softcap > 0, "softcap must be positive");
+  const Tensor hidden = as_contiguous(hidden_in);
+  const ScalarType dtype = hidden.scalar_type();
+  require(dtype != ScalarType::Double, "hidden must be float32, bfloat16 or float16");
+
+  DecoderSizes s = sizes_of(hidden, caches, table);
+  const int64_t attended = DecoderWeight(weights[pre_norms + 1]).format.columns();
+  s.heads = attended / s.head_dim;
+  s.inner = DecoderWeight(weights[2 * pre_norms + 3]).format.columns();
+  require(s.heads * s.head_dim == attended && s.heads % s.kv_heads == 0,
+          "the output projection must take a multiple of the heads of the caches");
+  require(!cos_in.empty() && cos_in[0].dim() == 2, "cos must be tables of 2 dimensions");
+  s.turning = 2 * cos_in[0].size(1);
+  require(s.turning <= s.head_dim, "cos must have at most ", s.head_dim / 2, " columns");
+  const Tensors cos = angles_of(cos_in, sin_in.size(), s), sin = angles_of(sin_in, cos.size(), s);
+  const std::vector<float> scales = cache_scales(scales_in, caches.size(), s);
   const std::vector<int64_t> positions = read_positions(lengths, s);
   for (int64_t b = 0; table && b < s.batch; ++b)
-    s.pages.check(b, 0, positions[b] + 1, cache.size(0));
+    s.pages.check(b, 0, positions[b] + 1, caches[0].size(0));
+  const DecoderNumbers numbers{
+      static_cast<float>(eps),
+      static_cast<float>(scale),
+      static_cast<float>(softcap.value_or(0)),
+      static_cast<float>(residual_scale),
+      quantize_activations,
+      gelu,
+      query_key_norms && (*query_key_norms)[0].numel() != s.head_dim,
+  };
 
   Tensor out = empty({s.batch, s.hidden}, dtype);
   if (s.batch == 0) return out;
-  std::vector<std::vector<float>> converted;
-  converted.reserve(2 * num_layers + 1);
-  const auto norm = [&](const Tensor& t) {
-    require(is_norm(t), "a norm must have shape (hidden_size,) and the dtype of hidden");
-    return dtype == ScalarType::Float ? data<float>(t)
-                                      : converted.emplace_back(floats_of(t)).data();
+  Floats floats(dtype);
+  const auto norm = [&](const Tensor& t) { return floats.of(t, s.hidden, "a norm"); };
+  const auto of_heads = [&](size_t i, int64_t heads) {
+    const int64_t size = (numbers.joint_norms ? heads : 1) * s.head_dim;
+    return query_key_norms ? floats.of((*query_key_norms)[i], size, "query_key_norms") : nullptr;
   };
+  std::deque<KeyShares> shares;
   std::vector<float> result;
-  dispatch_cache(cache, [&]<class T>(T) {
+  dispatch_cache(caches[0], [&]<class T>(T) {
     if constexpr (!std::is_same_v<T, double>) {
       std::vector<DecoderLayer<T>> layers;
       for (size_t l = 0; l < num_layers; ++l) {
-        const Tensor* w = &weights[kLayerTensors * l];
-        const float* scale_of_keys = scales.data() + 2 * l * s.kv_heads;
-        const DecoderLayer<T>& layer = layers.emplace_back(DecoderLayer<T>{
-            norm(w[0]), DecoderWeight(w[1]), DecoderWeight(w[2]), norm(w[3]), DecoderWeight(w[4]),
-            DecoderWeight(w[5]), mutable_data<T>(caches[2 * l]), mutable_data<T>(caches[2 * l + 1]),
-            scale_of_keys, scale_of_keys + s.kv_heads});
-        auto fits = [](const DecoderWeight& weight, int64_t rows, int64_t columns) {
-          return weight.format.columns() == columns && weight.rows() - rows >= 0 &&
-                 weight.rows() - rows < kTileRows;
-        };
-        require(fits(layer.qkv, s.packed(), s.hidden) && fits(layer.output, s.hidden, attended) &&
-                    s.inner % kTileRows == 0 && fits(layer.gate_up, 2 * s.inner, s.hidden) &&
-                    fits(layer.down, s.hidden, s.inner),
+        const Tensor* w = &weights[(pre_norms ? 6 : 4) * l];
+        const int64_t rotation = rotations.empty() ? 0 : rotations[l];
+        require(rotation >= -1 && rotation < static_cast<int64_t>(cos.size()),
+                "rotations must be in [-1, ", cos.size(), "), got ", rotation);
+        DecoderLayer<T>& layer = layers.emplace_back(DecoderLayer<T>{
+            .qkv = DecoderWeight(w[pre_norms]),
+            .output = DecoderWeight(w[pre_norms + 1]),
+            .gate_up = DecoderWeight(w[2 * pre_norms + 2]),
+            .down = DecoderWeight(w[2 * pre_norms + 3]),
+            .keys = mutable_data<T>(caches[2 * l]),
+            .values = mutable_data<T>(caches[2 * l + 1]),
+            .key_scale = scales.data() + 2 * l * s.kv_heads,
+            .value_scale = scales.data() + (2 * l + 1) * s.kv_heads,
+            .shares = shares_of(shares, s, positions, windows.empty() ? 0 : windows[l]),
+            .attention_norm = pre_norms ? norm(w[0]) : nullptr,
+            .post_attention_norm = post_norms ? norm((*post_norms)[2 * l]) : nullptr,
+            .mlp_norm = pre_norms ? norm(w[3]) : nullptr,
+            .post_mlp_norm = post_norms ? norm((*post_norms)[2 * l + 1]) : nullptr,
+            .query_norm = of_heads(2 * l, s.heads),
+            .key_norm = of_heads(2 * l + 1, s.kv_heads),
+            .qkv_bias =
+                qkv_biases ? floats.of((*qkv_biases)[l], s.packed(), "qkv_biases") : nullptr,
+            .cos = rotation < 0 ? nullptr : data<float>(cos[rotation]),
+            .sin = rotation < 0 ? nullptr : data<float>(sin[rotation]),
+        });
+        require(layer.qkv.fits(s.packed(), s.hidden) && layer.output.fits(s.hidden, attended) &&
+                    s.inner % kTileRows == 0 && layer.gate_up.fits(2 * s.inner, s.hidden) &&
+                    layer.down.fits(s.hidden, s.inner),
                 "the weights of layer ", l, " do not fit together");
       }
       auto run = [&]<class P>(std::type_identity<P>) {
-        result =
-            DecoderStep<P>(s, std::move(layers), positions, floats_of(hidden), data<float>(cos),
-                           data<float>(sin), eps, scale, quantize_activations)
-                .run(norm(weights.back()));
+        result = DecoderStep<P>(s, numbers, std::move(layers), positions, Floats::copy(hidden))
+                     .run(norm(weights.back()));
       };
 #if AIGC_AMX
       if constexpr (std::is_same_v<T, int8_t>)

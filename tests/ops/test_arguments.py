@@ -58,6 +58,9 @@ def _own_calls() -> dict[str, dict[str, Any]]:
             "eps": 1e-6,
             "block_table": torch.zeros(1, 1, dtype=torch.int32),
             "cache_scales": torch.ones(2, 1),
+            "qkv_biases": [torch.ones(48)],
+            "query_key_norms": [torch.ones(8)] * 2,
+            "post_norms": [norm] * 2,
         },
         "dequantize_weight": {**_packed(), "in_features": 32},
         "diffusion_loss": {

@@ -1,5 +1,7 @@
 """A whole decoding step against the operators it is made of."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -48,19 +50,96 @@ def example(
     angles = rand(capacity, head_dim // 2, seed=7 + draw)
     positions = torch.tensor(lengths, dtype=torch.int32)
     hidden_states = rand(batch, hidden, seed=5 + draw)
-    return (hidden_states, weights, caches, positions, angles.cos().float(), angles.sin().float(),
-            1e-5, head_dim**-0.5)  # fmt: skip
+    cos, sin = ([table.float()] for table in (angles.cos(), angles.sin()))
+    return hidden_states, weights, caches, positions, cos, sin, 1e-5, head_dim**-0.5
+
+
+#: what layers may have beside Llama's; functions of the arguments of `example`
+def _query_key_norms(args: tuple, joint: bool) -> list[Tensor]:
+    caches, qkv = args[2], args[1][2]
+    kv_heads, head_dim = caches[0].shape[2:]
+    widths = (qkv.shape[1] * 32, kv_heads * head_dim) if joint else (head_dim, head_dim)
+    return [rand(widths[i % 2], seed=200 + i) + 2 for i in range(len(caches))]
+
+
+def _of_hidden(args: tuple) -> list[Tensor]:
+    return [rand(args[0].shape[1], seed=300 + i) + 2 for i in range(len(args[2]))]
+
+
+def _biases(args: tuple) -> list[Tensor]:
+    kv_heads, head_dim = args[2][0].shape[2:]
+    width = args[1][2].shape[1] * 32 + 2 * kv_heads * head_dim
+    return [rand(width, seed=400 + i) for i in range(len(args[2]) // 2)]
+
+
+OPTIONS = {
+    "bias": lambda args: {"qkv_biases": _biases(args)},
+    "norms_of_heads": lambda args: {"query_key_norms": _query_key_norms(args, False)},
+    "norms_of_all_heads": lambda args: {"query_key_norms": _query_key_norms(args, True)},
+    "norms_behind": lambda args: {"post_norms": _of_hidden(args)},
+    "windows": lambda args: {"windows": [7, 100]},
+    "a_window": lambda args: {"windows": [0, 1]},
+    "rotation_of_some": lambda args: {"rotations": [-1, 0]},
+    "softcap": lambda args: {"softcap": 0.7},
+    "residual_scale": lambda args: {"residual_scale": 0.22},
+    "gelu": lambda args: {"gelu": True},
+}
+
+
+def with_options(names: str, case: str, draw: int = 0) -> tuple[tuple, dict]:
+    """Arguments in float64, up to `scale`, and options: those of `OPTIONS`, or
+    two_rotations: another table in the first layer;
+    partial_rotation: of some leading features;
+    no_norms_before: four tensors a layer."""
+    args = example(**CASES[case], draw=draw)
+    hidden, weights, caches, lengths, [cos], [sin], *rest = args
+    options: dict = {}
+    tables = [cos], [sin]
+    for name in names.split():
+        if name == "two_rotations":
+            tables = [[t, t.flip(0)] for t in (cos, sin)]
+            options["rotations"] = [1, 0]
+        elif name == "partial_rotation":
+            tables = [[t[:, :5] for t in table] for table in tables]
+        elif name == "no_norms_before":
+            weights = [w for i, w in enumerate(weights[:-1]) if i % 3] + weights[-1:]
+        else:
+            options |= OPTIONS[name](args)
+    return (hidden, weights, caches, lengths, *tables, *rest), options
+
+
+QWEN2, QWEN3 = "bias", "bias norms_of_heads"
+GEMMA2 = "norms_behind windows softcap gelu"
+GEMMA3 = "norms_of_heads norms_behind windows two_rotations gelu"
+OLMO2 = "norms_of_all_heads norms_behind no_norms_before"
+KINDS = [
+    "", *OPTIONS, "two_rotations", "partial_rotation", QWEN3, GEMMA2, GEMMA3, OLMO2,
+    "norms_of_heads partial_rotation rotation_of_some residual_scale",
+]  # fmt: skip
+TOGETHER = ["", GEMMA2, GEMMA3, f"{OLMO2} {QWEN2} partial_rotation residual_scale"]
+
+
+def take_step(
+    implementation: str, args: tuple, quantize: bool, options: dict, **more: Any
+) -> Tensor:
+    """STEP.call with options by their names."""
+    given = {**options, **more}
+    order = ("block_table", "cache_scales", "qkv_biases", "query_key_norms", "post_norms",
+             "rotations", "windows", "softcap", "residual_scale", "gelu")  # fmt: skip
+    defaults = {"rotations": [], "windows": [], "residual_scale": 1.0, "gelu": False}
+    values = [given.pop(name, defaults.get(name)) for name in order]
+    assert not given
+    return STEP.call(implementation, *args, quantize, *values)
+
+
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """A copy."""
+    return map_tensors(value, lambda t: t.clone().to(dtype if t.is_floating_point() else t))
 
 
 def cast(args: tuple, dtype: torch.dtype) -> tuple:
     """A copy with all but the angles in `dtype`."""
-    hidden, weights, caches, *rest = args
-    return (
-        *map_tensors(
-            (hidden, weights, caches), lambda t: t.clone().to(dtype if t.is_floating_point() else t)
-        ),
-        *rest,
-    )
+    return (*in_dtype(args[:3], dtype), *args[3:])
 
 
 CASES = {
@@ -99,6 +178,33 @@ def test_matches_the_layers(name, dtype, quantize) -> None:
         assert error <= 2 * limit
 
 
+# In float32 a code of int8 falls otherwise once in thousands, for the rounding before it, in plain
+# PyTorch as in ours: an error that a few draws do not average. In 16 bits it does all the time.
+ROUNDING = [(dtype, False) for dtype in DTYPES] + [(dtype, True) for dtype in DTYPES[1:]]
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), ROUNDING)
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [(kind, case) for kind in KINDS[1:] for case in ("batch", "odd_tiles")]
+    + [(kind, "several_splits") for kind in ("a_window", GEMMA2, GEMMA3, OLMO2)],
+)
+def test_other_layers_match_the_layers(kind, case, dtype, quantize) -> None:
+    results: dict[str, list] = {"ours": [], "plain": [], "exact": []}
+    for draw in range(5):
+        args, options = with_options(kind, case, draw)
+        for name in results:
+            wide = torch.float64 if name == "exact" else dtype
+            given, small = cast(args, wide), in_dtype(options, wide)
+            out = take_step("cpu" if name == "ours" else "reference", given, quantize, small)
+            results[name].append([out, *given[2]])
+    pooled = {k: [torch.stack(t) for t in zip(*v, strict=True)] for k, v in results.items()}
+    for ours, plain, exact in zip(*pooled.values(), strict=True):
+        assert ours.dtype == plain.dtype and ours.shape == plain.shape
+        error, limit = ((t - exact).square().mean().sqrt().item() for t in (ours, plain))
+        assert error <= 2 * limit
+
+
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
 def test_caches_may_have_a_dtype_of_their_own(cache_dtype, hidden_dtype) -> None:
@@ -120,13 +226,15 @@ def test_caches_may_have_a_dtype_of_their_own(cache_dtype, hidden_dtype) -> None
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cache_dtype", NARROW, ids=str)
-@pytest.mark.parametrize("name", ["one", "batch", "multi_query"])
-def test_caches_of_one_byte(name, cache_dtype, hidden_dtype) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"), [("", "one"), ("", "batch"), ("", "multi_query"), (GEMMA3, "batch")]
+)
+def test_caches_of_one_byte(kind, name, cache_dtype, hidden_dtype) -> None:
     """As good as the layers: the states against float64 with the same numbers in the caches, the
     new keys and values against float64 without rounding."""
     errors = {run: torch.zeros(2, dtype=torch.float64) for run in ("ours", "plain")}
     for draw in range(8):
-        case = example(**CASES[name], draw=draw)
+        case, options = with_options(kind, name, draw)
         kv_heads = case[2][0].shape[2]
         # Small enough for the largest numbers not to fit.
         scales = rand(len(case[2]), kv_heads, seed=draw).abs().add(1).div(80).float()
@@ -137,11 +245,12 @@ def test_caches_of_one_byte(name, cache_dtype, hidden_dtype) -> None:
             for c, scale in zip(case[2], scales, strict=True)
         ]
 
-        def step(implementation, dtype, caches, case=case, scales=scales):
+        def step(implementation, dtype, caches, case=case, scales=scales, options=options):
             """The states, and what the first layer's caches then say."""
             args = cast(case, dtype)
             args = (*args[:2], [c.clone() for c in caches], *args[3:])
-            out = STEP.call(implementation, *args, False, None, scales)
+            small = in_dtype(options, dtype)
+            out = take_step(implementation, args, False, small, cache_scales=scales)
             assert out.dtype == dtype and all(c.dtype == caches[0].dtype for c in args[2])
             first = [c.double() * s[:, None] for c, s in zip(args[2], scales, strict=True)][:2]
             return out, torch.stack(first)
@@ -156,28 +265,30 @@ def test_caches_of_one_byte(name, cache_dtype, hidden_dtype) -> None:
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_the_bits_do_not_depend_on_the_threads(quantize) -> None:
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_the_bits_do_not_depend_on_the_threads(kind, quantize) -> None:
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         try:
-            args = cast(example(**CASES["several_splits"]), torch.float32)
-            results.append([STEP.call("cpu", *args, quantize), *args[2]])
+            args, options = in_dtype(with_options(kind, "several_splits"), torch.float32)
+            results.append([take_step("cpu", args, quantize, options), *args[2]])
         finally:
             torch.set_num_threads(before)
     for result in results[1:]:
         assert all(map(torch.equal, results[0], result))
 
 
-def test_a_sequence_does_not_depend_on_its_batch() -> None:
-    args = cast(example(**CASES["batch"]), torch.float32)
-    together = STEP.call("cpu", *cast(args, torch.float32), True)
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_a_sequence_does_not_depend_on_its_batch(kind) -> None:
+    args, options = in_dtype(with_options(kind, "batch"), torch.float32)
+    together = take_step("cpu", cast(args, torch.float32), True, options)
     for b in range(3):
-        hidden, weights, caches, *rest, eps, scale = cast(args, torch.float32)
-        alone = (hidden[b : b + 1], weights, [c[b : b + 1].clone() for c in caches],
-                 rest[0][b : b + 1], *rest[1:], eps, scale)  # fmt: skip
-        assert torch.equal(STEP.call("cpu", *alone, True)[0], together[b])
+        hidden, weights, caches, lengths, *rest = cast(args, torch.float32)
+        one = slice(b, b + 1)
+        alone = (hidden[one], weights, [c[one].clone() for c in caches], lengths[one], *rest)
+        assert torch.equal(take_step("cpu", alone, True, options)[0], together[b])
 
 
 def test_caches_of_any_layout() -> None:
@@ -199,8 +310,9 @@ def in_pages(caches: list[Tensor], lengths: Tensor, page_size: int) -> tuple[lis
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
 @pytest.mark.parametrize("page_size", [1, 3, 16, 40])
 @pytest.mark.parametrize("name", ["batch", "empty_cache", "several_splits", "groups_of_3"])
-def test_pages_give_the_same_bits(name, page_size, implementation) -> None:
-    args = cast(example(**CASES[name]), torch.float32)
+@pytest.mark.parametrize("kind", ["", GEMMA3])
+def test_pages_give_the_same_bits(kind, name, page_size, implementation) -> None:
+    args, options = in_dtype(with_options(kind, name), torch.float32)
     hidden, weights, caches, lengths, *rest, eps, scale = args
     capacity = caches[0].shape[1]
     # Entries behind the length are not a number, in the contiguous caches too.
@@ -208,10 +320,12 @@ def test_pages_give_the_same_bits(name, page_size, implementation) -> None:
     caches = [c.masked_fill(beyond, torch.nan) for c in caches]
     pages, table = in_pages(caches, lengths, page_size)
     more = -(-capacity // page_size) * page_size - capacity  # rows of cos and sin
-    wide = [torch.cat([t, t.new_zeros(more, t.shape[1])]) for t in rest]
-    args = (hidden, weights, caches, lengths, *wide, eps, scale, True)
-    contiguous = STEP.call(implementation, *args)
-    out = STEP.call(implementation, hidden, weights, pages, lengths, *wide, eps, scale, True, table)
+    wide = map_tensors(rest, lambda t: torch.cat([t, t.new_zeros(more, t.shape[1])]))
+    contiguous = take_step(
+        implementation, (hidden, weights, caches, lengths, *wide, eps, scale), True, options
+    )
+    args = (hidden, weights, pages, lengths, *wide, eps, scale)
+    out = take_step(implementation, args, True, options, block_table=table)
     close = 0 if implementation == "cpu" else 1e-5  # the reference's sums run over the capacity
     torch.testing.assert_close(out, contiguous, rtol=close, atol=close)
     assert not out.isnan().any()
@@ -253,14 +367,15 @@ def refusals() -> dict:
     changes = {
         "float64": (TypeError, r"weights\[0\] must have the dtype", dict(hidden=hidden.double())),
         "hidden_dim": (ValueError, "hidden must have 2 dimensions", dict(hidden=hidden[0])),
-        "few_weights": (ValueError, "weights must be 6 tensors", dict(weights=weights[:-1])),
+        "few_weights": (ValueError, "weights must be 6 or 4 tensors", dict(weights=weights[:-1])),
         "norm": (ValueError, r"weights\[3\] must have shape",
                  dict(weights=swapped(weights, 3, weights[3][:-1]))),
         "packed": (ValueError, r"weights\[1\] must have one of",
                    dict(weights=swapped(weights, 1, weights[1][..., 1:]))),
         "down": (ValueError, r"weights\[5\]|weights\[4\]",
                  dict(weights=swapped(weights, 5, weights[4]))),
-        "caches": (ValueError, "caches must hold 4 tensors", dict(caches=caches[:2])),
+        "caches": (ValueError, "caches must hold 2 tensors a layer", dict(caches=caches[:3])),
+        "few_caches": (ValueError, "for each of 1 layers", dict(caches=caches[:2])),
         "cache_shape": (ValueError, r"caches\[3\] must have shape",
                         dict(caches=swapped(caches, 3, caches[3][:, 1:]))),
         "cache_dtype": (TypeError, r"caches\[1\] must have the dtype",
@@ -272,11 +387,32 @@ def refusals() -> dict:
                   dict(block_table=lengths.long()[:, None])),
         "table_batch": (ValueError, "block_table must have the batch of hidden",
                         dict(block_table=lengths[:2, None])),
-        "cos": (ValueError, "cos must have shape", dict(cos=cos[:, 1:])),
+        "cos": (ValueError, "cos must have shape", dict(cos=cos[0][1:])),
+        "sin": (ValueError, "sin must have shape", dict(sin=sin[0][:, 1:])),
+        "angles": (ValueError, "cos and sin must be as many", dict(cos=cos * 2)),
+        "wide_angles": (ValueError, r"cos must have shape \(40 or more, 16 or fewer\)",
+                        {name: torch.ones(40, 17) for name in ("cos", "sin")}),
         "scales": (ValueError, r"cache_scales must have shape \(4, 2\)",
                    dict(cache_scales=torch.ones(2, 2))),
         "scales_dtype": (TypeError, "cache_scales must be float32",
                          dict(cache_scales=torch.ones(4, 2, dtype=torch.float64))),
+        "few_biases": (ValueError, "qkv_biases must hold 2, got 1",
+                       dict(qkv_biases=[torch.ones(256)])),
+        "bias": (ValueError, r"qkv_biases\[1\] must have shape \(256,\)",
+                 dict(qkv_biases=[torch.ones(256), torch.ones(255)])),
+        "bias_dtype": (TypeError, r"qkv_biases\[0\] must have the dtype of hidden",
+                       dict(qkv_biases=[torch.ones(256).half()] * 2)),
+        "norms_of_heads": (ValueError, r"query_key_norms\[1\] must have shape \(32,\)",
+                           dict(query_key_norms=[torch.ones(32), torch.ones(64)] * 2)),
+        "norms_of_all_heads": (ValueError, r"query_key_norms\[1\] must have shape \(64,\)",
+                               dict(query_key_norms=[torch.ones(128), torch.ones(32)] * 2)),
+        "post_norms": (ValueError, "post_norms must hold 4, got 2",
+                       dict(post_norms=[torch.ones(64)] * 2)),
+        "rotations": (ValueError, r"rotations must be in \[-1, 1\), got 1", dict(rotations=[0, 1])),
+        "few_windows": (ValueError, "windows must hold 2, got 1", dict(windows=[1])),
+        "windows": (ValueError, r"windows must be in \[0, .*\), got -1", dict(windows=[-1, 0])),
+        "softcap": (ValueError, "softcap must be positive", dict(softcap=-1.0)),
+        "activation": (ValueError, "activation must be", dict(activation="gelu")),
     }  # fmt: skip
     return {name: (error, match, {**good, **change})
             for name, (error, match, change) in changes.items()}  # fmt: skip
