@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from aigc_fast.models.autoregressive import DecoderLM, generate
+from aigc_fast.models.autoregressive import DecoderLM, Engine
 from aigc_fast.nn import QuantizedLinear
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 
-from tests.models.checkpoints import VOCAB, hf_config, hf_model
+from tests.models.checkpoints import GEMMA3, VOCAB, hf_config, hf_model
 from tests.models.gguf_files import write_gguf
 
 # Widths in whole groups of 32 columns.
@@ -29,8 +29,15 @@ BESIDE = {
     "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8},
     "smollm3": {"num_hidden_layers": 4},
     "granite": {"residual_multiplier": 0.5},
+    "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 20},
+    "gemma3_text": GEMMA3,
 }
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "phi3"]
+ARCHITECTURES = [
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "olmo2", "gemma2",
+    "gemma3_text", "stablelm",
+]  # fmt: skip
+#: whose layer norms are none that `ops.decoder_step` has
+NOT_FUSED = ["stablelm"]
 
 
 def written(tmp_path, model_type: str, storage: str):
@@ -56,30 +63,32 @@ def test_packed_logits_are_those_of_the_dequantised_model(model_type, storage, t
     ours, plain, true = results
     error, limit = ((t - true).square().mean().sqrt() for t in (ours, plain))
     assert error <= 2 * limit
-    assert bool(packed._fused and packed._fused.weights) == (model_type in ("llama", "phi3"))
+    assert is_fused(packed) == (model_type not in NOT_FUSED)
 
 
-def test_windows_that_hold_all_there_can_be_do_not_hinder_the_fused_step(tmp_path):
-    fused = []
-    for window in (63, 64):
-        path = tmp_path / "model.gguf"
-        hf = hf_model(hf_config("mistral", **WIDE, sliding_window=window))
-        model = DecoderLM.from_pretrained(
-            write_gguf(path, hf, gguf.GGMLQuantizationType["Q8_0"]), packed=True
-        )
-        generate(model, [[1, 2]], 2)
-        fused.append(bool(model._fused and model._fused.weights))
-    assert fused == [False, True]
+def is_fused(model: DecoderLM) -> bool:
+    return bool(model._fused and model._fused.weights)
 
 
-def test_the_fused_step_is_the_layers_one_by_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in NOT_FUSED])
+def test_the_fused_step_is_the_layers_one_by_one(model_type, cache_dtype, tmp_path, monkeypatch):
     model = DecoderLM.from_pretrained(
-        written(tmp_path, "llama", "Q4_1"), packed=True, quantize_activations=True
+        written(tmp_path, model_type, "Q4_1"), packed=True, quantize_activations=True
     )
     prompts = [[1, 5, 9], [7], [2, 2, 2, 2, 2, 2]]
-    fused = [answer.tokens for answer in generate(model, prompts, 12)]
+
+    def answers() -> list[list[int]]:
+        engine = Engine(model, page_size=4, cache_dtype=cache_dtype)
+        requests = [engine.add(prompt, 12) for prompt in prompts]
+        while not engine.idle:
+            engine.step()
+        return [request.tokens for request in requests]
+
+    fused = answers()
+    assert is_fused(model)
     monkeypatch.setattr(DecoderLM, "_fused_step", lambda *_: None)
-    assert [answer.tokens for answer in generate(model, prompts, 12)] == fused
+    assert answers() == fused
 
 
 def test_a_cast_model_is_looked_at_again(tmp_path):
@@ -138,10 +147,22 @@ EXCHANGES = {
     "a layer more": lambda m: m.layers.append(copy.deepcopy(m.layers[0])),
     "a softcap": lambda m: setattr(m.layers[0].attention, "softcap", 1e-3),
     "a rotation": lambda m: setattr(m.layers[0].attention, "rotation", None),
+    "a window": lambda m: setattr(m.layers[0].attention, "window", 1),
+    "windows": lambda m: [setattr(layer.attention, "window", 2) for layer in m.layers],
+    "an activation": lambda m: setattr(m.layers[0].mlp, "activation", "geglu_tanh"),
+    "activations": lambda m: [setattr(layer.mlp, "activation", "geglu_tanh") for layer in m.layers],
+    "a norm less": lambda m: setattr(m.layers[1], "mlp_norm", None),
+    "norms less": lambda m: [setattr(layer, name, None) for layer in m.layers
+                             for name in ("attention_norm", "mlp_norm")],
+    "norms behind": lambda m: [setattr(layer, name, copy.deepcopy(m.norm)) for layer in m.layers
+                               for name in ("post_attention_norm", "post_mlp_norm")],
+    "biases": lambda m: [setattr(layer.attention.qkv_proj, "bias", torch.rand(128))
+                         for layer in m.layers],
+    "a bias": lambda m: setattr(m.layers[0].mlp.down_proj, "bias", torch.rand(64)),
     "a residual scale": lambda m: setattr(m.layers[0], "residual_scale", 0.5),
     "a forward": lambda m: setattr(m.layers[0].mlp, "forward", lambda x: 3 * x),
     "a hook": lambda m: m.layers[0].mlp.register_forward_hook(lambda module, args, out: 3 * out),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

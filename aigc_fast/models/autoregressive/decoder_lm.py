@@ -259,9 +259,8 @@ class DecoderLM(nn.Module):
                 cache.check_room(*token_ids.shape)
                 self._check_length(cache.used + 1)
                 embedded = self._embed(token_ids[:, 0])
-                weight = self.norm.weight
-                cos, sin = self._rotary.below(cache.capacity, cache.longest, weight)[0]
-                hidden = fused(embedded, cache, cos, sin)[:, None]
+                tables = self._rotary.below(cache.capacity, cache.longest, self.norm.weight)
+                hidden = fused(embedded, cache, tables)[:, None]
             else:
                 hidden, step = self._enter(token_ids, cache)
                 residual = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from operator import is_
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from collections.abc import Iterator, Sequence
+from operator import eq, is_
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,50 +34,50 @@ class FusedStep:
         self._found = [*map(dict.get, self._tables, self._names)]
         modules = (norm, *model.layers.modules())
         self._sized = [t for m in modules for t in (m._modules, m.__dict__, *_hooks(m))]
-        self._size = sum(map(len, self._sized))
+        self._sizes = [*map(len, self._sized)]
         self._weight, self._dtype = norm.weight, norm.weight.dtype
-        self._eps, self._scale = config.rms_norm_eps, config.attention_scale
-        layers = [layer for i, layer in enumerate(model.layers) if _is_plain(layer, i)]
-        linears = [[m for m in _linears(layer) if _is_packed(m)] for layer in layers]
-        rounding = {linear.quantize_activations for of_layer in linears for linear in of_layer}
-        self._quantize_activations = rounding == {True}
+        layers = [layer for i, layer in enumerate(model.layers) if _is_known(layer, i)]
         if (
             not len(layers) == len(model.layers) == config.num_layers
-            or any(len(of_layer) < 4 for of_layer in linears)
-            or len(rounding) > 1
+            or len(set(map(_kind, layers))) != 1
             or not all(map(runs_as_written, modules))
-            or type(norm) is not Norm
+            or not _is_rms(norm)
             or norm.weight.device.type != "cpu"
             or norm.weight.dtype == torch.float64
-            or config.rotary_dim != config.head_dim
+            or config.learned_positions
         ):
             return
-        for layer, of_layer in zip(layers, linears, strict=True):
-            qkv, output, gate_up, down = (linear.weight for linear in of_layer)
-            before_attention, before_mlp = cast(Any, (layer.attention_norm, layer.mlp_norm))
-            self.weights += [before_attention.weight, qkv, output]
-            self.weights += [before_mlp.weight, gate_up, down]
+        self.weights = [weight for layer in layers for weight in _weights(layer)]
         self.weights.append(norm.weight)
+        self._options = {
+            "eps": config.rms_norm_eps,
+            "scale": config.attention_scale,
+            **_options(layers),
+        }
 
     def is_current(self) -> bool:
         """Whether the model still holds the very modules and weights that were looked at, no more
         of them, and no hook or forward of an object besides."""
         # Past nn.Module's attribute lookup, which would take many times as long.
         found = map(dict.get, self._tables, self._names)
-        return sum(map(len, self._sized)) == self._size and all(map(is_, found, self._found))
+        sizes = map(len, self._sized)
+        return all(map(eq, sizes, self._sizes)) and all(map(is_, found, self._found))
 
     def has_its_dtype(self) -> bool:
         """Whether the model's is still the one it was made for: `.to` casts a parameter inside its
         object."""
         return self._weight.dtype == self._dtype
 
-    def __call__(self, hidden: Tensor, cache: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, cache: KVCache, rotations: Sequence[tuple[Tensor, Tensor]]
+    ) -> Tensor:
         """The normalised states after the last layer.
 
         Args:
             hidden: (batch, hidden_size), the embedded tokens.
-            cos, sin: (positions, head_dim / 2).
+            rotations: cos and sin of every position, as of `rope.rotations`.
         """
+        cos, sin = zip(*rotations, strict=True)
         return ops.decoder_step(
             hidden,
             self.weights,
@@ -86,10 +86,8 @@ class FusedStep:
             cos,
             sin,
             block_table=cache.block_table,
-            eps=self._eps,
-            scale=self._scale,
-            quantize_activations=self._quantize_activations,
             cache_scales=cache.scales,
+            **self._options,
         )
 
 
@@ -122,33 +120,91 @@ def _linears(layer: DecoderLayer) -> tuple[nn.Module, ...]:
     return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
 
 
-def _is_plain(layer: nn.Module, place: int) -> TypeGuard[DecoderLayer]:
-    """A layer of the Llama type with the cache of its place, no part of it of another class."""
+def _is_known(layer: nn.Module, place: int) -> TypeGuard[DecoderLayer]:
+    """A layer that `ops.decoder_step` has, with the cache of its place, no part of it of another
+    class."""
     if type(layer) is not DecoderLayer:
         return False
     attention, mlp = layer.attention, layer.mlp
     return (
         type(attention) is Attention
         and attention.layer == place
-        and attention.rotation == 0
         and type(mlp) is MLP
-        and mlp.activation == "swiglu"
-        and layer.post_attention_norm is None
-        and layer.post_mlp_norm is None
-        and layer.residual_scale == 1.0
-        and type(layer.attention_norm) is type(layer.mlp_norm) is Norm
-        and layer.attention_norm.bias is None
-        and attention.query_norm is None
-        and attention.window is None
-        and attention.softcap is None
+        and mlp.activation in ("swiglu", "geglu_tanh")
+        and all(map(_is_packed, linears := _linears(layer)))
+        and all(linear.bias is None for linear in linears[1:])
+        and len({linear.quantize_activations for linear in linears}) == 1
+        and all(_are_rms(*pair) for pair in _norms(layer))
+        and (attention.query_norm is None or attention.rotation is not None)
     )
 
 
 def _is_packed(linear: nn.Module) -> TypeGuard[QuantizedLinear]:
     """With the codes that `ops.decoder_step` takes."""
     return (
-        type(linear) is QuantizedLinear
-        and linear.bias is None
-        and linear.group_size == 32
-        and linear.in_features % 32 == 0
+        type(linear) is QuantizedLinear and linear.group_size == 32 and linear.in_features % 32 == 0
     )
+
+
+def _is_rms(norm: nn.Module | None) -> TypeGuard[Norm]:
+    return type(norm) is Norm and norm.bias is None
+
+
+def _are_rms(first: nn.Module | None, second: nn.Module | None) -> bool:
+    """Two such norms, or none."""
+    return (first is second is None) or (_is_rms(first) and _is_rms(second))
+
+
+def _norms(layer: DecoderLayer) -> tuple[tuple[Norm | None, Norm | None], ...]:
+    """Those before attention and MLP, behind them, of query and key."""
+    attention = layer.attention
+    return (
+        (layer.attention_norm, layer.mlp_norm),
+        (layer.post_attention_norm, layer.post_mlp_norm),
+        (attention.query_norm, attention.key_norm),
+    )
+
+
+def _kind(layer: DecoderLayer) -> tuple:
+    """What must be the same in all layers."""
+    linears: Any = _linears(layer)
+    return (
+        *(norm is None for norm, _ in _norms(layer)),
+        linears[0].bias is None,
+        linears[0].quantize_activations,
+        layer.attention.softcap,
+        layer.mlp.activation,
+        layer.residual_scale,
+    )
+
+
+def _weights(layer: DecoderLayer) -> list[Tensor]:
+    """Of a layer the products', and those of the norms before them where there are such."""
+    (before_attention, before_mlp), *_ = _norms(layer)
+    qkv, output, gate_up, down = _linears(layer)
+    parts: Any = (before_attention, qkv, output, before_mlp, gate_up, down)
+    return [part.weight for part in parts if part is not None]
+
+
+def _options(layers: Sequence[DecoderLayer]) -> dict[str, Any]:
+    """Arguments of `ops.decoder_step` beside the weights; lists that say nothing are empty, and
+    save 5 us of a step."""
+    attentions = [layer.attention for layer in layers]
+    qkv: list[Any] = [attention.qkv_proj for attention in attentions]
+    _, after, of_heads = (
+        [norm.weight for pair in pairs for norm in pair if norm is not None] or None
+        for pairs in zip(*map(_norms, layers), strict=True)
+    )
+    rotations = [-1 if a.rotation is None else a.rotation for a in attentions]
+    windows = [a.window or 0 for a in attentions]
+    return {
+        "quantize_activations": qkv[0].quantize_activations,
+        "qkv_biases": None if qkv[0].bias is None else [linear.bias for linear in qkv],
+        "query_key_norms": of_heads,
+        "post_norms": after,
+        "rotations": rotations if any(rotations) else [],
+        "windows": windows if any(windows) else [],
+        "softcap": attentions[0].softcap,
+        "residual_scale": layers[0].residual_scale,
+        "activation": layers[0].mlp.activation,
+    }
