@@ -36,10 +36,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Differentiable as often as one likes.
     """
     if torch.compiler.is_compiling() or not _is_ours(x, weight, bias):
-        return F.linear(x, weight, bias)
+        return _torchs(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = (_Linear.call if torch.is_grad_enabled() else _product)(rows, weight, bias)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _torchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_contiguous() or x.dim() < 3:
+        return F.linear(x, weight, bias)
+    # Rows with gaps torch would copy too, and then add the bias in a pass of its own.
+    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -81,6 +81,22 @@ def test_any_strides(products) -> None:
     assert len(products) == (4 if products[0] == "ours" else 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_with_gaps_are_one_matrix(dtype, products, monkeypatch) -> None:
+    """The tokens of images among those of texts: the product takes the bias with it."""
+    whole, weight, bias = (rand(*s).to(dtype) for s in ((2, 7, 24), (9, 24), (9,)))
+    seen, multiply = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: seen.append(x) or multiply(x, *rest))
+    for x in (whole[:, 2:], whole.transpose(0, 1), whole[:, :, ::2]):
+        w = weight[:, : x.shape[-1]].contiguous()
+        y, stock = ops.linear(x, w, bias), multiply(x, w, bias)
+        want = multiply(x.double(), w.double(), bias.double())
+        assert y.shape == stock.shape
+        assert_as_good_as_torch([y], [stock], [want], dtype)
+    asked = products[1:] or [[x] for x in seen]
+    assert [args[0].dim() for args in asked] == [2, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "bias"),
     [
