@@ -27,12 +27,13 @@ from aigc_fast.nn._replacing import (
     take_back,
 )
 from aigc_fast.nn.conv2d import convolve
+from aigc_fast.nn.rms_norm import eps_or_default
 from aigc_fast.ops._unfolded import may_serve
 from aigc_fast.ops._winograd import are_faster, in_torch_order, kind_of
 from aigc_fast.ops.linear import lags
 
 #: package of a stock class -> the module that says what takes the place of its classes: TABLE, by
-#: the full name of the class
+#: the full name of the class, and perhaps FAMILIES, by a base of it
 INTEGRATIONS = {
     "diffusers": "aigc_fast.integrations.diffusers_models",
     "transformers": "aigc_fast.integrations.transformers",
@@ -155,8 +156,31 @@ class FrozenConv2d(Frozen, Conv2d):
 Conv2d.frozen = FrozenConv2d
 
 
+class RMSNorm(Replacement):
+    """Of any known model: torch's takes several passes on a CPU. Its LayerNorm takes one."""
+
+    uses = "rms_norm"
+
+    @classmethod
+    def assignments(cls, module: nn.Module) -> Iterable[Assignment]:
+        norm: Any = module
+        if norm.weight is None or norm.weight.dim() != 1:
+            raise Unfit("it has no weight, or is over more than one dimension")
+        yield from super().assignments(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if not x.is_cpu or weight.dtype is not x.dtype or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return ops.rms_norm(x, weight, eps_or_default(self.eps, x))
+
+
 #: what takes the place of torch's own layers in a model that is known
-_LAYERS: dict[type, type[Replacement]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
+_LAYERS: dict[type, type[Replacement]] = {
+    nn.Linear: Linear,
+    nn.Conv2d: Conv2d,
+    nn.RMSNorm: RMSNorm,
+}
 
 
 def patch(model: Any, *, fuse_loss: bool = False, freeze: bool = False) -> PatchReport:
@@ -164,9 +188,10 @@ def patch(model: Any, *, fuse_loss: bool = False, freeze: bool = False) -> Patch
 
     model: a model of transformers (Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3, Granite, OLMo-2,
            Gemma-2, Gemma-3, GPT-2; of speech VITS, DAC, SpeechT5's and FastSpeech2Conformer's
-           HiFi-GAN) or of diffusers (UNet2D, UNet2DCondition, AutoencoderKL, DiT, SD3, Flux, Wan),
-           any module that has one inside, such as PEFT's, or a pipeline of diffusers, all of whose
-           models are patched. Any other model stays as it is.
+           HiFi-GAN) or of diffusers (UNet2D, UNet2DCondition, AutoencoderKL, DiT, SD3, Flux, Wan;
+           of its other transformers the layers that are known), any module that has one inside,
+           such as PEFT's, or a pipeline of diffusers, all of whose models are patched. Any other
+           model stays as it is.
     fuse_loss: whether a language model of transformers, in training and called with labels,
                computes its loss by `linear_cross_entropy`. Its output then has the loss, and None
                for the logits, which are never all in memory. In evaluation, and where the model
@@ -213,24 +238,18 @@ def _patch(
     changes = []
     absorbed: set[nn.Module] = set()
     modules = list(model.modules())
-    known = any(isinstance(module, Replacement) or _row(type(module)) for module in modules)
+    known = any(isinstance(module, Replacement) or _rows(type(module)) for module in modules)
     for module in modules:
         if isinstance(module, Replacement):
             replaced[stock_class(module).__name__, module.uses] += 1
             absorbed.update(_inside(module, module.absorbs))
             continue
-        row = _row(type(module)) or (_LAYERS.get(type(module)) if known else None)
-        if row is not None and "freeze" in asked:
-            row = row.frozen or row
+        rows = _rows(type(module))
+        if known and type(module) in _LAYERS and module not in absorbed:
+            rows.append(_LAYERS[type(module)])
         name = type(module).__name__
         try:
-            if row is None:
-                raise Unfit("no replacement is known")
-            if row.opt_in and row.opt_in not in asked:
-                raise Unfit(f"patch({row.opt_in}=True) replaces it")
-            if "forward" in module.__dict__:
-                raise Unfit("its forward was replaced on the object")
-            planned = list(row.assignments(module))
+            row, planned = _fitting(module, rows, asked)
         except Unfit as reason:
             if not isinstance(module, _CONTAINERS) and module not in absorbed:
                 kept[name, str(reason)] += 1
@@ -240,6 +259,25 @@ def _patch(
         absorbed.update(_inside(module, row.absorbs))
     if changes:
         model.__dict__.setdefault(_RECORD, []).extend(changes)
+
+
+def _fitting(
+    module: nn.Module, rows: list[type[Replacement]], asked: set[str]
+) -> tuple[type[Replacement], list[Assignment]]:
+    """The first of the rows that fits, with its assignments; Unfit with the reason of the last."""
+    unfit = Unfit("no replacement is known")
+    for row in rows:
+        if "freeze" in asked:
+            row = row.frozen or row
+        try:
+            if row.opt_in and row.opt_in not in asked:
+                raise Unfit(f"patch({row.opt_in}=True) replaces it")
+            if "forward" in module.__dict__:
+                raise Unfit("its forward was replaced on the object")
+            return row, list(row.assignments(module))
+        except Unfit as reason:
+            unfit = reason
+    raise unfit
 
 
 def _inside(module: nn.Module, names: Iterable[str]) -> Iterator[nn.Module]:
@@ -277,11 +315,15 @@ def _models(model: Any) -> list[nn.Module]:
     return [part for part in components.values() if isinstance(part, nn.Module)]
 
 
-def _row(cls: type) -> type[Replacement] | None:
-    integration = INTEGRATIONS.get(cls.__module__.partition(".")[0])
-    if integration is None:
-        return None
-    return importlib.import_module(integration).TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
+def _rows(cls: type) -> list[type[Replacement]]:
+    """What may take the place of a class, the best first."""
+    name = INTEGRATIONS.get(cls.__module__.partition(".")[0])
+    if name is None:
+        return []
+    integration = importlib.import_module(name)
+    row = integration.TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
+    families = getattr(integration, "FAMILIES", {}).items()
+    return [row] * (row is not None) + [of for base, of in families if issubclass(cls, base)]
 
 
 def stock_class(module: Any) -> type:

@@ -1,19 +1,53 @@
-"""What takes the place of attention in diffusers: of U-Nets and DiT, and with rotary embedding."""
+"""What takes the place of attention in diffusers: of any model, of U-Nets and DiT, of Flux and Wan."""
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    dispatch_attention_fn,
-)
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from aigc_fast import ops
 from aigc_fast.integrations._patching import Assignment, Replacement, Unfit, become
 from aigc_fast.integrations.diffusers_layers import GroupNorm, check_group_norm
+from aigc_fast.ops.linear import mkl_lags
+
+
+class OurAttention(TorchFunctionMode):
+    """Where torch's attention is called, ours runs. So does it where diffusers' dispatcher is,
+    unless somebody chose another backend than torch's, its default."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            func = ops.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+class AnyAttention(Replacement):
+    """Of any model whose processor, which goes on with its work, calls torch's or diffusers'."""
+
+    uses = "scaled_dot_product_attention"
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if not mkl_lags():
+            raise Unfit("torch's own attention is as fast on this machine")
+        processor = type(module.processor)
+        code = getattr(inspect.unwrap(processor.__call__), "__code__", None)
+        called = {"scaled_dot_product_attention", "dispatch_attention_fn"}
+        if code is None or called.isdisjoint(code.co_names):
+            raise Unfit(f"its processor is {processor.__name__}")
+        yield from super().assignments(module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # The mode costs 4 us for each function of torch: nothing beside attention that is worth it.
+        if not any(isinstance(x, Tensor) and x.is_cpu for x in (*args, *kwargs.values())):
+            return super().forward(*args, **kwargs)
+        with OurAttention():
+            return super().forward(*args, **kwargs)
 
 
 class Attention(Replacement):
@@ -160,16 +194,12 @@ def _attend(
     processor: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     parallel: bool = True,
 ) -> Tensor:  # fmt: skip
-    """diffusers' attention, with the backend that was chosen for the processor; torch's own, which
-    it is by default, is ours."""
-    backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
-    if backend == AttentionBackendName.NATIVE and processor._parallel_config is mask is None:
-        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        return ops.scaled_dot_product_attention(query, key, value).transpose(1, 2).to(query.dtype)
-    out = dispatch_attention_fn(
-        query, key, value, attn_mask=mask, backend=processor._attention_backend,
-        parallel_config=processor._parallel_config if parallel else None,
-    )  # fmt: skip
+    """diffusers' attention, with the backend that was chosen for the processor."""
+    with OurAttention():
+        out = dispatch_attention_fn(
+            query, key, value, attn_mask=mask, backend=processor._attention_backend,
+            parallel_config=processor._parallel_config if parallel else None,
+        )  # fmt: skip
     return out.to(query.dtype)
 
 

@@ -6,6 +6,8 @@ Layers, attention with rotary embedding and transformer blocks have files of the
 from collections.abc import Iterable
 from typing import Any
 
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from aigc_fast import ops
@@ -219,3 +221,6 @@ TABLE = _table(
         WanAttention=attention.WanAttention, WanTransformerBlock=blocks.WanBlock
     ),
 )
+
+#: base -> what takes the place of every class derived from it, where no row of TABLE does
+FAMILIES = {Attention: attention.AnyAttention, AttentionModuleMixin: attention.AnyAttention}

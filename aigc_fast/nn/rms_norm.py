@@ -34,12 +34,14 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, of_dtype(self.weight, x), self.eps_for(x))
 
     def eps_for(self, x: Tensor) -> float:
-        if self.eps is not None:
-            return self.eps
-        return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        return eps_or_default(self.eps, x)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
+
+
+def eps_or_default(eps: float | None, x: Tensor) -> float:
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
 
 
 def check_hidden_size(shape: Sequence[int]) -> None:

@@ -150,6 +150,39 @@ CASES = {
         ),
         (ADALN - {"gated_residual_norm"}) | {"rms_norm", "apply_rotary"},
     ),
+    # Whose own blocks stay.
+    "qwen-image": Case(
+        "QwenImageTransformer2DModel",
+        TRANSFORMER
+        | dict(out_channels=1, joint_attention_dim=12, num_layers=1, axes_dims_rope=(2, 2, 4)),
+        lambda: dict(
+            hidden_states=rand(2, 16, 4),
+            encoder_hidden_states=rand(2, 5, 12),
+            timestep=torch.tensor([0.25, 0.5]),
+            img_shapes=[(1, 4, 4)] * 2,
+        ),
+        {"modulated_norm", "rms_norm", "timestep_embedding"},
+    ),
+    "flux2": Case(
+        "Flux2Transformer2DModel",
+        TRANSFORMER
+        | dict(
+            num_layers=1,
+            num_single_layers=1,
+            joint_attention_dim=12,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(2, 2, 2, 2),
+        ),
+        lambda: dict(
+            hidden_states=rand(2, 16, 4),
+            encoder_hidden_states=rand(2, 5, 12),
+            timestep=torch.tensor([0.25, 0.5]),
+            guidance=torch.tensor([0.5, 0.25]),
+            img_ids=torch.cartesian_prod(*map(torch.arange, (1, 4, 4, 1))).float(),
+            txt_ids=torch.cartesian_prod(*map(torch.arange, (1, 1, 1, 5))).float(),
+        ),
+        {"modulated_norm", "rms_norm", "timestep_embedding"},
+    ),
 }
 
 
@@ -166,13 +199,14 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return model.to(dtype)
 
 
-def inputs_of(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def inputs_of(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Of a call, as pipelines pass them."""
     keep = {"timestep", "guidance", "img_ids", "txt_ids"}
-    return {
-        key: x.to(dtype) if x.is_floating_point() and key not in keep else x
-        for key, x in CASES[name].inputs().items()
-    }
+    return {key: x if key in keep else _cast(x, dtype) for key, x in CASES[name].inputs().items()}
 
 
 def outputs(model: torch.nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -197,6 +231,6 @@ def exact(
     run: Callable[..., list[Tensor]], model: torch.nn.Module, inputs: dict[str, Tensor]
 ) -> list[Tensor]:
     """`outputs` or `gradients` had the model been written in float64."""
-    wide = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    wide = {key: _cast(x, torch.float64) for key, x in inputs.items()}
     with Exact():
         return run(copy.deepcopy(model).double(), wide)
