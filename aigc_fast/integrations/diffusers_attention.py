@@ -1,4 +1,4 @@
-"""What takes the place of attention in diffusers: of any model, of U-Nets and DiT, of Flux and Wan."""
+"""What takes the place of attention in diffusers: of any model, and of those known well."""
 
 import inspect
 from collections.abc import Iterable
