@@ -209,12 +209,6 @@ class WanAttention(_Attention):
     uses = "rms_norm, apply_rotary"
     processor_name = "WanAttnProcessor"
 
-    @classmethod
-    def assignments(cls, module: Any) -> Iterable[Assignment]:
-        yield from super().assignments(module)
-        if module.add_k_proj is not None:
-            raise Unfit("it attends to images of the prompt too")
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -228,6 +222,9 @@ class WanAttention(_Attention):
                 hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
             )
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        image = None
+        if self.add_k_proj is not None:  # an image is in the prompt too, before 512 tokens of text
+            image, context = context[:, :-512], context[:, -512:]
         query = _rms_norm(self.norm_q, self.to_q(hidden_states)).unflatten(2, (self.heads, -1))
         key = _rms_norm(self.norm_k, self.to_k(context)).unflatten(2, (self.heads, -1))
         value = self.to_v(context).unflatten(2, (self.heads, -1))
@@ -237,6 +234,12 @@ class WanAttention(_Attention):
             key = ops.apply_rotary(key, cos, sin, interleaved=True)
         itself = encoder_hidden_states is None
         out = _attend(self.processor, query, key, value, attention_mask, itself).flatten(2)
+        if image is not None:
+            key = _rms_norm(self.norm_added_k, self.add_k_proj(image)).unflatten(
+                2, (self.heads, -1)
+            )
+            value = self.add_v_proj(image).unflatten(2, (self.heads, -1))
+            out = out + _attend(self.processor, query, key, value, None, False).flatten(2)
         return self.to_out[1](self.to_out[0](out))
 
 
