@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.integrations._patching import Assignment, Replacement, Unfit
+from aigc_fast.integrations.diffusers_layers import product_and_gelu
 
 # Autocast mixes dtypes, which the operators refuse: what they do not take is plain PyTorch.
 
@@ -196,7 +197,14 @@ class FluxBlock(Replacement):
 
 
 class FluxSingleBlock(Replacement):
-    uses = "gated_residual"
+    uses = "gated_residual, gelu"
+    absorbs = ("act_mlp",)
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if type(module.act_mlp) is not nn.GELU:
+            raise Unfit(f"its activation is {type(module.act_mlp).__name__}")
+        yield from super().assignments(module)
 
     def forward(
         self,
@@ -209,7 +217,7 @@ class FluxSingleBlock(Replacement):
         tokens = encoder_hidden_states.shape[1]
         residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         normed, gate = self.norm(residual, emb=temb)
-        activated = self.act_mlp(self.proj_mlp(normed))
+        activated = product_and_gelu(self.proj_mlp, normed, self.act_mlp.approximate)
         attended = self.attn(
             hidden_states=normed,
             image_rotary_emb=image_rotary_emb,

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from aigc_fast import ops
-from aigc_fast.integrations._patching import Assignment, Replacement, Unfit
+from aigc_fast.integrations._patching import Assignment, Replacement, Unfit, stock_class
+from aigc_fast.nn._replacing import runs_as_written
+from aigc_fast.ops._autograd import wanted
 from aigc_fast.ops._winograd import in_torch_order
 
 
@@ -57,6 +59,20 @@ class GEGLU(Replacement):
             return super().forward(hidden_states, *args, **kwargs)
         up, gate = self.proj(hidden_states).chunk(2, dim=-1)
         return ops.geglu(gate, up)
+
+
+def product_and_gelu(linear: Any, x: Tensor, approximate: str) -> Tensor:
+    """gelu(linear(x)), in the place of the product where nobody else may have that."""
+    y = linear(x)
+    own = stock_class(linear) is nn.Linear and runs_as_written(linear) and not wanted(y)
+    return ops.gelu(y, approximate, inplace=own)
+
+
+class GELU(Replacement):
+    uses = "gelu"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return product_and_gelu(self.proj, hidden_states, self.approximate)
 
 
 class SwiGLU(Replacement):

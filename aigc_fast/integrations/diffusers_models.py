@@ -198,7 +198,7 @@ TABLE = _table(
     autoencoders__autoencoder_kl_qwenimage=dict(QwenImageCausalConv3d=layers.CausalConv3d),
     attention_processor=dict(Attention=attention.Attention),
     embeddings=dict(Timesteps=layers.Timesteps),
-    activations=dict(GEGLU=layers.GEGLU, SwiGLU=layers.SwiGLU),
+    activations=dict(GEGLU=layers.GEGLU, GELU=layers.GELU, SwiGLU=layers.SwiGLU),
     normalization=dict(
         RMSNorm=layers.RMSNorm,
         FP32LayerNorm=layers.FP32LayerNorm,

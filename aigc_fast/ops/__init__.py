@@ -21,6 +21,7 @@ from aigc_fast.ops.filtered_lrelu import filtered_lrelu
 from aigc_fast.ops.gan_loss import discriminator_loss, generator_loss
 from aigc_fast.ops.gated_mlp import geglu, swiglu
 from aigc_fast.ops.gated_residual import gated_residual, gated_residual_norm
+from aigc_fast.ops.gelu import gelu
 from aigc_fast.ops.group_norm_act import group_norm_act
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.layer_norm import layer_norm, modulated_layer_norm, modulated_rms_norm
@@ -83,6 +84,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_norm",
     "geglu",
+    "gelu",
     "generator_loss",
     "gradient_norm",
     "group_norm_act",

@@ -20,6 +20,7 @@ _MADE_OF: dict[str, tuple[str, ...]] = {
     "conv2d_resample": ("upfirdn2d", "conv3x3", TORCH),
     "dequantize_weight": (TORCH,),
     "discriminator_loss": ("gan_loss",),
+    "gelu": ("gelu_tanh", TORCH),
     "generator_loss": ("gan_loss",),
     "instance_norm_act": ("norm_act",),
     "layer_norm": ("modulated_norm",),

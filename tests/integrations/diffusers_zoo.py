@@ -18,6 +18,14 @@ UNET = dict(
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )
 TRANSFORMER = dict(attention_head_dim=8, num_attention_heads=2, in_channels=4, num_layers=2)
+WAN = TRANSFORMER | dict(
+    attention_head_dim=12,
+    out_channels=4,
+    text_dim=12,
+    freq_dim=16,
+    ffn_dim=32,
+    rope_max_seq_len=16,
+)
 
 
 class Case(NamedTuple):
@@ -45,6 +53,7 @@ ADALN = {
     "gated_residual",
     "gated_residual_norm",
     "timestep_embedding",
+    "gelu_tanh",
 }
 CASES = {
     "unet": Case("UNet2DModel", UNET, lambda: dict(sample=image(), timestep=TIMES), IN_UNETS),
@@ -134,18 +143,21 @@ CASES = {
     ),
     "wan": Case(
         "WanTransformer3DModel",
-        TRANSFORMER
-        | dict(
-            attention_head_dim=12,
-            out_channels=4,
-            text_dim=12,
-            freq_dim=16,
-            ffn_dim=32,
-            rope_max_seq_len=16,
-        ),
+        WAN,
         lambda: dict(
             hidden_states=rand(2, 4, 3, 8, 8),
             encoder_hidden_states=rand(2, 5, 12),
+            timestep=TIMES,
+        ),
+        (ADALN - {"gated_residual_norm"}) | {"rms_norm", "apply_rotary"},
+    ),
+    "wan with an image": Case(
+        "WanTransformer3DModel",
+        WAN | dict(num_layers=1, image_dim=12, added_kv_proj_dim=24),
+        lambda: dict(
+            hidden_states=rand(2, 4, 3, 8, 8),
+            encoder_hidden_states=rand(2, 512, 12),
+            encoder_hidden_states_image=rand(2, 7, 12),
             timestep=TIMES,
         ),
         (ADALN - {"gated_residual_norm"}) | {"rms_norm", "apply_rotary"},
@@ -161,7 +173,7 @@ CASES = {
             timestep=torch.tensor([0.25, 0.5]),
             img_shapes=[(1, 4, 4)] * 2,
         ),
-        {"modulated_norm", "rms_norm", "timestep_embedding"},
+        {"modulated_norm", "rms_norm", "timestep_embedding", "gelu_tanh"},
     ),
     "flux2": Case(
         "Flux2Transformer2DModel",

@@ -52,7 +52,7 @@ MODELS = {
         dict(GEMMA3, num_hidden_layers=3, sliding_window_pattern=2, attn_logit_softcapping=1.0),
         STEP - {"swiglu"} | {"geglu"},
     ),
-    "gpt2": ({}, {"decode_attention"}),
+    "gpt2": ({}, {"decode_attention", "gelu_tanh"}),
 }
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
 

@@ -72,6 +72,7 @@ def _own_calls() -> dict[str, dict[str, Any]]:
             "weights": torch.ones(2),
             "prediction_type": "v_prediction",
         },
+        "gelu": {"x": x},
         "linear": {"x": torch.ones(2, 3), "weight": torch.ones(4, 3), "bias": torch.ones(4)},
         "merge_attention": {
             "outs": [torch.ones(1, 1, 2, 4)] * 2,

@@ -136,7 +136,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.activation == "gelu_tanh":
-            return self.down_proj(F.gelu(self.up_proj(hidden), approximate="tanh"))
+            return self.down_proj(ops.gelu(self.up_proj(hidden), "tanh"))
         gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
         if self.activation == "geglu_tanh":
             return self.down_proj(F.gelu(gate, approximate="tanh") * up)

@@ -97,7 +97,7 @@ class GELU(nn.Module):
         self.proj = Linear(width, inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return ops.gelu(self.proj(x), "tanh")
 
 
 class FeedForward(nn.Module):
