@@ -24,6 +24,7 @@ from aigc_fast.nn._replacing import (
     Unfit,
     carry_out,
     fast_class,
+    runs_as_written,
     take_back,
 )
 from aigc_fast.nn.conv2d import convolve
@@ -52,6 +53,8 @@ class Replacement(nn.Module):
     uses = ""
     #: children whose work it does itself
     absorbs: tuple[str, ...] = ()
+    #: whether its forward looks for hooks on them in each call
+    minds_hooks = False
     #: the argument of `patch` that asks for it
     opt_in = ""
     #: what takes its place where the weights of a model stay as they are
@@ -69,6 +72,8 @@ class Replacement(nn.Module):
     @classmethod
     def assignments(cls, module: nn.Module) -> Iterable[Assignment]:
         """What makes `module` ours; Unfit where it cannot be. Reads, and changes nothing."""
+        for name in () if cls.minds_hooks else cls.absorbs:
+            check_as_written(module, name)
         fast = fast_class(cls, type(module))  # type: ignore[arg-type]  # classes do hash
         yield Assignment(module, "__class__", fast)
 
@@ -206,10 +211,11 @@ def patch(model: Any, *, fuse_loss: bool = False, freeze: bool = False) -> Patch
     Modules, parameters, the names in state dicts and hooks stay. Outputs agree to rounding, in
     training too. Patching again changes nothing: `unpatch` first to choose other arguments. Within
     torch.compile the stock code runs, which the compiler fuses by itself. `unpatch` takes all of it
-    back; a deep copy or pickle of a patched model is patched too. Hooks do not run on modules whose
-    work another one does while the model is patched (an activation inside a gated MLP, the norms
-    of a residual block). The convolutions of speech models are replaced on CPUs, where no gradient
-    is wanted and they have no weight norm, hook or adapter.
+    back; a deep copy or pickle of a patched model is patched too. A module that would do the work
+    of one with hooks (an activation inside a gated MLP, the norms of a residual block) is kept;
+    hooks that come there later do not run while the model is patched. The convolutions of speech
+    models are replaced on CPUs, where no gradient is wanted and they have no weight norm, hook or
+    adapter.
 
     Dtype and memory order of results stay as well. The library's convolutions write channels_last,
     and copy the result where the model has another order: so move the model to channels_last
@@ -328,6 +334,14 @@ def _rows(cls: type) -> list[type[Replacement]]:
 
 def stock_class(module: Any) -> type:
     return next(c for c in type(module).__mro__ if not issubclass(c, Replacement))
+
+
+def check_as_written(module: nn.Module, name: str) -> None:
+    """Unfit where calling the child of this name does more than its class says: whoever does its
+    work would leave that out."""
+    child = getattr(module, name)
+    if child is not None and not runs_as_written(child):
+        raise Unfit(f"its {name} has hooks or a forward of its own")
 
 
 def become(replacement: type[Replacement], child: nn.Module) -> Assignment:

@@ -21,6 +21,7 @@ from aigc_fast.integrations._patching import (
     Replacement,
     Unfit,
     become,
+    check_as_written,
     stock_class,
 )
 from aigc_fast.integrations.diffusers_layers import GroupNorm, check_group_norm, group_norm
@@ -80,6 +81,8 @@ class HasOutputNorm(Replacement):
     def assignments(cls, module: Any) -> Iterable[Assignment]:
         norm, act = module.conv_norm_out, module.conv_act
         check_group_norm(norm)
+        for name in ("conv_norm_out", "conv_act"):  # their hooks would see other tensors
+            check_as_written(module, name)
         if not isinstance(act, nn.SiLU):
             raise Unfit(f"its activation is {type(act).__name__}")
         yield from (become(NormThenSiLU, norm), become(DoneBefore, act))

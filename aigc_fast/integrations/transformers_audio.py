@@ -43,6 +43,7 @@ def _is_plain(conv: Any) -> bool:
 class HifiGanBlock(Replacement):
     uses = "conv1d"
     absorbs = ("convs1", "convs2")
+    minds_hooks = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not takes(convs_of(self), hidden_states):
@@ -72,6 +73,7 @@ class HifiGan(Replacement):
 
     uses = "conv1d, conv_transpose1d"
     absorbs = ("conv_pre", "upsampler", "conv_post")
+    minds_hooks = True
 
 
 def takes_all(generator: HifiGan, x: Tensor) -> bool:
@@ -144,6 +146,8 @@ class Snake(Replacement):
 
 class Dac(Replacement):
     """A part of DAC whose convolutions are fused where they are narrow."""
+
+    minds_hooks = True
 
     @classmethod
     def assignments(cls, module: Any) -> Iterable[Assignment]:

@@ -230,6 +230,21 @@ def test_a_hook_sees_the_product_before_gelu() -> None:
     assert "gelu_tanh" not in {op.name for op, _ in calls}
 
 
+def test_a_module_keeps_the_work_of_one_with_hooks() -> None:
+    model, inputs = make("unet"), inputs_of("unet")
+    block, seen = model.down_blocks[0].resnets[0], []
+    for part in (block.norm1, model.conv_norm_out):
+        part.register_forward_hook(lambda module, args, out: seen.append(out))
+    outputs(model, inputs)
+    stock, seen[:] = list(seen), []
+    report = aigc_fast.patch(model)
+    assert report.kept["ResnetBlock2D"] == (1, "its norm1 has hooks or a forward of its own")
+    assert report.kept["UNet2DModel"] == (1, "its conv_norm_out has hooks or a forward of its own")
+    outputs(model, inputs)
+    assert len(seen) == 2
+    torch.testing.assert_close(seen, stock, rtol=1e-3, atol=1e-4)
+
+
 def test_a_pipeline() -> None:
     from diffusers import DDIMScheduler, DDPMPipeline
 

@@ -272,6 +272,19 @@ def test_hooks_run_and_outputs_are_recorded() -> None:
     assert len(seen) == 6 and set(seen[:3]) == set(seen[3:])
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_a_hook_on_an_activation_runs(name) -> None:
+    model, (ids, _), seen = make(name), prompts(), []
+    mlp = next(m for m in model.modules() if type(m).__name__.endswith("MLP"))
+    act = next(m for n, m in mlp.named_children() if n.startswith("act"))
+    act.register_forward_hook(lambda module, args, out: seen.append(module))
+    report = aigc_fast.patch(model)
+    count, reason = report.kept[type(mlp).__name__]
+    assert count == 1 and reason.endswith("has hooks or a forward of its own")
+    model(ids)
+    assert seen == [act]
+
+
 @pytest.mark.parametrize("kind", ["bool", "float", "bool, one query", "packed"])
 def test_masks_of_the_caller(kind) -> None:
     model, (ids, _) = make("llama"), prompts()
