@@ -99,7 +99,10 @@ def check(
             f"got {key_cache.shape[3]} and {head_dim}"
         )
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"query must have a multiple of key_cache's {kv_heads} heads, got {heads}")
+        raise ValueError(
+            f"query (batch, length, heads, head_dim) must have a multiple of key_cache's "
+            f"{kv_heads} heads, got {heads}"
+        )
     check_tensor("cache_lengths", cache_lengths, dtypes=(torch.int32, torch.int64), shape=(batch,))
     if window is not None:
         check_positive(window=window)

@@ -74,7 +74,8 @@ def check_angles(of: tuple[str, Tensor], cos: Tensor, sin: Tensor) -> None:
     check_device("cos", cos, (name, x))
     if cos.dim() not in (2, 3) or cos.shape[:-1] not in ((seq,), (batch, seq)):
         raise ValueError(
-            f"cos must have shape ({seq}, r / 2) or ({batch}, {seq}, r / 2), got {tuple(cos.shape)}"
+            f"cos must have shape ({seq}, r / 2) or ({batch}, {seq}, r / 2) for {name} (batch, "
+            f"seq, heads, head_dim) of shape {tuple(x.shape)}, got {tuple(cos.shape)}"
         )
     if 2 * cos.shape[-1] > head_dim:
         raise ValueError(
