@@ -11,7 +11,7 @@ def labels_of(
     a class that it has not."""
     if label is not None and label >= (num_classes or 0):
         raise ValueError(
-            f"label must be a class of the model, which has {num_classes}, got {label}"
+            f"label must be a class of the model, which has {num_classes or 'none'}, got {label}"
         )
     if not num_classes:
         return None
