@@ -245,6 +245,16 @@ def test_a_module_keeps_the_work_of_one_with_hooks() -> None:
     torch.testing.assert_close(seen, stock, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_weights_that_accelerate_brings_when_they_are_needed(name) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = make(name), inputs_of(name)
+    want = outputs(model, inputs)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    aigc_fast.patch(model)
+    torch.testing.assert_close(outputs(model, inputs), want, rtol=1e-3, atol=1e-4)
+
+
 def test_a_pipeline() -> None:
     from diffusers import DDIMScheduler, DDPMPipeline
 
