@@ -100,8 +100,8 @@ def check(
         )
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
-            f"query (batch, length, heads, head_dim) must have a multiple of key_cache's "
-            f"{kv_heads} heads, got {heads}"
+            f"query must have a multiple of key_cache's {kv_heads} heads, got {heads} "
+            f"in shape (batch, length, heads, head_dim) {tuple(query.shape)}"
         )
     check_tensor("cache_lengths", cache_lengths, dtypes=(torch.int32, torch.int64), shape=(batch,))
     if window is not None:
