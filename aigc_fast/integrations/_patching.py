@@ -31,7 +31,7 @@ from aigc_fast.nn.conv2d import convolve
 from aigc_fast.nn.rms_norm import eps_or_default
 from aigc_fast.ops._unfolded import may_serve
 from aigc_fast.ops._winograd import are_faster, in_torch_order, kind_of
-from aigc_fast.ops.linear import lags
+from aigc_fast.ops.linear import DTYPES, lags
 
 #: package of a stock class -> the module that says what takes the place of its classes: TABLE, by
 #: the full name of the class, and perhaps FAMILIES, by a base of it
@@ -95,7 +95,7 @@ class Linear(Replacement):
 
     @classmethod
     def assignments(cls, module: nn.Module) -> Iterable[Assignment]:
-        if not lags(module.weight.dtype):
+        if not any(map(lags, DTYPES)):
             raise Unfit("torch's own products are as fast on this machine")
         yield from super().assignments(module)
 
@@ -114,10 +114,11 @@ class Conv2d(Replacement):
         how = conv.stride, conv.padding, conv.dilation, conv.groups
         if not are_faster():
             raise Unfit("torch's own convolution is as fast on this machine")
+        # Of any dtype: the model may be moved to another.
         faster = (
             kind_of(conv.weight, *how)
             or may_serve(conv.weight, conv.groups)
-            or not torch_multiplies(conv.weight.dtype)
+            or not all(map(torch_multiplies, DTYPES))
         )
         if conv.padding_mode != "zeros" or not faster:
             raise Unfit("torch's own convolution is as fast")

@@ -1,9 +1,11 @@
 """What takes the place of the transformer blocks of diffusers, and of their adaLN norms."""
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import Tensor, nn
 
 from aigc_fast import ops
@@ -90,7 +92,17 @@ class AdaLayerNormContinuous(AdaNorm):
         return modulated(self.norm, x, scale, shift)
 
 
-class DiTBlock(Replacement):
+class Block(Replacement):
+    """A transformer's. diffusers' caches of blocks (`enable_cache`) know it by its class."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for stock in cls.__bases__:
+            with contextlib.suppress(ValueError):  # of a class that no cache knows
+                TransformerBlockRegistry._registry[cls] = TransformerBlockRegistry.get(stock)
+
+
+class DiTBlock(Block):
     uses = "gated_residual_norm, gated_residual"
     absorbs = ("norm3",)
 
@@ -129,7 +141,7 @@ class DiTBlock(Replacement):
         return second_half(hidden_states, attended, modulation, self.norm3, self.ff)
 
 
-class SD3Block(Replacement):
+class SD3Block(Block):
     uses = "gated_residual_norm, gated_residual"
     absorbs = ("norm2", "norm2_context")
 
@@ -167,7 +179,7 @@ class SD3Block(Replacement):
         ), hidden_states
 
 
-class FluxBlock(Replacement):
+class FluxBlock(Block):
     uses = "gated_residual_norm, gated_residual"
     absorbs = ("norm2", "norm2_context")
 
@@ -196,7 +208,7 @@ class FluxBlock(Replacement):
         return _in_range(encoder_hidden_states), hidden_states
 
 
-class FluxSingleBlock(Replacement):
+class FluxSingleBlock(Block):
     uses = "gated_residual, gelu"
     absorbs = ("act_mlp",)
 
@@ -233,7 +245,7 @@ def _in_range(x: Tensor) -> Tensor:
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
-class WanBlock(Replacement):
+class WanBlock(Block):
     """Its modulation is in float32, whatever the dtype of the model."""
 
     uses = "modulated_layer_norm, gated_residual"

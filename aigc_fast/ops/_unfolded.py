@@ -14,7 +14,7 @@ from torch import Tensor
 from aigc_fast._devices import has_fast_bfloat16
 from aigc_fast.ops._autograd import transforming
 from aigc_fast.ops._checks import plain_on_cpu
-from aigc_fast.ops.linear import lags, linear
+from aigc_fast.ops.linear import DTYPES, lags, linear
 
 #: Elements of a weight from which the product of so many outputs, of all images, is the faster one.
 _OUTPUTS = {1 << 20: 32, 1 << 23: 128}
@@ -23,7 +23,7 @@ _OUTPUTS_BFLOAT16 = {1 << 22: 32}
 
 def may_serve(weight: Tensor, groups: int) -> bool:
     """Whether there are images so small that it pays, on this processor."""
-    return groups == 1 and _most_outputs(weight) > 0
+    return groups == 1 and any(_most_outputs(weight, dtype) for dtype in DTYPES)
 
 
 def serves(
@@ -41,7 +41,9 @@ def serves(
         and x.dim() == weight.dim() == 4
         and x.shape[1] == weight.shape[1]
         and not isinstance(padding, str)
-        and 0 < _outputs(x, weight, stride, padding, dilation) <= _most_outputs(weight)
+        and 0
+        < _outputs(x, weight, stride, padding, dilation)
+        <= _most_outputs(weight, weight.dtype)
         and (bias is None or bias.shape == weight.shape[:1])
         and plain_on_cpu((x, weight, bias), (weight.dtype,))
         and not torch.is_autocast_enabled("cpu")
@@ -59,9 +61,9 @@ def unfolded(
     return y.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
 
 
-def _most_outputs(weight: Tensor) -> int:
-    slow = weight.dtype is torch.bfloat16 and not has_fast_bfloat16("cpu")
-    if not (slow or lags(weight.dtype)):
+def _most_outputs(weight: Tensor, dtype: torch.dtype) -> int:
+    slow = dtype is torch.bfloat16 and not has_fast_bfloat16("cpu")
+    if not (slow or lags(dtype)):
         return 0
     most = _OUTPUTS_BFLOAT16 if slow else _OUTPUTS
     return max((count for size, count in most.items() if weight.numel() >= size), default=0)

@@ -17,6 +17,7 @@ from aigc_fast.ops._registry import define
 #: is (torch has products of a vector in float16), and columns that fill a vector.
 _LEAST = 3 * 2**19
 _ROWS = {torch.float32: 2, torch.bfloat16: 4, torch.float16: 4}
+DTYPES = tuple(_ROWS)
 _COLUMNS = 16
 
 
@@ -94,7 +95,7 @@ _product = define(
     F.linear,
     _check,
     stem=None,
-    dtypes=tuple(_ROWS),
+    dtypes=DTYPES,
 )
 
 

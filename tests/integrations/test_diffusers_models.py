@@ -13,7 +13,7 @@ from aigc_fast.ops._winograd import CONV3X3, _most_pixels
 from aigc_fast.ops.linear import mkl_lags
 from tests.ops.test_every_op import assert_as_good_as_torch, recorded
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import (
@@ -284,7 +284,7 @@ def test_what_does_not_fit_is_kept_and_reported() -> None:
     attention.set_processor(AttnProcessor())
     report = aigc_fast.patch(model)
     kept = {(name, why) for name, (_, why) in report.kept.items()}
-    assert ("UNet2DConditionModel", "the forward of its SiLU was replaced on the object") in kept
+    assert ("UNet2DConditionModel", "its conv_act has hooks or a forward of its own") in kept
     assert ("BasicTransformerBlock", "its norm_type is layer_norm") in kept
     reason = "its processor is AttnProcessor" if mkl_lags() else "torch's own attention is as fast"
     assert any(n == "Attention" and why.startswith(reason) for n, why in kept)
@@ -357,3 +357,22 @@ def test_another_processor_chosen_later() -> None:
     model.set_attn_processor(Mine())
     torch.testing.assert_close(outputs(model, inputs), want)
     assert Mine.calls == 2
+
+
+def test_a_cache_of_blocks_knows_those_of_a_patched_model() -> None:
+    """diffusers finds what a block returns by its class."""
+    config = diffusers.FirstBlockCacheConfig(threshold=1e3)
+    results = []
+    for patched in (False, True):
+        model, inputs = make("flux"), inputs_of("flux")
+        if patched:
+            assert "FluxTransformerBlock" in aigc_fast.patch(model).replaced
+        model.enable_cache(config)
+        with torch.no_grad(), model.cache_context("test"):
+            results.append([model(**inputs).sample for _ in range(2)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_replaced_does_not_depend_on_the_dtype() -> None:
+    """A model may be moved to another one later."""
+    assert aigc_fast.patch(make("unet")) == aigc_fast.patch(make("unet").half())

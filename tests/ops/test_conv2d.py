@@ -406,7 +406,7 @@ def test_in_float32_where_torch_has_no_products(
 )
 def test_few_outputs_are_a_product(shape, kernel, how, dtype, with_bias, monkeypatch) -> None:
     unfolded = importlib.import_module("aigc_fast.ops._unfolded")
-    monkeypatch.setattr(unfolded, "_most_outputs", lambda weight: 24)
+    monkeypatch.setattr(unfolded, "_most_outputs", lambda weight, dtype: 24)
     calls: list = []
     monkeypatch.setattr(unfolded, "linear", lambda *args: calls.append(args) or F.linear(*args))
     low = [rand(*shape).to(dtype), rand(*kernel, seed=1).to(dtype)]
