@@ -74,13 +74,19 @@ class Session:
 
     def answer(self, prompt: str, *, raw: bool = False) -> None:
         """Streams one answer and what it took."""
-        if not raw:
-            self.messages.append({"role": "user", "content": prompt})
-            prompt = self.tokenizer.chat_prompt(self.messages)
-        ids = self.tokenizer.encode(prompt)
         room = self.engine.max_length
+        if raw:
+            ids = self.tokenizer.encode(prompt)
+        else:
+            self.messages.append({"role": "user", "content": prompt})
+            ids = self._ids_of_messages()
+            while len(ids) > room and len(self.messages) > 1:  # the oldest are forgotten
+                del self.messages[:2]
+                ids = self._ids_of_messages()
         if not 0 < len(ids) <= room:
-            raise ValueError(f"the prompt has {len(ids)} tokens; it must have 1 to {room}")
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens; with this --context it must have 1 to {room}"
+            )
         request = self.engine.add(ids, min(self.max_tokens, room - len(ids) + 1), **self.how)
         times = [time.perf_counter()]
         try:
@@ -94,6 +100,9 @@ class Session:
         self.console.print(f"[dim]{len(ids)} tokens of prompt, {_speed(request, times)}[/]")
         if not raw:
             self.messages.append({"role": "assistant", "content": request.text})
+
+    def _ids_of_messages(self) -> list[int]:
+        return self.tokenizer.encode(self.tokenizer.chat_prompt(self.messages))
 
     def converse(self) -> None:
         """Until an empty line."""

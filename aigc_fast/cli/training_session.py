@@ -109,7 +109,10 @@ class TrainingSession(ABC):
                 progress.update(bar, completed=share, description=step)
                 if keeping:
                     self._keep()
-                    progress.console.print(str(state))
+                    text = str(state)
+                    if options.minutes is not None:  # then nobody knows the number of epochs
+                        text = text.replace(f"/{state.epochs}]", "]", 1)
+                    progress.console.print(text)
                 if share >= 1:
                     break
         self.log.close()

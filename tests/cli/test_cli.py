@@ -181,6 +181,17 @@ def test_chat_remembers_until_an_empty_line():
     assert second > first + 8
 
 
+def test_chat_forgets_its_oldest_messages():
+    """Where they no longer fit the context: it goes on, and so does the memory of the last."""
+    options = ("--max-tokens", "4", "--temperature", "0", "--context", "96")
+    lines = "Hi!\n" + "Tell me a little more about the rain and the clouds, please.\n" * 5 + "\n"
+    result = run("chat", "--model", real_model(), *options, input=lines)
+    assert result.exit_code == 0, result.output
+    tokens = list(map(int, re.findall(r"(\d+) tokens of prompt", result.output)))
+    assert len(tokens) == 6 and max(tokens) <= 96
+    assert tokens[1] > tokens[0] and min(tokens[2:]) > tokens[0]
+
+
 def test_generate_without_a_chat_template(monkeypatch):
     def none(self, messages):
         raise ValueError("there is no chat template")
@@ -211,7 +222,7 @@ def test_version():
 
 
 def test_the_package_is_the_command():
-    command = [sys.executable, "-m", "aigc_fast.cli", "--version"]
+    command = [sys.executable, "-m", "aigc_fast", "--version"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.stdout == f"aigc-fast {aigc_fast.__version__}\n", result.stderr
 

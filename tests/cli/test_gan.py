@@ -78,6 +78,7 @@ def test_stops_after_some_minutes(tmp_path):
     result = train(tmp_path / "out", "--minutes", 0.0001, "--arch", "mlp", "--loss", "hinge")
     assert result.exit_code == 0, result.output
     assert len(rows(tmp_path / "out")) == 1
+    assert "Epoch [1], Step [1/" in result.output  # of how many nobody knows
 
 
 def test_trains_on_a_folder_of_images(tmp_path):
