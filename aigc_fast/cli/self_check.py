@@ -168,6 +168,7 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
         x(2, 5, 127), x(2, 5, 127), x(2, 127), x(2, 127), x(2, 127)
     ),
     "geglu": lambda x: ops.geglu(x(5, 127), x(5, 127)),
+    "gelu": lambda x: ops.gelu(x(5, 127), "tanh"),
     "generator_loss": lambda x: ops.generator_loss(x(5, 7)),
     "gradient_norm": lambda x: ops.gradient_norm([x.constant(5, 127), x.constant(3)]),
     "group_norm_act": lambda x: ops.group_norm_act(x(2, 6, 5, 7), 3, x(6), x(6), act="silu"),
