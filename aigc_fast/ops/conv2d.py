@@ -1,5 +1,6 @@
 """Convolutions of images: common ones on CPUs by fewer products, all others torch's."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,11 +64,7 @@ def conv2d(
             return y
         if _unfolded.serves(x, weight, bias, stride, padding, dilation, groups):
             return _unfolded.unfolded(x, weight, bias, stride, padding, dilation)
-        if _lacks_products(x, weight, bias):
-            wide = None if bias is None else bias.float()
-            y = F.conv2d(x.float(), weight.float(), wide, stride, padding, dilation, groups)
-            return y.to(x.dtype)
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return _torchs(F.conv2d, x, weight, bias, stride, padding, dilation, groups)
 
 
 def conv_transpose2d(
@@ -90,25 +87,28 @@ def conv_transpose2d(
     Kernel 3, stride 1, padding 1, and kernel 4, stride 2, padding 1 run as `conv2d` says (for
     kernel 4 the tiles are of x); all others are torch's, in float32 inside where it says so.
     """
+    if not torch.compiler.is_compiling() and output_padding in (0, (0, 0), [0, 0]):
+        y = _ours(True, x, weight, bias, (stride, padding, dilation, groups))
+        if y is not None:
+            return y
     how = stride, padding, output_padding, groups, dilation
-    if not torch.compiler.is_compiling():
-        if output_padding in (0, (0, 0), [0, 0]):
-            y = _ours(True, x, weight, bias, (stride, padding, dilation, groups))
-            if y is not None:
-                return y
-        if _lacks_products(x, weight, bias):
-            wide = None if bias is None else bias.float()
-            return F.conv_transpose2d(x.float(), weight.float(), wide, *how).to(x.dtype)
-    return F.conv_transpose2d(x, weight, bias, *how)
+    return _torchs(F.conv_transpose2d, x, weight, bias, *how)
 
 
-def _lacks_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return (
-        not torch_multiplies(x.dtype)
-        and plain_on_cpu((x, weight, bias), (x.dtype,))
-        and not torch.is_autocast_enabled("cpu")
-        and not transforming()
-    )
+def _torchs(
+    function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any
+) -> Tensor:
+    """In float32 inside where torch has no products of the dtype."""
+    if (
+        torch.compiler.is_compiling()
+        or torch_multiplies(x.dtype)
+        or not plain_on_cpu((x, weight, bias), (x.dtype,))
+        or torch.is_autocast_enabled("cpu")
+        or transforming()
+    ):
+        return function(x, weight, bias, *how)
+    wide = None if bias is None else bias.float()
+    return function(x.float(), weight.float(), wide, *how).to(x.dtype)
 
 
 def _ours(
