@@ -111,14 +111,14 @@ class Product {
 
   void run() const {
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t column_parts = parts(weight_.rows, kColumns);
-    int64_t row_parts = parts(x_.rows, kRows);
+    int64_t column_parts = parts(weight_.rows, kColumns), row_parts = parts(x_.rows, kRows);
     // As many for each thread, but for a tenth.
     auto uneven = [&] {
       const int64_t items = row_parts * column_parts;
       return 10 * (parts(items, threads) * threads - items) > items;
     };
     while (uneven() && x_.rows / row_parts >= 2 * kFewRows) ++row_parts;
+    while (uneven() && column_parts < parts(weight_.rows, kGroup)) ++column_parts;
     in_parallel(row_parts * column_parts, kGrain, [&](int64_t i) {
       const int64_t row = i / column_parts, column = i % column_parts;
       multiply(edge(x_.rows, row, row_parts, kTileRows),
