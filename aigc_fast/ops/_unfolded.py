@@ -40,7 +40,7 @@ def serves(
         groups == 1
         and x.dim() == weight.dim() == 4
         and x.shape[1] == weight.shape[1]
-        and not isinstance(padding, str)
+        and all(map(_is_plain, (stride, padding, dilation), (1, 0, 1)))
         and 0
         < _outputs(x, weight, stride, padding, dilation)
         <= _most_outputs(weight, weight.dtype)
@@ -67,6 +67,12 @@ def _most_outputs(weight: Tensor, dtype: torch.dtype) -> int:
         return 0
     most = _OUTPUTS_BFLOAT16 if slow else _OUTPUTS
     return max((count for size, count in most.items() if weight.numel() >= size), default=0)
+
+
+def _is_plain(value: Any, least: int) -> bool:
+    """Whether it is one number or two that torch takes too."""
+    numbers = value if isinstance(value, tuple | list) else (value, value)
+    return len(numbers) == 2 and all(type(n) is int and n >= least for n in numbers)
 
 
 def _outputs(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> int:

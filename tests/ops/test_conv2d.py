@@ -428,3 +428,20 @@ def test_which_outputs_are_few() -> None:
         x, weight = torch.empty(batch, channels, size, size), torch.empty(channels, channels, 3, 3)
         found = str(aigc_fast.explain(ops.conv2d, x, weight, None, 2, 1))
         assert ("linear_product" in found) == few, (channels, batch, found)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"stride": 0}, {"stride": (0, 1)}, {"padding": -1}, {"dilation": (0, 1)}, {"padding": "x"}],
+    ids=str,
+)
+def test_torchs_errors_where_outputs_are_few(how, monkeypatch) -> None:
+    unfolded = importlib.import_module("aigc_fast.ops._unfolded")
+    monkeypatch.setattr(unfolded, "_most_outputs", lambda weight, dtype: 24)
+    x, weight = torch.ones(1, 2, 4, 4), torch.ones(3, 2, 3, 3)
+    errors = []
+    for function in (ops.conv2d, F.conv2d):
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            function(x, weight, **how)
+        errors.append((type(error.value), str(error.value)))
+    assert errors[0] == errors[1]
