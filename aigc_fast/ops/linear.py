@@ -86,8 +86,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.shape[1] != x.shape[1] or x.shape[1] == 0:
         raise ValueError(f"weight must have shape (out_features, {x.shape[1]} > 0)")
     if bias is not None:
-        shape = (weight.shape[0],)
-        check_tensor("bias", bias, shape=shape, like=("x", x))
+        check_tensor("bias", bias, like=("x", x), shape=weight.shape[:1])
 
 
 _product = define(
