@@ -48,9 +48,9 @@ def alias_free_snake(
                  window.
 
     Exact at the ends too. Computes in fp32 and rounds once: what lies between x and y never leaves
-    the cache. The gradients of alpha and beta are summed in the pass of backward. Saves x. Bytes
-    that must move: forward 2, backward 3 times x. Higher derivatives are torch's own. On a CPU the
-    gradients of fp32 tensors are computed in fp64: the terms of those of alpha and beta cancel.
+    the cache. The gradients of alpha and beta are summed in the pass of backward, in fp64 on a
+    CPU. Saves x. Bytes that must move: forward 2, backward 3 times x. Higher derivatives are
+    torch's own.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device, and for a filter that
     requires a gradient.

@@ -17,12 +17,7 @@ A take_sum(A* begin, A* end) {
   return sum;
 }
 
-// fp32 tensors take fp64 here: the gradients of alpha and beta are sums whose terms cancel, and
-// each carries what two filters and the sine's argument rounded.
-template <class T>
-using Exact = std::conditional_t<std::is_same_v<T, float>, double, Acc<T>>;
-
-template <class T, class A = Exact<T>>
+template <class T, class A = Acc<T>>
 struct Backward {
   A up[kTaps], down[kTaps];
   SequenceLine<A> x, grad, even, odd;
@@ -90,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> alias_free_snake_backward(
   std::vector<double> parts(2 * tiles.count());
   std::vector<double> dalpha(tiles.channels), dbeta(tiles.channels);
   dispatch(x, "x", [&]<class T>(T) {
-    using A = Exact<T>;
+    using A = Acc<T>;
     const AliasFreeCall<A> shared(tiles, alpha, beta, up_filter, down_filter);
     const T *in = data<T>(x), *grad = data<T>(dy);
     T* out = mutable_data<T>(dx);
