@@ -244,7 +244,7 @@ def modulated_norm_backward(
     products, grads, gate_sums = part.unbind(1)
 
     def like(value: Tensor, p: Tensor | None) -> Tensor:
-        return x.new_empty(0) if p is None else value.to(x.dtype).reshape(p.shape)
+        return x.new_empty(0) if p is None else value.to(p.dtype).reshape(p.shape)
 
     by_scale = 1.0 if scale is None else 1.0 + scale.reshape(-1, width).float()
     affine = products if weight is None else products * weight.float()
@@ -278,4 +278,4 @@ def gated_residual_backward(dy, x, gate) -> tuple[Tensor, Tensor]:
         d, b, g, dx, part, width, run, block, per_run, d.stride(0), b.stride(0), g.stride(0),
         BLOCK=min(triton.next_power_of_2(width), 2048),
     )  # fmt: skip
-    return dx, part.sum(1).to(x.dtype).reshape(gate.shape)
+    return dx, part.sum(1).to(gate.dtype).reshape(gate.shape)

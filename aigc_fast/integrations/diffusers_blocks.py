@@ -257,10 +257,9 @@ class WanBlock(Block):
         x, dtype = hidden_states, hidden_states.dtype
         modulation = (self.scale_shift_table + temb.float()).unbind(-2)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation
-        normed = ops.modulated_layer_norm(x.float(), scale, shift, eps=self.norm1.eps).to(dtype)
+        normed = ops.modulated_layer_norm(x, scale, shift, eps=self.norm1.eps)
         attended = self.attn1(normed, None, None, rotary_emb)
-        x = ops.gated_residual(x.float(), attended.float(), gate).to(dtype)
+        x = ops.gated_residual(x, attended.to(dtype), gate)
         x = x + self.attn2(self.norm2(x), encoder_hidden_states, None, None)
-        normed = ops.modulated_layer_norm(x.float(), scale_mlp, shift_mlp, eps=self.norm3.eps)
-        out = self.ffn(normed.to(dtype))
-        return ops.gated_residual(x.float(), out.float(), gate_mlp).to(dtype)
+        normed = ops.modulated_layer_norm(x, scale_mlp, shift_mlp, eps=self.norm3.eps)
+        return ops.gated_residual(x, self.ffn(normed).to(dtype), gate_mlp)

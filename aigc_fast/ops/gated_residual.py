@@ -26,8 +26,8 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
 
     residual, x: (batch, ..., width), float64/32/16 or bfloat16; y is contiguous. Rows that lie a
           fixed stride apart are read in place, other strides copied once.
-    gate: (batch, width), (batch, tokens, width) or (batch, frames, width), dtype of x, as scale
-          and shift of `modulated_layer_norm`.
+    gate: (batch, width), (batch, tokens, width) or (batch, frames, width), dtype of x or float32,
+          as scale and shift of `modulated_layer_norm`.
 
     Computes in fp32 (fp64 for fp64) and rounds once. The gradient of gate is summed over tokens in
     fp32. Saves x. Bytes that must move: forward 3, backward 3 times x, and the gate.
@@ -58,7 +58,7 @@ def gated_residual_norm(
     """(y, new_residual): new_residual = residual + gate * x, y = its modulated norm.
 
     residual, x, gate: as for `gated_residual`.
-    scale, shift, weight, bias, eps: as for `modulated_layer_norm`; scale and shift of gate's shape.
+    scale, shift, weight, bias, eps: as for `modulated_layer_norm`; scale and shift of gate's shape and dtype.
     norm: "layer", or "rms" for `modulated_rms_norm`, which has no bias.
 
     The norm reads new_residual as its dtype rounds it. Backward is one pass that adds the gradients
@@ -77,7 +77,8 @@ def gated_residual_norm(
 
 def _reference(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     branch = by_modulation(x, gate) * by_modulation(gate, gate)
-    return (by_modulation(residual, gate) + branch).reshape(x.shape).contiguous()
+    y = by_modulation(residual, gate) + branch
+    return y.to(x.dtype).reshape(x.shape).contiguous()
 
 
 def _reference_both(
@@ -91,7 +92,7 @@ def _reference_both(
 def _reference_backward(dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     grad = wide(by_modulation(dy, gate))
     dx = (grad * wide(by_modulation(gate, gate))).to(x.dtype).reshape(x.shape).contiguous()
-    dgate = (grad * wide(by_modulation(x, gate))).sum(1).to(x.dtype).reshape(gate.shape)
+    dgate = (grad * wide(by_modulation(x, gate))).sum(1).to(gate.dtype).reshape(gate.shape)
     return dx, dgate.contiguous()
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._autograd import OpFunction
-from aigc_fast.ops._checks import check_tensor
+from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import wide
 from aigc_fast.ops._registry import define
 
@@ -41,8 +41,8 @@ def modulated_layer_norm(
            stride apart are read in place, other strides copied once.
     scale, shift: one row of width for each sample (batch, width), each token (batch, tokens,
            width) or each frame (batch, frames, width), the tokens of a sample falling into `frames`
-           equal runs; both of one shape, dtype of x. Slices of a packed projection are read in
-           place.
+           equal runs; both of one shape and dtype, that of x or float32. Slices of a packed
+           projection are read in place.
     weight, bias: shape (width,), dtype of x, or None: the norm's own, before the modulation.
     eps:   added to the variance.
 
@@ -109,15 +109,17 @@ def _reference(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, eps: float, rms: bool,
 ) -> Tensor:  # fmt: skip
-    rows = by_modulation(x, scale)
+    dtype = x.dtype if scale is None else scale.dtype
+    rows = by_modulation(x, scale).to(dtype)
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     if rms:
-        y = _statistics(wide(rows), eps, True)[0].to(x.dtype)
+        y = _statistics(wide(rows), eps, True)[0].to(dtype)
         y = y if weight is None else y * weight
     else:
         y = F.layer_norm(rows, x.shape[-1:], weight, bias, eps)
     if scale is not None and shift is not None:
         y = y * (1 + by_modulation(scale, scale)) + by_modulation(shift, shift)
-    return y.reshape(x.shape).contiguous()
+    return y.to(x.dtype).reshape(x.shape).contiguous()
 
 
 def reference_backward(
@@ -137,7 +139,7 @@ def reference_backward(
     def like(value: Tensor, p: Tensor | None) -> Tensor:
         if p is None:
             return x.new_empty(0)
-        return value.to(x.dtype).reshape(p.shape).contiguous()
+        return value.to(p.dtype).reshape(p.shape).contiguous()
 
     dbranch, dgate = x.new_empty(0), x.new_empty(0)
     if branch is not None and gate is not None:
@@ -159,8 +161,15 @@ def check_modulation(x: Tensor, **modulation: Tensor | None) -> None:
     for name, p in modulation.items():
         if p is None:
             continue
-        check_tensor(name, p, like=("x", x), shape=None if first is None else first[1].shape)
-        first = first or (name, p)
+        if first is not None:
+            check_tensor(name, p, like=first, shape=first[1].shape)
+            continue
+        first = name, p
+        if x.dtype in (torch.float16, torch.bfloat16):
+            check_tensor(name, p, dtypes=(x.dtype, torch.float32))
+            check_device(name, p, ("x", x))
+        else:
+            check_tensor(name, p, like=("x", x))
         tokens = x.shape[1:-1].numel()
         runs = 1 if p.dim() == 2 else p.shape[1] if p.dim() == 3 else -1
         divides = runs == tokens or (runs > 0 and tokens % runs == 0)

@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_nor
     const Tensor& dy_in, const MaybeTensor& dsum_in, const Tensor& h_in,
     const MaybeTensor& branch_in, const MaybeTensor& gate_in, const MaybeTensor& scale_in,
     const MaybeTensor& weight, const MaybeTensor& bias, double eps, bool rms) {
-  const int64_t count = count_modulation(h_in, {&gate_in, &scale_in});
+  const Modulation modulation(h_in, {&gate_in, &scale_in});
   check_affine(weight, h_in);
   check_affine(bias, h_in);
   check_like(dy_in, h_in, "grad_output");
@@ -128,17 +128,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_nor
   const bool gated = gate_in && branch_in;
   const Rows h = as_rows(h_in), dy = as_rows(dy_in), dsum = dsum_in ? as_rows(*dsum_in) : dy;
   const Rows branch = gated ? as_rows(*branch_in) : h;
-  const Rows gate = modulation_rows(gate_in, h_in, count, 0);
-  const Rows scale = modulation_rows(scale_in, h_in, count, 0);
-  const Rows w = modulation_rows(weight, h_in, 1, 1), b = modulation_rows(bias, h_in, 1, 0);
-  const int64_t width = h.width;
-  const auto dtype = h_in.scalar_type();
+  const int64_t width = h.width, count = modulation.count;
+  const ScalarType dtype = h_in.scalar_type();
+  const Rows gate = modulation_rows(gate_in, modulation.dtype, count, width, 0);
+  const Rows scale = modulation_rows(scale_in, modulation.dtype, count, width, 0);
+  const Rows w = modulation_rows(weight, dtype, 1, width, 1);
+  const Rows b = modulation_rows(bias, dtype, 1, width, 0);
   auto like = [&](const MaybeTensor& p) { return p ? empty_like_rows(*p) : empty({0}, dtype); };
   Tensor dh = empty_like_rows(h_in), dbranch = gated ? empty_like_rows(h_in) : empty({0}, dtype);
   Tensor dgate = like(gate_in), dscale = like(scale_in), dshift = like(scale_in);
   Tensor dweight = like(weight), dbias = like(bias);
   const Blocks blocks(h.count, count);
-  dispatch(h_in, "x", [&]<class T>(T) {
+  modulation.dispatch_with(h_in, [&]<class T, class M>(T, M) {
     using A = Acc<T>;
     const int64_t sums = gated ? 3 : 2;
     KeptBuffer<A> partial(blocks.count * blocks.per_run * sums * width);
@@ -147,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_nor
       blocks.for_each(width, [&](int64_t i, int64_t m, int64_t first, int64_t last) {
         KeptBuffer<A> prepared(2 * width);
         A *slope = prepared.data(), *gates = slope + width;
-        prepare<T, 2, 3>(width, {scale.at<T>(m), w.at<T>(0), gate.at<T>(m)}, {slope, gates},
-                         [](auto& v) { return Vectors<A, 2>{{v[1] * (A(1) + v[0]), v[2]}}; });
+        prepare<T, M, 2, 1, 2>(width, {w.at<T>(0)}, {scale.at<M>(m), gate.at<M>(m)}, {slope, gates},
+                               [](auto& v) { return Vectors<A, 2>{{v[0] * (A(1) + v[1]), v[2]}}; });
         for (int64_t r = first; r < last; r += kGroupRows) {
           const Group<T, is_rms, is_gated> group{width,
                                                  std::min(kGroupRows, last - r),
@@ -172,9 +173,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_nor
       });
     };
     with_flags(rms, gated, in_blocks);
-    T *to_scale = mutable_data<T>(dscale), *to_shift = mutable_data<T>(dshift);
-    T *to_gate = mutable_data<T>(dgate), *to_w = mutable_data<T>(dweight);
-    T* to_b = mutable_data<T>(dbias);
+    M *to_scale = mutable_data<M>(dscale), *to_shift = mutable_data<M>(dshift);
+    M* to_gate = mutable_data<M>(dgate);
+    T *to_w = mutable_data<T>(dweight), *to_b = mutable_data<T>(dbias);
     const int64_t columns = 4 * kLanes<A>, pieces = (width + columns - 1) / columns;
     const int64_t grain = grain_of(blocks.count * blocks.per_run * columns);
     torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
@@ -188,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_nor
           for (int64_t i = m * blocks.per_run; i < (m + 1) * blocks.per_run; ++i)
             for (int64_t k = 0; k < sums; ++k)
               v[k] += load(partial.data() + (i * sums + k) * width + j, n);
-          const Vec<A> s = A(1) + load(scale.at<T>(m) + j, n);
+          const Vec<A> s = A(1) + load(scale.at<M>(m) + j, n);
           total_w += v[0] * s;
           total_b += v[1] * s;
           if (scale_in) {
@@ -209,20 +210,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_nor
 std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& dy_in, const Tensor& x_in,
                                                    const Tensor& gate_in) {
   const MaybeTensor maybe = gate_in;
-  const int64_t count = count_modulation(x_in, {&maybe});
+  const Modulation modulation(x_in, {&maybe});
   check_like(dy_in, x_in, "grad_output");
   const Rows x = as_rows(x_in), dy = as_rows(dy_in), gate = as_rows(gate_in);
   Tensor dx = empty_like_rows(x_in), dgate = empty_like_rows(gate_in);
-  const Blocks blocks(x.count, count);
+  const Blocks blocks(x.count, modulation.count);
   const int64_t width = x.width;
-  dispatch(x_in, "x", [&]<class T>(T) {
+  modulation.dispatch_with(x_in, [&]<class T, class M>(T, M) {
     using A = Acc<T>;
     std::vector<A> partial(blocks.count * blocks.per_run * width);
-    T *to = mutable_data<T>(dx), *to_gate = mutable_data<T>(dgate);
+    T* to = mutable_data<T>(dx);
+    M* to_gate = mutable_data<M>(dgate);
     blocks.for_each(width, [&](int64_t i, int64_t m, int64_t first, int64_t last) {
       A* sum = partial.data() + i * width;
       for (int64_t r = first; r < last; ++r) {
-        const T *in = x.at<T>(r), *grad = dy.at<T>(r), *g = gate.at<T>(m);
+        const T *in = x.at<T>(r), *grad = dy.at<T>(r);
+        const M* g = gate.at<M>(m);
         for_vectors<A>(width, [&](int64_t j, auto n) {
           const Vec<A> d = load(grad + j, n);
           store(to + r * width + j, d * load(g + j, n), n);
@@ -231,7 +234,7 @@ std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& dy_in, const Te
       }
     });
     torch::stable::parallel_for(
-        0, count, grain_of(blocks.per_run * width), [&](int64_t begin, int64_t end) {
+        0, modulation.count, grain_of(blocks.per_run * width), [&](int64_t begin, int64_t end) {
           for (int64_t m = begin; m < end; ++m)
             add_partial_sums(partial.data() + m * blocks.per_run * width, blocks.per_run, width,
                              width, to_gate + m * width);

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import aigc_fast
 from aigc_fast import ops
 from tests.op_samples import rand
 
@@ -83,3 +84,60 @@ def test_large_gradients_have_the_bits_of_small_ones(dtype) -> None:
     parts = [gradients(slice(i, i + 1)) for i in range(4)]
     for whole, *small in zip(gradients(slice(None)), *parts, strict=True):
         assert torch.equal(whole, torch.cat(small))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("modulation", [(2, 131), (2, 3, 131), (2, 6, 131)], ids=str)
+def test_modulation_in_float32_beside_16_bits(modulation, dtype, implementation) -> None:
+    """The results of float32, rounded once; the gradients of the modulation are not rounded."""
+    if implementation == "triton":
+        pytest.importorskip("triton")
+    residual, x = (rand(2, 6, 131, seed=i).to(dtype).requires_grad_() for i in range(2))
+    gate, scale, shift = (rand(*modulation, seed=i).float().requires_grad_() for i in range(2, 5))
+    weight, bias = (rand(131, seed=i).to(dtype).requires_grad_() for i in range(5, 7))
+    inputs = residual, x, gate, scale, shift, weight, bias
+
+    with aigc_fast.backend(implementation):
+        alone = ops.gated_residual(residual, x, gate)
+        both = ops.gated_residual_norm(*inputs)
+        norms = [
+            ops.modulated_layer_norm(x, scale, shift, weight, bias),
+            ops.modulated_rms_norm(x, scale, shift, weight),
+        ]
+        grads = torch.autograd.grad(both, inputs, [t.detach() for t in both])
+        grads += torch.autograd.grad(alone, [x, gate], alone.detach())
+
+    def wide(t: torch.Tensor) -> torch.Tensor:
+        return t.detach().float().clone().requires_grad_()
+
+    wide_inputs = [wide(t) for t in inputs]
+    r, x, gate, scale, shift, weight, bias = wide_inputs
+    total = ops.gated_residual(r, x, gate)
+    rounded = total + (both[1] - total).detach()
+    y = ops.modulated_layer_norm(rounded, scale, shift, weight, bias)
+    expected_norms = [
+        ops.modulated_layer_norm(x, scale, shift, weight, bias),
+        ops.modulated_rms_norm(x, scale, shift, weight),
+    ]
+    expected = torch.autograd.grad((y, total), wide_inputs, [wide(t) for t in both])
+    expected += torch.autograd.grad(ops.gated_residual(r, x, gate), [x, gate], wide(alone))
+
+    last = torch.finfo(dtype).eps
+    for got, want in [(alone, total), *zip((*both, *norms), (y, total, *expected_norms))]:
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), want, rtol=last, atol=last)
+    for got, want, p in zip(grads, expected, [*inputs, *inputs[1:3]], strict=True):
+        assert got.dtype == p.dtype
+        near = 1e-5 if p.dtype == torch.float32 else last
+        torch.testing.assert_close(got.float(), want, rtol=near, atol=near * want.abs().max())
+
+
+def test_float64_modulation_is_refused() -> None:
+    x, scale = rand(2, 6, 33).bfloat16(), rand(2, 33).double()
+    with pytest.raises(TypeError, match="gate must be bfloat16, float32, got float64"):
+        ops.gated_residual(x, x, scale)
+    with pytest.raises(TypeError, match="shift must have the dtype of scale"):
+        ops.modulated_layer_norm(x, scale.float(), scale.bfloat16())
+    with pytest.raises(TypeError, match="scale must have the dtype of x"):
+        ops.modulated_layer_norm(x.double(), scale.float(), scale.float())
