@@ -15,17 +15,18 @@ def layer(rows: int, features: int, out: int) -> Sample:
     return Sample(f"{rows}x{features}x{out}", (rand(rows, features), weight, rand(out, seed=2)))
 
 
+LARGE = [layer(128, 784, 1024), layer(512, 2048, 2048)]
 # Gradients of large products in float16 take torch seconds.
-KINDS = [
-    (torch.float32, "forward"),
-    (torch.float32, "forward_backward"),
-    (torch.float16, "forward"),
+CASES = [
+    *[(sample, torch.float32, way) for sample in LARGE for way in ("forward", "forward_backward")],
+    *[(sample, torch.float16, "forward") for sample in LARGE],
+    *[(sample, torch.bfloat16, way) for sample in LARGE for way in ("forward", "forward_backward")],
+    *[(layer(rows, 2048, 2048), torch.bfloat16, "forward") for rows in (1, 8)],
 ]
 
 
-@pytest.mark.parametrize(("dtype", "direction"), KINDS, ids=str)
 @pytest.mark.parametrize(
-    "sample", [layer(128, 784, 1024), layer(512, 2048, 2048)], ids=lambda s: s.name
+    ("sample", "dtype", "direction"), CASES, ids=lambda p: getattr(p, "name", str(p))
 )
 def bench_linear(measure, sample, dtype, direction) -> None:
     measure(OP, sample, dtype, eager=F.linear, backward=direction != "forward")

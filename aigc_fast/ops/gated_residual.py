@@ -58,7 +58,8 @@ def gated_residual_norm(
     """(y, new_residual): new_residual = residual + gate * x, y = its modulated norm.
 
     residual, x, gate: as for `gated_residual`.
-    scale, shift, weight, bias, eps: as for `modulated_layer_norm`; scale and shift of gate's shape and dtype.
+    scale, shift, weight, bias, eps: as for `modulated_layer_norm`; scale and shift of gate's shape
+          and dtype.
     norm: "layer", or "rms" for `modulated_rms_norm`, which has no bias.
 
     The norm reads new_residual as its dtype rounds it. Backward is one pass that adds the gradients

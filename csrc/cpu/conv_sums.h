@@ -43,19 +43,6 @@ AIGC_INLINE void add_outer_products(const A* rows, int64_t rows_pitch, const A* 
 }
 
 #if AIGC_BF16_DOT
-// A value of bf16 and, in the upper half, that of the next step.
-enum class Bf16Pair : uint32_t {};
-
-// to[i] = the pair of first[i] and second[i], n of them: a multiple of the lanes.
-inline void pair_steps(const bf16* first, const bf16* second, int64_t n, Bf16Pair* to) {
-  for (int64_t i = 0; i < n; i += kLanes<float>) {
-    const auto wide = [&](const bf16* from) {
-      return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from + i)));
-    };
-    _mm512_storeu_si512(to + i, _mm512_or_si512(wide(first), _mm512_slli_epi32(wide(second), 16)));
-  }
-}
-
 // The same of pairs, two steps at once. Subnormal numbers count as zero.
 template <int P, int V>
 __attribute__((target("avx512bf16"), noinline)) void add_outer_products(

@@ -13,15 +13,15 @@ AIGC_INLINE void copy_one(S* to, const T* from) {
     store_one(to, load_one(from));
 }
 
-// A vector of S for each vector of T: 16-bit numbers that stay what they are move as integers.
+// A column of T as a vector of S.
 template <class S, class T>
-struct Mover {
-  static constexpr int kLanes = aigc_fast::kLanes<Acc<T>>;
-  static constexpr bool kBits = std::is_same_v<S, T> && sizeof(T) == 2;
+struct OneColumn {
+  static constexpr int64_t kColumns = 1, kLanes = aigc_fast::kLanes<Acc<T>>;
+  static constexpr bool kBits = std::is_same_v<S, T> && sizeof(T) == 2;  // they move as integers
   typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
-  typedef int32_t Wide __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
 
-  AIGC_INLINE static auto get(const T* p) {
+  AIGC_INLINE static auto get(const T* p, int64_t) {
     if constexpr (kBits) {
       Narrow v;
       std::memcpy(&v, p, sizeof v);
@@ -41,27 +41,51 @@ struct Mover {
   }
 };
 
+// Two columns of 16 bits, which move as words.
+template <class T>
+struct TwoColumns : OneColumn<T, T> {
+  static constexpr int64_t kColumns = 2;
+
+  AIGC_INLINE static auto get(const T* p, int64_t pitch) {
+    return OneColumn<T, T>::get(p, pitch) | OneColumn<T, T>::get(p + pitch, pitch) << 16;
+  }
+  template <class V>
+  AIGC_INLINE static void put(T* p, V v) {
+    std::memcpy(static_cast<void*>(p), &v, sizeof v);
+  }
+};
+
+// The columns from j on that fill blocks of How; returns the first that does not.
+template <class How, class S, class T>
+int64_t transpose_blocks(const T* from, int64_t from_pitch, int64_t rows, int64_t j,
+                         int64_t columns, S* to, int64_t to_pitch) {
+  constexpr int64_t L = How::kLanes, C = How::kColumns;
+  for (; j + C * L <= columns; j += C * L) {
+    int64_t i = 0;
+    for (; i + L <= rows; i += L) {
+      decltype(How::get(from, 0)) block[L];
+#pragma GCC unroll 16
+      for (int k = 0; k < L; ++k)
+        block[k] = How::get(from + (j + C * k) * from_pitch + i, from_pitch);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int k = 0; k < L; ++k) How::put(to + (i + k) * to_pitch + j, block[k]);
+    }
+    for (; i < rows; ++i)
+      for (int64_t k = j; k < j + C * L; ++k)
+        copy_one(to + i * to_pitch + k, from + k * from_pitch + i);
+  }
+  return j;
+}
+
 // to[i * to_pitch + j] = from[j * from_pitch + i] for i < rows and j < columns.
 template <class S, class T>
 void copy_transposed(const T* from, int64_t from_pitch, int64_t rows, int64_t columns, S* to,
                      int64_t to_pitch) {
-  using M = Mover<S, T>;
-  constexpr int64_t L = M::kLanes;
   int64_t j = 0;
-  for (; j + L <= columns; j += L) {
-    int64_t i = 0;
-    for (; i + L <= rows; i += L) {
-      decltype(M::get(from)) block[L];
-#pragma GCC unroll 16
-      for (int k = 0; k < L; ++k) block[k] = M::get(from + (j + k) * from_pitch + i);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int k = 0; k < L; ++k) M::put(to + (i + k) * to_pitch + j, block[k]);
-    }
-    for (; i < rows; ++i)
-      for (int64_t k = j; k < j + L; ++k)
-        copy_one(to + i * to_pitch + k, from + k * from_pitch + i);
-  }
+  if constexpr (OneColumn<S, T>::kBits)
+    j = transpose_blocks<TwoColumns<T>>(from, from_pitch, rows, j, columns, to, to_pitch);
+  j = transpose_blocks<OneColumn<S, T>>(from, from_pitch, rows, j, columns, to, to_pitch);
   for (; j < columns; ++j)
     for (int64_t i = 0; i < rows; ++i) copy_one(to + i * to_pitch + j, from + j * from_pitch + i);
 }

@@ -1,13 +1,14 @@
 // y = x @ weight^T + bias where torch's own products are slow: float32 by a library that leaves
-// AVX-512 unused, 16-bit numbers on processors without instructions for them.
+// AVX-512 unused, 16-bit numbers on processors without instructions for them, and bf16 where those
+// instructions are of vectors, not of matrices.
 //
 // A block of the weight is packed so that the columns of a tile, whose sums stay in registers, lie
-// side by side for each term. Every kTerms terms the sums join those in memory: short chains of
-// additions round less, and a packed block stays in the second cache. What is summed in which order
-// is the same for any number of threads.
+// side by side for each term, or for each pair of terms of bf16. Every kTerms terms the sums join
+// those in memory: short chains of additions round less, and a packed block stays in the second
+// cache. What is summed in which order is the same for any number of threads.
 #include "copy_transposed.h"
 #include "kept_buffer.h"
-#include "tensor.h"
+#include "linear_few_rows.h"
 
 namespace aigc_fast {
 namespace {
@@ -25,91 +26,48 @@ struct Matrix {
         row_stride(x.stride(0)),
         column_stride(x.stride(1)) {}
 
+  const T* at(int64_t row, int64_t column) const {
+    return data + row * row_stride + column * column_stride;
+  }
   // to[i * pitch + j] of the rows row + i and the columns column + j.
-  void take(int64_t row, int64_t count, int64_t column, int64_t width, float* to,
-            int64_t pitch) const {
-    copy(row, count, row_stride, column, width, column_stride, to, pitch);
+  template <class S>
+  void take(int64_t row, int64_t count, int64_t column, int64_t width, S* to, int64_t pitch) const {
+    copy(at(row, column), count, row_stride, width, column_stride, to, pitch);
   }
   // to[j * pitch + i] of the same.
-  void take_transposed(int64_t row, int64_t count, int64_t column, int64_t width, float* to,
+  template <class S>
+  void take_transposed(int64_t row, int64_t count, int64_t column, int64_t width, S* to,
                        int64_t pitch) const {
-    copy(column, width, column_stride, row, count, row_stride, to, pitch);
+    copy(at(row, column), width, column_stride, count, row_stride, to, pitch);
   }
 
  private:
-  void copy(int64_t i, int64_t outer, int64_t outer_stride, int64_t j, int64_t inner,
-            int64_t inner_stride, float* to, int64_t pitch) const {
-    const T* from = data + i * outer_stride + j * inner_stride;
+  template <class S>
+  void copy(const T* from, int64_t outer, int64_t outer_stride, int64_t inner, int64_t inner_stride,
+            S* to, int64_t pitch) const {
     if (inner_stride != 1) return copy_transposed(from, inner_stride, outer, inner, to, pitch);
-    for (; outer > 0; --outer, from += outer_stride, to += pitch) convert(from, inner, to);
-  }
-};
-
-// Where the sums of a tile go, `pitch` between rows: they are added to what is there, or, the first
-// ones, to a bias.
-struct Sums {
-  float* data;
-  int64_t pitch, columns;
-  bool more;
-  const float* bias;
-};
-
-constexpr int64_t L = kLanes<float>;
-// A tile: all but a few of the registers.
-constexpr int kTileRows = kVectorBytes == 64 ? 8 : 4, kVectors = 3;
-constexpr int64_t kGroup = kVectors * L;
-
-// The products of P rows of x and V vectors of columns, [term][kGroup].
-template <int P, int V>
-__attribute__((noinline)) void multiply_tile(const float* x, int64_t pitch, int64_t terms,
-                                             const float* w, const Sums& to) {
-  Vec<float> sums[P][V] = {};
-#pragma GCC unroll 2
-  for (int64_t t = 0; t < terms; ++t, w += kGroup) {
-    Vec<float> weights[V];
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) weights[v] = load(w + v * L);
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) sums[p][v] += x[p * pitch + t] * weights[v];
-  }
-  const int64_t lanes = to.columns - (V - 1) * L;  // of the last vector
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) {
-      float* y = to.data + p * to.pitch + v * L;
-      const float* start = to.more ? y : to.bias ? to.bias + v * L : nullptr;
-      if (v < V - 1 || lanes >= L)
-        store(y, start ? load(start) + sums[p][v] : sums[p][v]);
+    for (; outer > 0; --outer, from += outer_stride, to += pitch) {
+      if constexpr (std::is_same_v<S, T>)
+        std::copy_n(from, inner, to);
       else
-        store_n(y, start ? load_n(start, lanes) + sums[p][v] : sums[p][v], lanes);
+        convert(from, inner, to);
     }
-}
-
-// The same of `rows` rows, P or fewer.
-template <int P>
-void multiply_rows(int64_t rows, const float* x, int64_t pitch, int64_t terms, const float* w,
-                   Sums to) {
-  if (rows >= P) {
-    const auto multiply = to.columns <= L       ? &multiply_tile<P, 1>
-                          : to.columns <= 2 * L ? &multiply_tile<P, 2>
-                                                : &multiply_tile<P, kVectors>;
-    multiply(x, pitch, terms, w, to);
-    rows -= P, x += P * pitch, to.data += P * to.pitch;
   }
-  if constexpr (P > 1)
-    if (rows > 0) multiply_rows<P / 2>(rows, x, pitch, terms, w, to);
-}
+};
 
-template <class T>
+// The numbers that are multiplied are S.
+template <class T, class S>
 class Product {
  public:
   Product(const Tensor& x, const Tensor& weight, const float* bias, T* y)
       : x_(x), weight_(weight), bias_(bias), y_(y) {}
 
   void run() const {
+#if AIGC_BF16_DOT
+    if constexpr (kStep == 2)
+      if (x_.rows <= 2 * kFewRows && x_.column_stride == 1 && weight_.column_stride == 1)
+        return multiply_few_rows();
+#endif
     const int64_t threads = torch::stable::get_num_threads();
     int64_t column_parts = parts(weight_.rows, kColumns), row_parts = parts(x_.rows, kRows);
     // As many for each thread, but for a tenth.
@@ -117,7 +75,7 @@ class Product {
       const int64_t items = row_parts * column_parts;
       return 10 * (parts(items, threads) * threads - items) > items;
     };
-    while (uneven() && x_.rows / row_parts >= 2 * kFewRows) ++row_parts;
+    while (uneven() && x_.rows / row_parts >= 2 * kLeastRows) ++row_parts;
     while (uneven() && column_parts < parts(weight_.rows, kGroup)) ++column_parts;
     in_parallel(row_parts * column_parts, kGrain, [&](int64_t i) {
       const int64_t row = i / column_parts, column = i % column_parts;
@@ -129,13 +87,13 @@ class Product {
   }
 
  private:
-  static constexpr int64_t kTerms = 256;
+  static constexpr int64_t kStep = std::is_same_v<S, bf16> ? 2 : 1;  // terms in one instruction
+  static constexpr int64_t kTerms = 256 * kStep;
   // Of a block of sums, which stays in the second cache, and those below which a block of the
   // weight is not worth packing once more.
-  static constexpr int64_t kColumns = 4 * kGroup, kRows = 512, kFewRows = 64;
+  static constexpr int64_t kColumns = 4 * kGroup, kRows = 512, kLeastRows = 64;
   // Rows of x that are copied at a time where they are not read where they are.
-  static constexpr int64_t kTaken = 2 * kTileRows;
-  static constexpr bool kWide = std::is_same_v<T, float>;
+  static constexpr int64_t kTaken = 4 * kTileRows;
 
   static int64_t parts(int64_t size, int64_t most) { return (size + most - 1) / most; }
   // Where a part begins, a multiple of `unit`.
@@ -147,21 +105,24 @@ class Product {
   void multiply(int64_t row, int64_t last_row, int64_t column, int64_t last_column) const {
     const int64_t rows = last_row - row, columns = last_column - column;
     T* y = y_ + row * weight_.rows + column;
-    if constexpr (kWide) return sum(row, rows, column, columns, y, weight_.rows);
-    KeptBuffer<float> sums(rows * columns);
-    sum(row, rows, column, columns, sums.data(), columns);
-    for (int64_t r = 0; r < rows; ++r)
-      convert(sums.data() + r * columns, columns, y + r * weight_.rows);
+    if constexpr (std::is_same_v<T, float>) {
+      sum(row, rows, column, columns, y, weight_.rows);
+    } else {
+      KeptBuffer<float> sums(rows * columns);
+      sum(row, rows, column, columns, sums.data(), columns);
+      for (int64_t r = 0; r < rows; ++r)
+        convert(sums.data() + r * columns, columns, y + r * weight_.rows);
+    }
   }
 
   void sum(int64_t row, int64_t rows, int64_t column, int64_t columns, float* to,
            int64_t pitch) const {
     const int64_t groups = parts(columns, kGroup);
-    KeptBuffer<float> packed(groups * kGroup * kTerms), taken(kTaken * kTerms);
+    KeptBuffer<S> packed(groups * kGroup * kTerms), taken(kTaken * kTerms);
     for (int64_t term = 0; term < weight_.columns; term += kTerms) {
       const int64_t terms = std::min(kTerms, weight_.columns - term);
       auto width = [&](int64_t group) { return std::min(kGroup, columns - group * kGroup); };
-      auto weights = [&](int64_t group) { return packed.data() + group * kGroup * terms; };
+      auto weights = [&](int64_t group) { return packed.data() + group * kGroup * kTerms; };
       for (int64_t g = 0; g < groups; ++g)
         pack(column + g * kGroup, width(g), term, terms, weights(g));
       for (int64_t r = 0; r < rows; r += kTaken) {
@@ -177,19 +138,74 @@ class Product {
     }
   }
 
-  // [term][kGroup], zero beyond the last column.
+  // As multiply_tile reads them: [term][kGroup], zero beyond the last column.
   void pack(int64_t column, int64_t count, int64_t term, int64_t terms, float* to) const {
     weight_.take_transposed(column, count, term, terms, to, kGroup);
     for (int64_t t = 0; count < kGroup && t < terms; ++t)
       std::fill(to + t * kGroup + count, to + (t + 1) * kGroup, 0.0f);
   }
+#if AIGC_BF16_DOT
+  void pack(int64_t column, int64_t count, int64_t term, int64_t terms, bf16* to) const {
+    // Pairs of neighbours move as words.
+    const bf16* from = weight_.at(column, term);
+    const bool words = reinterpret_cast<uintptr_t>(from) % 4 == 0 && weight_.row_stride % 2 == 0;
+    if (words && weight_.column_stride == 1 && terms % 2 == 0 && count == kGroup)
+      return copy_transposed(reinterpret_cast<const float*>(from), weight_.row_stride / 2,
+                             terms / 2, count, reinterpret_cast<float*>(to), kGroup);
+    // A row of the columns for each term, and one of zeros.
+    const bool in_place = weight_.row_stride == 1 && count == kGroup;
+    KeptBuffer<bf16> rows((kTerms + 1) * kGroup);
+    bf16* zero = rows.data() + kTerms * kGroup;
+    if (!in_place) {
+      std::fill_n(rows.data(), terms * kGroup, bf16{});
+      weight_.take_transposed(column, count, term, terms, rows.data(), kGroup);
+    }
+    std::fill_n(zero, kGroup, bf16{});
+    const auto row = [&](int64_t t) {
+      return t == terms ? zero : in_place ? weight_.at(column, term + t) : rows.data() + t * kGroup;
+    };
+    for (int64_t t = 0; t < terms; t += 2, to += 2 * kGroup)
+      pair_steps(row(t), row(t + 1), kGroup, to);
+  }
+#endif
+
+#if AIGC_BF16_DOT
+  void multiply_few_rows() const {
+    in_parallel(parts(weight_.rows, kFewColumns), kFewColumns * weight_.columns, [&](int64_t i) {
+      const int64_t column = i * kFewColumns;
+      for (int64_t row = 0; row < x_.rows; row += kFewRows)
+        multiply_few_rows<kFewRows>(row, column, std::min(kFewColumns, weight_.rows - column));
+    });
+  }
+  // P rows of x from `row` on, or the fewer that there are.
+  template <int P>
+  void multiply_few_rows(int64_t row, int64_t column, int64_t count) const {
+    if constexpr (P > 1)
+      if (x_.rows - row < P) return multiply_few_rows<P - 1>(row, column, count);
+    constexpr int V = P > 4 ? 2 : P > 2 ? 4 : 8;
+    float sums[P][kFewColumns];
+    int64_t j = 0;
+    const auto multiply = [&](auto n) {
+      for (; j + n <= count; j += n)
+        multiply_few<P, n>(x_.at(row, 0), x_.row_stride, weight_.at(column + j, 0),
+                           weight_.row_stride, weight_.columns, &sums[0][j], kFewColumns);
+    };
+    multiply(std::integral_constant<int, V>{});
+    multiply(std::integral_constant<int, 1>{});
+    for (int64_t p = 0; p < P; ++p) {
+      for (int64_t i = 0; bias_ && i < count; ++i) sums[p][i] += bias_[column + i];
+      convert(sums[p], count, y_ + (row + p) * weight_.rows + column);
+    }
+  }
+#endif
 
   // Rows of x, where they are or in `taken`, and how far they lie apart.
-  std::pair<const float*, int64_t> some_rows(int64_t row, int64_t count, int64_t term,
-                                             int64_t terms, float* taken) const {
-    if constexpr (kWide)
-      if (x_.column_stride == 1) return {x_.data + row * x_.row_stride + term, x_.row_stride};
+  std::pair<const S*, int64_t> some_rows(int64_t row, int64_t count, int64_t term, int64_t terms,
+                                         S* taken) const {
+    if constexpr (std::is_same_v<S, T>)
+      if (x_.column_stride == 1 && terms % kStep == 0) return {x_.at(row, term), x_.row_stride};
     x_.take(row, count, term, terms, taken, kTerms);
+    for (int64_t r = 0; terms % kStep != 0 && r < count; ++r) taken[r * kTerms + terms] = S{};
     return {taken, kTerms};
   }
 
@@ -223,7 +239,12 @@ Tensor linear_product(const Tensor& x_in, const Tensor& weight_in, const MaybeTe
         bias.resize(columns);
         convert(data<T>(as_contiguous(*bias_in)), columns, bias.data());
       }
-      Product<T>(x, weight, bias_in ? bias.data() : nullptr, mutable_data<T>(y)).run();
+      const float* start = bias_in ? bias.data() : nullptr;
+#if AIGC_BF16_DOT
+      if constexpr (std::is_same_v<T, bf16>)
+        if (has_bf16_dot()) return Product<T, T>(x, weight, start, mutable_data<T>(y)).run();
+#endif
+      Product<T, float>(x, weight, start, mutable_data<T>(y)).run();
     }
   });
   return y;

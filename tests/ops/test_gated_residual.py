@@ -124,7 +124,8 @@ def test_modulation_in_float32_beside_16_bits(modulation, dtype, implementation)
     expected += torch.autograd.grad(ops.gated_residual(r, x, gate), [x, gate], wide(alone))
 
     last = torch.finfo(dtype).eps
-    for got, want in [(alone, total), *zip((*both, *norms), (y, total, *expected_norms))]:
+    results = alone, *both, *norms
+    for got, want in zip(results, (total, y, total, *expected_norms), strict=True):
         assert got.dtype == dtype
         torch.testing.assert_close(got.float(), want, rtol=last, atol=last)
     for got, want, p in zip(grads, expected, [*inputs, *inputs[1:3]], strict=True):

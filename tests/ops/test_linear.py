@@ -14,6 +14,7 @@ from tests.ops.test_every_op import assert_as_good_as_torch
 #: Not the function, which has the module's name.
 module = importlib.import_module("aigc_fast.ops.linear")
 LOW = (torch.float32, torch.bfloat16, torch.float16)
+is_large = module._is_large
 CASES = {
     "matrix": ((33, 40), (17, 40)),
     "batch": ((2, 3, 5, 24), (9, 24)),
@@ -37,9 +38,7 @@ def products(request, monkeypatch):
 
     original = module._product
     monkeypatch.setattr(module, "lags", lambda dtype: request.param == "ours" and dtype in LOW)
-    monkeypatch.setattr(module, "_LEAST", 1)
-    monkeypatch.setattr(module, "_ROWS", dict.fromkeys(LOW, 1))
-    monkeypatch.setattr(module, "_COLUMNS", 1)
+    monkeypatch.setattr(module, "_is_large", lambda x, weight: x.numel() > 0)
     monkeypatch.setattr(module, "_product", product)
     asked.append(request.param)
     return asked
@@ -128,9 +127,8 @@ def test_elsewhere_it_is_torchs_own(products) -> None:
 
 def test_small_products_are_torchs(products, monkeypatch) -> None:
     """What it costs to call and to pack is more than they take."""
-    monkeypatch.setattr(module, "_LEAST", 3 * 2**19)
-    monkeypatch.setattr(module, "_ROWS", {torch.float32: 2, torch.float16: 4})
-    monkeypatch.setattr(module, "_COLUMNS", 16)
+    monkeypatch.setattr(module, "_is_large", is_large)
+    monkeypatch.setattr(module, "_by_dots", lambda dtype: dtype == torch.bfloat16)
     for dtype, rows, terms, columns, asks in [
         (torch.float32, 1, 1024, 1536, False),
         (torch.float32, 2, 1024, 768, True),
@@ -138,10 +136,23 @@ def test_small_products_are_torchs(products, monkeypatch) -> None:
         (torch.float32, 4096, 64, 15, False),
         (torch.float16, 3, 1024, 1024, False),
         (torch.float16, 4, 1024, 1024, True),
+        (torch.bfloat16, 1, 128, 64, True),
+        (torch.bfloat16, 1, 128, 63, False),
+        (torch.bfloat16, 4096, 64, 15, False),
     ]:
         del products[1:]
         ops.linear(rand(rows, terms).to(dtype), rand(columns, terms).to(dtype))
         assert (len(products) > 1) == (asks and products[0] == "ours")
+
+
+def test_gradients_of_weights_by_dots_are_torchs(products, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_is_large", is_large)
+    monkeypatch.setattr(module, "_by_dots", lambda dtype: dtype == torch.bfloat16)
+    x, weight = rand(64, 128).bfloat16(), rand(64, 128, seed=1).bfloat16().requires_grad_()
+    ops.linear(x.requires_grad_(), weight).backward(torch.ones(64, 64).bfloat16())
+    shapes = [(args[0].shape, args[1].shape) for args in products[1:]]
+    assert shapes == ([((64, 128), (64, 128)), ((64, 64), (128, 64))] if len(shapes) else [])
+    assert bool(shapes) == (products[0] == "ours")
 
 
 def test_module_is_nn_linear(products) -> None:
@@ -162,7 +173,11 @@ def test_traces(products) -> None:
 @pytest.mark.parametrize("order", ["plain", "x_transposed", "weight_transposed", "both"])
 @pytest.mark.parametrize(
     ("rows", "terms", "columns"),
-    [(1, 1, 1), (7, 33, 49), (8, 256, 48), (17, 257, 47), (31, 513, 97), (530, 40, 200)],
+    [
+        *[(1, 1, 1), (7, 33, 49), (8, 256, 48), (17, 257, 47), (31, 513, 97), (530, 40, 200)],
+        *[(rows, 95, 67) for rows in range(2, 7)],
+        *[(16, 64, 33), (21, 1030, 96)],
+    ],
 )
 def test_kernel(rows, terms, columns, order, dtype) -> None:
     """The edges of tiles and blocks, in every order of memory, for any number of threads."""

@@ -1,0 +1,50 @@
+// y = x @ weight^T of bf16 for a few rows of x: the weight is read once, where it is.
+//
+// Along a row of the weight 32 terms are multiplied at a time; the sums of a few rows of both are
+// in registers, and their lanes are added in the end.
+#pragma once
+
+#include "linear_tile.h"
+#include "two_vectors.h"
+
+#if AIGC_BF16_DOT
+namespace aigc_fast {
+
+// Rows of x at a time, and of the weight, which stay in the second cache for the next rows of x.
+constexpr int64_t kFewRows = 8, kFewColumns = 32;
+
+// y[p * pitch + v] of P rows of x and V rows of the weight, for whole vectors of terms.
+template <int P, int V>
+__attribute__((target("avx512bf16"), noinline)) void multiply_few(const bf16* x, int64_t x_pitch,
+                                                                  const bf16* w, int64_t w_pitch,
+                                                                  int64_t terms, float* y,
+                                                                  int64_t pitch) {
+  constexpr int64_t N = 2 * kLanes<float>;
+  Vec<float> sums[V][P] = {};
+  const auto add = [&](int64_t t,
+                       __mmask32 lanes) __attribute__((target("avx512bf16"), always_inline)) {
+    __m512bh rows[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+      rows[p] = (__m512bh)_mm512_maskz_loadu_epi16(lanes, x + p * x_pitch + t);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const bf16* from = w + v * w_pitch + t;
+      __builtin_prefetch(from + kAhead<bf16>);
+      const __m512bh weights = (__m512bh)_mm512_maskz_loadu_epi16(lanes, from);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p)
+        sums[v][p] = (Vec<float>)_mm512_dpbf16_ps((__m512)sums[v][p], weights, rows[p]);
+    }
+  };
+  int64_t t = 0;
+  for (; t + N <= terms; t += N) add(t, ~0u);
+  if (t < terms) add(t, (1u << (terms - t)) - 1);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) y[p * pitch + v] = sum_lanes<float>(sums[v][p]);
+}
+
+}  // namespace aigc_fast
+#endif
