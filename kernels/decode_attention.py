@@ -23,6 +23,63 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _keys_of_split(
+    visible, is_row, length, split, splits, window, fixed_split, MASKED: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """(first, end) of this split of what the rows see: from the window of the first of them to the
+    token of the last one."""
+    low = 0 if window is None else tl.maximum(tl.min(visible, 0) - window, 0)
+    high = length if MASKED else tl.max(tl.where(is_row, visible, 0), 0)
+    size = fixed_split
+    if fixed_split is None:
+        size = tl.cdiv(tl.cdiv(high - low, splits), KEYS) * KEYS
+    first = low + split * size
+    return first, tl.minimum(first + size, high)
+
+
+@triton.jit
+def _offsets(
+    keys, is_key, table_ptr, table_page, num_pages, key_batch, key_seq, value_batch, value_seq,
+    PAGE: tl.constexpr,
+):  # fmt: skip
+    """Where keys and values lie in the cache of a sequence, or in the pages of its table."""
+    if table_ptr is None:
+        return keys.to(tl.int64) * key_seq, keys.to(tl.int64) * value_seq
+    else:
+        page = tl.load(table_ptr + keys // PAGE * table_page, is_key, 0)
+        page = tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
+        row = (keys % PAGE).to(tl.int64)
+        return page * key_batch + row * key_seq, page * value_batch + row * value_seq
+
+
+@triton.jit
+def _score(query, key, distance, factor, softcap, slopes):
+    """Scores as exponents of two; distance: of a key from the token of a row."""
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
+    if softcap is not None:
+        scores = tanh(scores) * (fp32(softcap) * _LOG2_E)
+    if slopes is not None:
+        scores += slopes[:, None] * distance.to(tl.float32)
+    return scores
+
+
+@triton.jit
+def _is_seen(keys, is_key, visible, window, older, position, is_row, mask_ptr, q_len):
+    """Which keys a row sees: all up to its token, or, of the new ones, those that a mask gives."""
+    if mask_ptr is None:
+        seen = (keys[None, :] < visible[:, None]) & is_key[None, :]
+    else:
+        column = (keys - older)[None, :]
+        is_new = (column >= 0) & is_key[None, :] & is_row[:, None]
+        allowed = tl.load(mask_ptr + position[:, None] * q_len + column, is_new, 1)
+        seen = (allowed != 0) & is_key[None, :]
+    if window is not None:
+        seen = seen & (keys[None, :] >= (visible - window)[:, None])
+    return seen
+
+
+@triton.jit
 def _attend(
     query_ptr, key_ptr, value_ptr, lengths_ptr, table_ptr, slopes_ptr, key_scale_ptr,
     value_scale_ptr, mask_ptr, out_ptr, lse_ptr,
@@ -47,16 +104,9 @@ def _attend(
     length = tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
     older = length - q_len  # what all see, where there is a mask
     visible = older + position + 1
-    # What the block sees: from the window of its first row to the token of its last one.
-    low = 0 if window is None else tl.maximum(tl.min(visible, 0) - window, 0)
-    high = length
-    if mask_ptr is None:
-        high = tl.max(tl.where(is_row, visible, 0), 0)
-    size = fixed_split
-    if fixed_split is None:
-        size = tl.cdiv(tl.cdiv(high - low, splits), KEYS) * KEYS
-    begin = low + split * size
-    end = tl.minimum(begin + size, high)
+    begin, end = _keys_of_split(
+        visible, is_row, length, split, splits, window, fixed_split, mask_ptr is not None, KEYS
+    )
 
     query = tl.load(
         query_ptr + b * query_batch
@@ -71,10 +121,14 @@ def _attend(
     if table_ptr is None:
         key_ptr += b * key_batch
         value_ptr += b * value_batch
-    # Scores are powers of two.
+    else:
+        table_ptr += b * table_batch
+    if mask_ptr is not None:
+        mask_ptr += b * mask_batch
     factor = fp32(scale) * _LOG2_E if softcap is None else fp32(scale) / fp32(softcap)
     if key_scale_ptr is not None:
         factor *= tl.load(key_scale_ptr + head).to(tl.float32)
+    slopes = None
     if slopes_ptr is not None:
         slopes = tl.load(slopes_ptr + query_head_index, is_row, 0.0)
         slopes = slopes.to(tl.float32) * _LOG2_E
@@ -84,33 +138,18 @@ def _attend(
     result = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(begin, end, KEYS):
         keys = start + tl.arange(0, KEYS)
-        mask = (keys < end)[:, None] & is_dim
-        if table_ptr is None:
-            key_at, value_at = keys.to(tl.int64) * key_seq, keys.to(tl.int64) * value_seq
-        else:
-            page = tl.load(table_ptr + b * table_batch + keys // PAGE * table_page, keys < end, 0)
-            page = tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
-            key_at = page * key_batch + (keys % PAGE).to(tl.int64) * key_seq
-            value_at = page * value_batch + (keys % PAGE).to(tl.int64) * value_seq
+        is_key = keys < end
+        mask = is_key[:, None] & is_dim
+        key_at, value_at = _offsets(
+            keys, is_key, table_ptr, table_page, num_pages, key_batch, key_seq, value_batch,
+            value_seq, PAGE,
+        )  # fmt: skip
         key = tl.load(key_ptr + key_at[:, None] + dims[None, :], mask, 0.0)
         value = tl.load(value_ptr + value_at[:, None] + dims[None, :], mask, 0.0)
-        key, value = widen(key, CACHE), widen(value, CACHE)
-        key, value = key.to(query.dtype), value.to(query.dtype)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
-        if softcap is not None:
-            scores = tanh(scores) * (fp32(softcap) * _LOG2_E)
-        if slopes_ptr is not None:
-            distance = keys[None, :] - (visible - 1)[:, None]
-            scores += slopes[:, None] * distance.to(tl.float32)
-        if mask_ptr is None:
-            seen = (keys[None, :] < visible[:, None]) & (keys < end)[None, :]
-        else:
-            column = (keys - older)[None, :]
-            is_new = (column >= 0) & (keys < end)[None, :] & is_row[:, None]
-            at = mask_ptr + b * mask_batch + position[:, None] * q_len + column
-            seen = (tl.load(at, is_new, 1) != 0) & (keys < end)[None, :]
-        if window is not None:
-            seen = seen & (keys[None, :] >= (visible - window)[:, None])
+        key, value = widen(key, CACHE).to(query.dtype), widen(value, CACHE).to(query.dtype)
+        distance = keys[None, :] - (visible - 1)[:, None]
+        scores = _score(query, key, distance, factor, softcap, slopes)
+        seen = _is_seen(keys, is_key, visible, window, older, position, is_row, mask_ptr, q_len)
         scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -172,6 +211,19 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _tile(query: Tensor, rows: int) -> tuple[dict[str, int], int]:
+    """The largest tile that fits the registers, and its warps."""
+    head_dim = query.shape[-1]
+    DIM = max(triton.next_power_of_2(head_dim), 16)
+    wide = query.dtype == torch.float32  # fp32 products take no tensor cores
+    # Odd head_dims are loaded element by element, with an address for each in registers.
+    narrow = DIM <= 128 and head_dim % 16 == 0
+    ROWS = min(max(triton.next_power_of_2(rows), 16), 16 if wide else 64 if narrow else 32)
+    # Fewer keys where head_dim is 16: the addresses of 64 in pages do not fit the registers.
+    KEYS = 16 if wide else min(max(8192 // DIM, 16), 64, 2 * DIM)
+    return {"ROWS": ROWS, "KEYS": KEYS, "DIM": DIM}, 4 if narrow else 8
+
+
 def decode_attention(query, key_cache, value_cache, cache_lengths, scale) -> tuple[Tensor, Tensor]:
     return decode_attention_full(
         query, key_cache, value_cache, cache_lengths, scale, None, None, None, None, None, None,
@@ -208,18 +260,11 @@ def decode_attention_full(
         key_cache, value_cache = key_cache.view(torch.int8), value_cache.view(torch.int8)
     query, key_cache, value_cache = map(_with_contiguous_rows, (query, key_cache, value_cache))
     rows = heads // kv_heads * q_len
-    DIM = max(triton.next_power_of_2(head_dim), 16)
-    # The largest tiles that fit the registers: fp32 products take no tensor cores.
-    wide = query.dtype == torch.float32
-    # Odd head_dims are loaded element by element, with an address for each in registers.
-    narrow = DIM <= 128 and head_dim % 16 == 0
-    ROWS = min(max(triton.next_power_of_2(rows), 16), 16 if wide else 64 if narrow else 32)
-    # Fewer keys where head_dim is 16: the addresses of 64 in pages do not fit the registers.
-    KEYS = 16 if wide else min(max(8192 // DIM, 16), 64, 2 * DIM)
-    row_blocks = triton.cdiv(rows, ROWS)
+    tile, num_warps = _tile(query, rows)
+    row_blocks = triton.cdiv(rows, tile["ROWS"])
     programs = batch * kv_heads * row_blocks
     splits = 2 * _processors(query.device) // programs  # in one round
-    splits = max(min(splits, triton.cdiv(span, 2 * KEYS), 64), 1)
+    splits = max(min(splits, triton.cdiv(span, 2 * tile["KEYS"]), 64), 1)
     if fixed_split is not None:
         splits = max(triton.cdiv(span, fixed_split), 1)
     direct = splits == 1 and sinks is None
@@ -235,12 +280,13 @@ def decode_attention_full(
         cache_lengths.stride(0), *(block_table.stride() if page_size else (0, 0)),
         key_cache.shape[0], mask_batch, q_len, heads, kv_heads, heads // kv_heads, head_dim,
         capacity, row_blocks, splits, head_dim**-0.5 if scale is None else float(scale), window,
-        softcap, fixed_split, PAGE=page_size, CACHE=kind, ROWS=ROWS, KEYS=KEYS, DIM=DIM,
-        IN_FP32=INTERPRETED, num_warps=4 if narrow else 8, num_stages=2,
+        softcap, fixed_split, PAGE=page_size, CACHE=kind, **tile, IN_FP32=INTERPRETED,
+        num_warps=num_warps, num_stages=2,
     )  # fmt: skip
     if not direct:
         _merge[(lse.numel(),)](
             parts, part_lse, sinks, out, lse, heads, head_dim, splits,
-            SPLITS=triton.next_power_of_2(splits), DIM=DIM, num_warps=1 if DIM <= 128 else 2,
+            SPLITS=triton.next_power_of_2(splits), DIM=tile["DIM"],
+            num_warps=1 if tile["DIM"] <= 128 else 2,
         )  # fmt: skip
     return out, lse
