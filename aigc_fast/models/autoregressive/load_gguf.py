@@ -120,15 +120,9 @@ def _halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def _read_config(file: GGUFFile, name: str, architecture: Architecture) -> DecoderConfig:
-    def get(key: Key, kind: type, fields: dict[str, Any]) -> Any:
-        full_name = f"{name}.{key.name}"
-        if key.default is REQUIRED or full_name in file.metadata:
-            return file.get(full_name, kind)
-        return key.default(fields) if callable(key.default) else key.default
-
     fields: dict[str, Any] = dict(architecture.fixed)
     for field, key in architecture.metadata.items():
-        fields[field] = get(key, int if field in _INTEGERS else float, fields)
+        fields[field] = _read(file, name, key, int if field in _INTEGERS else float, fields)
     # Every layer has tensors, so this bounds the work that a corrupt count can cause.
     if fields["num_layers"] > len(file.tensors):
         raise ValueError(
@@ -139,36 +133,61 @@ def _read_config(file: GGUFFile, name: str, architecture: Architecture) -> Decod
         fields["vocab_size"] = file.get(f"{name}.vocab_size", int)
     else:
         fields["vocab_size"] = len(file.get("tokenizer.ggml.tokens", list))
-    fields["tie_word_embeddings"] = "output.weight" not in file.tensors
-    fields["qkv_bias"] = not {"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"}.isdisjoint(file.tensors)
-    fields["output_bias"] = "blk.0.attn_output.bias" in file.tensors
-    fields["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    fields |= _read_presence(file)
     fields["rope_layers"] = architecture.rope_layers(fields["num_layers"])
     fields |= architecture.derive(fields)
-
-    window = get(Key("attention.sliding_window", architecture.window), int, fields)
-    slides = architecture.slides
-    if name == "llama":
-        # Mistral goes by this name, and its window is on all layers.
-        slides = ARCHITECTURES["mistral"].slides
-    # Qwen's converter writes no window, and llama.cpp gives it none.
-    if window and slides is not None and architecture.use_window:
-        fields["windows"] = tuple(
-            window if slides(layer, 0) else None for layer in range(fields["num_layers"])
-        )
-    rotary_dim = get(Key("rope.dimension_count", fields["head_dim"]), int, fields)
-    if architecture.paired_rotary and rotary_dim != fields["head_dim"]:
-        raise ValueError(
-            f"{file.path}: {name}.rope.dimension_count must be the head size "
-            f"{fields['head_dim']}, got {rotary_dim}"
-        )
+    fields["windows"] = _read_windows(file, name, architecture, fields)
+    fields["rotary_dim"] = _read_rotary_dim(file, name, architecture, fields)
     scaling = _read_scaling(file, name, fields["max_position_embeddings"])
     if scaling is not None:
         fields["max_position_embeddings"] = max(fields["max_position_embeddings"], scaling.reach)
     try:
-        return DecoderConfig(**fields, rotary_dim=rotary_dim, rope_scaling=scaling)
+        return DecoderConfig(**fields, rope_scaling=scaling)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
+
+
+def _read(file: GGUFFile, name: str, key: Key, kind: type, fields: dict[str, Any]) -> Any:
+    """The value of a key, or the default that goes by the fields read before it."""
+    full_name = f"{name}.{key.name}"
+    if key.default is REQUIRED or full_name in file.metadata:
+        return file.get(full_name, kind)
+    return key.default(fields) if callable(key.default) else key.default
+
+
+def _read_presence(file: GGUFFile) -> dict[str, bool]:
+    """What the tensors themselves tell by being there or not."""
+    return {
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "qkv_bias": not {"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"}.isdisjoint(file.tensors),
+        "output_bias": "blk.0.attn_output.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+    }
+
+
+def _read_windows(
+    file: GGUFFile, name: str, architecture: Architecture, fields: dict[str, Any]
+) -> tuple[int | None, ...]:
+    window = _read(file, name, Key("attention.sliding_window", architecture.window), int, fields)
+    # Mistral goes by the name of Llama, and its window is on all layers.
+    slides = ARCHITECTURES["mistral"].slides if name == "llama" else architecture.slides
+    # Qwen's converter writes no window, and llama.cpp gives it none.
+    if not window or slides is None or not architecture.use_window:
+        return ()
+    return tuple(window if slides(layer, 0) else None for layer in range(fields["num_layers"]))
+
+
+def _read_rotary_dim(
+    file: GGUFFile, name: str, architecture: Architecture, fields: dict[str, Any]
+) -> int:
+    head_dim = fields["head_dim"]
+    rotary_dim = _read(file, name, Key("rope.dimension_count", head_dim), int, fields)
+    if architecture.paired_rotary and rotary_dim != head_dim:
+        raise ValueError(
+            f"{file.path}: {name}.rope.dimension_count must be the head size "
+            f"{head_dim}, got {rotary_dim}"
+        )
+    return rotary_dim
 
 
 def _has_longrope(file: GGUFFile) -> bool:
