@@ -63,8 +63,3 @@ def is_channels_innermost(x: Tensor) -> bool:
 def channels_innermost(x: Tensor) -> Tensor:
     """x, (batch, channels, time), in memory as (batch, time, channels)."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def transposed_copy(x: Tensor) -> Tensor:
-    """x, (rows, columns), the transpose of a contiguous matrix, in a memory order of its own."""
-    return to_planes(x[None, :, :, None])[0, :, :, 0]

@@ -32,7 +32,6 @@ from tests.test_mechanism import run_python
 pytest.importorskip("transformers")
 
 STEP = {"rms_norm", "apply_rotary", "decode_attention", "swiglu"}
-LATE_WINDOW = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
 #: model_type: what its config has beside the sizes, and the operators of a decoding step
 MODELS = {
     "llama": (dict(attention_bias=True), STEP),

@@ -158,8 +158,8 @@ def text(value):
     return struct.pack("<Q", len(value)) + value
 
 
-def header(tensors=0, keys=0, body=b"", magic=b"GGUF", version=3):
-    return magic + struct.pack("<IQQ", version, tensors, keys) + body
+def header(tensors=0, keys=0, body=b"", version=3):
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + body
 
 
 def entry(name=b"t", shape=(32,), kind=0, offset=0):

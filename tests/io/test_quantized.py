@@ -10,7 +10,6 @@ from aigc_fast.io import GGUFTensor, pack_gguf
 from aigc_fast.ops import dequantize_weight
 
 EXACT = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 8, "Q5_1": 8, "Q8_0": 8}
-K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")  # gguf reads them but does not write them
 
 
 def stored(weight: np.ndarray, name: str) -> GGUFTensor:
@@ -20,10 +19,10 @@ def stored(weight: np.ndarray, name: str) -> GGUFTensor:
     return GGUFTensor("model.gguf", "w", weight.shape, name, data)
 
 
-def random_blocks(rows: int, columns: int, name: str, seed: int = 0) -> GGUFTensor:
-    """Blocks of K-quants with scales of ordinary size."""
+def random_blocks(rows: int, columns: int, name: str) -> GGUFTensor:
+    """Blocks of K-quants, which gguf reads but does not write, with scales of ordinary size."""
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     data = rng.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
     scales = rng.uniform(1e-5, 2e-4, (rows, columns // block, 2)).astype("<f2").view(np.uint8)
     at, count = {"Q6_K": (208, 2)}.get(name, (0, 4))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 
 from aigc_fast.io import load_tokenizer
 

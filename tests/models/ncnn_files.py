@@ -66,8 +66,8 @@ def write_compact(stem: Path, model: SRVGGNetCompact, *, half: bool = True) -> P
     return file.save(stem)
 
 
-def write_rrdb(stem: Path, model: RRDBNet, *, half: bool = True) -> Path:
-    file = Writer(half=half)
+def write_rrdb(stem: Path, model: RRDBNet) -> Path:
+    file = Writer(half=True)
     first = y = file.conv(model.conv_first, file.add("Input", params="0=8 1=8 2=3"))
     for block in model.body:
         start = y

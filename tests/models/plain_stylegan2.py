@@ -60,10 +60,10 @@ def styled(weights, name, x, style, noise, up=False):
     return leaky(x + weights[f"{name}.activate.bias"].view(1, -1, 1, 1))
 
 
-def mapping(weights, z, lr_mul=0.01):
+def mapping(weights, z):
     x, i = normalized(z), 1
     while f"style.{i}.weight" in weights:
-        x, i = leaky(linear(weights, f"style.{i}", x, lr_mul)), i + 1
+        x, i = leaky(linear(weights, f"style.{i}", x, 0.01)), i + 1
     return x
 
 

@@ -130,7 +130,7 @@ def test_special_tokens_stay_without_a_tokenizer(tmp_path):
     assert found.items() >= ids.items() and again.special_token_ids == ids
 
 
-def test_special_tokens_of_a_gguf_file_stay(gguf, tmp_path):
+def test_special_tokens_of_a_gguf_file_stay(gguf):
     model = DecoderLM.from_pretrained(gguf)
     assert model.special_token_ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 

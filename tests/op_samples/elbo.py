@@ -49,9 +49,9 @@ def _refusals() -> list[Refusal]:
     ]
 
 
-def _pair(*shape: int, kind: str = "bernoulli", name: str = "", scale: float = 3.0) -> Sample:
+def _pair(*shape: int, kind: str = "bernoulli", name: str = "") -> Sample:
     target = rand(*shape, seed=1)
-    args = (rand(*shape, scale=scale), target.sigmoid() if kind == "bernoulli" else target, kind)
+    args = (rand(*shape, scale=3.0), target.sigmoid() if kind == "bernoulli" else target, kind)
     return Sample(name or kind, args, differentiable=target.numel() < 500)
 
 

@@ -256,7 +256,7 @@ def test_a_name_is_no_recipe(arguments, match):
         GANTrainer(MLPGenerator((4, 6)), MLPDiscriminator((6, 1)), *arguments)
 
 
-def test_batch_norms_see_real_and_generated_samples_apart(monkeypatch):
+def test_batch_norms_see_real_and_generated_samples_apart():
     ours = trainer(RECIPES["non-saturating"])
     sizes = []
     ours.discriminator.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
