@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .optional import contiguous
 from .per_sample import BLOCK, Rows, locate, store
 from .rows import load
 
@@ -14,25 +15,24 @@ BUDGET = {"_add_noise": (64, 0)}
 @triton.jit
 def _add_noise(
     sample_ptr, noise_ptr, alpha_ptr, sigma_ptr, alpha_rate_ptr, sigma_rate_ptr, noisy_ptr,
-    velocity_ptr, inner, sample_stride, noise_stride, HAS_NOISE: tl.constexpr,
-    HAS_VELOCITY: tl.constexpr, HAS_RATES: tl.constexpr, BLOCK: tl.constexpr,
+    velocity_ptr, inner, sample_stride, noise_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, at, mask = locate(inner, BLOCK)
     alpha = tl.load(alpha_ptr + row).to(tl.float32)
     sigma = tl.load(sigma_ptr + row).to(tl.float32)
     alpha_rate, sigma_rate = -sigma, alpha
-    if HAS_RATES:
+    if alpha_rate_ptr is not None:
         alpha_rate = tl.load(alpha_rate_ptr + row).to(tl.float32)
         sigma_rate = tl.load(sigma_rate_ptr + row).to(tl.float32)
     x = load(sample_ptr, row, sample_stride, at, mask)
     noisy = alpha * x
     velocity = alpha_rate * x
-    if HAS_NOISE:
+    if noise_ptr is not None:
         z = load(noise_ptr, row, noise_stride, at, mask)
         noisy += sigma * z
         velocity += sigma_rate * z
     store(noisy_ptr, row, inner, at, mask, noisy)
-    if HAS_VELOCITY:
+    if velocity_ptr is not None:
         store(velocity_ptr, row, inner, at, mask, velocity)
 
 
@@ -45,9 +45,8 @@ def _mix(
     strides = rows.strides(sample, noise, per_sample=True)
     if rows.size:
         _add_noise[rows.grid](
-            sample, noise, *(s if s is None else s.contiguous() for s in scales), results[0],
-            results[-1], rows.inner, *strides, HAS_NOISE=noise is not None,
-            HAS_VELOCITY=has_velocity, HAS_RATES=scales[-1] is not None, BLOCK=BLOCK,
+            sample, noise, *contiguous(*scales), results[0],
+            results[1] if has_velocity else None, rows.inner, *strides, BLOCK=BLOCK,
         )  # fmt: skip
     return rows.finish(results)
 

@@ -12,7 +12,7 @@ _CHANNELS = 32  # of a tile in channels_last
 
 
 @triton.jit
-def tile(channels, positions, pieces, BLOCK_C: tl.constexpr):
+def tile(channels, pieces, BLOCK_C: tl.constexpr):
     """This program's sample, channels (as a column) and piece."""
     across = tl.cdiv(channels, BLOCK_C)
     pid = tl.program_id(0).to(tl.int64)

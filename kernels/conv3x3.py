@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import INTERPRETED, fp32
+from .optional import contiguous
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed.
 #: Of 240 registers two programs of four warps fit a multiprocessor, as of 224.
@@ -74,9 +75,8 @@ def conv3x3(xs, weight, bias, slope, residual, gain) -> Tensor:
     if pixels:
         block_o = max(16, min(64, triton.next_power_of_2(outputs)))
         block_c = 16 if channels <= 16 else 32
-        optional = [None if p is None else p.contiguous() for p in (bias, slope)]
         grid = (triton.cdiv(pixels, _PIXELS), triton.cdiv(outputs, block_o))
-        _conv[grid](x, weight.permute(2, 3, 1, 0).contiguous(), *optional,
+        _conv[grid](x, weight.permute(2, 3, 1, 0).contiguous(), *contiguous(bias, slope),
                     None if residual is None else _innermost(residual), y, pixels, height, width,
                     channels, outputs, float(gain), IN_FP32=INTERPRETED, BLOCK_P=_PIXELS,
                     BLOCK_O=block_o, BLOCK_C=block_c)  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .math import INTERPRETED, fp32, tanh
 from .narrow import NARROW, widen
+from .optional import contiguous
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_attend": (255, 81952), "_merge": (64, 1024)}
@@ -252,8 +253,8 @@ def decode_attention_full(
     if mask is not None:
         mask_batch = q_len * q_len if mask.dim() == 3 else 0
         mask = mask.contiguous().view(torch.int8)
-    sinks, alibi_slopes, key_scale, value_scale = (
-        x if x is None else x.contiguous() for x in (sinks, alibi_slopes, key_scale, value_scale)
+    sinks, alibi_slopes, key_scale, value_scale = contiguous(
+        sinks, alibi_slopes, key_scale, value_scale
     )
     kind = NARROW.get(key_cache.dtype)
     if kind:

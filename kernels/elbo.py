@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import exp_tail, softplus
+from .optional import contiguous
 from .per_sample import BLOCK, Rows, locate, store
 from .rows import load
 
@@ -35,7 +36,7 @@ def _clamped(x):
 @triton.jit
 def _sample(
     mean_ptr, log_variance_ptr, noise_ptr, sample_ptr, sums_ptr, inner, mean_stride,
-    log_variance_stride, noise_stride, HAS_NOISE: tl.constexpr, BLOCK: tl.constexpr,
+    log_variance_stride, noise_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, at, mask = locate(inner, BLOCK)
     mean = load(mean_ptr, row, mean_stride, at, mask)
@@ -44,7 +45,7 @@ def _sample(
     # Beyond the end of a row both are zero, and so is their term.
     less_line = tl.where(tl.abs(x) < 0.34, exp_tail(x), variance - 1.0 - x)
     tl.store(sums_ptr + tl.program_id(0), 0.5 * tl.sum(mean * mean + less_line, 0))
-    if HAS_NOISE:
+    if noise_ptr is not None:
         mean += tl.sqrt(variance) * load(noise_ptr, row, noise_stride, at, mask)
     store(sample_ptr, row, inner, at, mask, mean)
 
@@ -53,8 +54,7 @@ def _sample(
 def _sample_backward(
     grad_ptr, grad_kl_ptr, mean_ptr, log_variance_ptr, noise_ptr, to_mean_ptr, to_log_variance_ptr,
     to_noise_ptr, inner, grad_stride, mean_stride, log_variance_stride, noise_stride, out_stride,
-    HAS_GRAD: tl.constexpr, HAS_KL: tl.constexpr, HAS_NOISE: tl.constexpr, OF_NOISE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    OF_NOISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, at, mask = locate(inner, BLOCK)
     raw = load(log_variance_ptr, row, log_variance_stride, at, mask)
@@ -62,15 +62,15 @@ def _sample_backward(
     variance = tl.exp(x)
     to_mean = tl.zeros((BLOCK,), tl.float32)
     to_log_variance = tl.zeros((BLOCK,), tl.float32)
-    if HAS_KL:
+    if grad_kl_ptr is not None:
         scale = tl.load(grad_kl_ptr + row)
         to_mean = scale * load(mean_ptr, row, mean_stride, at, mask)
         less_one = tl.where(tl.abs(x) < 0.34, exp_tail(x) + x, variance - 1.0)
         to_log_variance = 0.5 * scale * less_one
-    if HAS_GRAD:
+    if grad_ptr is not None:
         grad = load(grad_ptr, row, grad_stride, at, mask)
         to_mean += grad
-        if HAS_NOISE:
+        if noise_ptr is not None:
             grad *= tl.sqrt(variance)
             to_log_variance += 0.5 * grad * load(noise_ptr, row, noise_stride, at, mask)
             if OF_NOISE:
@@ -128,9 +128,7 @@ def sample_gaussian(parameters: Tensor, noise: Tensor | None) -> tuple[Tensor, T
     strides = rows.strides(*tensors, per_sample=True)
     sample, sums = rows.result(), _sums(rows, parameters)
     if rows.size:
-        _sample[rows.grid](
-            *tensors, sample, sums, rows.inner, *strides, HAS_NOISE=noise is not None, BLOCK=BLOCK
-        )
+        _sample[rows.grid](*tensors, sample, sums, rows.inner, *strides, BLOCK=BLOCK)
     return rows.finish([sample])[0], sums.sum(1)
 
 
@@ -152,9 +150,8 @@ def sample_gaussian_backward(
     to_noise = rows.result() if of_noise else parameters.new_empty(0)
     if rows.size:
         _sample_backward[rows.grid](
-            grad, None if grad_kl is None else grad_kl.contiguous(), *tensors, *results, to_noise,
+            grad, *contiguous(grad_kl), *tensors, *results, to_noise,
             rows.inner, *strides, *rows.strides(results[0], per_sample=True),
-            HAS_GRAD=grad is not None, HAS_KL=grad_kl is not None, HAS_NOISE=noise is not None,
             OF_NOISE=of_noise, BLOCK=BLOCK,
         )  # fmt: skip
     if not direct:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import fp32, softplus
+from .optional import contiguous
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_forward": (80, 1024), "_backward": (56, 0)}
@@ -63,12 +64,12 @@ def _sum(x_ptr, minus_ptr, size, offset, sign, PHI: tl.constexpr, PAIRED: tl.con
 @triton.jit
 def _forward(
     real_ptr, fake_ptr, out_ptr, real_size, fake_size, real_offset, fake_offset, sign,
-    PHI: tl.constexpr, PAIRED: tl.constexpr, HAS_REAL: tl.constexpr, BLOCK: tl.constexpr,
+    PHI: tl.constexpr, PAIRED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sign, fake_offset = fp32(sign), fp32(fake_offset)
     result = _sum(fake_ptr, real_ptr, fake_size, fake_offset, sign, PHI, PAIRED, BLOCK)
     result /= fake_size
-    if HAS_REAL and not PAIRED:
+    if real_ptr is not None and not PAIRED:
         of_real = _sum(real_ptr, real_ptr, real_size, fp32(real_offset), -1.0, PHI, False, BLOCK)
         result += of_real / real_size
     tl.store(out_ptr + tl.program_id(0), result)
@@ -77,19 +78,18 @@ def _forward(
 @triton.jit
 def _backward(
     grad_ptr, real_ptr, fake_ptr, to_real_ptr, to_fake_ptr, real_size, fake_size, real_offset,
-    fake_offset, sign, PHI: tl.constexpr, PAIRED: tl.constexpr, HAS_REAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    fake_offset, sign, PHI: tl.constexpr, PAIRED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     grad, sign = tl.load(grad_ptr).to(tl.float32), fp32(sign)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(fake_ptr + at, at < fake_size, 0.0).to(tl.float32)
-    if HAS_REAL:
+    if real_ptr is not None:
         real = tl.load(real_ptr + at, at < real_size, 0.0).to(tl.float32)
     if PAIRED:
         x -= real
     g = _slope(fp32(fake_offset) + sign * x, PHI) * (sign * grad / fake_size)
     tl.store(to_fake_ptr + at, g.to(to_fake_ptr.dtype.element_ty), at < fake_size)
-    if HAS_REAL:
+    if real_ptr is not None:
         if PAIRED:
             g = -g
         else:
@@ -97,7 +97,7 @@ def _backward(
         tl.store(to_real_ptr + at, g.to(to_real_ptr.dtype.element_ty), at < real_size)
 
 
-def _options(real: Tensor | None, loss: int, generator: bool) -> tuple[tuple, dict]:
+def _options(loss: int, generator: bool) -> tuple[tuple, dict]:
     """(offset of real, offset of fake, sign of fake) and what is compiled in."""
     phi, offsets = "softplus", (0.0, 0.0)
     if loss == _SQUARE:
@@ -107,13 +107,13 @@ def _options(real: Tensor | None, loss: int, generator: bool) -> tuple[tuple, di
     elif loss == _HINGE:
         phi, offsets = "relu", (1.0, 1.0)
     return (*offsets, -1.0 if generator else 1.0), {
-        "PHI": phi, "PAIRED": loss == _RELATIVISTIC, "HAS_REAL": real is not None, "BLOCK": _BLOCK,
+        "PHI": phi, "PAIRED": loss == _RELATIVISTIC, "BLOCK": _BLOCK,
     }  # fmt: skip
 
 
 def gan_loss(real: Tensor | None, fake: Tensor, loss: int, generator: bool) -> Tensor:
-    numbers, options = _options(real, loss, generator)
-    fake, real = fake.contiguous(), None if real is None else real.contiguous()
+    numbers, options = _options(loss, generator)
+    fake, real = contiguous(fake, real)
     sizes = 0 if real is None else real.numel(), fake.numel()
     programs = min(triton.cdiv(max(sizes), _BLOCK), _PROGRAMS)
     out = fake.new_empty(programs, dtype=torch.float32)
@@ -124,8 +124,8 @@ def gan_loss(real: Tensor | None, fake: Tensor, loss: int, generator: bool) -> T
 def gan_loss_backward(
     grad: Tensor, real: Tensor | None, fake: Tensor, loss: int, generator: bool
 ) -> tuple[Tensor, Tensor]:
-    numbers, options = _options(real, loss, generator)
-    fake, real = fake.contiguous(), None if real is None else real.contiguous()
+    numbers, options = _options(loss, generator)
+    fake, real = contiguous(fake, real)
     to_fake = torch.empty_like(fake)
     to_real = fake.new_empty(0) if real is None else torch.empty_like(real)
     sizes = 0 if real is None else real.numel(), fake.numel()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .channel_tiles import Layout, ordered, tile
 from .math import fp32
+from .optional import contiguous, value_or
 from .smooth_activation import activate
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
@@ -29,14 +30,6 @@ _WHOLE = 8192  # elements of a group's tile in _whole
 
 
 @triton.jit
-def _param(ptr, channel, mask, HAS: tl.constexpr, missing: tl.constexpr):
-    if HAS:
-        return tl.load(ptr + channel, mask, 0.0).to(tl.float32)
-    else:
-        return tl.where(mask, missing, missing)
-
-
-@triton.jit
 def _act(x, ACT: tl.constexpr):
     """act(x) and its derivative."""
     if ACT == 0:
@@ -48,8 +41,8 @@ def _act(x, ACT: tl.constexpr):
 @triton.jit
 def _whole(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, groups, width, positions, c_stride,
-    p_stride, eps, ACT: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    p_stride, eps, ACT: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     inside = tl.arange(0, BLOCK_C)[:, None]
@@ -63,8 +56,8 @@ def _whole(
     mean += tl.sum(tl.where(mask, x - mean, 0.0)) / size
     centred = tl.where(mask, x - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred) / size + fp32(eps))
-    weight = _param(weight_ptr, channel, inside < width, WEIGHT, 1.0)
-    bias = _param(bias_ptr, channel, inside < width, BIAS, 0.0)
+    weight = value_or(weight_ptr, channel, inside < width, 1.0)
+    bias = value_or(bias_ptr, channel, inside < width, 0.0)
     y, _ = _act(centred * (rstd * weight) + bias, ACT)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask)
     tl.store(mean_ptr + pid, mean)
@@ -76,7 +69,7 @@ def _moments(
     x_ptr, mean_ptr, squares_ptr, channels, positions, pieces, piece_size, c_stride, p_stride,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample, channel, piece = tile(channels, positions, pieces, BLOCK_C)
+    sample, channel, piece = tile(channels, pieces, BLOCK_C)
     first = piece * piece_size
     last = tl.minimum(first + piece_size, positions)
     position = tl.arange(0, BLOCK_P)[None, :]
@@ -135,10 +128,10 @@ def _merge(
 @triton.jit
 def _apply(
     x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, y_ptr, channels, width, positions, pieces,
-    c_stride, p_stride, ACT: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    c_stride, p_stride, ACT: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample, channel, piece = tile(channels, positions, pieces, BLOCK_C)
+    sample, channel, piece = tile(channels, pieces, BLOCK_C)
     # Backwards: what the pass before read last is still in the L2 cache.
     sample = tl.num_programs(0) // (pieces * tl.cdiv(channels, BLOCK_C)) - 1 - sample
     position = (pieces - 1 - piece) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
@@ -146,8 +139,8 @@ def _apply(
     mask = known & (position < positions)
     group = (sample * channels + channel) // width
     mean, rstd = tl.load(mean_ptr + group, known, 0.0), tl.load(rstd_ptr + group, known, 0.0)
-    weight = _param(weight_ptr, channel, known, WEIGHT, 1.0)
-    bias = _param(bias_ptr, channel, known, BIAS, 0.0)
+    weight = value_or(weight_ptr, channel, known, 1.0)
+    bias = value_or(bias_ptr, channel, known, 0.0)
     at = sample * channels * positions + channel * c_stride + position * p_stride
     x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
     y, _ = _act((x - mean) * (rstd * weight) + bias, ACT)
@@ -166,17 +159,17 @@ def _terms(x_ptr, dy_ptr, at, mask, mean, rstd, weight, bias, ACT: tl.constexpr)
 @triton.jit
 def _sums(
     x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, part_ptr, channels, width, positions,
-    pieces, piece_size, c_stride, p_stride, ACT: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    pieces, piece_size, c_stride, p_stride, ACT: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample, channel, piece = tile(channels, positions, pieces, BLOCK_C)
+    sample, channel, piece = tile(channels, pieces, BLOCK_C)
     first = piece * piece_size
     last = tl.minimum(first + piece_size, positions)
     known = channel < channels
     group = (sample * channels + channel) // width
     mean, rstd = tl.load(mean_ptr + group, known, 0.0), tl.load(rstd_ptr + group, known, 0.0)
-    weight = _param(weight_ptr, channel, known, WEIGHT, 1.0)
-    bias = _param(bias_ptr, channel, known, BIAS, 0.0)
+    weight = value_or(weight_ptr, channel, known, 1.0)
+    bias = value_or(bias_ptr, channel, known, 0.0)
     grads = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     products = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for start in range(first, last, BLOCK_P):
@@ -194,17 +187,17 @@ def _sums(
 @triton.jit
 def _gradient(
     x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr, dx_ptr, channels, width,
-    positions, pieces, c_stride, p_stride, ACT: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    positions, pieces, c_stride, p_stride, ACT: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample, channel, piece = tile(channels, positions, pieces, BLOCK_C)
+    sample, channel, piece = tile(channels, pieces, BLOCK_C)
     position = piece * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     known = channel < channels
     mask = known & (position < positions)
     group = (sample * channels + channel) // width
     mean, rstd = tl.load(mean_ptr + group, known, 0.0), tl.load(rstd_ptr + group, known, 0.0)
-    weight = _param(weight_ptr, channel, known, WEIGHT, 1.0)
-    bias = _param(bias_ptr, channel, known, BIAS, 0.0)
+    weight = value_or(weight_ptr, channel, known, 1.0)
+    bias = value_or(bias_ptr, channel, known, 0.0)
     grads = tl.load(sums_ptr + group * 2, known, 0.0)
     products = tl.load(sums_ptr + group * 2 + 1, known, 0.0)
     at = sample * channels * positions + channel * c_stride + position * p_stride
@@ -214,11 +207,6 @@ def _gradient(
 
 
 # ---- launchers ------------------------------------------------------------------------------
-
-
-def _params(weight: Tensor | None, bias: Tensor | None, act: int) -> tuple[list, dict]:
-    tensors = [None if p is None else p.contiguous() for p in (weight, bias)]
-    return tensors, {"ACT": act, "WEIGHT": weight is not None, "BIAS": bias is not None}
 
 
 def group_norm_act(
@@ -231,12 +219,12 @@ def group_norm_act(
     if not x.numel():
         return y, mean, rstd
     t = Layout(x, num_groups)
-    params, options = _params(weight, bias, act)
+    params = contiguous(weight, bias)
     block_c, block_p = triton.next_power_of_2(t.width), triton.next_power_of_2(t.positions)
     if block_c * block_p <= _WHOLE:
         warps = max(1, min(16, block_c * block_p // 512))
         _whole[(mean.numel(),)](x, *params, y, mean, rstd, t.groups, t.width, t.positions,
-                                *t.strides, float(eps), **options, BLOCK_C=block_c,
+                                *t.strides, float(eps), ACT=act, BLOCK_C=block_c,
                                 BLOCK_P=block_p, num_warps=warps)  # fmt: skip
         return y, mean, rstd
     part = x.new_empty(2, t.batch * t.channels * t.pieces, dtype=torch.float32)
@@ -246,7 +234,7 @@ def group_norm_act(
     _merge[(mean.numel(),)](part[0], part[1], mean, rstd, t.width, t.positions, t.pieces,
                             t.piece_size, float(eps), BLOCK=block)  # fmt: skip
     _apply[t.map_grid](x, *params, mean, rstd, y, t.channels, t.width, t.positions, t.tiles,
-                       *t.strides, **options, **t.blocks)  # fmt: skip
+                       *t.strides, ACT=act, **t.blocks)  # fmt: skip
     return y, mean, rstd
 
 
@@ -261,16 +249,16 @@ def group_norm_act_backward(
     mean, rstd = mean.contiguous(), rstd.contiguous()
     t = Layout(x, num_groups) if x.numel() else None
     part = x.new_zeros(x.shape[0], x.shape[1], t.pieces if t else 1, 2, dtype=torch.float32)
-    params, options = _params(weight, bias, act)
+    params = contiguous(weight, bias)
     if t:
         _sums[t.sums_grid](x, dy, *params, mean, rstd, part, t.channels, t.width, t.positions,
-                           t.pieces, t.piece_size, *t.strides, **options, **t.blocks)  # fmt: skip
+                           t.pieces, t.piece_size, *t.strides, ACT=act, **t.blocks)  # fmt: skip
         channel = part.sum(2)
         weighted = channel if weight is None else channel * weight.float()[:, None]
         size = t.width * t.positions
         group = weighted.view(t.batch, num_groups, t.width, 2).sum(2) / size
         _gradient[t.map_grid](x, dy, *params, mean, rstd, group, dx, t.channels, t.width,
-                              t.positions, t.tiles, *t.strides, **options, **t.blocks)  # fmt: skip
+                              t.positions, t.tiles, *t.strides, ACT=act, **t.blocks)  # fmt: skip
     total = part.sum((0, 2)).to(x.dtype)
     dweight = x.new_empty(0) if weight is None else total[:, 1].contiguous()
     return dx, dweight, x.new_empty(0) if bias is None else total[:, 0].contiguous()

@@ -22,12 +22,9 @@ _LENGTH = 256
 
 
 @triton.jit
-def guided_output(
-    output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale,
-    GUIDED: tl.constexpr,
-):  # fmt: skip
+def guided_output(output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale):
     m = load(output_ptr, row, output_stride, at, mask)
-    if GUIDED:
+    if uncond_ptr is not None:
         u = load(uncond_ptr, row, uncond_stride, at, mask)
         m = u + scale * (m - u)
     return m
@@ -50,9 +47,7 @@ def _moments(
     row, at, mask = locate(inner, BLOCK)
     c = load(output_ptr, row, output_stride, at, mask)
     scale = fp32(scale)
-    g = guided_output(
-        output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale, True
-    )
+    g = guided_output(output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale)
     count = tl.sum(mask.to(tl.float32), 0)
     out = moments_ptr + tl.program_id(0).to(tl.int64) * 4
     mean, squares = _block_moments(c, mask, count)

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .narrow import NARROW, narrow
+from .optional import contiguous
 from .rotary import angle_strides
 from .rows import with_dense_rows
 
@@ -123,7 +124,7 @@ def append_kv_full(
         half = cos.shape[-1]
         cos, sin = with_dense_rows(cos), with_dense_rows(sin)
         strides = angle_strides(cos, sin)
-    key_scale, value_scale = (x if x is None else x.contiguous() for x in (key_scale, value_scale))
+    key_scale, value_scale = contiguous(key_scale, value_scale)
     rest = head_dim - 2 * half
     DIM = triton.next_power_of_2(head_dim)
     HEADS = min(triton.next_power_of_2(heads), max(1, _TILE // DIM))

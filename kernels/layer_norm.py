@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .math import fp32
 from .memory_order import contiguous_like
+from .optional import contiguous, value_or
 from .rows import as_rows, load
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
@@ -24,15 +25,6 @@ BUDGET = {
 }
 
 _BLOCKS = 1024  # of rows, in backward: several for each SM of the largest GPUs
-
-
-@triton.jit
-def _own(ptr, col, mask, HAS: tl.constexpr, missing: tl.constexpr):
-    """weight or bias, in fp32."""
-    if HAS:
-        return tl.load(ptr + col, mask, 0.0).to(tl.float32)
-    else:
-        return tl.where(mask, missing, missing)
 
 
 @triton.jit
@@ -53,7 +45,6 @@ def _normed(x, width, eps, mask, RMS: tl.constexpr):
 def _forward(
     x_ptr, residual_ptr, gate_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr,
     width, run, x_stride, residual_stride, gate_stride, scale_stride, shift_stride, eps,
-    GATED: tl.constexpr, MODULATED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     RMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -61,7 +52,7 @@ def _forward(
     col = tl.arange(0, BLOCK)
     mask = col < width
     x = load(x_ptr, row, x_stride, col, mask)
-    if GATED:
+    if gate_ptr is not None:
         x = load(residual_ptr, row, residual_stride, col, mask) + x * load(
             gate_ptr, m, gate_stride, col, mask
         )
@@ -69,8 +60,8 @@ def _forward(
         tl.store(sum_ptr + row * width + col, rounded, mask)
         x = rounded.to(tl.float32)
     y, _ = _normed(x, width, eps, mask, RMS)
-    y = y * _own(weight_ptr, col, mask, WEIGHT, 1.0) + _own(bias_ptr, col, mask, BIAS, 0.0)
-    if MODULATED:
+    y = y * value_or(weight_ptr, col, mask, 1.0) + value_or(bias_ptr, col, mask, 0.0)
+    if scale_ptr is not None:
         y += y * load(scale_ptr, m, scale_stride, col, mask)
         y += load(shift_ptr, m, shift_stride, col, mask)
     tl.store(y_ptr + row * width + col, y.to(y_ptr.dtype.element_ty), mask)
@@ -80,16 +71,15 @@ def _forward(
 def _backward(
     dy_ptr, dsum_ptr, x_ptr, branch_ptr, gate_ptr, scale_ptr, weight_ptr, dx_ptr, dbranch_ptr,
     part_ptr, width, run, block, per_run, dy_stride, dsum_stride, x_stride, branch_stride,
-    gate_stride, scale_stride, eps, ADD: tl.constexpr, GATED: tl.constexpr,
-    MODULATED: tl.constexpr, WEIGHT: tl.constexpr, RMS: tl.constexpr, BLOCK: tl.constexpr,
+    gate_stride, scale_stride, eps, RMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     m = pid // per_run
     first = m * run + pid % per_run * block
     col = tl.arange(0, BLOCK)
     mask = col < width
-    factors = _own(weight_ptr, col, mask, WEIGHT, 1.0)
-    if MODULATED:
+    factors = value_or(weight_ptr, col, mask, 1.0)
+    if scale_ptr is not None:
         factors += factors * load(scale_ptr, m, scale_stride, col, mask)
     products = tl.zeros([BLOCK], tl.float32)
     grads = tl.zeros([BLOCK], tl.float32)
@@ -102,12 +92,12 @@ def _backward(
         if not RMS:
             dx -= tl.sum(g) / width
         dx *= factor
-        if ADD:
+        if dsum_ptr is not None:
             dx += load(dsum_ptr, row, dsum_stride, col, mask)
         tl.store(dx_ptr + row * width + col, dx.to(dx_ptr.dtype.element_ty), mask)
         products += dy * normed
         grads += dy
-        if GATED:
+        if gate_ptr is not None:
             gate = load(gate_ptr, m, gate_stride, col, mask)
             dbranch = (dx * gate).to(dbranch_ptr.dtype.element_ty)
             tl.store(dbranch_ptr + row * width + col, dbranch, mask)
@@ -115,7 +105,7 @@ def _backward(
     to = part_ptr + pid * 3 * width + col
     tl.store(to, products, mask)
     tl.store(to + width, grads, mask)
-    if GATED:
+    if gate_ptr is not None:
         tl.store(to + 2 * width, gates, mask)
 
 
@@ -194,12 +184,11 @@ def _norm(x, residual, gate, scale, shift, weight, bias, eps, rms) -> tuple[Tens
     gate, gate_stride = _maybe_rows(gate)
     scale, scale_stride = _maybe_rows(scale)
     shift, shift_stride = _maybe_rows(shift)
-    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
+    weight, bias = contiguous(weight, bias)
     _forward[(x.shape[0],)](
         x, residual, gate, scale, shift, weight, bias, y, total, x.shape[1], run, x_stride,
         residual_stride, gate_stride, scale_stride, shift_stride, float(eps),
-        GATED=gate is not None, MODULATED=scale is not None, WEIGHT=weight is not None,
-        BIAS=bias is not None, RMS=rms, **_row(x.shape[1]),
+        RMS=rms, **_row(x.shape[1]),
     )  # fmt: skip
     return y, total
 
@@ -231,11 +220,9 @@ def modulated_norm_backward(
         gates, gate_stride = _maybe_rows(gate)
         scales, scale_stride = _maybe_rows(scale)
         _backward[(count * per_run,)](
-            grad, added, m, inner, gates, scales, None if weight is None else weight.contiguous(),
+            grad, added, m, inner, gates, scales, *contiguous(weight),
             dx, dbranch, part, width, run, block, per_run, dy_stride, dsum_stride, x_stride,
-            branch_stride, gate_stride, scale_stride, float(eps), ADD=dsum is not None,
-            GATED=gate is not None, MODULATED=scale is not None, WEIGHT=weight is not None,
-            RMS=rms, **_row(width),
+            branch_stride, gate_stride, scale_stride, float(eps), RMS=rms, **_row(width),
         )  # fmt: skip
         part = part.sum(1) if per_run > 1 else part[:, 0]
     else:

@@ -23,13 +23,12 @@ from .norm_tiles import (
     in_layout,
     offsets,
     place,
-    row_of,
     rstd_of,
     store_part,
     store_value,
     total,
-    value,
 )
+from .optional import contiguous, value_or
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {
@@ -43,7 +42,7 @@ BUDGET = {
 
 @triton.jit
 def _statistics(
-    x_ptr, mean_ptr, squares_ptr, samples, rows, channels, inner, count, part, parts,
+    x_ptr, mean_ptr, squares_ptr, samples, rows, channels, inner, count, part,
     MEAN: tl.constexpr, INNERMOST: tl.constexpr, ELEMENTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Mean and squared deviations from it of part of each norm; tiles joined by Chan's rule."""
@@ -149,7 +148,7 @@ def _backward_values(
     PARTS: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     norm = tl.program_id(0).to(tl.int64) * NORMS + tl.arange(0, NORMS)
-    rstd = value(rstd_ptr, norm, norm < norms, 1.0)
+    rstd = value_or(rstd_ptr, norm, norm < norms, 1.0)
     dbias = total(sum_ptr, 0, norm, norms, parts, PARTS)
     dweight = total(sum_ptr, 1, norm, norms, parts, PARTS) * rstd
     store_value(value_ptr, 0, fp32(mean_share) * dbias, norm, norms)
@@ -172,8 +171,8 @@ def _backward(
     scale, z = affine(x, rstd_ptr, weight_ptr, bias_ptr, norm, known)
     s = slope(z, fp32(alpha), ACT) * fp32(gain)
     g = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32) * s
-    g -= value(value_ptr, norm, known, 0.0)[None, :]
-    g -= x * value(value_ptr + samples * channels, norm, known, 0.0)[None, :]
+    g -= value_or(value_ptr, norm, known, 0.0)[None, :]
+    g -= x * value_or(value_ptr + samples * channels, norm, known, 0.0)[None, :]
     tl.store(dx_ptr + at, (g * scale).to(dx_ptr.dtype.element_ty), mask)
 
 
@@ -184,8 +183,7 @@ def _moments(x: Tensor, t: Tiling, has_mean: bool, eps: float) -> tuple:
     """(mean or None, var, 1 / sqrt(var + eps)) of the norms of an x that has elements."""
     var, rstd, squares = t.new(x), t.new(x), t.new(x, t.parts)
     mean, means = (t.new(x), t.new(x, t.parts)) if has_mean else (None, None)
-    _statistics[t.sum_grid](x, means, squares, *t.view, t.part, t.parts, MEAN=has_mean,
-                            **t.tile)  # fmt: skip
+    _statistics[t.sum_grid](x, means, squares, *t.view, t.part, MEAN=has_mean, **t.tile)
     _join[t.value_grid](means, squares, mean, var, rstd, t.count, t.norms, t.part, t.parts,
                         float(eps), MEAN=has_mean, **t.values)  # fmt: skip
     return mean, var, rstd
@@ -213,7 +211,7 @@ def norm_act(
     else:
         centre, var, rstd = _moments(x, t, statistics != PIXEL, eps)
         mean = mean if centre is None else centre
-    _forward[t.grid](x, centre, rstd, row_of(weight), row_of(bias), y, *t.view, float(gain),
+    _forward[t.grid](x, centre, rstd, *contiguous(weight, bias), y, *t.view, float(gain),
                      float(alpha), ACT=act, **t.tile)  # fmt: skip
     return y, mean, var
 
@@ -227,7 +225,8 @@ def norm_act_backward(
     if x.numel():
         t = Tiling(x, statistics)
         rstd = rstd_of(var, eps)
-        inputs = (dy, x, row_of(mean), rstd, row_of(weight), row_of(bias))
+        mean, weight, bias = contiguous(mean, weight, bias)
+        inputs = (dy, x, mean, rstd, weight, bias)
         options = {"ACT": act, **t.tile}
         sums, values = t.new_sums(x, 2), t.new(x, 2)
         _backward_sums[t.sum_grid](*inputs, sums, *t.view, t.part, t.parts, float(gain),

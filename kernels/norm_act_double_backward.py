@@ -16,13 +16,12 @@ from .norm_tiles import (
     in_layout,
     offsets,
     place,
-    row_of,
     rstd_of,
     store_part,
     store_value,
     total,
-    value,
 )
+from .optional import contiguous, value_or
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_sums": (176, 1024), "_values": (64, 1024), "_gradients": (160, 0)}
@@ -92,15 +91,15 @@ def _values(
 ):  # fmt: skip
     norm = tl.program_id(0).to(tl.int64) * NORMS + tl.arange(0, NORMS)
     known = norm < norms
-    weight, rstd = value(weight_ptr, norm, known, 1.0), value(rstd_ptr, norm, known, 1.0)
+    weight, rstd = value_or(weight_ptr, norm, known, 1.0), value_or(rstd_ptr, norm, known, 1.0)
     share, mean_share, scale = fp32(share), fp32(mean_share), weight * rstd
     g = total(sum_ptr, 0, norm, norms, parts, PARTS)
     gn = total(sum_ptr, 1, norm, norms, parts, PARTS) * rstd
     gg = total(sum_ptr, 2, norm, norms, parts, PARTS)
     ggn = total(sum_ptr, 3, norm, norms, parts, PARTS) * rstd
     ggg = total(sum_ptr, 4, norm, norms, parts, PARTS)
-    to_weight = value(gg_weight_ptr, norm, known, 0.0)
-    to_bias = value(gg_bias_ptr, norm, known, 0.0)
+    to_weight = value_or(gg_weight_ptr, norm, known, 0.0)
+    to_bias = value_or(gg_bias_ptr, norm, known, 0.0)
     by_gg, by_g = -scale * share * gn, to_weight - scale * share * ggn
     to_scale = ggg - mean_share * gg * g - share * ggn * gn
     h, hn = g * 0.0, g * 0.0
@@ -128,7 +127,7 @@ def _values(
 
 @triton.jit
 def _row(ptr, k, norm, norms, known):
-    return value(ptr + k * norms, norm, known, 0.0)[None, :]
+    return value_or(ptr + k * norms, norm, known, 0.0)[None, :]
 
 
 @triton.jit
@@ -149,9 +148,9 @@ def _gradients(
     tl.store(grad_dy_ptr + at, (u * s).to(grad_dy_ptr.dtype.element_ty), mask)
     v = gg * _row(value_ptr, 4, norm, norms, known) + g * _row(value_ptr, 5, norm, norms, known)
     if CURVED:
-        v += u * k * value(weight_ptr, norm, known, 1.0)[None, :]
+        v += u * k * value_or(weight_ptr, norm, known, 1.0)[None, :]
     v -= _row(value_ptr, 6, norm, norms, known) + x * _row(value_ptr, 7, norm, norms, known)
-    v *= value(rstd_ptr, norm, known, 1.0)[None, :]
+    v *= value_or(rstd_ptr, norm, known, 1.0)[None, :]
     tl.store(grad_x_ptr + at, v.to(grad_x_ptr.dtype.element_ty), mask)
 
 
@@ -164,14 +163,15 @@ def norm_act_double_backward(
     grad_weight, grad_bias = gradient_of(weight), gradient_of(bias)
     if x.numel():
         t = Tiling(x, statistics)
-        rstd, w = rstd_of(var, eps), row_of(weight)
-        inputs = (gg, dy, x, row_of(mean), rstd, w, row_of(bias))
+        rstd = rstd_of(var, eps)
+        mean, weight, bias = contiguous(mean, weight, bias)
+        inputs = (gg, dy, x, mean, rstd, weight, bias)
         curved = act > 2  # linear, relu and lrelu are straight
         options = {"ACT": act, "CURVED": curved, **t.tile}
         sums, values = t.new_sums(x, 10 if curved else 5), t.new(x, 8)
         _sums[t.sum_grid](*inputs, sums, *t.view, t.part, t.parts, float(gain), float(alpha),
                           **options)  # fmt: skip
-        _values[t.value_grid](sums, row_of(gg_weight), row_of(gg_bias), rstd, w, values,
+        _values[t.value_grid](sums, *contiguous(gg_weight, gg_bias), rstd, weight, values,
                               grad_weight, grad_bias, t.norms, t.parts, t.share, t.mean_share,
                               CURVED=curved, **t.values)  # fmt: skip
         _gradients[t.grid](*inputs, values, grad_dy, grad_x, *t.view, float(gain), float(alpha),

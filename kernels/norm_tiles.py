@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .channel_tiles import ordered
 from .memory_order import dense
+from .optional import value_or
 
 _TILE = 1024
 _PROGRAMS = 1024  # of a sum: about eight for each SM of the largest GPUs
@@ -42,25 +43,16 @@ def offsets(sample, element, last, channel, rows, channels, inner, INNERMOST: tl
 
 
 @triton.jit
-def value(ptr, norm, known, MISSING: tl.constexpr):
-    """A value for each of some norms."""
-    if ptr is None:
-        return tl.zeros_like(norm).to(tl.float32) + MISSING
-    else:
-        return tl.load(ptr + norm, known, 0.0).to(tl.float32)
-
-
-@triton.jit
 def centred(x_ptr, at, mask, mean_ptr, norm, known):
     x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-    return x - value(mean_ptr, norm, known, 0.0)[None, :]
+    return x - value_or(mean_ptr, norm, known, 0.0)[None, :]
 
 
 @triton.jit
 def affine(x, rstd_ptr, weight_ptr, bias_ptr, norm, known):
     """(weight / deviation, that * x + bias)"""
-    scale = value(rstd_ptr, norm, known, 1.0) * value(weight_ptr, norm, known, 1.0)
-    return scale[None, :], x * scale[None, :] + value(bias_ptr, norm, known, 0.0)[None, :]
+    scale = value_or(rstd_ptr, norm, known, 1.0) * value_or(weight_ptr, norm, known, 1.0)
+    return scale[None, :], x * scale[None, :] + value_or(bias_ptr, norm, known, 0.0)[None, :]
 
 
 @triton.jit
@@ -131,10 +123,6 @@ class Tiling:
 
     def new_sums(self, x: Tensor, number: int) -> Tensor:
         return x.new_empty(number, self.parts, self.norms, dtype=torch.float64)
-
-
-def row_of(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
 
 
 def rstd_of(var: Tensor, eps: float) -> Tensor:

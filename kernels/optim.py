@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .math import expm1, fp32
 from .memory_order import dense, in_order_of
+from .optional import contiguous
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_square_sums": (32, 1024), "_count": (32, 0), "_adam": (72, 0)}
@@ -58,23 +59,20 @@ def _square_sums(
 
 
 @triton.jit
-def _is_finite(norm_ptr, HAS_NORM: tl.constexpr):
-    if HAS_NORM:
-        return tl.abs(tl.load(norm_ptr).to(tl.float32)) < float("inf")
-    else:
+def _is_finite(norm_ptr):
+    if norm_ptr is None:
         return True
+    else:
+        return tl.abs(tl.load(norm_ptr).to(tl.float32)) < float("inf")
 
 
 @triton.jit
-def _count(
-    table_ptr, norm_ptr, skipped_ptr, TYPE: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_SKIPPED: tl.constexpr,
-):  # fmt: skip
+def _count(table_ptr, norm_ptr, skipped_ptr, TYPE: tl.constexpr):
     """One more step of each tensor, or one more that was skipped: before any program of _adam."""
-    pid, taken = tl.program_id(0), _is_finite(norm_ptr, HAS_NORM)
+    pid, taken = tl.program_id(0), _is_finite(norm_ptr)
     step = _pointer(table_ptr + pid * _COLUMNS, _STEP, TYPE, False)
     tl.store(step, (tl.load(step).to(tl.float32) + 1).to(TYPE), taken)
-    if HAS_SKIPPED:
+    if skipped_ptr is not None and norm_ptr is not None:
         more = tl.where(taken, 0.0, 1.0)
         count = tl.load(skipped_ptr).to(tl.float32) + more
         tl.store(skipped_ptr, count.to(skipped_ptr.dtype.element_ty), pid == 0)
@@ -126,11 +124,11 @@ def _update(
 def _adam(
     table_ptr, owner_ptr, norm_ptr, lr, toward1, log_beta1, beta2, toward2, log_beta2, eps, keep,
     added, average_toward, max_norm, rates_ptr, decay, TYPE: tl.constexpr,
-    STEP_TYPE: tl.constexpr, ALIGNED: tl.constexpr, HAS_NORM: tl.constexpr,
-    AVERAGED: tl.constexpr, HAS_RATES: tl.constexpr, BLOCK: tl.constexpr,
+    STEP_TYPE: tl.constexpr, ALIGNED: tl.constexpr, AVERAGED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, start, left = _block(table_ptr, owner_ptr, BLOCK)
-    if HAS_RATES:  # in fp64 what the host would compute
+    if rates_ptr is not None:  # in fp64 what the host would compute
         lr = tl.load(rates_ptr).to(tl.float64)
         keep = 1 - lr * decay
         average_toward = 1 - tl.load(rates_ptr + 1).to(tl.float64)
@@ -138,11 +136,11 @@ def _adam(
     size = fp32(lr) / -expm1(step * fp32(log_beta1))  # 1 - beta^step without cancellation
     correction = tl.rsqrt(-expm1(step * fp32(log_beta2)))
     clip = 1.0
-    if HAS_NORM:
+    if norm_ptr is not None:
         clip = tl.minimum(fp32(max_norm) / (tl.load(norm_ptr).to(tl.float32) + 1e-6), 1.0)
     toward1, beta2, toward2, eps = fp32(toward1), fp32(beta2), fp32(toward2), fp32(eps)
     keep, added, average_toward = fp32(keep), fp32(added), fp32(average_toward)
-    if _is_finite(norm_ptr, HAS_NORM):
+    if _is_finite(norm_ptr):
         # A block that is whole needs no mask, with which loads of unknown length are narrow.
         if left >= BLOCK:
             _update(row, start, left, clip, size, correction, toward1, beta2, toward2, eps, keep,
@@ -228,20 +226,15 @@ def adam_step(
     }
     table = _Table({**laid_out, _STEP: steps})
     step_type = _TYPES[steps[0].dtype]
-    _count[(len(params),)](
-        table.rows, norm, skipped, TYPE=step_type, HAS_NORM=norm is not None,
-        HAS_SKIPPED=skipped is not None and norm is not None,
-    )  # fmt: skip
+    _count[(len(params),)](table.rows, norm, skipped, TYPE=step_type)
     if table.blocks:
         _adam[(table.blocks,)](
             table.rows, table.owners, norm, lr, 1 - beta1, _log(beta1), beta2, 1 - beta2,
             _log(beta2), eps, 1 - lr * weight_decay if decoupled else 1.0,
             0.0 if decoupled else weight_decay, 1 - ema_decay,
-            math.inf if max_norm is None else max_norm,
-            None if rates is None else rates.contiguous(), weight_decay if decoupled else 0.0,
-            TYPE=_TYPES[params[0].dtype],
-            STEP_TYPE=step_type, ALIGNED=table.aligned, HAS_NORM=norm is not None,
-            AVERAGED=bool(averages), HAS_RATES=rates is not None, BLOCK=_BLOCK,
+            math.inf if max_norm is None else max_norm, *contiguous(rates),
+            weight_decay if decoupled else 0.0, TYPE=_TYPES[params[0].dtype],
+            STEP_TYPE=step_type, ALIGNED=table.aligned, AVERAGED=bool(averages), BLOCK=_BLOCK,
         )  # fmt: skip
     for column, tensors in {**lists, _PARAM: params}.items():
         for theirs, copy in zip(tensors, laid_out[column], strict=True):

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import INTERPRETED
+from .optional import contiguous
 from .rows import as_rows
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
@@ -44,8 +45,8 @@ def _centred(word, PART: tl.constexpr, BITS: tl.constexpr):
 def _gemv(
     x_ptr, word_ptr, half_ptr, bias_ptr, y_ptr, in_features, out_features, groups,
     x_row, x_run, x_part,
-    BITS: tl.constexpr, GROUP_RUNS: tl.constexpr, MINIMUM: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr,
+    BITS: tl.constexpr, GROUP_RUNS: tl.constexpr, MINIMUM: tl.constexpr, ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
 ):  # fmt: skip
     """One tile for all ROWS rows of x, RUNS runs at a time; sums over runs wait for the end."""
     PARTS: tl.constexpr = 32 // BITS
@@ -87,7 +88,7 @@ def _gemv(
     mask = column < out_features
     for row in tl.static_range(ROWS):
         y = tl.sum(sums[row], 0)
-        if BIAS:
+        if bias_ptr is not None:
             y += tl.load(bias_ptr + column, mask, 0.0).to(tl.float32)
         y = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + tl.cast(row, tl.int64) * out_features + column, y, mask)
@@ -97,9 +98,8 @@ def _gemv(
 def _gemm(
     x_ptr, word_ptr, half_ptr, bias_ptr, y_ptr, rows, in_features, out_features, groups, tiles,
     x_row, x_run, x_part,
-    BITS: tl.constexpr, GROUP_RUNS: tl.constexpr, MINIMUM: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUNS: tl.constexpr, PADDED: tl.constexpr,
-    IN_FP32: tl.constexpr,
+    BITS: tl.constexpr, GROUP_RUNS: tl.constexpr, MINIMUM: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, RUNS: tl.constexpr, PADDED: tl.constexpr, IN_FP32: tl.constexpr,
 ):  # fmt: skip
     """ROWS x COLUMNS of y; the weight is rounded to the dtype of x, as the reference does."""
     PARTS: tl.constexpr = 32 // BITS
@@ -138,7 +138,7 @@ def _gemm(
                 x = x.to(tl.float32)
             result = tl.dot(x, weight.to(x.dtype), result, input_precision="ieee")
     is_column = column < out_features
-    if BIAS:
+    if bias_ptr is not None:
         result += tl.load(bias_ptr + column, is_column, 0.0).to(tl.float32)[None, :]
     at = row.to(tl.int64)[:, None] * out_features + column[None, :]
     tl.store(y_ptr + at, result.to(y_ptr.dtype.element_ty), is_row & is_column[None, :])
@@ -199,7 +199,6 @@ def quantized_linear(
     if not y.numel():
         return y
     x, weight = as_rows(x), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
     if weight.data_ptr() % 16:  # of a tensor that starts anywhere
         weight = weight.clone()
     rows, in_features = x.shape
@@ -220,9 +219,8 @@ def quantized_linear(
         "BITS": bits,
         "GROUP_RUNS": group_runs,
         "MINIMUM": weight.shape[2] == 16 * (4 * group_runs + 4),
-        "BIAS": bias is not None,
     }
-    matrices = x, weight.view(torch.int32), weight.view(torch.float16), bias, y
+    matrices = x, weight.view(torch.int32), weight.view(torch.float16), *contiguous(bias), y
     if few:
         warps = min(max(triton.next_power_of_2(groups * group_runs // 16), 1), 8)
         _gemv[(tiles,)](

@@ -25,12 +25,10 @@ _PARTS = 256  # of the weight gradient: about two programs for each SM of the la
 
 
 @triton.jit
-def _load_sum(
-    x_ptr, residual_ptr, sum_ptr, row, x_stride, residual_stride, width, col, mask, ADD: tl.constexpr  # noqa: E501
-):  # fmt: skip
+def _load_sum(x_ptr, residual_ptr, sum_ptr, row, x_stride, residual_stride, width, col, mask):
     """x, or x + residual as its dtype rounds it, which is also stored."""
     x = load(x_ptr, row, x_stride, col, mask)
-    if ADD:
+    if residual_ptr is not None:
         total = x + load(residual_ptr, row, residual_stride, col, mask)
         rounded = total.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * width + col, rounded, mask)
@@ -41,14 +39,14 @@ def _load_sum(
 @triton.jit
 def _forward(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rows, width, x_stride, residual_stride, eps,
-    ADD: tl.constexpr, SINGLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SINGLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     dtype = y_ptr.dtype.element_ty
     if SINGLE:
         mask = (row < rows) & (col < width)
-        x = _load_sum(x_ptr, residual_ptr, sum_ptr, row, x_stride, residual_stride, width, col, mask, ADD)  # noqa: E501  # fmt: skip
+        x = _load_sum(x_ptr, residual_ptr, sum_ptr, row, x_stride, residual_stride, width, col, mask)  # noqa: E501  # fmt: skip
         factor = 1.0 / tl.sqrt(tl.sum(x * x, 1) / width + fp32(eps))[:, None]
         weight = tl.load(weight_ptr + col, col < width, 0.0).to(tl.float32)
         tl.store(y_ptr + row * width + col, (x * factor * weight).to(dtype), mask)
@@ -57,7 +55,7 @@ def _forward(
         for start in range(0, width, BLOCK):
             at = start + col
             mask = (row < rows) & (at < width)
-            x = _load_sum(x_ptr, residual_ptr, sum_ptr, row, x_stride, residual_stride, width, at, mask, ADD)  # noqa: E501  # fmt: skip
+            x = _load_sum(x_ptr, residual_ptr, sum_ptr, row, x_stride, residual_stride, width, at, mask)  # noqa: E501  # fmt: skip
             squares += x * x
         factor = 1.0 / tl.sqrt(tl.sum(squares, 1) / width + fp32(eps))[:, None]
         for start in range(0, width, BLOCK):
@@ -65,7 +63,7 @@ def _forward(
             mask = (row < rows) & (at < width)
             # The sum is formed anew: what this program stored, another thread may have written.
             x = load(x_ptr, row, x_stride, at, mask)
-            if ADD:
+            if residual_ptr is not None:
                 total = x + load(residual_ptr, row, residual_stride, at, mask)
                 x = total.to(sum_ptr.dtype.element_ty).to(tl.float32)
             weight = tl.load(weight_ptr + at, at < width, 0.0).to(tl.float32)
@@ -83,8 +81,8 @@ def _gradient(dy, x, weight, squares, products, width, eps):
 @triton.jit
 def _backward(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, dx_ptr, part_ptr, rows, width, part_rows, dy_stride,
-    dsum_stride, x_stride, eps, ADD: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
-    SINGLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dsum_stride, x_stride, eps, WEIGHT_GRAD: tl.constexpr, SINGLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * part_rows
     last = tl.minimum(first + part_rows, rows)
@@ -101,7 +99,7 @@ def _backward(
             x = load(x_ptr, row, x_stride, col, mask)
             dy = load(dy_ptr, row, dy_stride, col, mask)
             dx, normed = _gradient(dy, x, weight, tl.sum(x * x, 1), tl.sum(x * (dy * weight), 1), width, eps)  # noqa: E501  # fmt: skip
-            if ADD:
+            if dsum_ptr is not None:
                 dx += load(dsum_ptr, row, dsum_stride, col, mask)
             tl.store(dx_ptr + row * width + col, dx.to(dtype), mask)
             dweight += tl.where(mask, dy * normed, 0.0)
@@ -126,7 +124,7 @@ def _backward(
                 dy = load(dy_ptr, row, dy_stride, at, mask)
                 weight = tl.load(weight_ptr + at, mask, 0.0).to(tl.float32)
                 dx, normed = _gradient(dy, x, weight, row_squares, row_products, width, eps)
-                if ADD:
+                if dsum_ptr is not None:
                     dx += load(dsum_ptr, row, dsum_stride, at, mask)
                 tl.store(dx_ptr + row * width + at, dx.to(dtype), mask)
                 if WEIGHT_GRAD:
@@ -152,7 +150,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         options = _options(*m.shape)
         grid = (triton.cdiv(m.shape[0], options["ROWS"]),)
         _forward[grid](m, None, weight.contiguous(), y, None, *m.shape, m.stride(0), 0, float(eps),
-                       ADD=False, **options)  # fmt: skip
+                       **options)  # fmt: skip
     return y
 
 
@@ -163,7 +161,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         options = _options(*m.shape)
         grid = (triton.cdiv(m.shape[0], options["ROWS"]),)
         _forward[grid](m, r, weight.contiguous(), y, total, *m.shape, m.stride(0), r.stride(0),
-                       float(eps), ADD=True, **options)  # fmt: skip
+                       float(eps), **options)  # fmt: skip
     return y, total
 
 
@@ -182,5 +180,5 @@ def rms_norm_backward(
     part = m.new_empty((parts if weight_grad else 0, width), dtype=torch.float32)
     _backward[(parts,)](g, s, m, weight.contiguous(), dx, part, rows, width, part_rows,
                         g.stride(0), 0 if s is None else s.stride(0), m.stride(0), float(eps),
-                        ADD=s is not None, WEIGHT_GRAD=weight_grad, **options)  # fmt: skip
+                        WEIGHT_GRAD=weight_grad, **options)  # fmt: skip
     return dx, part.sum(0).to(x.dtype) if weight_grad else x.new_empty(0)

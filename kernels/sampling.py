@@ -34,24 +34,24 @@ _BLOCK = 2048
 
 
 @triton.jit
-def _setting(rows_ptr, value, row, i: tl.constexpr, PER_ROW: tl.constexpr):
-    if PER_ROW:
-        return tl.load(rows_ptr + row * 10 + i)
-    else:
+def _setting(rows_ptr, value, row, i: tl.constexpr):
+    if rows_ptr is None:
         return fp32(value)
+    else:
+        return tl.load(rows_ptr + row * 10 + i)
 
 
 @triton.jit
 def _processed(
     x, counts_ptr, allowed_ptr, token, mask, repetition, unrepetition, presence, frequency,
-    COUNTS: tl.constexpr, ALLOWED: tl.constexpr, PACKED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """x after penalties and mask."""
-    if COUNTS:
+    if counts_ptr is not None:
         count = tl.load(counts_ptr + token, mask, 0)
         x = tl.where(count != 0, x * tl.where(x > 0, unrepetition, repetition), x)
         x = tl.where(count > 0, (x - count.to(tl.float32) * frequency) - presence, x)
-    if ALLOWED:
+    if allowed_ptr is not None:
         if PACKED:
             ok = (tl.load(allowed_ptr + token // 32, mask, 0) >> (token % 32)) & 1
         else:
@@ -63,8 +63,7 @@ def _processed(
 @triton.jit
 def _make_keys(
     logits_ptr, counts_ptr, allowed_ptr, key_ptr, vocab, repetition, unrepetition, presence,
-    frequency, COUNTS: tl.constexpr, ALLOWED: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    frequency, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(largest logit, largest after penalties and mask, whether a draw is possible); the keys of
     the latter are written."""
@@ -79,7 +78,7 @@ def _make_keys(
         top = tl.maximum(top, x)
         x = _processed(
             x, counts_ptr, allowed_ptr, at, mask, repetition, unrepetition, presence, frequency,
-            COUNTS, ALLOWED, PACKED,
+            PACKED,
         ) + 0.0  # fmt: skip
         best = tl.maximum(best, x)
         tl.store(key_ptr + at, key_of(x).to(tl.int32, bitcast=True), mask)
@@ -133,32 +132,31 @@ def _sample(
     logits_ptr, rows_ptr, counts_ptr, allowed_ptr, seeds_ptr, steps_ptr, key_ptr, token_ptr,
     tokens_ptr, logprobs_ptr, vocab, logits_stride, counts_stride, allowed_stride,
     temperature, top_k, top_p, min_p, typical_p, repetition, presence, frequency, rate,
-    unrepetition, PER_ROW: tl.constexpr, COUNTS: tl.constexpr, ALLOWED: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    unrepetition, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
-    if COUNTS:
+    if counts_ptr is not None:
         counts_ptr += row * counts_stride
-    if ALLOWED:
+    if allowed_ptr is not None:
         allowed_ptr += row * allowed_stride
     key_ptr += row * vocab
     token_ptr += row * vocab
-    temperature = _setting(rows_ptr, temperature, row, 0, PER_ROW)
-    top_k = _setting(rows_ptr, top_k, row, 1, PER_ROW)
-    top_p = _setting(rows_ptr, top_p, row, 2, PER_ROW)
-    min_p = _setting(rows_ptr, min_p, row, 3, PER_ROW)
-    typical_p = _setting(rows_ptr, typical_p, row, 4, PER_ROW)
-    repetition = _setting(rows_ptr, repetition, row, 5, PER_ROW)
-    presence = _setting(rows_ptr, presence, row, 6, PER_ROW)
-    frequency = _setting(rows_ptr, frequency, row, 7, PER_ROW)
+    temperature = _setting(rows_ptr, temperature, row, 0)
+    top_k = _setting(rows_ptr, top_k, row, 1)
+    top_p = _setting(rows_ptr, top_p, row, 2)
+    min_p = _setting(rows_ptr, min_p, row, 3)
+    typical_p = _setting(rows_ptr, typical_p, row, 4)
+    repetition = _setting(rows_ptr, repetition, row, 5)
+    presence = _setting(rows_ptr, presence, row, 6)
+    frequency = _setting(rows_ptr, frequency, row, 7)
     # Divisions in here would be calls: correctly rounded ones are, and they spill registers.
-    rate = _setting(rows_ptr, rate, row, 8, PER_ROW)
-    unrepetition = _setting(rows_ptr, unrepetition, row, 9, PER_ROW)
+    rate = _setting(rows_ptr, rate, row, 8)
+    unrepetition = _setting(rows_ptr, unrepetition, row, 9)
 
     top, largest, good = _make_keys(
         logits_ptr, counts_ptr, allowed_ptr, key_ptr, vocab, repetition, unrepetition, presence,
-        frequency, COUNTS, ALLOWED, PACKED, BLOCK,
+        frequency, PACKED, BLOCK,
     )  # fmt: skip
     log_sum = _log_sum(logits_ptr, vocab, top, BLOCK)
     tl.debug_barrier()  # the keys are there for all threads
@@ -232,7 +230,6 @@ def sample_tokens(
             x, rows, counts, mask,
             seeds.contiguous(), steps.contiguous(), scratch[0], scratch[1], tokens, logprobs,
             vocab, x_stride, counts_stride, mask_stride, *settings,
-            PER_ROW=rows is not None, COUNTS=counts is not None, ALLOWED=mask is not None,
             PACKED=mask is not None and mask.dtype == torch.int32,
             BLOCK=block, num_warps=block // 128, enable_fp_fusion=False, maxnreg=128,
         )  # fmt: skip

@@ -15,23 +15,16 @@ from torch import Tensor
 from .channel_tiles import Layout, ordered, tile
 from .math import fp32
 from .memory_order import in_order_of
+from .optional import contiguous, value_or
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_forward": (96, 1024), "_backward": (184, 1024), "_double_backward": (176, 1024)}
 
 
 @triton.jit
-def _value(ptr, at, mask, missing: tl.constexpr):
-    if ptr is not None:
-        return tl.load(ptr + at, mask, 0.0).to(tl.float32)
-    else:
-        return tl.where(mask, missing, missing)
-
-
-@triton.jit
 def _before_act(x, scale, bias, noise_ptr, strength_ptr, noise_at, position, positions):
     """z, and the noise in it."""
-    noise = _value(noise_ptr, noise_at + position, position < positions, 0.0)
+    noise = value_or(noise_ptr, noise_at + position, position < positions, 0.0)
     if strength_ptr is not None:
         return x * scale + (noise * tl.load(strength_ptr).to(tl.float32) + bias), noise
     else:
@@ -57,13 +50,13 @@ def _forward(
     c_stride, p_stride, noise_stride, alpha, gain, limit,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample, channel, piece = tile(channels, positions, pieces, BLOCK_C)
+    sample, channel, piece = tile(channels, pieces, BLOCK_C)
     position = piece * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     known = channel < channels
     mask = known & (position < positions)
     alpha, gain, limit = fp32(alpha), fp32(gain), fp32(limit)
-    scale = _value(scale_ptr, sample * channels + channel, known, 1.0)
-    bias = _value(bias_ptr, channel, known, 0.0)
+    scale = value_or(scale_ptr, sample * channels + channel, known, 1.0)
+    bias = value_or(bias_ptr, channel, known, 0.0)
     at = sample * channels * positions + channel * c_stride + position * p_stride
     x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
     noise_at = sample * noise_stride
@@ -79,10 +72,10 @@ def _piece(
 ):  # fmt: skip
     """A program's sample, channels, their mask, scale and bias, where its piece of the positions
     begins and ends, and where its sums go."""
-    sample, channel, piece = tile(channels, positions, pieces, BLOCK_C)
+    sample, channel, piece = tile(channels, pieces, BLOCK_C)
     known = channel < channels
     row = sample * channels + channel
-    scale, bias = _value(scale_ptr, row, known, 1.0), _value(bias_ptr, channel, known, 0.0)
+    scale, bias = value_or(scale_ptr, row, known, 1.0), value_or(bias_ptr, channel, known, 0.0)
     first = piece * piece_size
     last = tl.minimum(first + piece_size, positions)
     return sample, channel, known, scale, bias, first, last, row * pieces + piece
@@ -149,8 +142,8 @@ def _double_backward(
         scale_ptr, bias_ptr, channels, positions, pieces, piece_size, BLOCK_C
     )
     alpha, gain, limit = fp32(alpha), fp32(gain), fp32(limit)
-    gg_scale = _value(gg_scale_ptr, sample * channels + channel, known, 0.0)
-    gg_bias = _value(gg_bias_ptr, channel, known, 0.0)
+    gg_scale = value_or(gg_scale_ptr, sample * channels + channel, known, 0.0)
+    gg_bias = value_or(gg_bias_ptr, channel, known, 0.0)
     scales = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for start in range(first, last, BLOCK_P):
         position = start + tl.arange(0, BLOCK_P)[None, :]
@@ -173,10 +166,6 @@ def _double_backward(
 
 
 # ---- launchers ------------------------------------------------------------------------------
-
-
-def _dense(*parameters: Tensor | None) -> list[Tensor | None]:
-    return [None if p is None else p.contiguous() for p in parameters]
 
 
 def _numbers(
@@ -205,7 +194,7 @@ def scale_bias_act(
     if x.numel():
         t = Layout(x, 1)
         _forward[t.map_grid](
-            x, *_dense(scale, noise, strength, bias), y, t.channels, t.positions, t.tiles,
+            x, *contiguous(scale, noise, strength, bias), y, t.channels, t.positions, t.tiles,
             *t.strides, *_numbers(x, noise, alpha, gain, clamp), **t.blocks,
         )  # fmt: skip
     return y
@@ -220,7 +209,7 @@ def scale_bias_act_backward(
     part = x.new_zeros(*x.shape[:2], t.pieces if t else 1, 3, dtype=torch.float64)
     if t:
         _backward[t.sums_grid](
-            in_order_of(dy, x), x, *_dense(scale, noise, strength, bias), dx, part, t.channels,
+            in_order_of(dy, x), x, *contiguous(scale, noise, strength, bias), dx, part, t.channels,
             t.positions, t.pieces, t.piece_size, *t.strides,
             *_numbers(x, noise, alpha, gain, clamp), **t.blocks,
         )  # fmt: skip
@@ -238,9 +227,9 @@ def scale_bias_act_double_backward(
     if t:
         _double_backward[t.sums_grid](
             None if gg_x is None else in_order_of(gg_x, x),
-            *_dense(gg_scale, gg_strength, gg_bias), in_order_of(dy, x), x,
-            *_dense(scale, noise, strength, bias), grad_dy, grad_x, part, t.channels, t.positions,
-            t.pieces, t.piece_size, *t.strides, *_numbers(x, noise, alpha, gain, clamp),
-            **t.blocks,
+            *contiguous(gg_scale, gg_strength, gg_bias), in_order_of(dy, x), x,
+            *contiguous(scale, noise, strength, bias), grad_dy, grad_x, part, t.channels,
+            t.positions, t.pieces, t.piece_size, *t.strides,
+            *_numbers(x, noise, alpha, gain, clamp), **t.blocks,
         )  # fmt: skip
     return grad_dy, grad_x, _like(part.sum(2) * gain, scale)

@@ -36,17 +36,14 @@ def _add(y, w, ptr, k, row, ks, column: tl.constexpr, SECOND: tl.constexpr, inne
 def _forward(
     sample_ptr, output_ptr, uncond_ptr, factors_ptr, coefficients_ptr, e0, e1, e2, e3, e4, e5,
     prev_ptr, x0_ptr, second_ptr, inner, sample_stride, output_stride, uncond_stride,
-    coefficients_stride, scale, GUIDED: tl.constexpr, RESCALED: tl.constexpr, FIRST: tl.constexpr,
-    EXTRAS: tl.constexpr, SECOND: tl.constexpr, RETURN_X0: tl.constexpr, BLOCK: tl.constexpr,
+    coefficients_stride, scale, FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, at, mask = locate(inner, BLOCK)
     k, ks = coefficients_ptr, coefficients_stride
     x = load(sample_ptr, row, sample_stride, at, mask)
     scale = fp32(scale)
-    m = guided_output(
-        output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale, GUIDED
-    )
-    if RESCALED:
+    m = guided_output(output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale)
+    if factors_ptr is not None:
         m *= tl.load(factors_ptr + row)
     x0 = _coefficient(k, row, ks, 0) * x + _coefficient(k, row, ks, 1) * m
     r = _coefficient(k, row, ks, 2)
@@ -57,20 +54,20 @@ def _forward(
     if SECOND > 0:
         w = _coefficient(k, row, ks, 3 + SECOND) * x0 + _coefficient(k, row, ks, 4 + SECOND) * x
         w += _coefficient(k, row, ks, 5 + SECOND) * m
-    if EXTRAS > 0:
+    if e0 is not None:
         y, w = _add(y, w, e0, k, row, ks, FIRST, SECOND, inner, at, mask)
-    if EXTRAS > 1:
+    if e1 is not None:
         y, w = _add(y, w, e1, k, row, ks, FIRST + 1, SECOND, inner, at, mask)
-    if EXTRAS > 2:
+    if e2 is not None:
         y, w = _add(y, w, e2, k, row, ks, FIRST + 2, SECOND, inner, at, mask)
-    if EXTRAS > 3:
+    if e3 is not None:
         y, w = _add(y, w, e3, k, row, ks, FIRST + 3, SECOND, inner, at, mask)
-    if EXTRAS > 4:
+    if e4 is not None:
         y, w = _add(y, w, e4, k, row, ks, FIRST + 4, SECOND, inner, at, mask)
-    if EXTRAS > 5:
+    if e5 is not None:
         y, w = _add(y, w, e5, k, row, ks, FIRST + 5, SECOND, inner, at, mask)
     store(prev_ptr, row, inner, at, mask, y)
-    if RETURN_X0:
+    if x0_ptr is not None:
         store(x0_ptr, row, inner, at, mask, x0)
     if SECOND > 0:
         store(second_ptr, row, inner, at, mask, w)
@@ -89,43 +86,40 @@ def _backward(
     grad_ptr, grad_x0_ptr, grad_second_ptr, sample_ptr, output_ptr, uncond_ptr, coefficients_ptr,
     d_sample_ptr, d_output_ptr, d_uncond_ptr, e0, e1, e2, e3, e4, e5, inner, grad_stride,
     grad_x0_stride, grad_second_stride, sample_stride, output_stride, uncond_stride,
-    coefficients_stride, scale, GUIDED: tl.constexpr, HAS_X0: tl.constexpr, FIRST: tl.constexpr,
-    EXTRAS: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr,
+    coefficients_stride, scale, FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, at, mask = locate(inner, BLOCK)
     k, ks = coefficients_ptr, coefficients_stride
     scale = fp32(scale)
     x = load(sample_ptr, row, sample_stride, at, mask)
-    m = guided_output(
-        output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale, GUIDED
-    )
+    m = guided_output(output_ptr, uncond_ptr, row, output_stride, uncond_stride, at, mask, scale)
     g = load(grad_ptr, row, grad_stride, at, mask)
     a, b = _coefficient(k, row, ks, 0), _coefficient(k, row, ks, 1)
     g2 = g
     if SECOND > 0:
         g2 = load(grad_second_ptr, row, grad_second_stride, at, mask)
     t = _scaled(g, g2, k, row, ks, 3, SECOND)
-    if HAS_X0:
+    if grad_x0_ptr is not None:
         t += load(grad_x0_ptr, row, grad_x0_stride, at, mask)
     t = tl.where(tl.abs(a * x + b * m) <= _coefficient(k, row, ks, 2), t, 0.0)
     store(d_sample_ptr, row, inner, at, mask, a * t + _scaled(g, g2, k, row, ks, 4, SECOND))
     dm = b * t + _scaled(g, g2, k, row, ks, 5, SECOND)
-    if GUIDED:
+    if uncond_ptr is not None:
         store(d_output_ptr, row, inner, at, mask, scale * dm)
         store(d_uncond_ptr, row, inner, at, mask, (1.0 - scale) * dm)
     else:
         store(d_output_ptr, row, inner, at, mask, dm)
-    if EXTRAS > 0:
+    if e0 is not None:
         store(e0, row, inner, at, mask, _scaled(g, g2, k, row, ks, FIRST, SECOND))
-    if EXTRAS > 1:
+    if e1 is not None:
         store(e1, row, inner, at, mask, _scaled(g, g2, k, row, ks, FIRST + 1, SECOND))
-    if EXTRAS > 2:
+    if e2 is not None:
         store(e2, row, inner, at, mask, _scaled(g, g2, k, row, ks, FIRST + 2, SECOND))
-    if EXTRAS > 3:
+    if e3 is not None:
         store(e3, row, inner, at, mask, _scaled(g, g2, k, row, ks, FIRST + 3, SECOND))
-    if EXTRAS > 4:
+    if e4 is not None:
         store(e4, row, inner, at, mask, _scaled(g, g2, k, row, ks, FIRST + 4, SECOND))
-    if EXTRAS > 5:
+    if e5 is not None:
         store(e5, row, inner, at, mask, _scaled(g, g2, k, row, ks, FIRST + 5, SECOND))
 
 
@@ -179,9 +173,7 @@ def scheduler_step_full(
         _forward[rows.grid](
             x, m, u, factors, table, *_six(extras), results[0], results[1] if return_x0 else None,
             results[-1] if second else None, rows.inner, *strides, table_stride,
-            float(guidance_scale), GUIDED=u is not None, RESCALED=rescaled,
-            FIRST=7 if noise is None else 6, EXTRAS=len(extras), SECOND=second,
-            RETURN_X0=return_x0, BLOCK=BLOCK,
+            float(guidance_scale), FIRST=7 if noise is None else 6, SECOND=second, BLOCK=BLOCK,
         )  # fmt: skip
     return rows.finish(results)
 
@@ -202,7 +194,7 @@ def scheduler_step_backward(
         _backward[rows.grid](
             g, g_x0, g_second, x, m, u, table, results[0], results[1],
             results[2] if guided else None, *_six(results[2 + guided :]), rows.inner, *strides,
-            table_stride, float(guidance_scale), GUIDED=guided, HAS_X0=g_x0 is not None,
-            FIRST=6 if has_noise else 7, EXTRAS=extras, SECOND=second, BLOCK=BLOCK,
+            table_stride, float(guidance_scale), FIRST=6 if has_noise else 7,
+            SECOND=second, BLOCK=BLOCK,
         )  # fmt: skip
     return rows.finish(results)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .activations import activate
 from .math import fp32
+from .optional import contiguous
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_upfirdn2d": (104, 0)}
@@ -108,8 +109,7 @@ def _launch(x, filter, geometry, flip, gain, bias, act, act_gain, clamp, alpha, 
 def upfirdn2d(
     x, filter, geometry, flip, gain, bias=None, act=0, act_gain=1.0, clamp=None, alpha=0.2
 ) -> Tensor:
-    filter = filter.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    filter, bias = contiguous(filter, bias)
     epilogue = (bias, act, act_gain, clamp, alpha, x.dtype)
     if filter.dim() == 2:
         return _launch(x, filter, geometry, flip, gain, *epilogue)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import INTERPRETED, fp32
+from .optional import contiguous
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_forward": (184, 32768), "_backward": (40, 0), "_codes": (48, 1024)}
@@ -159,14 +160,13 @@ def vector_quantize_backward(
 ) -> tuple[Tensor, Tensor]:
     x, codebook, indices = x.contiguous(), codebook.contiguous(), indices.contiguous()
     grad = grad_distances.contiguous()
-    passed = None if grad_quantized is None else grad_quantized.contiguous()
     _, dim, inner = x.shape
     dx = torch.empty_like(x)
     if x.numel():
         block = min(1024, triton.next_power_of_2(x.numel()))
         _backward[(triton.cdiv(x.numel(), block),)](
-            grad, passed, x, codebook, indices, dx, x.numel(), dim, inner, dim * inner, float(beta),
-            BLOCK=block,
+            grad, *contiguous(grad_quantized), x, codebook, indices, dx, x.numel(), dim, inner,
+            dim * inner, float(beta), BLOCK=block,
         )  # fmt: skip
     dcodebook = torch.empty_like(codebook if codebook_grad else codebook[:0])
     if codebook_grad:
