@@ -1,41 +1,9 @@
 // The operator decoder_step: what it takes, and its refusals (decoder_step.h does the work).
 #include "decoder_step.h"
-
-#include <deque>
+#include "layer_reader.h"
 
 namespace aigc_fast {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-using MaybeTensors = std::optional<Tensors>;
-
-// What a layer has beside its two norms and four products.
-struct LayerOptions {
-  MaybeTensors qkv_biases, query_key_norms, post_norms;
-  std::vector<int64_t> rotations, windows;
-};
-
-// The numbers of small tensors, in float32.
-class Floats {
- public:
-  explicit Floats(ScalarType dtype) : dtype_(dtype) {}
-  const float* of(const Tensor& x, int64_t size, const char* name) {
-    require(x.dim() == 1 && x.size(0) == size && x.is_contiguous() && x.scalar_type() == dtype_,
-            name, " must have shape (", size, ",) and the dtype of hidden");
-    return dtype_ == ScalarType::Float ? data<float>(x) : converted_.emplace_back(copy(x)).data();
-  }
-  static std::vector<float> copy(const Tensor& x) {
-    std::vector<float> out(x.numel());
-    dispatch(x, "hidden", [&]<class T>(T) {
-      if constexpr (!std::is_same_v<T, double>) convert(data<T>(x), out.size(), out.data());
-    });
-    return out;
-  }
-
- private:
-  ScalarType dtype_;
-  std::deque<std::vector<float>> converted_;
-};
 
 std::vector<int64_t> read_positions(const Tensor& lengths, const DecoderSizes& s) {
   require(lengths.dim() == 1 && lengths.size(0) == s.batch && lengths.is_contiguous() &&
@@ -98,16 +66,6 @@ std::vector<float> cache_scales(const MaybeTensor& x, int64_t caches, const Deco
   return scales;
 }
 
-// The shares of a layer's keys; layers that see as many have the same.
-const KeyShares* shares_of(std::deque<KeyShares>& found, const DecoderSizes& s,
-                           const std::vector<int64_t>& positions, int64_t window) {
-  require(window >= 0, "windows must not be negative, got ", window);
-  window = window == 0 ? AttentionShape{}.window : window;
-  for (const KeyShares& shares : found)
-    if (shares.window == window) return &shares;
-  return &found.emplace_back(s, positions, window);
-}
-
 void check_options(const LayerOptions& o, size_t layers) {
   const auto count = [&](size_t given, size_t expected, const char* name) {
     require(given == expected, name, " must hold ", expected, ", got ", given);
@@ -166,51 +124,25 @@ Tensor decoder_step(const Tensor& hidden_in, const Tensors& weights, const Tenso
 
   Tensor out = empty({s.batch, s.hidden}, dtype);
   if (s.batch == 0) return out;
-  Floats floats(dtype);
-  const auto norm = [&](const Tensor& t) { return floats.of(t, s.hidden, "a norm"); };
-  const auto of_heads = [&](size_t i, int64_t heads) {
-    const int64_t size = (numbers.joint_norms ? heads : 1) * s.head_dim;
-    return query_key_norms ? floats.of((*query_key_norms)[i], size, "query_key_norms") : nullptr;
-  };
-  std::deque<KeyShares> shares;
+  LayerReader reader{.weights = weights,
+                     .caches = caches,
+                     .cos = cos,
+                     .sin = sin,
+                     .options = o,
+                     .scales = scales,
+                     .positions = positions,
+                     .s = s,
+                     .pre_norms = pre_norms,
+                     .joint_norms = numbers.joint_norms,
+                     .floats = Floats(dtype)};
   std::vector<float> result;
   dispatch_cache(caches[0], [&]<class T>(T) {
     if constexpr (!std::is_same_v<T, double>) {
       std::vector<DecoderLayer<T>> layers;
-      for (size_t l = 0; l < num_layers; ++l) {
-        const Tensor* w = &weights[(pre_norms ? 6 : 4) * l];
-        const int64_t rotation = rotations.empty() ? 0 : rotations[l];
-        require(rotation >= -1 && rotation < static_cast<int64_t>(cos.size()),
-                "rotations must be in [-1, ", cos.size(), "), got ", rotation);
-        DecoderLayer<T>& layer = layers.emplace_back(DecoderLayer<T>{
-            .qkv = DecoderWeight(w[pre_norms]),
-            .output = DecoderWeight(w[pre_norms + 1]),
-            .gate_up = DecoderWeight(w[2 * pre_norms + 2]),
-            .down = DecoderWeight(w[2 * pre_norms + 3]),
-            .keys = mutable_data<T>(caches[2 * l]),
-            .values = mutable_data<T>(caches[2 * l + 1]),
-            .key_scale = scales.data() + 2 * l * s.kv_heads,
-            .value_scale = scales.data() + (2 * l + 1) * s.kv_heads,
-            .shares = shares_of(shares, s, positions, windows.empty() ? 0 : windows[l]),
-            .attention_norm = pre_norms ? norm(w[0]) : nullptr,
-            .post_attention_norm = post_norms ? norm((*post_norms)[2 * l]) : nullptr,
-            .mlp_norm = pre_norms ? norm(w[3]) : nullptr,
-            .post_mlp_norm = post_norms ? norm((*post_norms)[2 * l + 1]) : nullptr,
-            .query_norm = of_heads(2 * l, s.heads),
-            .key_norm = of_heads(2 * l + 1, s.kv_heads),
-            .qkv_bias =
-                qkv_biases ? floats.of((*qkv_biases)[l], s.packed(), "qkv_biases") : nullptr,
-            .cos = rotation < 0 ? nullptr : data<float>(cos[rotation]),
-            .sin = rotation < 0 ? nullptr : data<float>(sin[rotation]),
-        });
-        require(layer.qkv.fits(s.packed(), s.hidden) && layer.output.fits(s.hidden, attended) &&
-                    s.inner % kTileRows == 0 && layer.gate_up.fits(2 * s.inner, s.hidden) &&
-                    layer.down.fits(s.hidden, s.inner),
-                "the weights of layer ", l, " do not fit together");
-      }
+      for (size_t l = 0; l < num_layers; ++l) layers.push_back(reader.read<T>(l));
       auto run = [&]<class P>(std::type_identity<P>) {
         result = DecoderStep<P>(s, numbers, std::move(layers), positions, Floats::copy(hidden))
-                     .run(norm(weights.back()));
+                     .run(reader.norm(weights.back()));
       };
 #if AIGC_AMX
       if constexpr (std::is_same_v<T, int8_t>)

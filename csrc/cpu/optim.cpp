@@ -97,6 +97,24 @@ class InPlace {
   std::vector<Tensor> theirs_;
 };
 
+void check_lists(const std::vector<Tensor>& params,
+                 std::initializer_list<const std::vector<Tensor>*> lists,
+                 const std::vector<Tensor>& steps) {
+  const size_t count = params.size();
+  for (const auto* list : lists) {
+    require(list->size() == count, "every list must be as long as params");
+    for (size_t i = 0; i < count; ++i) {
+      require(same_shape((*list)[i], params[i]), "every tensor must have its param's shape");
+      require_dtype((*list)[i], params[0], "every tensor");
+    }
+  }
+  require(steps.size() == count, "steps must be as long as params");
+  for (size_t i = 0; i < count; ++i) {
+    require_dtype(params[i], params[0], "params");
+    scalar_of(steps[i], "steps");  // refuses what is none, before anything is written
+  }
+}
+
 void adam_step(const std::vector<Tensor>& params_in, const std::vector<Tensor>& grads_in,
                const std::vector<Tensor>& exp_avgs_in, const std::vector<Tensor>& exp_avg_sqs_in,
                const std::vector<Tensor>& steps, const std::vector<Tensor>& averages_in,
@@ -106,19 +124,9 @@ void adam_step(const std::vector<Tensor>& params_in, const std::vector<Tensor>& 
   const size_t count = params_in.size();
   if (count == 0) return;
   const bool averaged = !averages_in.empty();
-  for (const auto* list : {&grads_in, &exp_avgs_in, &exp_avg_sqs_in, &averages_in}) {
-    if (list == &averages_in && !averaged) continue;
-    require(list->size() == count, "every list must be as long as params");
-    for (size_t i = 0; i < count; ++i) {
-      require(same_shape((*list)[i], params_in[i]), "every tensor must have its param's shape");
-      require_dtype((*list)[i], params_in[0], "every tensor");
-    }
-  }
-  require(steps.size() == count, "steps must be as long as params");
-  for (size_t i = 0; i < count; ++i) {
-    require_dtype(params_in[i], params_in[0], "params");
-    scalar_of(steps[i], "steps");  // refuses what is none, before anything is written
-  }
+  check_lists(params_in,
+              {&grads_in, &exp_avgs_in, &exp_avg_sqs_in, averaged ? &averages_in : &params_in},
+              steps);
   if (rates) {
     require(rates->dim() == 1 && rates->numel() == 2, "rates must have shape (2,)");
     lr = number_at(*rates, 0, "rates");

@@ -40,6 +40,22 @@ void process(float* x, int64_t vocab, const Settings& s, const int32_t* counts, 
     for (int64_t i = 0; i < vocab; ++i) x[i] = packed[i / 32] >> (i % 32) & 1 ? x[i] : -kInfinity;
 }
 
+// Of each row: its own, or the same for all.
+std::vector<Settings> read_settings(const std::vector<double>& settings,
+                                    const std::optional<Rows>& rows, int64_t batch) {
+  require(rows || settings.size() == kSettings, "settings must have ", kSettings, " values");
+  std::vector<Settings> each(batch);
+  static_assert(sizeof(Settings) == kSettings * sizeof(float));
+  for (int64_t r = 0; r < batch; ++r) {
+    float values[kSettings];
+    for (int i = 0; i < kSettings; ++i)
+      values[i] = rows ? rows->at<float>(r)[i] : static_cast<float>(settings[i]);
+    std::memcpy(&each[r], values, sizeof values);
+    check(each[r], r);
+  }
+  return each;
+}
+
 std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits_in, std::vector<double> settings,
                                          const MaybeTensor& rows_in, const MaybeTensor& counts_in,
                                          const MaybeTensor& allowed_in, const Tensor& seeds_in,
@@ -67,16 +83,7 @@ std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits_in, std::vector<do
     allowed = matrix(*allowed_in, "allowed", packed ? ScalarType::Int : ScalarType::Bool,
                      packed ? (vocab + 31) / 32 : vocab);
   }
-  require(rows || settings.size() == kSettings, "settings must have ", kSettings, " values");
-  std::vector<Settings> each(batch);
-  static_assert(sizeof(Settings) == kSettings * sizeof(float));
-  for (int64_t r = 0; r < batch; ++r) {
-    float values[kSettings];
-    for (int i = 0; i < kSettings; ++i)
-      values[i] = rows ? rows->at<float>(r)[i] : static_cast<float>(settings[i]);
-    std::memcpy(&each[r], values, sizeof values);
-    check(each[r], r);
-  }
+  const std::vector<Settings> each = read_settings(settings, rows, batch);
 
   const Rows logits = as_rows(logits_in);
   Tensor tokens = empty({batch}, ScalarType::Long), logprobs = empty({batch}, ScalarType::Float);
