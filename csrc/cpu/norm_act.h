@@ -7,6 +7,7 @@
 #include "act_dispatch.h"
 #include "channels.h"
 #include "map_tile.h"
+#include "memory_order.h"
 
 namespace aigc_fast {
 

@@ -8,7 +8,7 @@
 
 #include <functional>
 
-#include "memory_order.h"
+#include "tensor.h"
 
 namespace aigc_fast {
 
