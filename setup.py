@@ -121,30 +121,35 @@ def interpreters() -> dict[str, Interpreter]:
 class Library:
     """Where one shared library comes from: sources, a ninja rule each, and the link."""
 
-    def __init__(self, name, folder, suffixes, compile_rule, link_rule, flags=""):
+    def __init__(self, name, sources, compile_rule, link_rule, flags=""):
         self.name, self.flags = name, flags
         self.compile_rule, self.link_rule = compile_rule, link_rule
-        self.sources = sorted(p for s in suffixes for p in (CSRC / folder).glob(f"*{s}"))
+        self.sources = sorted(CSRC.glob(sources))
 
 
 def libraries() -> list[Library]:
     """What this machine can build."""
     nvcc = find_nvcc()
     found = [
-        Library(f"aigc_fast.lib.cpu_{level}", "cpu", [".cpp"], "cxx", "link", flags)
+        Library(f"aigc_fast.lib.cpu_{level}", "cpu/*.cpp", "cxx", "link", flags)
         for level, flags in CPU_LEVELS.items()
     ]
     if nvcc:
-        found.append(Library("aigc_fast.lib.cuda", "cuda", [".cu"], "nvcc", "link_cuda"))
+        found.append(Library("aigc_fast.lib.cuda", "cuda/*.cu", "nvcc", "link_cuda"))
     for tag, python in interpreters().items():
         include = f"-isystem {python.include}"
         name = f"aigc_fast._host_{tag}"
-        found.append(Library(name, "host", [".cpp"], "cxx_host", "link_host", include))
+        found.append(Library(name, "host/*.cpp", "cxx_host", "link_host", include))
     return found
 
 
 def ninja_file(build: Path, libs: list[Library]) -> str:
     """The whole build as a ninja file: incremental, parallel, headers tracked."""
+    return ninja_rules(build) + "".join(ninja_builds(build, lib) for lib in libs)
+
+
+def ninja_rules(build: Path) -> str:
+    """How the compilers and linkers are called."""
     import pybind11
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -173,7 +178,7 @@ def ninja_file(build: Path, libs: list[Library]) -> str:
     )
     compile_command = "$flags -MMD -MF $out.d -c $in -o $out"
     paths = f"-I{CSRC / 'include'} -ffile-prefix-map={ROOT}=."
-    text = f"""
+    return f"""
 ninja_required_version = 1.5
 builddir = {build}
 rule cxx
@@ -200,22 +205,24 @@ rule link_cuda
 rule link_host
   command = {cxx} -shared $in -o $out
 """
-    for lib in libs:
-        objects, flags, needs = [], lib.flags, ""
-        if lib.compile_rule == "cxx":
-            header = f"{build}/{lib.name}/precompiled.h"
-            text += f"build {header}.gch: header {CSRC}/cpu/precompiled.h\n  flags = {flags}\n"
-            flags, needs = f"{flags} -include {header}", f"| {header}.gch"
-        if lib.compile_rule == "nvcc":
-            # nvcc --threads 2 may leave its own list of them empty.
-            headers = [*CSRC.glob("cuda/*.*h"), *CSRC.glob("include/aigc_fast/*.h")]
-            needs = "| " + " ".join(map(str, sorted(headers)))
-        for source in lib.sources:
-            objects.append(f"{build}/{lib.name}/{source.stem}.o")
-            text += f"build {objects[-1]}: {lib.compile_rule} {source} {needs}\n"
-            text += f"  flags = {flags}\n"
-        text += f"build {build}/{lib.name}.so: {lib.link_rule} {' '.join(objects)}\n"
-    return text
+
+
+def ninja_builds(build: Path, lib: Library) -> str:
+    """What of one library is made of what."""
+    text, objects, flags, needs = "", [], lib.flags, ""
+    if lib.compile_rule == "cxx":
+        header = f"{build}/{lib.name}/precompiled.h"
+        text += f"build {header}.gch: header {CSRC}/cpu/precompiled.h\n  flags = {flags}\n"
+        flags, needs = f"{flags} -include {header}", f"| {header}.gch"
+    if lib.compile_rule == "nvcc":
+        # nvcc --threads 2 may leave its own list of them empty.
+        headers = [*CSRC.glob("cuda/*.*h"), *CSRC.glob("include/aigc_fast/*.h")]
+        needs = "| " + " ".join(map(str, sorted(headers)))
+    for source in lib.sources:
+        objects.append(f"{build}/{lib.name}/{source.stem}.o")
+        text += f"build {objects[-1]}: {lib.compile_rule} {source} {needs}\n"
+        text += f"  flags = {flags}\n"
+    return f"{text}build {build}/{lib.name}.so: {lib.link_rule} {' '.join(objects)}\n"
 
 
 class NinjaBuild(build_ext):
