@@ -1,9 +1,9 @@
 """y = act(group_norm(x) * weight + bias) and its derivative.
 
-A group that fits a tile is one program (_whole). Others
-are cut into pieces of positions, so that few groups still fill the machine: _moments leaves mean
-and squared differences of each channel's piece, _merge those of each group, _apply writes y. In
-backward _sums leaves what each channel's pieces add up to and _gradient writes dx.
+A group that fits a tile is one program (_whole). Others are cut into pieces of positions, so that
+few groups still fill the machine: _moments leaves mean and squared differences of each channel's
+piece, _merge those of each group, _apply writes y. In backward _sums leaves what each channel's
+pieces add up to and _gradient writes dx.
 """
 
 import torch

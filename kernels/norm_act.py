@@ -234,5 +234,4 @@ def norm_act_backward(
         _backward_values[t.value_grid](sums, rstd, values, dweight, dbias, t.norms, t.parts,
                                        t.share, t.mean_share, **t.values)  # fmt: skip
         _backward[t.grid](*inputs, values, dx, *t.view, float(gain), float(alpha), **options)
-    none = x.new_empty(0)
-    return dx, none if dweight is None else dweight, none.clone() if dbias is None else dbias
+    return dx, *(x.new_empty(0) if grad is None else grad for grad in (dweight, dbias))

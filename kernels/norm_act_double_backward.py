@@ -176,6 +176,5 @@ def norm_act_double_backward(
                               CURVED=curved, **t.values)  # fmt: skip
         _gradients[t.grid](*inputs, values, grad_dy, grad_x, *t.view, float(gain), float(alpha),
                            **options)  # fmt: skip
-    none = x.new_empty(0)
-    return (grad_dy, grad_x, none if grad_weight is None else grad_weight,
-            none.clone() if grad_bias is None else grad_bias)  # fmt: skip
+    of_parameters = (x.new_empty(0) if g is None else g for g in (grad_weight, grad_bias))
+    return grad_dy, grad_x, *of_parameters
