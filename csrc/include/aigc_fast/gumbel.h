@@ -18,17 +18,7 @@ constexpr int kWidth = kLanes<float>;
 constexpr int64_t kOne = int64_t(1) << 40;  // the weight of the likeliest token
 
 AIGC_INLINE F log_of(I k, F f) {
-  const F z = f * f, n = __builtin_convertvector(k, F);
-  F p = broadcast(7.0376836292e-2f);
-  p = p * f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  const F tail = f * z * p - z * 0.5f;
+  const F n = __builtin_convertvector(k, F), tail = log1p_tail(f);
   return (f + (tail + n * -2.12194440e-4f)) + n * 0.693359375f;
 }
 
@@ -60,13 +50,7 @@ AIGC_INLINE F scaled_exp(F y) {
   const F shifted = y * 1.44269504089f + 12582912.0f, n = shifted - 12582912.0f;
   F r = y - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  F e = broadcast(1.9875691500e-4f);
-  e = e * r + 1.3981999507e-3f;
-  e = e * r + 8.3334519073e-3f;
-  e = e * r + 4.1665795894e-2f;
-  e = e * r + 1.6666665459e-1f;
-  e = e * r + 5.0000001201e-1f;
-  e = e * r * r + r + 1.0f;
+  const F e = exp_tail(r) + r + 1.0f;
   // The lowest bits of `shifted` are n; those above leave at the top.
   const I scale = (reinterpret_cast<I>(shifted) + (40 + 127)) << 23;
   return e * reinterpret_cast<F>(scale);

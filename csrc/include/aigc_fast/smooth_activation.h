@@ -26,11 +26,8 @@ AIGC_INLINE Vec<A> exp_minus_abs(Vec<A> x) {
       const Vec<float> c = max<float>(minus_abs<float>(x), broadcast(-104.0f));
       const Vec<float> n = (c * 1.44269504089f + 12582912.0f) - 12582912.0f;
       const Vec<float> f = c * 1.44269504089f - n;
-      Vec<float> p = broadcast(9.5828530e-3f);
-      p = p * f + 5.5906425e-2f;
-      p = p * f + 2.4024099e-1f;
-      p = p * f + 6.9312419e-1f;
-      p = p * f + 1.0f;
+      const Vec<float> p =
+          polynomial<float>(f, 9.5828530e-3f, 5.5906425e-2f, 2.4024099e-1f, 6.9312419e-1f, 1.0f);
       return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
     }
     // exp() of vec.h with one clamp and no separate last steps: 13 instructions in place of 17.
@@ -38,14 +35,9 @@ AIGC_INLINE Vec<A> exp_minus_abs(Vec<A> x) {
     const Vec<float> n = (c * 1.44269504089f + 12582912.0f) - 12582912.0f;
     Vec<float> r = c - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
-    Vec<float> p = broadcast(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    const Vec<float> p =
+        polynomial<float>(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                          1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f);
     return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
     return exp<float>(minus_abs<float>(x));
@@ -72,14 +64,10 @@ AIGC_INLINE Vec<float> coarse_sigmoid(Vec<float> x) {
   const Vec<float> f = (Vec<float>)_mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   Vec<float> p;
   if constexpr (std::is_same_v<T, bf16>) {
-    p = 7.8024523e-2f * f + 2.2606716e-1f;
-    p = p * f + 6.9583354e-1f;
-    p = p * f + 9.9992522e-1f;
+    p = polynomial<float>(f, 7.8024523e-2f, 2.2606716e-1f, 6.9583354e-1f, 9.9992522e-1f);
   } else {
-    p = 1.3534168e-2f * f + 5.2011461e-2f;
-    p = p * f + 2.4144276e-1f;
-    p = p * f + 6.9300383e-1f;
-    p = p * f + 1.0000026f;
+    p = polynomial<float>(f, 1.3534168e-2f, 5.2011461e-2f, 2.4144276e-1f, 6.9300383e-1f,
+                          1.0000026f);
   }
   const Vec<float> e = (Vec<float>)_mm512_scalef_ps((__m512)p, t);  // p * 2^(floor t)
   return (Vec<float>)_mm512_rcp14_ps((__m512)(1.0f + e));
@@ -106,33 +94,20 @@ AIGC_INLINE Normal<A> normal(Vec<A> x) {
     const Vec<float> t =
         one_over_one_plus<float, coarse>(0.3f * min<float>(abs<float>(x), broadcast(16.0f)));
     if constexpr (coarse) {
-      Vec<float> p = broadcast(-7.6700014e-2f);
-      p = p * t + 2.1484713e-1f;
-      p = p * t - 1.559524e-2f;
-      p = p * t + 1.4347194e-1f;
-      p = p * t + 1.1392325e-1f;
-      p = p * t + 1.2005737e-1f;
+      const Vec<float> p = polynomial<float>(t, -7.6700014e-2f, 2.1484713e-1f, -1.559524e-2f,
+                                             1.4347194e-1f, 1.1392325e-1f, 1.2005737e-1f);
       const Vec<float> tail = e * (t * p);
       return {e * kInverseSqrt2Pi, x < 0 ? tail : 1.0f - tail};
     }
-    Vec<float> p = broadcast(-2.0623469305e-2f);
-    p = p * t + 1.1243561439e-1f;
-    p = p * t - 2.2821360255e-1f;
-    p = p * t + 1.9178453797e-1f;
-    p = p * t - 7.9423493785e-2f;
-    p = p * t + 9.6156833974e-2f;
-    p = p * t + 7.8389648925e-2f;
-    p = p * t + 1.1023542488e-1f;
-    p = p * t + 1.1957181386e-1f;
-    p = p * t + 1.1968668982e-1f;
+    const Vec<float> p =
+        polynomial<float>(t, -2.0623469305e-2f, 1.1243561439e-1f, -2.2821360255e-1f,
+                          1.9178453797e-1f, -7.9423493785e-2f, 9.6156833974e-2f, 7.8389648925e-2f,
+                          1.1023542488e-1f, 1.1957181386e-1f, 1.1968668982e-1f);
     const Vec<float> tail = e * (t * p);
     // Below 1 the odd polynomial of Phi - 1/2 (relative error 7e-10) rounds less.
-    Vec<float> q = broadcast(-7.6542086683e-6f);
-    q = q * z + 1.1348637271e-4f;
-    q = q * z - 1.1863299425e-3f;
-    q = q * z + 9.9733234101e-3f;
-    q = q * z - 6.6490359924e-2f;
-    q = q * z + 3.9894228012e-1f;
+    const Vec<float> q =
+        polynomial<float>(z, -7.6542086683e-6f, 1.1348637271e-4f, -1.1863299425e-3f,
+                          9.9733234101e-3f, -6.6490359924e-2f, 3.9894228012e-1f);
     const Vec<float> far = x < 0 ? tail : 1.0f - tail;
     return {e * kInverseSqrt2Pi, z < 1 ? 0.5f + q * x : far};
   }

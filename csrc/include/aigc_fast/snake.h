@@ -28,15 +28,11 @@ AIGC_INLINE Sines<A> sines_of_small(Vec<A> u) {
   // sin^2(r) and sin(2r) by minimax polynomials of their own, with relative errors under 2^-26:
   // products of sin(r) and cos(r) would round twice more.
   const Vec<A> z = r * r, t = r + r, zt = t * t;
-  Vec<A> p = broadcast(A(1.3474253938e-4));
-  p = p * z - A(3.1712938404e-3);
-  p = p * z + A(4.4443759425e-2);
-  p = p * z - A(3.3333328889e-1);
+  const Vec<A> p =
+      polynomial<A>(z, A(1.3474253938e-4), -3.1712938404e-3, 4.4443759425e-2, -3.3333328889e-1);
   const Vec<A> square = p * z * z + z;
-  Vec<A> q = broadcast(A(2.6057505956e-6));
-  q = q * zt - A(1.9809590059e-4);
-  q = q * zt + A(8.3330660822e-3);
-  q = q * zt - A(1.6666659545e-1);
+  const Vec<A> q =
+      polynomial<A>(zt, A(2.6057505956e-6), -1.9809590059e-4, 8.3330660822e-3, -1.6666659545e-1);
   // An odd n exchanges sine and cosine and turns the sign at twice the angle. 1 - square is at
   // least 1/2: nothing cancels.
   typedef Vec<Bits<A>> I;

@@ -44,16 +44,20 @@ AIGC_INLINE Vec<A> sqrt(Vec<A> x) {
   return each_lane<A>(x, [](A v) { return std::sqrt(v); });
 }
 
+// The polynomial of these coefficients, the highest power's first, by Horner's rule.
+template <class A, class... More>
+AIGC_INLINE Vec<A> polynomial(Vec<A> x, A first, More... more) {
+  Vec<A> p = broadcast(first);
+  ((p = p * x + static_cast<A>(more)), ...);
+  return p;
+}
+
 // e^r - 1 - r for |r| <= ln(2)/2: the part of exp that a polynomial gives.
 // Minimax coefficients of expf (Cephes, S. Moshier), relative error under 2^-24.
 AIGC_INLINE Vec<float> exp_tail(Vec<float> r) {
-  Vec<float> p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return p * r * r;
+  return polynomial<float>(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                           4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f) *
+         r * r;
 }
 
 template <class A>
@@ -94,7 +98,16 @@ AIGC_INLINE Vec<A> expm1(Vec<A> x) {
   }
 }
 
-// log(1 + e) for e in [0, 1]; the polynomial is that of logf (Cephes).
+// log(1 + f) - f for 1 + f from sqrt(1/2) to sqrt(2): logf (Cephes).
+AIGC_INLINE Vec<float> log1p_tail(Vec<float> f) {
+  const Vec<float> z = f * f;
+  const Vec<float> p = polynomial<float>(f, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f,
+                                         -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
+                                         2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f);
+  return f * z * p - 0.5f * z;
+}
+
+// log(1 + e) for e in [0, 1].
 template <class A>
 AIGC_INLINE Vec<A> log1p_unit(Vec<A> e) {
   if constexpr (std::is_same_v<A, double>) {
@@ -105,17 +118,7 @@ AIGC_INLINE Vec<A> log1p_unit(Vec<A> e) {
     Vec<float> lost = (e - (u - 1.0f)) / u;
     auto upper = u > 1.41421356f;
     Vec<float> f = (upper ? u * 0.5f : u) - 1.0f;
-    Vec<float> z = f * f;
-    Vec<float> p = broadcast(7.0376836292e-2f);
-    p = p * f - 1.1514610310e-1f;
-    p = p * f + 1.1676998740e-1f;
-    p = p * f - 1.2420140846e-1f;
-    p = p * f + 1.4249322787e-1f;
-    p = p * f - 1.6668057665e-1f;
-    p = p * f + 2.0000714765e-1f;
-    p = p * f - 2.4999993993e-1f;
-    p = p * f + 3.3333331174e-1f;
-    Vec<float> y = f * z * p - 0.5f * z;
+    Vec<float> y = log1p_tail(f);
     Vec<float> zero = {};
     y = y + (upper ? zero - 2.12194440e-4f : zero);
     return f + y + (upper ? zero + 0.693359375f : zero) + lost;
@@ -154,11 +157,9 @@ AIGC_INLINE Vec<A> tanh(Vec<A> x) {
     far = x < 0 ? -far : far;
     // Cephes tanhf below 0.625, where 1 - e cancels.
     Vec<float> z = x * x;
-    Vec<float> p = broadcast(-5.70498872745e-3f);
-    p = p * z + 2.06390887954e-2f;
-    p = p * z - 5.37397155531e-2f;
-    p = p * z + 1.33314422036e-1f;
-    p = p * z - 3.33332819422e-1f;
+    const Vec<float> p =
+        polynomial<float>(z, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f,
+                          1.33314422036e-1f, -3.33332819422e-1f);
     return a < 0.625f ? p * z * x + x : far;
   }
 }
