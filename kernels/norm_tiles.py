@@ -3,7 +3,7 @@
 A norm is what shares a mean and a variance: a channel of the batch, a channel of a sample, or a
 pixel. Seen in memory order as (samples, rows, channels, inner) the tensor has a norm for each
 (sample, channel). A program takes a tile of ELEMENTS x CHANNELS: one norm where its elements are
-neighbours, several where the channels are (INNERMOST).
+neighbours and fill it, several where it is shorter or where the channels are neighbours (INNERMOST).
 """
 
 import torch
@@ -102,7 +102,9 @@ class Tiling:
         samples, rows, channels, inner = view
         self.count, self.norms = rows * inner, samples * channels
         self.view = (*view, self.count)
-        across = min(triton.next_power_of_2(channels), 64) if inner == 1 else 1
+        # Several norms where the channels are neighbours, or where one alone would fill no tile.
+        most = 64 if inner == 1 else max(1, _TILE // triton.next_power_of_2(self.count))
+        across = min(triton.next_power_of_2(channels), most)
         down = min(triton.next_power_of_2(self.count), _TILE // across)
         self.tile = {"INNERMOST": inner == 1, "ELEMENTS": down, "CHANNELS": across}
         units, tiles = samples * triton.cdiv(channels, across), triton.cdiv(self.count, down)
