@@ -71,8 +71,9 @@ def _double_backward(
     alpha, gain, limit = fp32(alpha), fp32(gain), fp32(limit)
     gg = tl.where(tl.abs(activate(x, alpha, ACT) * gain) > limit, 0.0, gg * gain)
     grad_dy = gg * slope(x, alpha, ACT)
-    grad_x = gg * dy * curvature(x, alpha, ACT)
+    # stored before grad_x is begun: triton 3.6 would spill
     tl.store(grad_dy_ptr + at, grad_dy.to(grad_dy_ptr.dtype.element_ty), mask)
+    grad_x = gg * dy * curvature(x, alpha, ACT)
     tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask)
     if bias_ptr is not None:
         v = tl.where(mask, grad_x, 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .math import fp32
 from .memory_order import contiguous_like
-from .rotary import angle_strides
+from .rotary import angle_strides, load_pairs, store_pairs
 from .rows import with_dense_rows
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
@@ -39,6 +39,15 @@ def _weight(query_ptr, key_ptr, is_query, at, mask):
 
 
 @triton.jit
+def _weight_pairs(
+    query_ptr, key_ptr, is_query, half, INTERLEAVED: tl.constexpr, HALF: tl.constexpr
+):
+    query_a, query_b = load_pairs(query_ptr, True, half, INTERLEAVED, 1, HALF)
+    key_a, key_b = load_pairs(key_ptr, True, half, INTERLEAVED, 1, HALF)
+    return tl.where(is_query, query_a, key_a), tl.where(is_query, query_b, key_b)
+
+
+@triton.jit
 def _forward(
     x_ptr, query_weight_ptr, key_weight_ptr, cos_ptr, sin_ptr, y_ptr,
     seq, heads, num_heads, head_dim, half, eps,
@@ -51,10 +60,7 @@ def _forward(
     is_head, is_query = head < heads, head < num_heads
     x_ptr += batch * x_batch + position * x_token + head.to(tl.int64) * x_head
     y_ptr += (token * heads + head) * head_dim
-    i = tl.arange(0, HALF)[None, :]
-    first, second = (2 * i, 2 * i + 1) if INTERLEAVED else (i, half + i)
-    mask = is_head & (i < half)
-    a, b = _load(x_ptr + first, mask), _load(x_ptr + second, mask)
+    a, b = load_pairs(x_ptr, is_head, half, INTERLEAVED, HEADS, HALF)
     squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
     if REST:
         j = 2 * half + tl.arange(0, REST)[None, :]
@@ -62,28 +68,26 @@ def _forward(
         c = _load(x_ptr + j, rest)
         squares += tl.sum(c * c, 1)
     factor = 1.0 / tl.sqrt(squares / head_dim + fp32(eps))[:, None]
-    dtype = y_ptr.dtype.element_ty
-    a *= factor * _weight(query_weight_ptr, key_weight_ptr, is_query, first, i < half)
-    b *= factor * _weight(query_weight_ptr, key_weight_ptr, is_query, second, i < half)
+    weight_a, weight_b = _weight_pairs(
+        query_weight_ptr, key_weight_ptr, is_query, half, INTERLEAVED, HALF
+    )
+    a *= factor * weight_a
+    b *= factor * weight_b
+    i = tl.arange(0, HALF)[None, :]
     cos = _angles(cos_ptr, batch, position, cos_batch, cos_token, i, half)
     sin = _angles(sin_ptr, batch, position, sin_batch, sin_token, i, half)
-    tl.store(y_ptr + first, (a * cos - b * sin).to(dtype), mask)
-    tl.store(y_ptr + second, (b * cos + a * sin).to(dtype), mask)
+    store_pairs(
+        y_ptr, a * cos - b * sin, b * cos + a * sin, is_head, half, INTERLEAVED, HEADS, HALF
+    )
     if REST:
         c *= factor * _weight(query_weight_ptr, key_weight_ptr, is_query, j, j < head_dim)
-        tl.store(y_ptr + j, c.to(dtype), rest)
+        tl.store(y_ptr + j, c.to(y_ptr.dtype.element_ty), rest)
 
 
 @triton.jit
 def _gradient(x, g, weight, factor, mean):
     """dx from the gradient g of normed * weight."""
     return (g * weight - x * factor * mean) * factor
-
-
-@triton.jit
-def _add(part_ptr, sums, at, width):
-    """Stores the sums over heads."""
-    tl.store(part_ptr + at, tl.sum(sums, 0)[None, :], at < width)
 
 
 @triton.jit
@@ -99,17 +103,15 @@ def _backward(
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     is_head, is_query = head < heads, head < num_heads
     i = tl.arange(0, HALF)[None, :]
-    first, second = (2 * i, 2 * i + 1) if INTERLEAVED else (i, half + i)
-    mask = is_head & (i < half)
-    weight_a = _weight(query_weight_ptr, key_weight_ptr, is_query, first, i < half)
-    weight_b = _weight(query_weight_ptr, key_weight_ptr, is_query, second, i < half)
+    weight_a, weight_b = _weight_pairs(
+        query_weight_ptr, key_weight_ptr, is_query, half, INTERLEAVED, HALF
+    )
     sum_a, sum_b = tl.zeros([HEADS, HALF], tl.float32), tl.zeros([HEADS, HALF], tl.float32)
     if REST:
         j = 2 * half + tl.arange(0, REST)[None, :]
         rest = is_head & (j < head_dim)
         weight_c = _weight(query_weight_ptr, key_weight_ptr, is_query, j, j < head_dim)
         sum_c = tl.zeros([HEADS, REST], tl.float32)
-    dtype = dx_ptr.dtype.element_ty
     for token in range(begin, tl.minimum(begin + part_tokens, tokens)):
         batch, position = token // seq, token % seq
         cos = _angles(cos_ptr, batch, position, cos_batch, cos_token, i, half)
@@ -117,8 +119,8 @@ def _backward(
         x = x_ptr + batch * x_batch + position * x_token + head.to(tl.int64) * x_head
         dy = dy_ptr + batch * dy_batch + position * dy_token + head.to(tl.int64) * dy_head
         dx = dx_ptr + (token * heads + head) * head_dim
-        a, b = _load(x + first, mask), _load(x + second, mask)
-        turned_a, turned_b = _load(dy + first, mask), _load(dy + second, mask)
+        a, b = load_pairs(x, is_head, half, INTERLEAVED, HEADS, HALF)
+        turned_a, turned_b = load_pairs(dy, is_head, half, INTERLEAVED, HEADS, HALF)
         grad_a, grad_b = turned_a * cos + turned_b * sin, turned_b * cos - turned_a * sin
         squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
         products = tl.sum(a * (grad_a * weight_a), 1) + tl.sum(b * (grad_b * weight_b), 1)
@@ -128,23 +130,28 @@ def _backward(
             products += tl.sum(c * (grad_c * weight_c), 1)
         factor = 1.0 / tl.sqrt(squares / head_dim + fp32(eps))[:, None]
         mean = products[:, None] * factor / head_dim
-        tl.store(dx + first, _gradient(a, grad_a, weight_a, factor, mean).to(dtype), mask)
-        tl.store(dx + second, _gradient(b, grad_b, weight_b, factor, mean).to(dtype), mask)
+        dx_a = _gradient(a, grad_a, weight_a, factor, mean)
+        dx_b = _gradient(b, grad_b, weight_b, factor, mean)
+        store_pairs(dx, dx_a, dx_b, is_head, half, INTERLEAVED, HEADS, HALF)
         # Where there is no head, an eps of 0 makes the factor infinite.
         factor = tl.where(is_head, factor, 0.0)
         sum_a += grad_a * (a * factor)
         sum_b += grad_b * (b * factor)
         if REST:
-            tl.store(dx + j, _gradient(c, grad_c, weight_c, factor, mean).to(dtype), rest)
+            dx_c = _gradient(c, grad_c, weight_c, factor, mean)
+            tl.store(dx + j, dx_c.to(dx_ptr.dtype.element_ty), rest)
             sum_c += grad_c * (c * factor)
     if WEIGHT_GRAD:
         part_ptr += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 2 * head_dim
         for which in tl.static_range(2):
             chosen = is_query if which == 0 else head >= num_heads
-            _add(part_ptr + which * head_dim, tl.where(chosen, sum_a, 0.0), first, 2 * half)
-            _add(part_ptr + which * head_dim, tl.where(chosen, sum_b, 0.0), second, 2 * half)
+            of_a = tl.sum(tl.where(chosen, sum_a, 0.0), 0)[None, :]
+            of_b = tl.sum(tl.where(chosen, sum_b, 0.0), 0)[None, :]
+            store_pairs(part_ptr, of_a, of_b, True, half, INTERLEAVED, 1, HALF)
             if REST:
-                _add(part_ptr + which * head_dim, tl.where(chosen, sum_c, 0.0), j, head_dim)
+                of_c = tl.sum(tl.where(chosen, sum_c, 0.0), 0)[None, :]
+                tl.store(part_ptr + j, of_c, j < head_dim)
+            part_ptr += head_dim
 
 
 # ---- launchers ------------------------------------------------------------------------------
