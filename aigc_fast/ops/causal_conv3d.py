@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aigc_fast.ops._autocast import under_autocast
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._winograd import are_faster, kind_of
 from aigc_fast.ops.conv2d import Pair, conv2d
@@ -110,9 +111,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | Non
     check_tensor("x", x, ndim=5)
     if x.shape[2] == 0:
         raise ValueError("x must have at least one frame, got none")
-    device = x.device.type
-    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    like = None if mixed else ("x", x)
+    like = None if under_autocast(x.device.type) else ("x", x)
     check_tensor("weight", weight, like=like, ndim=5)
     if bias is not None:
         check_tensor("bias", bias, like=like, shape=weight.shape[:1])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aigc_fast.ops._autocast import under_autocast
 from aigc_fast.ops._autograd import OpFunction, transforming
 from aigc_fast.ops._checks import check_choice, check_tensor
 from aigc_fast.ops._layout import wide_dtype
@@ -57,8 +58,7 @@ def linear_cross_entropy(
     check_choice("reduction", reduction, REDUCTIONS)
     options = LossOptions.of(ignore_index, label_smoothing, softcap, z_loss)
     device = input.device.type
-    under = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if under and input.dtype != torch.float64:  # which autocast leaves alone
+    if under_autocast(device) and input.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(dtype)

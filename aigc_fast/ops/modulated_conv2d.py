@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._activations import resolve
+from aigc_fast.ops._autocast import under_autocast
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._layout import wide
 from aigc_fast.ops.conv2d import conv2d
@@ -73,9 +74,9 @@ def modulated_conv2d(
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager:
-    if not torch.amp.is_autocast_available(device):  # meta
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    if under_autocast(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _largest(x: Tensor, dim: tuple[int, ...]) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aigc_fast.ops._autocast import under_autocast
 from aigc_fast.ops._checks import check_tensor
 from aigc_fast.ops._layout import channels_last
 from aigc_fast.ops._winograd import in_torch_order
@@ -69,9 +70,7 @@ def _copies(weight: Tensor, size: int) -> Tensor:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor("x", x, ndim=4)
-    device = x.device.type
-    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    like = None if mixed else ("x", x)
+    like = None if under_autocast(x.device.type) else ("x", x)
     check_tensor("weight", weight, like=like, ndim=4)
     if weight.shape[1] != x.shape[1]:
         raise ValueError(
