@@ -22,7 +22,7 @@ BUDGET = {
     "_moments": (136, 1024),
     "_merge": (48, 1024),
     "_apply": (96, 1024),
-    "_sums": (192, 1024),
+    "_sums": (216, 1024),  # with triton 3.6, 192 with 3.9; from 169 to 255 an SM takes two blocks
     "_gradient": (136, 1024),
 }
 
