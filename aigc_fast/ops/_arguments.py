@@ -36,10 +36,10 @@ def _misfit(name: str, value: object, annotation: Any) -> str:
     problems = [_misfit_of(name, value, kind) for kind in kinds]
     if not all(problems):
         return ""
-    # Of a sequence that may be one, what is wrong is a member.
-    in_member = next((p for p in problems if p.startswith(f"{name}[")), "")
+    # Of a sequence that may be one, what is wrong is a member, or how many there are.
+    inside = next((p for p in problems if not p.startswith(f"{name} must be ")), "")
     words = " or ".join(map(_words, kinds))
-    return in_member or f"{name} must be {words}, got {type(value).__name__}"
+    return inside or f"{name} must be {words}, got {type(value).__name__}"
 
 
 def _misfit_of(name: str, value: object, kind: Any) -> str:

@@ -24,7 +24,10 @@ def gradient_norm(grads: Sequence[Tensor], loss: Tensor | None = None) -> Tensor
     """
     grads = list(grads)
     if torch.is_grad_enabled() and any(g.requires_grad for g in grads):
-        raise RuntimeError("gradient_norm has no derivative: call it under torch.no_grad()")
+        raise RuntimeError(
+            "gradient_norm has no derivative: give it gradients, [p.grad for p in parameters], or "
+            "call it under torch.no_grad()"
+        )
     if not grads:
         raise ValueError("grads must hold at least one tensor")
     return _gradient_norm(grads, loss)
