@@ -1,4 +1,10 @@
-"""nn.Module twins of the operators; the names in their state dicts are torch's own."""
+"""nn.Module twins of the operators; the names in their state dicts are torch's own.
+
+Tracers: torch.compile and torch.export see into them. torch.fx takes them as leaves, which a tracer
+of yours says in `is_leaf_module` (`type(module).__module__.startswith("aigc_fast.nn")`), as torch's
+own does of torch.nn. torch.jit.trace takes them under torch.no_grad(): in a graph for gradients it
+finds autograd Functions, which it can neither check nor save.
+"""
 
 from ._arguments import check_constructor
 from .bias_act import BiasAct, LinearBiasAct

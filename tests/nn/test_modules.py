@@ -1,16 +1,19 @@
 """The modules against what they stand for in torch, with torch's own weights in them."""
 
+import io
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from aigc_fast import ops
 from aigc_fast.nn import (
     GEGLU,
     BiasAct,
+    Conv2d,
+    Conv2dBiasAct,
     GroupNormAct,
     LayerNorm,
     LinearBiasAct,
@@ -19,6 +22,7 @@ from aigc_fast.nn import (
     ModulatedRMSNorm,
     QuantizedLinear,
     RMSNorm,
+    Snake,
     SwiGLU,
 )
 
@@ -231,3 +235,33 @@ def test_many_rows_of_rounded_activations_are_multiplied_in_bfloat16(monkeypatch
 @pytest.mark.parametrize("module", [LinearBiasAct(7, 5, "lrelu", gain=1.0), BiasAct(7), RMSNorm(7)])
 def test_modules_describe_themselves(module):
     assert "7" in repr(module)
+
+
+def _several() -> tuple[nn.Module, torch.Tensor]:
+    layers = Conv2d(16, 16, 3, padding=1), GroupNormAct(4, 16), Conv2dBiasAct(16, 16, 4, 2, 1)
+    return nn.Sequential(*layers, Snake(16)), torch.randn(2, 16, 16, 16)
+
+
+def test_they_are_leaves_of_torch_fx():
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, module, name):
+            ours = type(module).__module__.startswith("aigc_fast.nn")
+            return ours or super().is_leaf_module(module, name)
+
+    model, x = _several()
+    traced = fx.GraphModule(model, Tracer().trace(model))
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1", "2", "3"]
+    weights = list(model.parameters())
+    found, want = (torch.autograd.grad(m(x).sum(), weights) for m in (traced, model))
+    assert all(map(torch.equal, found, want))
+
+
+@pytest.mark.filterwarnings("ignore")  # of shapes, on which the choice of a kernel depends
+@torch.no_grad()
+def test_they_are_traced_and_saved_by_torch_jit():
+    model, x = _several()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, x), file)
+    file.seek(0)
+    loaded, larger = torch.jit.load(file), torch.randn(3, 16, 32, 24)
+    assert loaded(x).equal(model(x)) and loaded(larger).equal(model(larger))
