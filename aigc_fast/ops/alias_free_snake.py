@@ -72,10 +72,9 @@ def _kaiser_sinc() -> Tensor:
     """A low-pass filter that halves the band, its transition 0.6 of it wide; the sum is 1."""
     half = TAPS // 2
     attenuation = 2.285 * (half - 1) * math.pi * 4 * 0.3 + 7.95
-    window = torch.kaiser_window(
-        TAPS, periodic=False, beta=0.1102 * (attenuation - 8.7), dtype=torch.float64
-    )
-    time = torch.arange(-half, half, dtype=torch.float64) + 0.5
+    on_cpu: Any = dict(dtype=torch.float64, device="cpu")
+    window = torch.kaiser_window(TAPS, periodic=False, beta=0.1102 * (attenuation - 8.7), **on_cpu)
+    time = torch.arange(-half, half, **on_cpu) + 0.5
     taps = window * torch.sinc(time / 2)
     return taps / taps.sum()
 

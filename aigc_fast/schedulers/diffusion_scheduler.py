@@ -16,7 +16,7 @@ from aigc_fast.schedulers.schedule import (
     respace,
 )
 from aigc_fast.schedulers.scheduler import Scheduler
-from aigc_fast.schedulers.tables import version_of
+from aigc_fast.schedulers.tables import plainly, version_of
 
 
 @dataclass
@@ -34,7 +34,7 @@ class DiffusionScheduler(Scheduler):
 
     predictions: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
 
-    @torch.inference_mode(False)  # as in set_timesteps
+    @plainly()
     def __post_init__(self) -> None:
         check_choice("prediction_type", self.prediction_type, self.predictions)
         check_choice("timestep_spacing", self.timestep_spacing, ("linspace", "leading", "trailing"))

@@ -13,7 +13,7 @@ from aigc_fast import ops
 from aigc_fast.schedulers.configuration import Configured
 from aigc_fast.schedulers.linear import Row
 from aigc_fast.schedulers.noise import Generator, draw_noise
-from aigc_fast.schedulers.tables import once, version_of
+from aigc_fast.schedulers.tables import once, plainly, version_of
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Scheduler(Configured):
 
     # ---- the loop -----------------------------------------------------------------------------
 
-    @torch.inference_mode(False)  # whose tensors would not count their changes
+    @plainly()
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,

@@ -1,7 +1,8 @@
 """What schedulers make of their schedules, made once for all that have the same."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -11,6 +12,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from aigc_fast.schedulers.linear import Step
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """As schedules are made, or a function that makes one. On the CPU, whatever the default device
+    is. Tensors of inference_mode would not count their changes, nor could they be used again where
+    gradients are wanted."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 class Tables:
@@ -101,9 +111,8 @@ def once(scheduler: Any, key: Any, build: Callable[[], Any]) -> Any:
         tables.look_again(scheduler)
     made = tables.made
     if key not in made:
-        # Tensors of inference_mode could not be used again where gradients are wanted.
         # Steps that no solver takes may divide by zero.
-        with torch.inference_mode(False), torch.no_grad(), np.errstate(all="ignore"):
+        with plainly(), torch.no_grad(), np.errstate(all="ignore"):
             made[key] = build()
     return made[key]
 

@@ -142,7 +142,7 @@ def inverse_frequencies(config: DecoderConfig, length: int) -> Tensor:
         return plain / scaling.factor
     if scaling.kind in ("divisors", "longrope"):
         divisors = scaling.long_divisors if scaling.is_long(length) else scaling.divisors
-        return plain / torch.tensor(divisors, dtype=torch.float64)
+        return plain / torch.tensor(divisors, dtype=torch.float64, device="cpu")
     keep = (
         _yarn_keep(dim, base, scaling) if scaling.kind == "yarn" else _llama3_keep(plain, scaling)
     )
@@ -151,7 +151,7 @@ def inverse_frequencies(config: DecoderConfig, length: int) -> Tensor:
 
 def _plain(base: float, dim: int | None) -> Tensor:
     assert dim is not None  # DecoderConfig fills it in
-    return base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return base ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
 
 
 def _yarn_keep(dim: int, base: float, scaling: RopeScaling) -> Tensor:
@@ -168,7 +168,7 @@ def _yarn_keep(dim: int, base: float, scaling: RopeScaling) -> Tensor:
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # as transformers does; both are a step then
-    ramp = (torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low)
+    ramp = (torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / (high - low)
     return 1 - ramp.clamp(0, 1)
 
 

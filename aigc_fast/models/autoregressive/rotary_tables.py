@@ -53,6 +53,8 @@ class RotaryTables:
                 return self._tables
         # A table made while generating must also serve training.
         with torch.inference_mode(False):
-            self._tables = self.at(torch.arange(length), longest if is_long else 1, weight)
+            self._tables = self.at(
+                torch.arange(length, device="cpu"), longest if is_long else 1, weight
+            )
         self._is_long = is_long
         return self._tables

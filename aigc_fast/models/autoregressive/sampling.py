@@ -67,7 +67,7 @@ class Choice:
     ) -> None:
         self.sampling, self.step = sampling, 0
         seed = sampling.seed
-        self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        self.seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
         self.counts: Tensor | None = None
         if sampling.has_penalties:
             self.counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)

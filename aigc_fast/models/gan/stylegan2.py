@@ -124,7 +124,7 @@ class StyleGAN2Generator(nn.Module):
         styles = self.map(z, labels, truncation).unsqueeze(1).expand(-1, self.num_styles, -1)
         if mix is not None:
             if crossover is None:
-                crossover = int(torch.randint(1, self.num_styles, ()))
+                crossover = int(torch.randint(1, self.num_styles, (), device="cpu"))
             if not 0 <= crossover <= self.num_styles:
                 raise ValueError(f"crossover must be 0 to {self.num_styles}, got {crossover}")
             if mix.shape != z.shape:

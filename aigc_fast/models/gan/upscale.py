@@ -113,7 +113,7 @@ def upscale(
 ) -> Tensor:
     """The enlarged image, uint8 (channels, scale * height, scale * width); see `upscale_tiles`."""
     height, width = (size * model.scale for size in image.shape[-2:])
-    result = torch.empty(image.shape[0], height, width, dtype=torch.uint8)
+    result = torch.empty(image.shape[0], height, width, dtype=torch.uint8, device="cpu")
     for top, left, pixels in upscale_tiles(model, image, tile, overlap):
         result[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
     return result

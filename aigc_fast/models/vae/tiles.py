@@ -1,7 +1,7 @@
 """A function of large images, made of that of overlapping tiles."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,9 +56,10 @@ def _parts(x: Tensor, dim: int, tile: int, overlap: int, unit: tuple[int, int]) 
     last = max(count - tile, 0)
     starts = [*range(0, last, tile - overlap), last]
     stops = [min(start + tile, count) for start in starts]
-    weights = torch.zeros(len(starts), count * per_output, dtype=torch.float64)
+    on_cpu: Any = dict(dtype=torch.float64, device="cpu")
+    weights = torch.zeros(len(starts), count * per_output, **on_cpu)
     for weight, start, stop in zip(weights, starts, stops, strict=True):
-        position = torch.arange((stop - start) * per_output, dtype=torch.float64) + 0.5
+        position = torch.arange((stop - start) * per_output, **on_cpu) + 0.5
         distance = torch.minimum(position, position.flip(0))
         weight[start * per_output : stop * per_output] = distance.clamp(
             max=max(overlap * per_output, 0.5)
