@@ -176,7 +176,8 @@ def upscale(
         Dtype, typer.Option(help="auto: bfloat16 where it is fast and makes no visible difference.")
     ] = Dtype.auto,
 ) -> None:
-    """Enlarges a picture with a generator of Real-ESRGAN; alpha, grey and profile are kept.
+    """Enlarges a picture with a generator of Real-ESRGAN; alpha, grey and profile are kept. Of
+    several frames in a file it is the first.
 
     Memory: that of the model for one tile, and for the whole picture
     8 bytes a pixel of it (12 while it is read) and 4 a pixel of the result,

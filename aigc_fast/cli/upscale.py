@@ -38,6 +38,7 @@ class Picture:
     alpha: Image.Image | None
     grey: bool
     along: dict[str, Any]
+    frames: int  # in the file, of which this is the first
 
 
 def run(
@@ -53,6 +54,11 @@ def run(
     start = time.perf_counter()
     generator = _load_model(model, dtype)
     picture = read_picture(source)
+    if picture.frames > 1:
+        console.print(
+            f"{source}: the first of its {picture.frames} frames, the others are left out",
+            style="yellow", markup=False, soft_wrap=True,
+        )  # fmt: skip
     size = tuple(side * generator.scale for side in picture.colours.size)
     _check_output(output, size, picture)
     result = _enlarge(console, generator, picture, tile, overlap)
@@ -85,6 +91,7 @@ def read_picture(path: Path) -> Picture:
     try:
         with Image.open(path) as file:
             file.load()
+            frames = getattr(file, "n_frames", 1)
             image = ImageOps.exif_transpose(file)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
@@ -109,7 +116,7 @@ def read_picture(path: Path) -> Picture:
     if "transparency" in image.info or image.mode in ("PA", "LA", "La", "RGBA", "RGBa"):
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-    return Picture(image.convert("RGB"), alpha, grey, along)
+    return Picture(image.convert("RGB"), alpha, grey, along, frames)
 
 
 def _check_output(path: Path, size: tuple[int, ...], picture: Picture) -> None:

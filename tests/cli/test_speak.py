@@ -76,7 +76,7 @@ def test_seeds_and_speakers(tmp_path, voice):
         )
     else:
         message = speak(tmp_path, voice, "A", "--speaker", 0, code=2)
-        assert "speaker must be None for a model of one speaker" in message
+        assert "speaker must be left out: the voice has one speaker, got 0" in message
 
 
 def test_pcm():

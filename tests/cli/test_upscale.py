@@ -139,6 +139,21 @@ def test_memory_grows_as_documented(model, tmp_path):
     assert Image.open(tmp_path / "alpha.png").size == (4000, 2000)
 
 
+@pytest.mark.parametrize("kind", ["gif", "webp", "tiff"])
+def test_frames_that_are_left_out_are_spoken_of(model, tmp_path, kind):
+    first, *others = (picture("RGB").point(lambda v, n=n: v // n) for n in (1, 2, 3))
+    said = {}
+    for name, more in {"one": [], "three": others}.items():
+        source = tmp_path / f"{name}.{kind}"
+        first.save(source, save_all=True, append_images=more)
+        output = tmp_path / f"{name}.png"
+        result = run("upscale", str(source), "--output", str(output), "--model", model)
+        assert result.exit_code == 0, result.output
+        said[name] = result.output
+    assert "the first of its 3 frames" in said["three"] and "the first of" not in said["one"]
+    assert Image.open(tmp_path / "three.png").size == (10, 6)
+
+
 def refused(*arguments):
     result = run("upscale", *map(str, arguments))
     assert result.exit_code == 2

@@ -169,7 +169,7 @@ class VITS(nn.Module):
             raise ValueError(
                 f"speaker must be in [0, {count}), got None"
                 if speaker is None
-                else "speaker must be None for a model of one speaker"
+                else f"speaker must be left out: the voice has one speaker, got {speaker}"
             )
         if speaker is None or self.emb_g is None:
             return None
