@@ -104,7 +104,8 @@ def save_losses(
         ):
             at = np.arange(1, len(losses) + 1) / window if steps is None else np.asarray(steps)
             axes.plot(at, losses, color=color, alpha=0.2, linewidth=0.8)
-            axes.plot(at, _running_mean(losses, window), color=color, label=name)
+            dot = "o" if len(losses) == 1 else None  # a line of one point is not to be seen
+            axes.plot(at, _running_mean(losses, window), color=color, label=name, marker=dot)
         axes.set(xlabel="epoch" if steps is None else "step", ylabel=label, xlim=(0, None))
         if steps is None:
             axes.set_ylim(0, None)

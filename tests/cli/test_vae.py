@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ pytest.importorskip("safetensors")
 from PIL import Image
 from typer.testing import CliRunner
 
-from aigc_fast.cli import training_session
+from aigc_fast.cli import pictures, training_session
 from aigc_fast.cli.app import app
 from aigc_fast.cli.vae_model import load_model
 from aigc_fast.training import log_likelihood
@@ -127,3 +128,13 @@ def test_the_model_in_the_docs(tmp_path):
     images, _ = training_session.load_data("digits", 28)
     bound = log_likelihood(model, as_floats(images), samples=5, likelihood=config["likelihood"])
     assert bound.mean() > -115
+
+
+def test_a_curve_of_one_row_is_seen(tmp_path):
+    for losses in ([2.0], [2.0, 3.0]):
+        pictures.save_losses(tmp_path / "losses.png", {"loss": losses}, 3, [50, 100][: len(losses)])
+        with Image.open(tmp_path / "losses.png") as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
+        legend = pixels.shape[0] // 8  # at the top, in the same red
+        red = (np.abs(pixels[legend:] - (0xD1, 0x49, 0x5B)) < 9).all(-1)
+        assert red.sum() > 20
