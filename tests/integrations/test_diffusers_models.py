@@ -23,16 +23,11 @@ from diffusers.models.attention_processor import (
     JointAttnProcessor2_0,
 )
 
+from tests.integrations.coming_back import everything_comes_back, snapshot
 from tests.integrations.diffusers_zoo import CASES, exact, gradients, inputs_of, make, outputs
 
 EVERY_MODEL = pytest.mark.parametrize("name", CASES)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-def snapshot(model):
-    """Everything that unpatch must bring back, by identity."""
-    state = [(id(m), type(m), dict(m.__dict__)) for m in model.modules()]
-    return state, {key: id(p) for key, p in model.named_parameters()}
 
 
 def assert_error_ratio(ours, stock, want, dtype) -> None:
@@ -105,20 +100,11 @@ def test_a_seed_drops_the_same() -> None:
 @EVERY_MODEL
 def test_everything_comes_back(name) -> None:
     model = make(name)
-    before, keys = snapshot(model), list(model.state_dict())
-    classes = {path: type(module) for path, module in model.named_modules()}
-    report = aigc_fast.patch(model)
-    assert list(model.state_dict()) == keys
-    assert aigc_fast.patch(model) == report
-    assert report.model == CASES[name].cls and report.replaced
-    if nn.Linear in {kind for _, kind, _ in before[0]}:
-        assert ("Linear" in report.replaced) == mkl_lags() != ("Linear" in report.kept)
-    for path, module in model.named_modules():
-        assert isinstance(module, classes[path])
-    aigc_fast.unpatch(model)
-    assert snapshot(model) == before
-    aigc_fast.unpatch(model)
-    assert snapshot(model) == before
+    has_linear = nn.Linear in map(type, model.modules())
+    with everything_comes_back(model) as report:
+        assert report.model == CASES[name].cls
+        if has_linear:
+            assert ("Linear" in report.replaced) == mkl_lags() != ("Linear" in report.kept)
 
 
 @EVERY_MODEL

@@ -14,12 +14,12 @@ from tests.ops.test_every_op import assert_as_good_as_torch
 
 pytest.importorskip("diffusers")
 
+from tests.integrations.coming_back import snapshot
 from tests.integrations.diffusers_zoo import exact, gradients, inputs_of, make, outputs
 from tests.integrations.test_diffusers_models import (
     CONVOLUTIONAL,
     EVERY_DTYPE,
     assert_error_ratio,
-    snapshot,
 )
 
 EVERY_ORDER = pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import aigc_fast
 from aigc_fast.integrations import _patching
 from aigc_fast.integrations._patching import Replacement
 from aigc_fast.ops.linear import mkl_lags
+from tests.integrations.coming_back import everything_comes_back, snapshot
 from tests.models.checkpoints import (
     GEMMA3,
     GRANITE,
@@ -75,12 +76,6 @@ def greedy(model, ids, mask, **options):
     return model.generate(
         ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, **options
     )
-
-
-def snapshot(model):
-    """Everything that unpatch must bring back, by identity."""
-    state = [(id(m), type(m), dict(m.__dict__)) for m in model.modules()]
-    return state, dict(model.config.__dict__), {k: id(p) for k, p in model.named_parameters()}
 
 
 def layer(model):
@@ -164,21 +159,10 @@ def test_no_new_graph_breaks(name) -> None:
 
 @EVERY_MODEL
 def test_everything_comes_back(name) -> None:
-    model = make(name)
-    before, keys = snapshot(model), list(model.state_dict())
-    classes = {path: type(module) for path, module in model.named_modules()}
-    report = aigc_fast.patch(model)
-    assert list(model.state_dict()) == keys
-    assert aigc_fast.patch(model) == report
-    assert sum(n for n, _ in report.replaced.values()) >= 6
-    assert "kept" in str(report) and "decode_attention" in str(report)
-    assert ("Linear" in report.replaced) == mkl_lags() != ("Linear" in report.kept)
-    for path, module in model.named_modules():
-        assert isinstance(module, classes[path])
-    aigc_fast.unpatch(model)
-    assert snapshot(model) == before
-    aigc_fast.unpatch(model)
-    assert snapshot(model) == before
+    with everything_comes_back(make(name)) as report:
+        assert sum(n for n, _ in report.replaced.values()) >= 6
+        assert "kept" in str(report) and "decode_attention" in str(report)
+        assert ("Linear" in report.replaced) == mkl_lags() != ("Linear" in report.kept)
 
 
 @EVERY_MODEL

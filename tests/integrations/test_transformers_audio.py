@@ -17,7 +17,7 @@ from tests.ops.test_every_op import assert_as_good_as_torch, recorded
 
 transformers = pytest.importorskip("transformers")
 
-from tests.integrations.test_transformers import snapshot
+from tests.integrations.coming_back import everything_comes_back
 
 GENERATOR = dict(
     upsample_initial_channel=32,
@@ -215,17 +215,9 @@ def test_gradients(name) -> None:
 
 @EVERY_MODEL
 def test_everything_comes_back(name) -> None:
-    model = make(name)
-    before, keys = snapshot(model), list(model.state_dict())
-    report = aigc_fast.patch(model)
-    assert list(model.state_dict()) == keys
-    assert aigc_fast.patch(model) == report
-    assert MODELS[name][2] <= {word for _, text in report.replaced.values()
-                               for word in text.replace(",", "").split()}  # fmt: skip
-    aigc_fast.unpatch(model)
-    assert snapshot(model) == before
-    aigc_fast.unpatch(model)
-    assert snapshot(model) == before
+    with everything_comes_back(make(name)) as report:
+        texts = (text.replace(",", "") for _, text in report.replaced.values())
+        assert MODELS[name][2] <= {word for text in texts for word in text.split()}
 
 
 @EVERY_MODEL
