@@ -3,6 +3,7 @@
 import gc
 import math
 import re
+import threading
 import weakref
 
 import numpy as np
@@ -592,3 +593,40 @@ def test_what_the_pages_never_hold_is_refused(model):
         engine.add([1, 2, 3], 7)
     assert len(run(engine)) == 6
     assert TINY.max_position_embeddings == 64
+
+
+def test_threads(model):
+    """Some add and cancel, some step."""
+    prompts = [[i % 17, 3 * i % 17, 5] for i in range(24)]
+    want = [generate(model, [prompt], 12)[0].tokens for prompt in prompts]
+    engine = Engine(model, max_batch_size=4)
+    requests, added, errors = [None] * len(prompts), threading.Event(), []
+
+    def add(first):
+        for i in range(first, len(prompts), 3):
+            requests[i] = engine.add(prompts[i], 12)
+            if i % 6 == 0:
+                engine.cancel(requests[i])
+
+    def step():
+        try:
+            while not (added.is_set() and engine.idle):
+                engine.step()
+        except Exception as error:
+            errors.append(error)
+
+    adders, steppers = (
+        [threading.Thread(target=run, args=args) for args in given]
+        for run, given in ((add, [(0,), (1,), (2,)]), (step, [(), ()]))
+    )
+    for thread in adders + steppers:
+        thread.start()
+    for thread in adders:
+        thread.join()
+    added.set()
+    for thread in steppers:
+        thread.join()
+    assert not errors and engine.pool.available == engine.pool.num_pages
+    for i, request in enumerate(requests):
+        assert request.tokens == want[i][: len(request.tokens)]
+        assert i % 6 == 0 or request.finish_reason == "length"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ class Engine:
     Every step computes one token of each running request, then a piece of the next request's
     prompt. Prompts with the same beginning share its pages, also with requests that have ended,
     whose pages are the first to be reused when memory is needed. A request waits until it can have
-    all the pages it may need, so that a running one never fails for lack of memory.
+    all the pages it may need, so that a running one never fails for lack of memory. Of several
+    threads one may step while others add and cancel: a step and a cancellation wait for each other.
 
     >>> engine = Engine(model, tokenizer)
     >>> request = engine.add("Once upon a time", max_new_tokens=50, stop_strings=["\\n"])
@@ -120,6 +122,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._batch: Batch | None = None
+        self._lock = threading.RLock()  # held while requests move
 
     @property
     def max_length(self) -> int:
@@ -199,10 +202,11 @@ class Engine:
             ValueError: the request is another engine's.
         """
         check_class("request", request, Request)
-        if request.finish_reason is None:
-            if request not in self._running and request not in self._waiting:
-                raise ValueError("request is another engine's")
-            self._end(request, "cancelled")
+        with self._lock:
+            if request.finish_reason is None:
+                if request not in self._running and request not in self._waiting:
+                    raise ValueError("request is another engine's")
+                self._end(request, "cancelled")
 
     # As a decorator, so that the mode holds inside a step and not in the code around it.
     @torch.inference_mode()
@@ -212,17 +216,18 @@ class Engine:
         Raises:
             ValueError: the model's logits are not finite. The requests stay as they were.
         """
-        running = list(self._running)
-        # Nothing is accepted before all is computed.
-        accept = self._decode() if running else list
-        updates: list[Update] = []
-        if self._waiting and len(running) < self.max_batch_size:
-            updates = self._prefill(self._waiting[0])
-        updates = accept() + updates
-        for update in updates:
-            if update.finish_reason:
-                self._end(update.request, update.finish_reason)
-        return updates
+        with self._lock:
+            running = list(self._running)
+            # Nothing is accepted before all is computed.
+            accept = self._decode() if running else list
+            updates: list[Update] = []
+            if self._waiting and len(running) < self.max_batch_size:
+                updates = self._prefill(self._waiting[0])
+            updates = accept() + updates
+            for update in updates:
+                if update.finish_reason:
+                    self._end(update.request, update.finish_reason)
+            return updates
 
     def _prefill(self, request: Request) -> list[Update]:
         if request.held is None:
