@@ -214,9 +214,10 @@ def patch(model: Any, *, fuse_loss: bool = False, freeze: bool = False) -> Patch
     torch.compile the stock code runs, which the compiler fuses by itself. `unpatch` takes all of it
     back; a deep copy or pickle of a patched model is patched too. A module that would do the work
     of one with hooks (an activation inside a gated MLP, the norms of a residual block) is kept;
-    hooks that come there later do not run while the model is patched. The convolutions of speech
-    models are replaced on CPUs, where no gradient is wanted and they have no weight norm, hook or
-    adapter.
+    hooks that come there later do not run while the model is patched. Of language models a call
+    may ask for attention weights (`output_attentions=True`), not the config, which transformers
+    allows to eager models alone. The convolutions of speech models are replaced on CPUs, where no
+    gradient is wanted and they have no weight norm, hook or adapter.
 
     Dtype and memory order of results stay as well. The library's convolutions write channels_last,
     and copy the result where the model has another order: so move the model to channels_last

@@ -23,22 +23,23 @@ class Attention(Replacement):
     """Its forward stays: it finds our attention under the name in its config."""
 
     uses = "decode_attention"
+    #: what it takes the place of: GPT-2 does not say when it wants the weights, which "eager" gives
+    replaces: tuple[str, ...] = ("sdpa",)
 
     @classmethod
     def assignments(cls, module: Any) -> Iterable[Assignment]:
         config = module.config
-        if config._attn_implementation not in ("eager", "sdpa", ATTENTION):
+        if config._attn_implementation not in (*cls.replaces, ATTENTION):
             raise Unfit(f"its attention is {config._attn_implementation}")
         if config.output_attentions:
             raise Unfit("its config asks for attention weights")
-        if getattr(module, "reorder_and_upcast_attn", False):
-            raise Unfit("its config asks for reorder_and_upcast_attn")
         # The property's setter would change the configs inside too.
         yield Assignment(config, "_attn_implementation_internal", ATTENTION)
 
 
 class RotaryAttention(Attention):
     uses = "apply_rotary, decode_attention"
+    replaces = ("eager", "sdpa")
     capped = False
 
     @classmethod

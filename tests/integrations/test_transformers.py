@@ -255,6 +255,22 @@ def test_hooks_run_and_outputs_are_recorded() -> None:
     assert len(seen) == 6 and set(seen[:3]) == set(seen[3:])
 
 
+@EVERY_MODEL
+def test_attention_weights_of_eager_models(name) -> None:
+    model, (ids, mask) = make(name, attn_implementation="eager"), prompts(padded=True)
+
+    def weights():
+        return model(ids, attention_mask=mask, output_attentions=True).attentions
+
+    stock = weights()
+    aigc_fast.patch(model)
+    ours = weights()
+    assert len(ours) == len(stock) == model.config.num_hidden_layers
+    seen = mask.bool()[:, None, :, None]  # rows of padding attend to nothing
+    for got, want in zip(ours, stock, strict=True):
+        torch.testing.assert_close(got * seen, want * seen)
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
 def test_a_hook_on_an_activation_runs(name) -> None:
     model, (ids, _), seen = make(name), prompts(), []
