@@ -1,6 +1,7 @@
 """transformers' growing key/value cache, without a copy of all of it at every token."""
 
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,13 +16,12 @@ class GrowingLayer(DynamicLayer):
 
     `keys` and `values` are, as ever, tensors of what is cached: views of buffers with room behind
     them. What a view showed once is never written again. A layer whose tensors were replaced from
-    outside (cropped, reordered, moved) copies them into new buffers at the next token.
+    outside (cropped, reordered, moved), or that is a copy of another, copies them into new buffers
+    at the next token.
     """
 
     keys: Tensor
     values: Tensor
-    _buffers: tuple[Tensor, ...] = ()
-    _views: tuple[Tensor, ...] = ()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -31,25 +31,37 @@ class GrowingLayer(DynamicLayer):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or length == 0:
             return super().update(key_states, value_states, *args, **kwargs)
         end = length + key_states.shape[-2]
-        if not self._has_room(end):
-            capacity = end + max(_ROOM, end // 8)
-            self._buffers = _larger(self.keys, capacity), _larger(self.values, capacity)
-        keys, values = self._buffers
+        keys, values = buffers = self._with_room(end)
         keys[..., length:end, :] = key_states
         values[..., length:end, :] = value_states
         self.keys, self.values = keys[..., :end, :], values[..., :end, :]
-        self._views = self.keys, self.values
+        _grown[self] = _Grown(buffers, (self.keys, self.values))
         return self.keys, self.values
 
-    def _has_room(self, end: int) -> bool:
-        return (
-            bool(self._buffers)
-            and self.keys is self._views[0]
-            and self.values is self._views[1]
-            and end <= self._buffers[0].shape[-2]
+    def _with_room(self, end: int) -> tuple[Tensor, Tensor]:
+        """The buffers behind keys and values, or larger ones that begin with them."""
+        grown = _grown.get(self)
+        if (
+            grown is not None
+            and self.keys is grown.views[0]
+            and self.values is grown.views[1]
+            and end <= grown.buffers[0].shape[-2]
             # Torch forbids writing to what inference mode made outside of it.
-            and (torch.is_inference_mode_enabled() or not self._buffers[0].is_inference())
-        )
+            and (torch.is_inference_mode_enabled() or not grown.buffers[0].is_inference())
+        ):
+            return grown.buffers
+        capacity = end + max(_ROOM, end // 8)
+        return _larger(self.keys, capacity), _larger(self.values, capacity)
+
+
+class _Grown(NamedTuple):
+    buffers: tuple[Tensor, Tensor]
+    views: tuple[Tensor, Tensor]
+
+
+#: Beside the layers: a copy of one must not write to the same buffers, and who looks for the
+#: tensors of a cache, as exporters do, finds those that transformers has.
+_grown: WeakKeyDictionary[GrowingLayer, _Grown] = WeakKeyDictionary()
 
 
 def _larger(old: Tensor, capacity: int) -> Tensor:

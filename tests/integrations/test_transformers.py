@@ -372,7 +372,9 @@ def test_the_cache_grows_in_place() -> None:
     assert cache.layers[0].keys.shape[2] == keys.shape[2] + 2
 
 
-@pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "deepcopy", "reset", "inference"])
+@pytest.mark.parametrize(
+    "change", ["crop", "reorder", "repeat", "copy", "deepcopy", "reset", "inference"]
+)
 def test_what_is_done_to_a_cache_between_steps(change) -> None:
     """The same as transformers' own cache, and what was once handed out stays as it was."""
     from transformers.cache_utils import DynamicLayer
@@ -404,12 +406,14 @@ def test_what_is_done_to_a_cache_between_steps(change) -> None:
             cache.batch_repeat_interleave(2)
         elif change == "reset":
             cache.reset()
-    if change == "deepcopy":
-        branch = copy.deepcopy(ours)
+    if change in ("copy", "deepcopy"):
+        branch = getattr(copy, change)(ours)
         with torch.no_grad():
-            branch.update(new(2, 1), new(2, 1))
+            keys, _ = branch.update(new(2, 1), new(2, 1))
+        handed_out.append((keys, keys.clone()))
     handed_out += [update(n) for n in (1, 3, *[1] * 60)]
     assert all(torch.equal(got, want) for got, want in handed_out)
+    assert vars(ours).keys() == vars(theirs).keys()  # exporters look for tensors among them
 
 
 # ---- what is left alone --------------------------------------------------------------------------
