@@ -46,7 +46,8 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 class Replacement(nn.Module):
     """Base of the rows of a table: goes in front of the stock class, whose forward is super()'s.
 
-    A forward that a row brings does not run within torch.compile: the compiler gets the stock one.
+    A forward that a row brings has the stock one's names of arguments, and does not run within
+    torch.compile: the compiler gets the stock one.
     """
 
     #: the operators that it brings, for the report
@@ -99,8 +100,8 @@ class Linear(Replacement):
             raise Unfit("torch's own products are as fast on this machine")
         yield from super().assignments(module)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)
 
 
 class Conv2d(Replacement):
@@ -124,10 +125,10 @@ class Conv2d(Replacement):
             raise Unfit("torch's own convolution is as fast")
         yield from super().assignments(module)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         weight = self.weight  # once: a parametrization computes it anew each time
-        y = convolve(self, x, weight, self.bias)  # type: ignore[arg-type]
-        return in_torch_order(y, x, weight)
+        y = convolve(self, input, weight, self.bias)  # type: ignore[arg-type]
+        return in_torch_order(y, input, weight)
 
 
 class Frozen(Replacement):
@@ -153,10 +154,10 @@ class FrozenConv2d(Frozen, Conv2d):
         yield from Replacement.assignments.__func__(cls, module)  # type: ignore[attr-defined]
         yield Assignment(module, "_packed", _packed.Packed(_packed.pack_convolution))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         packed = vars(self).get("_packed")
-        y = None if packed is None else _packed.convolve(self, packed, x)
-        return super().forward(x) if y is None else y
+        y = None if packed is None else _packed.convolve(self, packed, input)
+        return super().forward(input) if y is None else y
 
 
 Conv2d.frozen = FrozenConv2d

@@ -31,11 +31,11 @@ class GroupNorm(Replacement):
     uses = "group_norm_act"
     weight: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Autocast brings an x of another dtype.
-        if x.dtype != self.weight.dtype:
-            return super().forward(x)
-        return group_norm(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        # Autocast brings an input of another dtype.
+        if input.dtype != self.weight.dtype:
+            return super().forward(input)
+        return group_norm(self, input)
 
 
 class Timesteps(Replacement):

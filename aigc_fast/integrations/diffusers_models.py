@@ -57,10 +57,10 @@ class NormThenSiLU(Replacement):
     uses = "group_norm_act"
     weight: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:
-            return nn.functional.silu(super().forward(x))
-        return group_norm(self, x, "silu")
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype != self.weight.dtype:
+            return nn.functional.silu(super().forward(input))
+        return group_norm(self, input, "silu")
 
 
 class DoneBefore(Replacement):
@@ -68,8 +68,8 @@ class DoneBefore(Replacement):
 
     uses = "group_norm_act, of the norm before it"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    def forward(self, input: Tensor) -> Tensor:
+        return input
 
 
 class HasOutputNorm(Replacement):
