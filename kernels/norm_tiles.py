@@ -3,7 +3,7 @@
 A norm is what shares a mean and a variance: a channel of the batch, a channel of a sample, or a
 pixel. Seen in memory order as (samples, rows, channels, inner) the tensor has a norm for each
 (sample, channel). A program takes a tile of ELEMENTS x CHANNELS: one norm where its elements are
-neighbours and fill it, several where it is shorter or where the channels are neighbours (INNERMOST).
+neighbours and fill it, several where they do not or where the channels are neighbours (INNERMOST).
 """
 
 import torch
