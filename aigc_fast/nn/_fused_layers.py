@@ -42,10 +42,10 @@ class Biased(Fused):
     def without_bias(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return self.activated(super().forward(x))
-        y = self.without_bias(x)
+            return self.activated(super().forward(input))
+        y = self.without_bias(input)
         channels = -1 - len(self.kernel_size)
         return ops.bias_act(y, of_dtype(self.bias, y), channels, self.act, self.alpha, gain=1.0)
 
@@ -87,10 +87,10 @@ class ConvTranspose(Biased):
 class BatchNorm(Fused, BatchNormAct):
     uses = "batch_norm_act"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return self.activated(super(Activated, self).forward(x))  # torch's
-        return super().forward(x)
+            return self.activated(super(Activated, self).forward(input))  # torch's
+        return super().forward(input)
 
 
 class SyncBatchNorm(BatchNorm, SyncBatchNormAct):
@@ -100,11 +100,11 @@ class SyncBatchNorm(BatchNorm, SyncBatchNormAct):
 class InstanceNorm(Fused):
     uses = "instance_norm_act"
 
-    def forward(self, x: Tensor) -> Tensor:
-        if _as_stock(x) or x.dim() == self._get_no_batch_dim():
-            return self.activated(super().forward(x))
-        self._check_input_dim(x)
-        return ops.instance_norm_act(x, self.weight, self.bias, self.eps, self.act, self.alpha)
+    def forward(self, input: Tensor) -> Tensor:
+        if _as_stock(input) or input.dim() == self._get_no_batch_dim():
+            return self.activated(super().forward(input))
+        self._check_input_dim(input)
+        return ops.instance_norm_act(input, self.weight, self.bias, self.eps, self.act, self.alpha)
 
 
 _SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
@@ -118,10 +118,12 @@ class GroupNorm(Fused):
     uses = "group_norm_act"
     acts = _SMOOTH
 
-    def forward(self, x: Tensor) -> Tensor:
-        if _as_stock(x):
-            return _SMOOTH[self.act](super().forward(x))
-        return ops.group_norm_act(x, self.num_groups, self.weight, self.bias, self.eps, self.act)
+    def forward(self, input: Tensor) -> Tensor:
+        if _as_stock(input):
+            return _SMOOTH[self.act](super().forward(input))
+        return ops.group_norm_act(
+            input, self.num_groups, self.weight, self.bias, self.eps, self.act
+        )
 
 
 def _as_stock(x: Tensor) -> bool:
@@ -132,8 +134,8 @@ def _as_stock(x: Tensor) -> bool:
 class Absorbed(nn.Module):
     """An activation that the layer before it has applied."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    def forward(self, input: Tensor) -> Tensor:
+        return input
 
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

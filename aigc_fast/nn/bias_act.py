@@ -69,8 +69,8 @@ class LinearBiasAct(nn.Linear):
         resolve(act, alpha, clamp)
         self.act, self.alpha, self.gain, self.clamp = act, alpha, gain, clamp
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = ops.linear(x, self.weight)
+    def forward(self, input: Tensor) -> Tensor:
+        y = ops.linear(input, self.weight)
         bias = of_dtype(self.bias, y)
         return ops.bias_act(y, bias, -1, self.act, self.alpha, self.gain, self.clamp)
 

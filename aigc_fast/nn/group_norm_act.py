@@ -30,9 +30,9 @@ class GroupNormAct(nn.GroupNorm):
         check_activation(act)
         self.act = act
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = of_dtype(self.weight, x), of_dtype(self.bias, x)
-        return ops.group_norm_act(x, self.num_groups, weight, bias, self.eps, self.act)
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = of_dtype(self.weight, input), of_dtype(self.bias, input)
+        return ops.group_norm_act(input, self.num_groups, weight, bias, self.eps, self.act)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"
@@ -42,8 +42,8 @@ class ModulatedGroupNormAct(GroupNormAct):
     """act(group_norm(x) * (1 + scale) + shift), scale and shift (batch, channels): as a
     time embedding modulates a U-Net's residual block."""
 
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
-        return modulated_group_norm_act(self, x, scale, shift, self.act)
+    def forward(self, input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        return modulated_group_norm_act(self, input, scale, shift, self.act)
 
 
 def modulated_group_norm_act(

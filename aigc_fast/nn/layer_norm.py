@@ -20,8 +20,10 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, *args, **kwargs)  # type: ignore[arg-type]
         check_hidden_size(self.normalized_shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, of_dtype(self.weight, x), of_dtype(self.bias, x), self.eps)
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.layer_norm(
+            input, of_dtype(self.weight, input), of_dtype(self.bias, input), self.eps
+        )
 
 
 class ModulatedLayerNorm(LayerNorm):
@@ -30,9 +32,9 @@ class ModulatedLayerNorm(LayerNorm):
     >>> ModulatedLayerNorm(1152, eps=1e-6, elementwise_affine=False)  # of a DiT block
     """
 
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
-        weight, bias = of_dtype(self.weight, x), of_dtype(self.bias, x)
-        return ops.modulated_layer_norm(x, scale, shift, weight, bias, self.eps)
+    def forward(self, input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        weight, bias = of_dtype(self.weight, input), of_dtype(self.bias, input)
+        return ops.modulated_layer_norm(input, scale, shift, weight, bias, self.eps)
 
 
 class ModulatedRMSNorm(RMSNorm):

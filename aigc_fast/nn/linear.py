@@ -11,5 +11,5 @@ class Linear(nn.Linear):
     >>> Linear(784, 1024)
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)

@@ -48,8 +48,8 @@ class BatchNormAct(Activated, nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
         self.set_act(act, alpha, gain)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -58,7 +58,7 @@ class BatchNormAct(Activated, nn.modules.batchnorm._BatchNorm):
         training = self.training or self.running_mean is None
         track = not self.training or self.track_running_stats
         return ops.batch_norm_act(
-            x,
+            input,
             self.running_mean if track else None,
             self.running_var if track else None,
             self.weight,

@@ -1,10 +1,13 @@
 """What the modules refuse when they are made, and what they take as torch's do."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
 
 from aigc_fast import nn as fast
+from aigc_fast.nn import _fused_layers
 
 
 @pytest.mark.parametrize(
@@ -126,3 +129,24 @@ def test_modulated_group_norm_of_volumes(channels_last) -> None:
     if channels_last:
         x = x.to(memory_format=torch.channels_last_3d)
     torch.testing.assert_close(layer(x, scale, shift), want)
+
+
+TORCH_LAYERS = [
+    (layer, parent)
+    for layer in [*vars(fast).values(), *vars(_fused_layers).values()]
+    if isinstance(layer, type) and issubclass(layer, nn.Module)
+    for parent in layer.__mro__[1 : layer.__mro__.index(nn.Module)]
+    if parent.__module__.startswith("torch.nn.modules") and "forward" in vars(parent)
+]
+
+
+@pytest.mark.parametrize(("layer", "parent"), TORCH_LAYERS)
+def test_torch_layers_take_their_argument_by_torchs_name(layer, parent) -> None:
+    """Models call `layer(input=...)`, too."""
+    torchs, ours = (list(inspect.signature(c.forward).parameters)[1] for c in (parent, layer))
+    assert ours == torchs
+
+
+@pytest.mark.parametrize("cls", [_fused_layers.Biased, _fused_layers.GroupNorm])
+def test_fused_layers_take_their_argument_by_torchs_name(cls) -> None:
+    assert list(inspect.signature(cls.forward).parameters)[1] == "input"
