@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from aigc_fast.io.hf_folder import write_hf_folder
 from aigc_fast.training import CSVLog, load_checkpoint, save_checkpoint
 
 
@@ -26,6 +28,24 @@ def test_a_failed_write_leaves_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path) == {"step": 1}
+
+
+@pytest.mark.parametrize("count", [100, 1_000, 40_000])  # seen by the writer now, later, at the end
+@pytest.mark.parametrize("kind", ["checkpoint", "model"])
+def test_a_full_disk_is_named(tmp_path, kind, count):
+    tensors = {str(i): torch.zeros(count) for i in range(8)}
+    name = {"checkpoint": "checkpoint.pt", "model": "model.safetensors"}[kind]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"/{name}") as caught:
+            if kind == "model":
+                write_hf_folder(tmp_path, {}, tensors)
+            else:
+                save_checkpoint(tmp_path / name, tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in str(caught.value) and not list(tmp_path.iterdir())
 
 
 def test_killed_at_any_moment(tmp_path):
