@@ -25,12 +25,12 @@ class CSVLog:
         with written_whole(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(self.columns)
-            writer.writerows([int(row[0]), *row[1:]] for row in rows if row[0] <= last_step)
+            writer.writerows(_words(*row) for row in rows if row[0] <= last_step)
         self._file = self.path.open("a", newline="")
         self._writer = csv.writer(self._file)
 
     def add(self, step: int, *values: float) -> None:
-        self._writer.writerow([step, *(f"{value:.6g}" for value in values)])
+        self._writer.writerow(_words(step, *values))
         self._file.flush()
 
     def read(self) -> list[list[float]]:
@@ -41,6 +41,10 @@ class CSVLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _words(step: float, *values: float) -> list[str]:
+    return [str(int(step)), *(f"{value:.6g}" for value in values)]
 
 
 class TensorBoardLog:

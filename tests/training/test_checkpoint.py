@@ -87,13 +87,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 def test_a_log_goes_on_after_the_step_of_the_checkpoint(tmp_path):
     log = CSVLog(tmp_path / "log.csv", ["loss"])
     for step in (1, 2, 3):
-        log.add(step, step / 3)
+        log.add(step, step // 2 or 1 / 3)
     log.close()
     with (tmp_path / "log.csv").open("a") as file:
         file.write("4")  # killed while it wrote
+    before = (tmp_path / "log.csv").read_text().splitlines()
     log = CSVLog(tmp_path / "log.csv", ["loss"], last_step=2)
+    assert (tmp_path / "log.csv").read_text().splitlines() == before[:3]
     log.add(3, 0.5)
-    assert log.read() == [[1, 0.333333], [2, 0.666667], [3, 0.5]]
+    assert log.read() == [[1, 0.333333], [2, 1], [3, 0.5]]
     log.close()
     assert CSVLog(tmp_path / "log.csv", ["loss"]).read() == []
 
