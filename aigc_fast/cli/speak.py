@@ -110,7 +110,8 @@ def run(
 
 def write_wav(path: Path, waveforms: Iterable[Tensor], sample_rate: int) -> None:
     """Waveforms of one channel in [-1, 1], one behind the other, as each arrives."""
-    with wave.open(str(path), "wb") as file:
+    # Opened here: a wave that cannot open its file prints a traceback when it is deleted.
+    with path.open("wb") as opened, wave.open(opened, "wb") as file:
         file.setparams((1, 2, sample_rate, 0, "NONE", "not compressed"))
         for waveform in waveforms:
             file.writeframes(to_pcm(waveform))

@@ -1,5 +1,6 @@
 """`aigc-fast speak` with a small voice, and with the published one."""
 
+import gc
 import json
 import re
 import struct
@@ -14,7 +15,7 @@ pytest.importorskip("typer")
 pytest.importorskip("onnx")
 pytest.importorskip("espeakng_loader")
 
-from aigc_fast.cli.speak import to_pcm
+from aigc_fast.cli.speak import to_pcm, write_wav
 from aigc_fast.io import load_voice_tokenizer
 from aigc_fast.models.vocoder import VITS
 from tests.cli.test_cli import run
@@ -119,3 +120,10 @@ def test_a_published_voice(tmp_path):
     assert spectrum[: int(len(spectrum) * 4000 / 11025)].sum() > 0.8 * spectrum.sum()
     slow = speak(tmp_path, None, text, "--speed", 0.5, "--dtype", "bfloat16")
     assert len(slow) > 1.6 * len(samples)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_file_that_cannot_be_opened(tmp_path):
+    with pytest.raises(OSError, match="none/out.wav"):
+        write_wav(tmp_path / "none" / "out.wav", [], 22050)
+    gc.collect()
