@@ -74,7 +74,7 @@ class Session(TrainingSession):
     def losses_of(self, state: LanguageStep) -> tuple[Tensor, ...]:
         return (state.loss,)
 
-    def train(self, console: Console) -> None:
+    def _train(self, console: Console) -> None:
         if not self.trainer.steps_done:
             with console.status("the model as it is"):
                 self.notes["before"] = self._look()
@@ -82,7 +82,7 @@ class Session(TrainingSession):
             f"{len(self.samples)} windows of {self.options.seq} tokens, {len(self.held_out)} held "
             f"out: perplexity {self.notes['before']['perplexity']:.4g}"
         )
-        super().train(console)
+        super()._train(console)
         after = self.notes["after"]["perplexity"]
         console.print(f"perplexity of the held-out windows: {after:.4g}")
 

@@ -1,9 +1,12 @@
 """What training commands share: the loop, the log, checkpoints and going on from them."""
 
+import fcntl
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,7 +61,7 @@ class TrainingSession(ABC):
             board.add_picture(self.trainer.steps_done, "samples", np.asarray(picture))
 
     def open(self) -> None:
-        """ValueError where the folder holds another training than is asked for."""
+        """ValueError where the folder holds another training than is asked for, or one goes on."""
         options = self.options
         if options.minutes is not None and not math.isfinite(options.minutes):
             raise ValueError(f"minutes must be finite, got {options.minutes}")
@@ -67,6 +70,14 @@ class TrainingSession(ABC):
                 f"batch must be at most {len(self.samples)}, the {self.unit} there are"
             )
         options.output.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.enter_context(_alone_in(options.output))
+            self._take_up()
+            self.claim = stack.pop_all()  # until `train` ends
+
+    def _take_up(self) -> None:
+        """The checkpoint, if it is asked for, and logs that go on from it."""
+        options = self.options
         self.checkpoint = options.output / "checkpoint.pt"
         self.seconds, self.notes = 0.0, {}  # of training, in all
         if options.resume:
@@ -91,7 +102,11 @@ class TrainingSession(ABC):
         return step / self.options.steps if minutes is None else self.seconds / (60 * minutes)
 
     def train(self, console: Console) -> None:
-        """Until the steps are done, or the minutes over."""
+        """Until the steps are done, or the minutes over; once."""
+        with self.claim:
+            self._train(console)
+
+    def _train(self, console: Console) -> None:
         options, trainer = self.options, self.trainer
         begun, before, start = trainer.steps_done, self.seconds, time.perf_counter()
         recent: list[tuple[Tensor, ...]] = []
@@ -177,6 +192,22 @@ def load_data(name: str, size: int) -> tuple[Tensor, Tensor]:
     else:
         raise ValueError(f"data must be digits, moving-digits or a folder of images, got {name!r}")
     return images, labels
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """ValueError where another process trains into the folder: either would replace the other's
+    checkpoints, half-written ones too. The system lets go of it when a process ends, killed too."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder}: another training writes there") from None
+        yield
+    finally:
+        os.close(opened)
 
 
 def _progress_bar(console: Console) -> Progress:

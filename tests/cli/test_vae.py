@@ -1,6 +1,8 @@
 """`aigc-fast train vae` and `aigc-fast sample vae`, as a user runs them."""
 
 import csv
+import fcntl
+import os
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +140,18 @@ def test_a_curve_of_one_row_is_seen(tmp_path):
         legend = pixels.shape[0] // 8  # at the top, in the same red
         red = (np.abs(pixels[legend:] - (0xD1, 0x49, 0x5B)) < 9).all(-1)
         assert red.sum() > 20
+
+
+def test_one_training_at_a_time_writes_into_a_folder(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    refused = train(out, "--steps", 1)
+    assert refused.exit_code == 2
+    assert "another training writes there" in " ".join(refused.output.split())
+    assert not list(out.iterdir())
+    os.close(other)
+    assert train(out, "--steps", 1).exit_code == 0
+    assert train(out, "--steps", 2, "--channels", 16, "--resume").exit_code == 2  # lets go of it
+    assert train(out, "--steps", 2, "--resume").exit_code == 0
