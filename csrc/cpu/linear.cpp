@@ -167,9 +167,8 @@ class Product {
     for (int64_t t = 0; t < terms; t += 2, to += 2 * kGroup)
       pair_steps(row(t), row(t + 1), kGroup, to);
   }
-#endif
 
-#if AIGC_BF16_DOT
+  // The weight is read once, where it is (linear_few_rows.h).
   void multiply_few_rows() const {
     in_parallel(parts(weight_.rows, kFewColumns), kFewColumns * weight_.columns, [&](int64_t i) {
       const int64_t column = i * kFewColumns;
