@@ -201,23 +201,31 @@ def test_kernel(rows, terms, columns, order, dtype) -> None:
         torch.set_num_threads(before)
 
 
-def test_kernel_reads_and_writes_no_more_than_there_is() -> None:
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("begin", [0, 1])
+@pytest.mark.parametrize("terms", [50, 51])
+def test_kernel_reads_and_writes_no_more_than_there_is(terms, begin, dtype) -> None:
     """Rows and columns between others, of which none but these is read or changed."""
-    x, weight = rand(40, 70).float(), rand(90, 70, seed=1).float()
-    x[:, 50:] = torch.nan
-    weight[:, 50:] = torch.nan
-    expected = module._product(x[:, :50].contiguous(), weight[:, :50].contiguous(), None)
-    assert torch.equal(module._product(x[:, :50], weight[:, :50], None), expected)
-    assert torch.equal(
-        module._product(x[:, :50].t().contiguous().t(), weight[:, :50], None), expected
-    )
-    spread = rand(1, 50).float().expand(9, 50)
-    plain = module._product(spread.contiguous(), weight[:, :50], None)
-    assert torch.equal(module._product(spread, weight[:, :50], None), plain)
+    whole = rand(40, 70).to(dtype), rand(96, 70, seed=1).to(dtype)
+    x, weight = (t[:, begin : begin + terms] for t in whole)
+    plain = x.contiguous(), weight.contiguous()
+    for t in whole:
+        t[:, :begin] = t[:, begin + terms :] = torch.nan
+    for rows in (40, 9):
+        expected = module._product(plain[0][:rows], plain[1], None)
+        assert expected.isfinite().all()
+        assert torch.equal(module._product(x[:rows], weight, None), expected)
+    expected = module._product(*plain, None)
+    assert torch.equal(module._product(x.t().contiguous().t(), weight, None), expected)
+    spread = rand(1, terms).to(dtype).expand(9, terms)
+    expected = module._product(spread.contiguous(), weight, None)
+    assert torch.equal(module._product(spread, weight, None), expected)
 
 
-def test_nan_stays_in_its_row_and_column() -> None:
-    x, weight = rand(20, 30).float(), rand(50, 30, seed=1).float()
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("rows", [7, 20])
+def test_nan_stays_in_its_row_and_column(rows, dtype) -> None:
+    x, weight = rand(rows, 30).to(dtype), rand(50, 30, seed=1).to(dtype)
     x[3, 4], weight[5, 6] = torch.nan, torch.inf
     expected = F.linear(x, weight)
     torch.testing.assert_close(module._product(x, weight, None), expected, equal_nan=True)
