@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,6 +65,12 @@ class GGUFTensor:
             ) from None
         # float32 comes back as the mapping itself.
         return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+    def matrix(self) -> GGUFTensor:
+        """The same with all dimensions but the last as one."""
+        rows = math.prod(self.shape[:-1])
+        data = self.data.reshape(rows, self.data.shape[-1])
+        return replace(self, shape=(rows, self.shape[-1]), data=data)
 
 
 @dataclass(frozen=True)

@@ -98,10 +98,21 @@ class QuantizedLinear(nn.Module):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._linear(x, self.weight, self.bias, self.out_features)
+
+    def part(self, x: Tensor, index: int, parts: int) -> Tensor:
+        """The outputs from index * n on, n = out_features / parts, a multiple of 16: those of one
+        expert of many."""
+        tiles, rows = len(self.weight) // parts, self.out_features // parts
+        weight = self.weight[index * tiles : (index + 1) * tiles]
+        bias = None if self.bias is None else self.bias[index * rows : (index + 1) * rows]
+        return self._linear(x, weight, bias, rows)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
         if self._multiplies_in_bfloat16(x):
-            y = self._linear(x.bfloat16(), None, False).float()
-            return y if self.bias is None else y.add_(self.bias)
-        return self._linear(x, of_dtype(self.bias, x), self.quantize_activations)
+            y = self._product(x.bfloat16(), weight, None, rows, False).float()
+            return y if bias is None else y.add_(bias)
+        return self._product(x, weight, of_dtype(bias, x), rows, self.quantize_activations)
 
     def _multiplies_in_bfloat16(self, x: Tensor) -> bool:
         return (
@@ -112,14 +123,16 @@ class QuantizedLinear(nn.Module):
             and has_fast_bfloat16(x.device)
         )
 
-    def _linear(self, x: Tensor, bias: Tensor | None, quantize_activations: bool) -> Tensor:
+    def _product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, quantize_activations: bool
+    ) -> Tensor:
         return ops.quantized_linear(
             x,
-            self.weight,
+            weight,
             bias,
             bits=self.bits,
             group_size=self.group_size,
-            out_features=self.out_features,
+            out_features=rows,
             in_features=self.in_features,
             quantize_activations=quantize_activations,
         )

@@ -6,9 +6,13 @@ import torch
 
 from tests.models.checkpoints import OFFSET_NORMS
 
-_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}
+_NAMES = {
+    "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"
+}  # fmt: skip
 # Of these the converter changes weights, beside their names.
-_PERMUTED = ("llama", "mistral", "smollm3", "granite")
+_PERMUTED = ("llama", "mistral", "mixtral", "smollm3", "granite")
+# Parts of experts: in one tensor of transformers, each of its own in a file.
+_EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
 
 
 def write_gguf(path, hf, storage=None, **changes):
@@ -26,7 +30,8 @@ def write_gguf(path, hf, storage=None, **changes):
     names = gguf.get_tensor_name_map(members[arch], config.num_hidden_layers)
     for name, weight in _converted(hf):
         values = weight.detach().float().contiguous().numpy()
-        name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if not name.startswith("blk."):
+            name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if storage is None or values.ndim == 1:
             writer.add_tensor(name, values)
         else:
@@ -86,7 +91,11 @@ def _metadata(config):
         found["logit_scale"] = float(config.logits_scaling)
         found["embedding_scale"] = float(config.embedding_multiplier)
         found["residual_scale"] = float(config.residual_multiplier)
-    if kind in ("mistral", "phi3", *OFFSET_NORMS):
+    if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 0):
+        found |= {"expert_count": experts, "expert_used_count": config.num_experts_per_tok}
+    if kind == "qwen3_moe":
+        found["expert_feed_forward_length"] = config.moe_intermediate_size
+    if kind in ("mistral", "mixtral", "phi3", *OFFSET_NORMS):
         found["attention.sliding_window"] = config.sliding_window or 0
     if kind == "gemma3_text":
         local = config.rope_parameters["sliding_attention"]["rope_theta"]
@@ -109,7 +118,7 @@ def _converted(hf):
     for name, weight in hf.state_dict().items():
         if tied and name == "lm_head.weight":
             continue
-        projection = name.split(".")[-2]
+        *_, projection, last = name.split(".")
         if kind in _PERMUTED and projection in ("q_proj", "k_proj"):
             heads = config.num_attention_heads
             heads = heads if projection == "q_proj" else config.num_key_value_heads
@@ -119,7 +128,15 @@ def _converted(hf):
             weight = weight + 1
         if kind == "gpt2" and projection in ("c_attn", "c_proj", "c_fc") and weight.ndim == 2:
             weight = weight.t()
-        yield name, weight
+        layer = "".join(name.split(".")[2:3])
+        if projection == "experts":
+            parts = _EXPERTS[last]
+            for part, piece in zip(parts, weight.chunk(len(parts), 1), strict=True):
+                yield f"blk.{layer}.{part}.weight", piece
+        elif name.endswith("mlp.gate.weight"):
+            yield f"blk.{layer}.ffn_gate_inp.weight", weight
+        else:
+            yield name, weight
 
 
 def _llama3_divisors(config):

@@ -22,6 +22,8 @@ from tests.models.checkpoints import (
     step_by_step,
 )
 
+OTHERS = ["olmo2", "gemma2", "gemma3", "gpt2"]
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
@@ -40,8 +42,11 @@ def test_logits_agree_with_transformers(name, dtype, tmp_path):
             prompt.append(model(token_ids))
         by_step.append(step_by_step(model, token_ids))
         chunks.append(step_by_step(model, token_ids, 11, 5))
+    # Rounding sends a token to another expert here and there, ours and theirs.
+    rounds = model.config.num_experts is not None and dtype == torch.bfloat16
     for ours in (prompt, by_step, chunks):
-        assert_error_ratio(torch.cat(ours), torch.cat(theirs), torch.cat(exact))
+        results = map(torch.cat, (ours, theirs, exact))
+        assert_error_ratio(*results, share=0.75 if rounds else 1.0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -59,7 +64,7 @@ def test_float64_agrees_to_the_last_digits(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama tied, biased", "qwen3", "phi3", "granite", "olmo2", "gemma2", "gemma3", "gpt2"]
+    "name", ["llama tied, biased", "mixtral", "qwen3", "qwen3_moe", "phi3", "granite", *OTHERS]
 )
 def test_gradients_flow_to_every_weight(name):
     model_type, changes = MODELS[name]
@@ -78,7 +83,9 @@ def test_gradients_flow_to_every_weight(name):
     assert error <= 1e-4 * expected.abs().max()  # transformers' norms are float32
 
 
-@pytest.mark.parametrize("name", ["qwen3", "phi3", "smollm3", "granite", "olmo2", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen3_moe", "phi3", "smollm3", "granite", "olmo2", "gemma3"]
+)
 def test_compiles_without_a_graph_break(name):
     model_type, changes = MODELS[name]
     hf = hf_model(hf_config(model_type, **changes))
@@ -95,7 +102,7 @@ def test_compiles_without_a_graph_break(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral", "qwen3", "phi3", "smollm3", "granite", "olmo2", "gemma2", "gemma3", "gpt2"]
+    "name", ["mistral", "mixtral", "qwen3", "qwen3_moe", "phi3", "smollm3", "granite", *OTHERS]
 )
 def test_prompts_of_different_lengths_are_independent(name, tmp_path):
     model_type, changes = MODELS[name]

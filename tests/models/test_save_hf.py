@@ -37,7 +37,8 @@ WITHOUT_A_NAME = {"mistral no window": "llama"}
 def read_by_transformers(folder, **options):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
+    eager = dict(attn_implementation="eager", experts_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(folder, **eager, **options)
 
 
 def configs():

@@ -23,6 +23,7 @@ class Key:
 
     Attributes:
         name: of the entry.
+        other_name: which it may have too.
         default: the value where it is absent, or a function of the fields read before it.
         convert: makes the field of the entry.
         invert: makes the entry of the field, where `convert` is not None.
@@ -32,6 +33,7 @@ class Key:
     default: Any = REQUIRED
     convert: Callable[[Any], Any] | None = None
     invert: Callable[[Any], Any] | None = None
+    other_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Architecture:
     """One row.
 
     Attributes:
-        names: llama.cpp's name of a weight -> transformers' name; `{}` is the layer.
+        names: llama.cpp's name of a weight -> transformers' name; `{}` is the layer, and then the
+            expert: llama.cpp has those of all experts in one.
         config: field of `DecoderConfig` -> its key in config.json.
         metadata: field -> its key in GGUF's metadata, after the name of the architecture.
         fixed: fields that are the same in every model of the kind.
@@ -82,9 +85,14 @@ class Architecture:
     model_class: str = "LlamaForCausalLM"
     gguf_name: str | None = None
 
-    def weight_name(self, part: str, layer: int | None, kind: str) -> str:
-        """transformers' name of the `weight` or `bias` of a part, which llama.cpp names."""
-        return f"{self.names[part].format(layer)}.{kind}"
+    def weight_names(
+        self, part: str, layer: int | None, kind: str, experts: int | None
+    ) -> list[str]:
+        """transformers' names of the `weight` or `bias` of a part, which llama.cpp names: that of
+        each expert, or the one."""
+        name = self.names[part]
+        numbers = range(experts or 0) if name.count("{}") == 2 else (None,)
+        return [f"{name.format(layer, number)}.{kind}" for number in numbers]
 
     def rope_layers(self, layers: int, interval: int | None = None) -> tuple[bool, ...]:
         """The field of that name where a file does not list the layers."""
@@ -119,6 +127,16 @@ _LLAMA_NAMES = {
     "ffn_gate": "model.layers.{}.mlp.gate_proj",
     "ffn_up": "model.layers.{}.mlp.up_proj",
     "ffn_down": "model.layers.{}.mlp.down_proj",
+    "ffn_gate_inp": "model.layers.{}.mlp.gate",
+    "ffn_gate_exps": "model.layers.{}.mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "model.layers.{}.mlp.experts.{}.up_proj",
+    "ffn_down_exps": "model.layers.{}.mlp.experts.{}.down_proj",
+}
+_MIXTRAL_NAMES = _LLAMA_NAMES | {
+    "ffn_gate_inp": "model.layers.{}.block_sparse_moe.gate",
+    "ffn_gate_exps": "model.layers.{}.block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "model.layers.{}.block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "model.layers.{}.block_sparse_moe.experts.{}.w2",
 }
 # Without a part of the gate its rows stand before those of ffn_up.
 _PHI3_NAMES = {part: name for part, name in _LLAMA_NAMES.items() if part != "ffn_gate"} | {
@@ -157,6 +175,11 @@ _LLAMA_CONFIG = {
 }
 _PHI3_CONFIG = {name: key for name, key in _LLAMA_CONFIG.items() if name != "head_dim"} | {
     "rms_norm_eps": Key("rms_norm_eps", 1e-5)
+}
+_EXPERTS = {
+    "num_experts": Key("num_experts", other_name="num_local_experts"),
+    "experts_per_token": Key("num_experts_per_tok"),
+    "normalize_experts": Key("norm_topk_prob", False),
 }
 _BIAS = {
     "qkv_bias": Key("attention_bias", False),
@@ -203,6 +226,10 @@ _GGUF_LLAMA = _GGUF_SIZES | {
     "rms_norm_eps": Key("attention.layer_norm_rms_epsilon"),
     "rope_theta": Key("rope.freq_base", 10000.0),
 }
+_GGUF_EXPERTS = {
+    "num_experts": Key("expert_count"),
+    "experts_per_token": Key("expert_used_count"),
+}
 _GGUF_GRANITE = _GGUF_LLAMA | {
     "attention_scale": Key("attention.scale", None),
     "logits_scaling": Key("logit_scale", 1.0),
@@ -236,7 +263,10 @@ def _gpt2_derived(fields: Fields) -> Fields:
 _LLAMA = Architecture(
     names=_LLAMA_NAMES,
     config=_LLAMA_CONFIG | _BIAS | {"mlp_bias": Key("mlp_bias", False)},
-    metadata=_GGUF_LLAMA,
+    metadata=_GGUF_LLAMA
+    | {  # Mixtral goes by this name
+        field: replace(key, default=None) for field, key in _GGUF_EXPERTS.items()
+    },
     expected={"hidden_act": "silu"},
     paired_rotary=True,
 )
@@ -272,12 +302,50 @@ ARCHITECTURES = {
         window=4096,
         model_class="MistralForCausalLM",
     ),
+    "mixtral": replace(
+        _LLAMA,
+        names=_MIXTRAL_NAMES,
+        config=_LLAMA_CONFIG
+        | {
+            "rms_norm_eps": Key("rms_norm_eps", 1e-5),
+            "num_experts": Key("num_local_experts", 8),
+            "experts_per_token": Key("num_experts_per_tok", 2),
+        },
+        expected={"hidden_act": "silu", "router_jitter_noise": 0.0},
+        slides=lambda layer, first: True,
+        rope_theta=1e6,
+        model_class="MixtralForCausalLM",
+    ),
     "qwen2": _QWEN2,
     "qwen3": replace(
         _QWEN2,
         config=_LLAMA_CONFIG | _BIAS | {"head_dim": Key("head_dim", 128)},
         fixed={"qk_norm": True},
         model_class="Qwen3ForCausalLM",
+    ),
+    "qwen3_moe": replace(
+        _QWEN2,
+        config=_LLAMA_CONFIG
+        | _BIAS
+        | _EXPERTS
+        | {"intermediate_size": Key("moe_intermediate_size", 768)},
+        metadata=_GGUF_LLAMA
+        | _GGUF_EXPERTS
+        | {"intermediate_size": Key("expert_feed_forward_length")},
+        fixed={"qk_norm": True},
+        expected={**_QWEN2.expected, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        slides=lambda layer, first: True,
+        model_class="Qwen3MoeForCausalLM",
+        gguf_name="qwen3moe",
+    ),
+    "olmoe": replace(
+        _QWEN2,
+        config=_LLAMA_CONFIG | _BIAS | _EXPERTS | {"rms_norm_eps": Key("rms_norm_eps", 1e-5)},
+        metadata=_GGUF_LLAMA | _GGUF_EXPERTS,
+        fixed={"qk_norm": True, "joint_qk_norm": True, "normalize_experts": False},
+        expected={**_QWEN2.expected, "clip_qkv": None},
+        slides=None,
+        model_class="OlmoeForCausalLM",
     ),
     "phi3": Architecture(
         names=_PHI3_NAMES,

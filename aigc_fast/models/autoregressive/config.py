@@ -36,6 +36,9 @@ class DecoderConfig:
         qk_norm: an RMS norm over each head of query and key, before the rotation.
         joint_qk_norm: that norm is over all heads of query together, and over all of key.
         activation: silu(gate) * up, gelu(gate) * up, or gelu without a gate; tanh approximation.
+        num_experts: MLPs of a layer, each of `intermediate_size`; None is one for all tokens.
+        experts_per_token: those that a token is sent to, the likeliest by a softmax over all.
+        normalize_experts: their factors are made to add up to one.
         qkv_bias, output_bias, mlp_bias: which projections have a bias.
         learned_positions: an embedding of the position instead of the rotation.
         rope_layers: for each layer whether query and key rotate; () where all do.
@@ -70,6 +73,9 @@ class DecoderConfig:
     qk_norm: bool = False
     joint_qk_norm: bool = False
     activation: Activation = "swiglu"
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    normalize_experts: bool = True
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -117,6 +123,7 @@ class DecoderConfig:
             )
         if self.joint_qk_norm and not self.qk_norm:
             raise ValueError("qk_norm must be True with joint_qk_norm")
+        self._check_experts()
         if self.rotary_dim is None:
             object.__setattr__(self, "rotary_dim", self.head_dim)
         self._check_rotary(self.rotary_dim or self.head_dim)
@@ -124,13 +131,25 @@ class DecoderConfig:
     def _check_sizes(self) -> None:
         """Keeps the number of elements of every weight within what a tensor can count."""
         heads = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        widest = max(self.vocab_size, heads, 2 * self.intermediate_size)
+        inner = 2 * self.intermediate_size * (self.num_experts or 1)
+        widest = max(self.vocab_size, heads, inner)
         if self.learned_positions:
             widest = max(widest, self.max_position_embeddings)
         if widest * self.hidden_size >= 2**62:
             raise ValueError(
                 f"a weight of {widest} by hidden_size = {self.hidden_size} has too many elements"
             )
+
+    def _check_experts(self) -> None:
+        experts, per_token = self.num_experts, self.experts_per_token
+        if experts is None and per_token is None:
+            return
+        if experts is None or per_token is None or per_token > experts:
+            raise ValueError(
+                f"experts_per_token must be at most num_experts, got {per_token} and {experts}"
+            )
+        if self.mlp_bias or self.activation == "gelu_tanh":
+            raise ValueError("num_experts must be None with mlp_bias and without a gate")
 
     def _check_rotary(self, rotary_dim: int) -> None:
         if rotary_dim % 2 or rotary_dim > self.head_dim:

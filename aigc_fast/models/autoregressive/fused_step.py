@@ -14,7 +14,8 @@ from aigc_fast.nn import QuantizedLinear
 from aigc_fast.nn._replacing import runs_as_written
 
 from .cache import KVCache
-from .layers import MLP, Attention, DecoderLayer, Norm
+from .layers import Attention, DecoderLayer, Norm
+from .mlp import MLP
 
 if TYPE_CHECKING:
     from .decoder_lm import DecoderLM

@@ -16,6 +16,7 @@ from aigc_fast.ops._pages import NARROW
 from .attention import attend
 from .cache import KVCache
 from .config import DecoderConfig
+from .mlp import MLP, MixtureOfExperts
 
 
 class Step(NamedTuple):
@@ -121,31 +122,9 @@ class Attention(nn.Module):
         return ops.apply_rotary(torch.cat((query, key), 2), cos, sin)
 
 
-class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)), gate and up one product; or down(act(up(x)))."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.activation = config.activation
-        if self.activation == "gelu_tanh":
-            self.up_proj = Linear(hidden, inner, bias=bias)
-        else:
-            self.gate_up_proj = Linear(hidden, 2 * inner, bias=bias)
-        self.down_proj = Linear(inner, hidden, bias=bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.activation == "gelu_tanh":
-            return self.down_proj(ops.gelu(self.up_proj(hidden), "tanh"))
-        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
-        if self.activation == "geglu_tanh":
-            return self.down_proj(F.gelu(gate, approximate="tanh") * up)
-        return self.down_proj(ops.swiglu(gate, up))
-
-
 class DecoderLayer(nn.Module):
-    """Attention, then MLP. The residual stream travels beside the branch that is added to it,
-    so that every addition is fused with the norm after it."""
+    """Attention, then an MLP or experts. The residual stream travels beside the branch that is
+    added to it, so that every addition is fused with the norm after it."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -157,7 +136,7 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(config, layer)
         self.post_attention_norm = norm() if config.post_norms else None
         self.mlp_norm = norm() if config.pre_norms else None
-        self.mlp = MLP(config)
+        self.mlp = MLP(config) if config.num_experts is None else MixtureOfExperts(config)
         self.post_mlp_norm = norm() if config.post_norms else None
         self.residual_scale = config.residual_scale
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from aigc_fast.io.gguf import GGUFFile, read_gguf
+from aigc_fast.io.gguf import GGUFFile, GGUFTensor, read_gguf
 from aigc_fast.io.quantized import GROUP_SIZE, pack_gguf
 from aigc_fast.nn import Linear, QuantizedLinear
 
 from .architectures import ARCHITECTURES, REQUIRED, Architecture, Key
 from .config import DecoderConfig
 from .rope import RopeScaling
-from .weights import assemble, part_rows, parts_of
+from .weights import assemble, by_expert, is_of_experts, part_rows, parts_of
 
 if TYPE_CHECKING:
     from .decoder_lm import DecoderLM
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _INTEGERS = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"} | {
     "intermediate_size",
     "max_position_embeddings",
+    "num_experts",
+    "experts_per_token",
 }
 _LONGROPE = {"divisors": "rope_factors_short.weight", "long_divisors": "rope_factors_long.weight"}
 
@@ -54,31 +56,43 @@ def read_gguf_model(
     if _has_longrope(file):
         unread -= set(_LONGROPE.values())
 
+    def find(part: str, layer: int | None, kind: str, shape: tuple[int, ...]) -> GGUFTensor:
+        name = f"{part}.{kind}" if layer is None else f"blk.{layer}.{part}.{kind}"
+        if is_of_experts(part):
+            experts = config.num_experts or 1
+            tensor = file.get_tensor(name, (experts, shape[0] // experts, *shape[1:])).matrix()
+        else:
+            tensor = file.get_tensor(name, shape)
+        unread.discard(name)
+        return tensor
+
     def fetch(part: str, layer: int | None, kind: str, shape: tuple[int, ...]) -> Tensor:
-        tensor_name = f"{part}.{kind}" if layer is None else f"blk.{layer}.{part}.{kind}"
-        weight = file.get_tensor(tensor_name, shape).dequantize()
-        unread.discard(tensor_name)
+        weight = find(part, layer, kind, shape).dequantize()
         if architecture.paired_rotary and part in ("attn_q", "attn_k"):
             weight = _halves_from_pairs(weight, config.head_dim)
         return weight.to(dtype)
 
     def pack(module: str, linear: nn.Linear) -> QuantizedLinear | None:
-        layer, parts = parts_of(module, architecture)
+        layer, parts = parts_of(module, architecture, config)
         if module == "lm_head" and config.tie_word_embeddings:
             parts = ("token_embd",)
         rows = part_rows(config, parts, linear.out_features)
-        names = [p if layer is None else f"blk.{layer}.{p}" for p in parts]
+        if is_of_experts(parts[0]) and linear.out_features // (config.num_experts or 1) % 16:
+            return None  # the experts would share tiles
         tensors = [
-            file.get_tensor(f"{name}.weight", (count, linear.in_features))
-            for name, count in zip(names, rows, strict=True)
+            find(part, layer, "weight", (count, linear.in_features))
+            for part, count in zip(parts, rows, strict=True)
         ]
         order = None
+        if is_of_experts(parts[0]):
+            order = torch.cat(
+                by_expert(torch.arange(linear.out_features).split(rows), parts, config)
+            )
         if architecture.paired_rotary and "attn_q" in parts:
             order = torch.arange(linear.out_features)
             turned = sum(rows[:2])
             order[:turned] = _halves_from_pairs(order[:turned], config.head_dim)
         weight = pack_gguf(tensors, order)
-        unread.difference_update(tensor.name for tensor in tensors)
         return None if weight is None else QuantizedLinear.from_packed(linear, *weight, GROUP_SIZE)
 
     model = build(config)

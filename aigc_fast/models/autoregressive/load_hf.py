@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 _MISSING = object()
 LONGROPE = {"short_factor": "divisors", "long_factor": "long_divisors"}
+_STACKED = {
+    "experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "experts.down_proj": ("ffn_down_exps",),
+}
 _LAYER_KINDS = {"sliding_attention", "full_attention"}
 _TYPES = {field.name: str(field.type) for field in dataclass_fields(DecoderConfig)}
 
@@ -81,7 +85,23 @@ def from_hf_state_dict(
         raise ValueError(
             f"architecture must be one of {sorted(ARCHITECTURES)}, got {architecture!r}"
         )
-    return _assemble(model, ARCHITECTURES[architecture], fetch_from(state, "state"), None)
+    row = ARCHITECTURES[architecture]
+    return _assemble(model, row, fetch_from(_as_in_files(state, row), "state"), None)
+
+
+def _as_in_files(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """The state dict of a model whose experts are in one tensor, as transformers writes it."""
+    found = dict(state)
+    for stacked, parts in _STACKED.items():
+        for name in [name for name in found if name.endswith(stacked)]:
+            layer = int(name.split(".")[-4])
+            for e, weight in enumerate(found.pop(name).unbind()):
+                for part, piece in zip(parts, weight.chunk(len(parts)), strict=True):
+                    found[f"{architecture.names[part].format(layer, e)}.weight"] = piece
+            router = found.pop(name.replace(stacked, "gate.weight"), None)
+            if router is not None:
+                found[f"{architecture.names['ffn_gate_inp'].format(layer)}.weight"] = router
+    return found
 
 
 def _assemble(
@@ -92,7 +112,10 @@ def _assemble(
 ) -> dict[str, Tensor]:
     def fetch_part(part: str, layer: int | None, kind: str, shape: tuple[int, ...]) -> Tensor:
         flip = architecture.is_transposed(layer, shape)
-        weight = fetch(architecture.weight_name(part, layer, kind), shape[::-1] if flip else shape)
+        names = architecture.weight_names(part, layer, kind, model.config.num_experts)
+        shape = (shape[0] // len(names), *shape[1:])
+        weights = [fetch(name, shape[::-1] if flip else shape) for name in names]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         if flip:
             weight = weight.t().contiguous()
         target = weight.dtype if dtype is None else dtype
@@ -127,7 +150,7 @@ def read_hf_config(config: Config, architecture: Architecture, most_layers: int)
             raise ValueError(f"{name} is {found!r}; only {value!r} is supported")
     fields: Fields = dict(architecture.fixed)
     for field, key in architecture.config.items():
-        value = config.get(key.name, _MISSING)
+        value = config.get(key.name, config.get(key.other_name or key.name, _MISSING))
         if value is _MISSING or (value is None and "None" not in _TYPES[field]):
             if key.default is REQUIRED:
                 raise ValueError(f"{key.name!r} is missing")

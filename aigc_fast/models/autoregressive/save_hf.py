@@ -60,10 +60,10 @@ def _hf_state_dict(
             weight = weight.to(torch.promote_types(torch.float32, weight.dtype)) - 1
         if architecture.is_transposed(layer, tuple(weight.shape)):
             weight = weight.t()
-        # safetensors takes no two tensors of one storage, and views of it only whole.
-        tensors[architecture.weight_name(part, layer, kind)] = weight.clone(
-            memory_format=torch.contiguous_format
-        )
+        names = architecture.weight_names(part, layer, kind, config.num_experts)
+        for name, piece in zip(names, weight.chunk(len(names)), strict=True):
+            # safetensors takes no two tensors of one storage, and views of it only whole.
+            tensors[name] = piece.clone(memory_format=torch.contiguous_format)
     return tensors
 
 
@@ -127,7 +127,8 @@ def _write_windows(config: DecoderConfig, architecture: Architecture) -> Fields:
     # Where the rule is the same for all layers (Mistral), transformers knows no layer_types. No
     # architecture has more than five layers with a window in turn.
     if len({rule(layer, 1) for layer in range(6)}) == 1:
-        return {"sliding_window": window}
+        use = {} if architecture.use_window else {"use_sliding_window": window is not None}
+        return {"sliding_window": window, **use}
     kinds = {window: "sliding_attention", None: "full_attention"}
     return {
         "use_sliding_window": window is not None,
