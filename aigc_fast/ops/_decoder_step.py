@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aigc_fast.ops._attention import reference as _attend
@@ -27,7 +28,8 @@ def reference(
     cache_scales: Tensor | None = None, qkv_biases: Sequence[Tensor] | None = None,
     query_key_norms: Sequence[Tensor] | None = None, post_norms: Sequence[Tensor] | None = None,
     rotations: Sequence[int] = (), windows: Sequence[int] = (), softcap: float | None = None,
-    residual_scale: float = 1.0, gelu: bool = False,
+    residual_scale: float = 1.0, gelu: bool = False, routers: Sequence[Tensor] | None = None,
+    experts_per_token: int = 0, normalize_experts: bool = True,
 ) -> Tensor:  # fmt: skip
     batch, width = hidden.shape
     kv_heads, head_dim = caches[0].shape[2:]
@@ -41,6 +43,11 @@ def reference(
 
     def of_heads(x: Tensor, weight: Tensor) -> Tensor:
         return _norm(x.reshape(batch, -1, len(weight)), weight, eps).view_as(x)
+
+    def mlp(x: Tensor, gate_up: Tensor, down: Tensor, factor: Any = 1) -> Tensor:
+        inner = down.shape[1] * _GROUP_SIZE
+        gate, up = linear(x, gate_up, 2 * inner).split(inner, 1)
+        return linear(_gate(gate, up, gelu or None) * factor, down, width)
 
     x = hidden
     for layer in range(len(caches) // 2):
@@ -70,11 +77,26 @@ def reference(
         after = (None, None) if post_norms is None else post_norms[2 * layer : 2 * layer + 2]
         branch = linear(out.view(batch, -1).to(x.dtype), output, width)
         x = x + norm(branch, after[0]) * residual_scale
-        inner = down.shape[1] * _GROUP_SIZE
-        gate, up = linear(norm(x, mlp_norm), gate_up, 2 * inner).split(inner, 1)
-        branch = linear(_gate(gate, up, gelu or None), down, width)
+        normed = norm(x, mlp_norm)
+        if routers is None:
+            branch = mlp(normed, gate_up, down)
+        else:
+            factors = _factors(normed, routers[layer], experts_per_token, normalize_experts)
+            count, branch = factors.shape[1], torch.zeros_like(x)
+            experts = zip(gate_up.chunk(count), down.chunk(count), factors.split(1, 1), strict=True)
+            for of_expert in experts:
+                branch = branch + mlp(normed, *of_expert)
         x = x + norm(branch, after[1]) * residual_scale
     return _norm(x, weights[-1], eps)
+
+
+def _factors(x: Tensor, router: Tensor, per_token: int, normalize: bool) -> Tensor:
+    """(batch, num_experts), zero for the experts that a token is not sent to."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    factors, chosen = F.linear(x.to(wide), router.to(wide)).softmax(1).topk(per_token)
+    if normalize:
+        factors = factors / factors.sum(1, keepdim=True)
+    return factors.new_zeros(len(x), len(router)).scatter(1, chosen, factors).to(x.dtype)
 
 
 def _parts(
@@ -100,7 +122,8 @@ def check(
     cache_scales: Tensor | None = None, qkv_biases: Sequence[Tensor] | None = None,
     query_key_norms: Sequence[Tensor] | None = None, post_norms: Sequence[Tensor] | None = None,
     rotations: Sequence[int] = (), windows: Sequence[int] = (), softcap: float | None = None,
-    residual_scale: float = 1.0, gelu: bool = False,
+    residual_scale: float = 1.0, gelu: bool = False, routers: Sequence[Tensor] | None = None,
+    experts_per_token: int = 0, normalize_experts: bool = True,
 ) -> None:  # fmt: skip
     check_tensor("hidden", hidden, ndim=2)
     layers, rest = divmod(len(caches), 2)
@@ -112,7 +135,10 @@ def check(
             f"got {len(weights)}"
         )
     _check_caches(hidden, caches, block_table)
-    heads = _check_weights(hidden, weights, caches)
+    experts = _check_routers(hidden, routers, layers, experts_per_token)
+    if experts and post_norms is not None:
+        raise ValueError("post_norms must be None with routers")
+    heads = _check_weights(hidden, weights, caches, experts)
     _, _, kv_heads, head_dim = caches[0].shape
     check_tensor("lengths", lengths, dtypes=(torch.int32,), shape=(len(hidden),))
     if cache_scales is not None:
@@ -173,7 +199,28 @@ def _check_caches(hidden: Tensor, caches: Sequence[Tensor], block_table: Tensor 
             )
 
 
-def _check_weights(hidden: Tensor, weights: Sequence[Tensor], caches: Sequence[Tensor]) -> int:
+def _check_routers(
+    hidden: Tensor, routers: Sequence[Tensor] | None, layers: int, experts_per_token: int
+) -> int:
+    """The number of experts, 0 without any."""
+    if routers is None:
+        if experts_per_token != 0:
+            raise ValueError(
+                f"experts_per_token must be 0 without routers, got {experts_per_token}"
+            )
+        return 0
+    _check_count("routers", routers, layers)
+    shape = (len(routers[0]), hidden.shape[1])
+    for i, router in enumerate(routers):
+        check_tensor(f"routers[{i}]", router, like=("hidden", hidden), shape=shape)
+    if not 0 < experts_per_token <= shape[0]:
+        raise ValueError(f"experts_per_token must be in [1, {shape[0]}], got {experts_per_token}")
+    return shape[0]
+
+
+def _check_weights(
+    hidden: Tensor, weights: Sequence[Tensor], caches: Sequence[Tensor], experts: int
+) -> int:
     """The number of query heads."""
     width, (kv_heads, head_dim) = hidden.shape[1], caches[0].shape[2:]
     per_layer = 2 * (len(weights) - 1) // len(caches)
@@ -196,6 +243,12 @@ def _check_weights(hidden: Tensor, weights: Sequence[Tensor], caches: Sequence[T
         heads = attended // head_dim
         names = ("qkv", "output", "gate_up", "down")
         rows = (attended + 2 * kv_heads * head_dim, width, 2 * inner, width)
+        if experts:
+            if inner * 2 % TILE or width % TILE:
+                raise ValueError(
+                    f"experts must have multiples of {TILE} rows, got {2 * inner} and {width}"
+                )
+            rows = (*rows[:2], experts * 2 * inner, experts * width)
         for i, name, count, columns in zip(
             places, names, rows, (width, attended, width, inner), strict=True
         ):

@@ -30,13 +30,17 @@ def decoder_step(
     softcap: float | None = None,
     residual_scale: float = 1.0,
     activation: str = "swiglu",
+    routers: Sequence[Tensor] | None = None,
+    experts_per_token: int = 0,
+    normalize_experts: bool = True,
 ) -> Tensor:
     """The normalised states after the last layer of a decoder, for one new token each.
 
     For each layer x += output(attention(norm(x))), x += down(silu(gate(norm(x))) * up(norm(x))),
     the norms RMS norms, query and key rotated by halves; then the last norm. So Llama's; what
     others have beside it are the arguments from `qkv_biases` on: the bias of Qwen2, the norms of
-    query and key of Qwen3, the windows of Mistral, the norms behind attention and MLP of Gemma.
+    query and key of Qwen3, the windows of Mistral, the norms behind attention and MLP of Gemma, the
+    experts of Mixtral.
 
     hidden:  (batch, hidden_size), the embedded tokens, float32, bfloat16 or float16 (float64 in
              the reference alone).
@@ -76,6 +80,13 @@ def decoder_step(
     softcap: attention scores become softcap * tanh(score / softcap).
     residual_scale: factor on what is added to x.
     activation: "swiglu", or "geglu_tanh": gelu in its tanh form in place of silu.
+    routers: of each layer one, (num_experts, hidden_size), in the dtype of hidden: the MLP is the
+             sum over the experts_per_token experts with the largest softmax(router @ norm(x)), ties
+             by the lower number, of that factor times their MLP. The weights of gate and up are
+             then those of one expert after those of another, and so are those of down; each has
+             multiples of 16 rows. Not together with post_norms.
+    experts_per_token: those that a token is sent to; 0 without routers.
+    normalize_experts: their factors are made to add up to one.
 
     Returns (batch, hidden_size) in the dtype of hidden. Computes in fp32 throughout; key and value,
     divided by their scales, are rounded to the dtype of the caches, as are query and what attention
@@ -89,7 +100,8 @@ def decoder_step(
     outside [0, capacity) or a page outside [0, num_pages), before anything is written; RuntimeError
     if a gradient is asked for.
     """
-    small = [t for some in (qkv_biases, query_key_norms, post_norms) for t in some or ()]
+    groups = qkv_biases, query_key_norms, post_norms, routers
+    small = [t for some in groups for t in some or ()]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *weights, *small)):
         raise RuntimeError("decoder_step has no derivative: call it under torch.no_grad()")
     gelu = _GELU.get(activation)
@@ -102,7 +114,7 @@ def decoder_step(
     return _decoder_step(
         hidden, weights, caches, lengths, cos, sin, eps, scale, quantize_activations, block_table,
         cache_scales, qkv_biases, query_key_norms, post_norms, rotations, windows, softcap,
-        residual_scale, gelu,
+        residual_scale, gelu, routers, experts_per_token, normalize_experts,
     )  # fmt: skip
 
 
@@ -113,7 +125,8 @@ _decoder_step = define(
     " Tensor[] cos, Tensor[] sin, float eps, float scale, bool quantize_activations,"
     " Tensor? block_table=None, Tensor? cache_scales=None, Tensor[]? qkv_biases=None,"
     " Tensor[]? query_key_norms=None, Tensor[]? post_norms=None, int[] rotations=[],"
-    " int[] windows=[], float? softcap=None, float residual_scale=1.0, bool gelu=False) -> Tensor",
+    " int[] windows=[], float? softcap=None, float residual_scale=1.0, bool gelu=False,"
+    " Tensor[]? routers=None, int experts_per_token=0, bool normalize_experts=True) -> Tensor",
     reference,
     check,
     stem=None,

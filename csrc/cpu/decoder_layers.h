@@ -14,12 +14,15 @@ constexpr int64_t kKeysOfItem = 64;   // keys of an item of attention
 struct DecoderWeight {
   QuantizedFormat format;
   const uint8_t* blocks;
-  int64_t tiles;
+  int64_t tiles;    // of one expert, where there are such: one after another
+  int64_t experts;  // 0 where all tokens meet the same weight
 
-  explicit DecoderWeight(const Tensor& x) : format(format_with_groups_of_32(x)) {
+  explicit DecoderWeight(const Tensor& x, int64_t experts = 0)
+      : format(format_with_groups_of_32(x)), experts(experts) {
     require(x.is_contiguous(), "weights must be contiguous");
     blocks = data<uint8_t>(x);
-    tiles = x.size(0);
+    tiles = x.size(0) / std::max<int64_t>(experts, 1);
+    require(experts == 0 || tiles * experts == x.size(0), "experts must have as many tiles each");
   }
   int64_t rows() const { return tiles * kTileRows; }
   bool fits(int64_t rows, int64_t columns) const {
@@ -37,9 +40,12 @@ struct DecoderWeight {
 
 struct DecoderSizes {
   int64_t batch, hidden, heads, kv_heads, head_dim, inner, capacity, key_batch, key_seq, key_head;
-  int64_t turning;  // the leading features of a head that a rotation turns
+  int64_t turning;             // the leading features of a head that a rotation turns
+  int64_t experts, per_token;  // of a layer, and those that a token is sent to; 0 without any
   Pages pages;
   int64_t group() const { return heads / kv_heads; }
+  // The rows that the down projection multiplies.
+  int64_t inner_rows() const { return batch * std::max<int64_t>(per_token, 1); }
   int64_t packed() const { return (heads + 2 * kv_heads) * head_dim; }
   // Where entry `index` of a sequence lies in a cache.
   int64_t entry(int64_t b, int64_t index) const {
@@ -54,6 +60,7 @@ struct DecoderNumbers {
   bool as_codes;     // activations, in every product
   bool gelu;         // in its tanh form, in place of silu
   bool joint_norms;  // the norm of query is over all its heads, and so is that of key
+  bool normalize_experts;
 };
 
 // A share of the keys of one key/value head of one sequence, which has `splits` of them.
@@ -85,6 +92,7 @@ struct KeyShares {
 template <class T>
 struct DecoderLayer {
   DecoderWeight qkv, output, gate_up, down;
+  const Tensor* router;  // (experts, hidden), or nullptr
   T *keys, *values;
   const float *key_scale, *value_scale;
   const KeyShares* shares;

@@ -73,6 +73,8 @@ void check_options(const LayerOptions& o, size_t layers) {
   if (o.qkv_biases) count(o.qkv_biases->size(), layers, "qkv_biases");
   if (o.query_key_norms) count(o.query_key_norms->size(), 2 * layers, "query_key_norms");
   if (o.post_norms) count(o.post_norms->size(), 2 * layers, "post_norms");
+  if (o.routers) count(o.routers->size(), layers, "routers");
+  require(!o.routers || !o.post_norms, "post_norms must be None with routers");
   if (!o.rotations.empty()) count(o.rotations.size(), layers, "rotations");
   if (!o.windows.empty()) count(o.windows.size(), layers, "windows");
 }
@@ -83,8 +85,10 @@ Tensor decoder_step(const Tensor& hidden_in, const Tensors& weights, const Tenso
                     const MaybeTensor& scales_in, const MaybeTensors& qkv_biases,
                     const MaybeTensors& query_key_norms, const MaybeTensors& post_norms,
                     const std::vector<int64_t>& rotations, const std::vector<int64_t>& windows,
-                    std::optional<double> softcap, double residual_scale, bool gelu) {
-  const LayerOptions o{qkv_biases, query_key_norms, post_norms, rotations, windows};
+                    std::optional<double> softcap, double residual_scale, bool gelu,
+                    const MaybeTensors& routers, int64_t experts_per_token,
+                    bool normalize_experts) {
+  const LayerOptions o{qkv_biases, query_key_norms, post_norms, routers, rotations, windows};
   require(hidden_in.dim() == 2 && hidden_in.size(1) > 0, "hidden must have 2 dimensions");
   const size_t num_layers = caches.size() / 2;
   require(num_layers > 0 && caches.size() % 2 == 0, "caches must be keys and values of each layer");
@@ -102,6 +106,14 @@ Tensor decoder_step(const Tensor& hidden_in, const Tensors& weights, const Tenso
   const int64_t attended = DecoderWeight(weights[pre_norms + 1]).format.columns();
   s.heads = attended / s.head_dim;
   s.inner = DecoderWeight(weights[2 * pre_norms + 3]).format.columns();
+  require(routers || experts_per_token == 0, "experts_per_token must be 0 without routers, got ",
+          experts_per_token);
+  if (routers) {
+    require(!routers->empty() && (*routers)[0].dim() == 2, "routers must have 2 dimensions");
+    s.experts = (*routers)[0].size(0), s.per_token = experts_per_token;
+    require(0 < s.per_token && s.per_token <= s.experts, "experts_per_token must be in [1, ",
+            s.experts, "], got ", s.per_token);
+  }
   require(s.heads * s.head_dim == attended && s.heads % s.kv_heads == 0,
           "the output projection must take a multiple of the heads of the caches");
   require(!cos_in.empty() && cos_in[0].dim() == 2, "cos must be tables of 2 dimensions");
@@ -120,6 +132,7 @@ Tensor decoder_step(const Tensor& hidden_in, const Tensors& weights, const Tenso
       quantize_activations,
       gelu,
       query_key_norms && (*query_key_norms)[0].numel() != s.head_dim,
+      normalize_experts,
   };
 
   Tensor out = empty({s.batch, s.hidden}, dtype);

@@ -1,12 +1,14 @@
 // One token for every sequence through all layers of a decoder with quantised weights.
 //
 // The stages of a layer: norm and query, key, value; rotation, append and attention; output
-// projection; norm, gate, up and their product; down projection; where a norm stands behind
-// attention and MLP, it and the addition. Each is cut into items that no other item of the stage
-// depends on, so the bits are the same for any number of threads.
+// projection; with experts, their scores and the choice of some; norm, gate, up and their product;
+// down projection; where a norm stands behind attention and MLP, it and the addition. Each is cut
+// into items that no other item of the stage depends on, so the bits are the same for any number of
+// threads.
 #pragma once
 
 #include "decoder_attention.h"
+#include "decoder_experts.h"
 #include "decoder_layers.h"
 #include "stages.h"
 
@@ -31,7 +33,10 @@ class DecoderStep {
         tokens_(s_, numbers_, std::move(positions)),
         residual_(std::move(hidden)),
         branch_(layers_[0].post_mlp_norm ? residual_.size() : 0),
-        inner_(s.batch * s.inner) {
+        inner_(s.inner_rows() * s.inner),
+        scores_(s.batch * s.experts),
+        factors_(s.batch * s.per_token),
+        chosen_(factors_.size()) {
     size_t units = 0;
     for (const DecoderLayer<T>& layer : layers_)
       if (layer.shares->split) units = std::max(units, layer.shares->units.size());
@@ -51,7 +56,7 @@ class DecoderStep {
   }
 
  private:
-  static constexpr int kLayerStages = 9;
+  static constexpr int kLayerStages = 11;
 
   void normalize(const float* x, const float* weight, float* out) const {
     scale_row(x, s_.hidden, rms_factor(x, s_.hidden, numbers_.eps), weight, out);
@@ -92,8 +97,9 @@ class DecoderStep {
           of_heads(first + 3, [&](int64_t b, int64_t head) { attention_.merge(layer, b, head); });
         branch(first + 4, layer.output, layer.gate_up, layer.gate_up.tiles / 2,
                step_.tokens_.attended, layer.post_attention_norm);
-        gated(first + 6, layer);
-        branch(first + 7, layer.down, next, next.tiles, step_.inner_, layer.post_mlp_norm);
+        if (layer.router) route(first + 6, layer);
+        gated(first + 8, layer);
+        branch(first + 9, layer.down, next, next.tiles, step_.inner_, layer.post_mlp_norm);
       }
     }
 
@@ -110,10 +116,24 @@ class DecoderStep {
       stages_.run(
           stage, thread_, items, prepare,
           [&](int64_t i) {
-            multiply_tiles(weight.format, weight.blocks, activations_, s_.batch,
-                           i * weight.tiles / items, (i + 1) * weight.tiles / items, finish);
+            multiply(weight, i * weight.tiles / items, (i + 1) * weight.tiles / items, finish);
           },
           [&] { fetch(next, next_tiles); });
+    }
+
+    // The products of some tiles with all rows; of experts, with the rows that were sent to each.
+    template <class Finish>
+    void multiply(const DecoderWeight& weight, int64_t begin, int64_t end, Finish&& finish) {
+      if (weight.experts == 0)
+        return multiply_tiles(weight.format, weight.blocks, activations_, {0, s_.batch}, begin, end,
+                              finish);
+      for (int64_t row = 0; row < s_.inner_rows(); ++row) {
+        const int64_t first = step_.chosen_[row] * weight.tiles;
+        multiply_tiles(weight.format, weight.blocks, activations_, {row, row + 1}, first + begin,
+                       first + end, [&](int64_t, int64_t tile, const float* y) {
+                         finish(row / s_.per_token, tile - first, y);
+                       });
+      }
     }
 
     // The product with `rows` is added to the residual stream; behind a norm, which must see all of
@@ -150,7 +170,35 @@ class DecoderStep {
     // Asks for the beginnings of the tiles that this thread will multiply first: without it every
     // product starts with a few trips to memory.
     void fetch(const DecoderWeight& weight, int64_t tiles) const {
+      if (weight.experts > 0) return;  // which of them is not known
       ask_for_tiles(weight.format, weight.blocks, stages_.first(thread_, tiles), tiles);
+    }
+
+    // Which experts each sequence's token is sent to.
+    void route(int64_t stage, const DecoderLayer<T>& layer) {
+      const int64_t experts = s_.experts, parts = stages_.threads();
+      stages_.run(
+          stage, thread_, s_.batch * parts, [] {},
+          [&](int64_t i) {
+            const int64_t b = i / parts, part = i % parts;
+            const float* x = normed_row(b, layer.mlp_norm);
+            dispatch(*layer.router, "routers", [&]<class S>(S) {
+              if constexpr (!std::is_same_v<S, double>)
+                for (int64_t e = part * experts / parts; e < (part + 1) * experts / parts; ++e)
+                  step_.scores_[b * experts + e] =
+                      router_score(data<S>(*layer.router) + e * s_.hidden, x, s_.hidden);
+            });
+          },
+          [] {});
+      stages_.run(
+          stage + 1, thread_, s_.batch, [] {},
+          [&](int64_t b) {
+            choose_experts(step_.scores_.data() + b * experts, experts, s_.per_token,
+                           step_.numbers_.normalize_experts,
+                           step_.chosen_.data() + b * s_.per_token,
+                           step_.factors_.data() + b * s_.per_token);
+          },
+          [] {});
     }
 
     // act(gate) * up; the gates are the first half of the tiles. A few tiles of one, then of the
@@ -158,48 +206,60 @@ class DecoderStep {
     void gated(int64_t stage, const DecoderLayer<T>& layer) {
       const DecoderWeight& weight = layer.gate_up;
       const int64_t tiles = weight.tiles / 2, threads = stages_.threads();
-      // As many for each thread, none of more than kFew tiles.
-      const int64_t items = (tiles + kFew * threads - 1) / (kFew * threads) * threads;
-      auto multiply = [&](int64_t begin, int64_t end, auto&& finish) {
-        multiply_tiles(weight.format, weight.blocks, activations_, s_.batch, begin, end, finish);
-      };
+      const bool sent = weight.experts > 0;
+      // As many for each thread, none of more than kFew tiles; of each row that was sent somewhere.
+      const int64_t parts = (tiles + kFew * threads - 1) / (kFew * threads) * threads;
       stages_.run(
-          stage, thread_, items, [&] { normed(weight, layer.mlp_norm); },
+          stage, thread_, parts * (sent ? s_.inner_rows() : 1),
+          [&] { normed(weight, layer.mlp_norm); },
           [&](int64_t i) {
-            const int64_t begin = i * tiles / items, end = (i + 1) * tiles / items;
+            const int64_t part = i % parts, unit = i / parts;
+            const int64_t begin = part * tiles / parts, end = (part + 1) * tiles / parts;
+            const int64_t b = unit / std::max<int64_t>(s_.per_token, 1);
+            const int64_t gates = sent ? step_.chosen_[unit] * weight.tiles : 0;
+            const RowRange rows = sent ? RowRange{b, b + 1} : RowRange{0, s_.batch};
+            auto half = [&](int64_t first, auto&& finish) {
+              multiply_tiles(weight.format, weight.blocks, activations_, rows, first + begin,
+                             first + end, [&](int64_t row, int64_t tile, const float* y) {
+                               finish(row - rows.first, tile - first, y);
+                             });
+            };
             auto gate = [&](int64_t row, int64_t tile) {
               return gate_.data() + (row * kFew + tile - begin) * kTileRows;
             };
-            multiply(begin, end, [&](int64_t row, int64_t tile, const float* y) {
+            half(gates, [&](int64_t row, int64_t tile, const float* y) {
               std::copy_n(y, kTileRows, gate(row, tile));
             });
-            multiply(begin + tiles, end + tiles, [&](int64_t row, int64_t tile, const float* y) {
-              float* out = step_.inner_.data() + row * s_.inner + (tile - tiles) * kTileRows;
+            const float factor = sent ? step_.factors_[unit] : 1;
+            half(gates + tiles, [&](int64_t row, int64_t tile, const float* y) {
+              float* out = step_.inner_.data() + (unit + row) * s_.inner + tile * kTileRows;
               for (int j = 0; j < kTileRows; j += L) {
-                const Vec<float> g = load(gate(row, tile - tiles) + j);
+                const Vec<float> g = load(gate(row, tile) + j);
                 const Vec<float> u = step_.numbers_.gelu ? gelu_argument<float>(g) : g;
-                store(out + j, g * sigmoid<float>(u) * load(y + j));
+                store(out + j, g * sigmoid<float>(u) * load(y + j) * factor);
               }
             });
           },
           [&] { fetch(layer.down, layer.down.tiles); });
     }
 
-    // The rows that the next product multiplies: the residual stream, normalised where there is a
-    // norm.
+    // The residual stream of a sequence, normalised where there is a norm.
+    const float* normed_row(int64_t b, const float* norm) {
+      const float* x = step_.residual_.data() + b * s_.hidden;
+      if (norm) step_.normalize(x, norm, normed_.data());
+      return norm ? normed_.data() : x;
+    }
+    // The rows that the next product multiplies.
     void normed(const DecoderWeight& weight, const float* norm) {
       activations_.reset(weight.format, s_.batch);
-      for (int64_t b = 0; b < s_.batch; ++b) {
-        const float* x = step_.residual_.data() + b * s_.hidden;
-        if (norm) step_.normalize(x, norm, normed_.data());
-        activations_.set(b, norm ? normed_.data() : x, s_.hidden);
-      }
+      for (int64_t b = 0; b < s_.batch; ++b) activations_.set(b, normed_row(b, norm), s_.hidden);
     }
     template <class X>
     void given(const DecoderWeight& weight, const std::vector<X>& rows) {
-      const int64_t width = rows.size() / s_.batch;
-      activations_.reset(weight.format, s_.batch);
-      for (int64_t b = 0; b < s_.batch; ++b) activations_.set(b, rows.data() + b * width, width);
+      const int64_t count = weight.experts > 0 ? s_.inner_rows() : s_.batch;
+      const int64_t width = rows.size() / count;
+      activations_.reset(weight.format, count);
+      for (int64_t r = 0; r < count; ++r) activations_.set(r, rows.data() + r * width, width);
     }
 
     static void put(float* row, int64_t width, int64_t tile, const float* y,
@@ -233,7 +293,8 @@ class DecoderStep {
   bool shared_;
   int64_t items_;
   DecoderTokens<P> tokens_;
-  std::vector<float> residual_, branch_, inner_;
+  std::vector<float> residual_, branch_, inner_, scores_, factors_;
+  std::vector<int32_t> chosen_;
 };
 
 }  // namespace aigc_fast

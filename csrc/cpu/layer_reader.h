@@ -12,7 +12,7 @@ using MaybeTensors = std::optional<Tensors>;
 
 // What a layer has beside its two norms and four products.
 struct LayerOptions {
-  MaybeTensors qkv_biases, query_key_norms, post_norms;
+  MaybeTensors qkv_biases, query_key_norms, post_norms, routers;
   std::vector<int64_t> rotations, windows;
 };
 
@@ -20,6 +20,7 @@ struct LayerOptions {
 class Floats {
  public:
   explicit Floats(ScalarType dtype) : dtype_(dtype) {}
+  ScalarType dtype() const { return dtype_; }
   const float* of(const Tensor& x, int64_t size, const char* name) {
     require(x.dim() == 1 && x.size(0) == size && x.is_contiguous() && x.scalar_type() == dtype_,
             name, " must have shape (", size, ",) and the dtype of hidden");
@@ -56,6 +57,12 @@ struct LayerReader {
     const int64_t size = (joint_norms ? heads : 1) * s.head_dim;
     return floats.of((*options.query_key_norms)[i], size, "query_key_norms");
   }
+  const Tensor* router(const Tensor& x) {
+    require(x.dim() == 2 && x.size(0) == s.experts && x.size(1) == s.hidden && x.is_contiguous() &&
+                x.scalar_type() == floats.dtype(),
+            "routers must have shape (", s.experts, ", ", s.hidden, ") and the dtype of hidden");
+    return &x;
+  }
   // The shares of a layer's keys; layers that see as many have the same.
   const KeyShares* shares_of(int64_t window) {
     require(window >= 0, "windows must not be negative, got ", window);
@@ -67,7 +74,7 @@ struct LayerReader {
 
   template <class T>
   DecoderLayer<T> read(size_t l) {
-    const auto& [qkv_biases, query_key_norms, post_norms, rotations, windows] = options;
+    const auto& [qkv_biases, query_key_norms, post_norms, routers, rotations, windows] = options;
     const Tensor* w = &weights[(pre_norms ? 6 : 4) * l];
     const int64_t rotation = rotations.empty() ? 0 : rotations[l];
     require(rotation >= -1 && rotation < static_cast<int64_t>(cos.size()),
@@ -75,8 +82,9 @@ struct LayerReader {
     DecoderLayer<T> layer{
         .qkv = DecoderWeight(w[pre_norms]),
         .output = DecoderWeight(w[pre_norms + 1]),
-        .gate_up = DecoderWeight(w[2 * pre_norms + 2]),
-        .down = DecoderWeight(w[2 * pre_norms + 3]),
+        .gate_up = DecoderWeight(w[2 * pre_norms + 2], s.experts),
+        .down = DecoderWeight(w[2 * pre_norms + 3], s.experts),
+        .router = routers ? router((*routers)[l]) : nullptr,
         .keys = mutable_data<T>(caches[2 * l]),
         .values = mutable_data<T>(caches[2 * l + 1]),
         .key_scale = scales.data() + 2 * l * s.kv_heads,

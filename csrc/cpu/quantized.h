@@ -133,10 +133,15 @@ class Activations {
 // Takes the 16 outputs of one row: finish(row, tile, outputs).
 using TileFinish = std::function<void(int64_t, int64_t, const float*)>;
 
-// The products of the tiles [begin, end) with all rows. A tile is read from memory once for all of
-// them. (quantized_tiles.cpp; no template, or its kernels would be compiled for every caller.)
+// Some rows of activations.
+struct RowRange {
+  int64_t first, end;
+};
+
+// The products of the tiles [begin, end) with these rows. A tile is read from memory once for all
+// of them. (quantized_tiles.cpp; no template, or its kernels would be compiled for every caller.)
 void multiply_tiles(const QuantizedFormat& f, const uint8_t* blocks, const Activations& x,
-                    int64_t rows, int64_t begin, int64_t end, const TileFinish& finish);
+                    RowRange rows, int64_t begin, int64_t end, const TileFinish& finish);
 
 // Asks memory for what that will read first.
 void ask_for_tiles(const QuantizedFormat& f, const uint8_t* blocks, int64_t begin, int64_t end);

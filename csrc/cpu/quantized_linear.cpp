@@ -125,7 +125,7 @@ Tensor quantized_linear(const Tensor& x_in, const Tensor& weight_in, const Maybe
       in_parallel(rows, f.columns(),
                   [&](int64_t r) { activations.set(r, in + r * in_features, in_features); });
       torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-        multiply_tiles(f, blocks, activations, rows, begin, end, finish);
+        multiply_tiles(f, blocks, activations, {0, rows}, begin, end, finish);
       });
     }
   });

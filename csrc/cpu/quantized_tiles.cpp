@@ -190,9 +190,10 @@ AIGC_INLINE void with_format(const QuantizedFormat& f, F&& call) {
 
 // Calls f(first, M) for runs of at most M rows, halving M for the rest, M a compile-time constant.
 template <int M, class F>
-AIGC_INLINE void for_row_runs(int64_t rows, F&& f, int64_t first = 0) {
-  for (; first + M <= rows; first += M) f(first, std::integral_constant<int, M>{});
-  if constexpr (M > 1) for_row_runs<M / 2>(rows, f, first);
+AIGC_INLINE void for_row_runs(RowRange rows, F&& f) {
+  for (; rows.first + M <= rows.end; rows.first += M)
+    f(rows.first, std::integral_constant<int, M>{});
+  if constexpr (M > 1) for_row_runs<M / 2>(rows, f);
 }
 
 // Tiles read at a time for one row, and rows multiplied at a time, as many as the registers hold: a
@@ -201,7 +202,7 @@ constexpr int kCodeStreams = kParts <= 2 ? 4 : 1, kFloatStreams = kParts == 1 ? 
 constexpr int kRows = 8 / kParts;
 
 template <int bits, bool has_minimum, int group_size, bool as_codes>
-void multiply(const QuantizedFormat& f, const uint8_t* blocks, const Activations& x, int64_t rows,
+void multiply(const QuantizedFormat& f, const uint8_t* blocks, const Activations& x, RowRange rows,
               int64_t tile, int64_t end, const TileFinish& finish) {
   auto run = [&]<int N, int M>(int64_t first, std::integral_constant<int, N>,
                                std::integral_constant<int, M>) {
@@ -216,11 +217,10 @@ void multiply(const QuantizedFormat& f, const uint8_t* blocks, const Activations
   };
   const std::integral_constant<int, 1> one;
   constexpr int streams = as_codes ? kCodeStreams : kFloatStreams;
-  if (rows == 1 && likes_many_streams())
+  if (rows.end - rows.first == 1 && likes_many_streams())
     for (; tile + streams <= end; tile += streams)
-      run(0, std::integral_constant<int, streams>{}, one);
-  for (; tile < end; ++tile)
-    for_row_runs<kRows>(rows, [&](int64_t first, auto m) { run(first, one, m); });
+      run(rows.first, std::integral_constant<int, streams>{}, one);
+  for (; tile < end; ++tile) for_row_runs<kRows>(rows, [&](int64_t m, auto M) { run(m, one, M); });
 }
 
 // The first `columns` of a group of a tile: `count` elements of each, `stride` from one to the
@@ -285,7 +285,7 @@ void ask_for_tiles(const QuantizedFormat& f, const uint8_t* blocks, int64_t begi
 }
 
 void multiply_tiles(const QuantizedFormat& f, const uint8_t* blocks, const Activations& x,
-                    int64_t rows, int64_t begin, int64_t end, const TileFinish& finish) {
+                    RowRange rows, int64_t begin, int64_t end, const TileFinish& finish) {
   with_format(f, [&](auto bits, auto has_minimum, auto group_size) {
     auto* run = x.as_codes() ? &multiply<bits, has_minimum, group_size, true>
                              : &multiply<bits, has_minimum, group_size, false>;

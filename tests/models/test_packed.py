@@ -13,7 +13,7 @@ from aigc_fast.nn import QuantizedLinear
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 
-from tests.models.checkpoints import GEMMA3, VOCAB, hf_config, hf_model
+from tests.models.checkpoints import GEMMA3, MIXTRAL, QWEN3_MOE, VOCAB, hf_config, hf_model
 from tests.models.gguf_files import write_gguf
 
 # Widths in whole groups of 32 columns.
@@ -26,6 +26,9 @@ LONGROPE = {
 # Of SmolLM3 the fourth layer is the first that does not rotate.
 BESIDE = {
     "mistral": {"sliding_window": 5},
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE | {"moe_intermediate_size": 64},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
     "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8},
     "smollm3": {"num_hidden_layers": 4},
     "granite": {"residual_multiplier": 0.5},
@@ -33,8 +36,8 @@ BESIDE = {
     "gemma3_text": GEMMA3,
 }
 ARCHITECTURES = [
-    "llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "olmo2", "gemma2",
-    "gemma3_text", "stablelm",
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmoe", "phi3", "smollm3",
+    "granite", "olmo2", "gemma2", "gemma3_text", "stablelm",
 ]  # fmt: skip
 #: whose layer norms are none that `ops.decoder_step` has
 NOT_FUSED = ["stablelm"]

@@ -15,7 +15,7 @@ from aigc_fast.nn._replacing import runs_as_written
 
 from .cache import KVCache
 from .layers import Attention, DecoderLayer, Norm
-from .mlp import MLP
+from .mlp import MLP, MixtureOfExperts, Router
 
 if TYPE_CHECKING:
     from .decoder_lm import DecoderLM
@@ -97,6 +97,8 @@ _SETTINGS: dict[type, tuple[str, ...]] = {
     QuantizedLinear: ("quantize_activations",),
     Attention: ("rotation", "softcap", "window"),
     MLP: ("activation",),
+    MixtureOfExperts: ("activation", "num_experts"),
+    Router: ("normalize", "per_token"),
     DecoderLayer: ("residual_scale",),
 }
 
@@ -130,7 +132,7 @@ def _is_known(layer: nn.Module, place: int) -> TypeGuard[DecoderLayer]:
     return (
         type(attention) is Attention
         and attention.layer == place
-        and type(mlp) is MLP
+        and _is_mlp(mlp)
         and mlp.activation in ("swiglu", "geglu_tanh")
         and all(map(_is_packed, linears := _linears(layer)))
         and all(linear.bias is None for linear in linears[1:])
@@ -138,6 +140,13 @@ def _is_known(layer: nn.Module, place: int) -> TypeGuard[DecoderLayer]:
         and all(_are_rms(*pair) for pair in _norms(layer))
         and (attention.query_norm is None or attention.rotation is not None)
     )
+
+
+def _is_mlp(mlp: nn.Module) -> bool:
+    """With a router of all its experts if it has one."""
+    if type(mlp) is not MixtureOfExperts:
+        return type(mlp) is MLP
+    return type(mlp.router) is Router and len(mlp.router.weight) == mlp.num_experts
 
 
 def _is_packed(linear: nn.Module) -> TypeGuard[QuantizedLinear]:
@@ -176,7 +185,17 @@ def _kind(layer: DecoderLayer) -> tuple:
         layer.attention.softcap,
         layer.mlp.activation,
         layer.residual_scale,
+        *_routing(layer),
     )
+
+
+def _routing(layer: DecoderLayer) -> tuple[int, int, bool]:
+    """How many experts there are, how many a token is sent to, and whether their factors are made
+    to add up to one."""
+    if not isinstance(layer.mlp, MixtureOfExperts):
+        return 0, 0, True
+    router = layer.mlp.router
+    return layer.mlp.num_experts, router.per_token, router.normalize
 
 
 def _weights(layer: DecoderLayer) -> list[Tensor]:
@@ -198,6 +217,8 @@ def _options(layers: Sequence[DecoderLayer]) -> dict[str, Any]:
     )
     rotations = [-1 if a.rotation is None else a.rotation for a in attentions]
     windows = [a.window or 0 for a in attentions]
+    _, per_token, normalize = _routing(layers[0])
+    routers: list[Any] = [layer.mlp.router for layer in layers if per_token]
     return {
         "quantize_activations": qkv[0].quantize_activations,
         "qkv_biases": None if qkv[0].bias is None else [linear.bias for linear in qkv],
@@ -208,4 +229,7 @@ def _options(layers: Sequence[DecoderLayer]) -> dict[str, Any]:
         "softcap": attentions[0].softcap,
         "residual_scale": layers[0].residual_scale,
         "activation": layers[0].mlp.activation,
+        "routers": [router.weight for router in routers] or None,
+        "experts_per_token": per_token,
+        "normalize_experts": normalize,
     }
