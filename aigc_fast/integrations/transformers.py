@@ -16,9 +16,11 @@ from aigc_fast.integrations.transformers_attention import (
     FusedAttention,
     JointNormAttention,
     RotaryAttention,
+    UnclippedAttention,
 )
 from aigc_fast.integrations.transformers_audio import ARCHITECTURES
 from aigc_fast.integrations.transformers_loss import CausalLM
+from aigc_fast.nn._experts import grouped_linear, through_experts
 
 #: class of an activation -> itself times another tensor
 GATES: dict[type, Callable[[Tensor, Tensor], Tensor]] = {
@@ -86,6 +88,31 @@ class FusedGatedMLP(Replacement):
         return self.down_proj(GATES[type(self.activation_fn)](gate, up))
 
 
+class Experts(Replacement):
+    """Those of a mixture, their weights in one tensor."""
+
+    uses = "linear, swiglu or geglu"
+    absorbs = ("act_fn",)
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if type(module.act_fn) not in GATES:
+            raise Unfit(f"its activation is {type(module.act_fn).__name__}")
+        yield from super().assignments(module)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self._is_expert_parallel:
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+
+        def run(rows: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
+            gate, up = grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+            inner = GATES[type(self.act_fn)](gate, up)
+            inner = inner * top_k_weights.flatten()[pairs, None].to(inner.dtype)
+            return grouped_linear(inner, self.down_proj, ends)
+
+        return through_experts(hidden_states, top_k_index, self.num_experts, run)
+
+
 class TanhMLP(Replacement):
     """GPT-2's: its tanh form of gelu is eight operators."""
 
@@ -121,7 +148,10 @@ TABLE = _table(
     llama=_llama_like("Llama"),
     mistral=_llama_like("Mistral"),
     qwen2=_llama_like("Qwen2"),
+    mixtral=_llama_like("Mixtral", Experts=Experts),
     qwen3=_llama_like("Qwen3"),
+    qwen3_moe=_llama_like("Qwen3Moe", Experts=Experts),
+    olmoe=_llama_like("Olmoe", Experts=Experts, Attention=UnclippedAttention),
     phi3=_llama_like("Phi3", MLP=FusedGatedMLP, Attention=FusedAttention),
     smollm3=_llama_like("SmolLM3"),
     granite=_llama_like("Granite"),

@@ -107,6 +107,16 @@ class JointNormAttention(RotaryAttention):
         return (x.view(shape) for x in (query, key, self.v_proj(hidden_states)))
 
 
+class UnclippedAttention(JointNormAttention):
+    """OLMoE's, which may have a limit for queries, keys and values."""
+
+    @classmethod
+    def assignments(cls, module: Any) -> Iterable[Assignment]:
+        if module.config.clip_qkv is not None:
+            raise Unfit("its config has clip_qkv")
+        yield from super().assignments(module)
+
+
 class CappedAttention(RotaryAttention):
     """Gemma-2's. Gemma-3's has the setting too, and makes no use of it."""
 

@@ -10,6 +10,8 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
     CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
 )
 
 from aigc_fast import ops
@@ -18,6 +20,12 @@ from aigc_fast.nn._replacing import runs_as_written
 
 #: what ForCausalLMLoss takes of a model's arguments
 _OF_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
+#: output of the layers -> that of the model, where it is not CausalLMOutputWithPast
+_OUTPUTS: dict[type, type] = {
+    BaseModelOutputWithPastAndCrossAttentions: CausalLMOutputWithCrossAttentions,
+    MoeModelOutputWithPast: MoeCausalLMOutputWithPast,
+}
 
 
 class CausalLM(Replacement):
@@ -43,9 +51,7 @@ class CausalLM(Replacement):
             **{name: kwargs[name] for name in _OF_LOSS if name in kwargs},
         )
         kept = {k: v for k, v in out.items() if k != "last_hidden_state"}
-        crosses = isinstance(out, BaseModelOutputWithPastAndCrossAttentions)
-        stock = CausalLMOutputWithCrossAttentions if crosses else CausalLMOutputWithPast
-        return stock(loss=loss, **kept)
+        return _OUTPUTS.get(type(out), CausalLMOutputWithPast)(loss=loss, **kept)
 
     def _can_fuse(self, args: tuple, labels: Tensor | None, kwargs: dict) -> bool:
         head = self.lm_head
@@ -55,12 +61,18 @@ class CausalLM(Replacement):
             and len(args) <= 1  # input_ids; what comes next differs from model to model
             and kwargs.get("return_dict", self.config.return_dict)
             and "logits_to_keep" not in kwargs
+            and not self._balances_experts(kwargs)
             and self.loss_function is ForCausalLMLoss
             # Adapters, hooks and sharded weights have work to do in the head's own forward.
             and stock_class(head) is nn.Linear
             and runs_as_written(head)
             and type(head.weight) in (nn.Parameter, Tensor)
         )
+
+    def _balances_experts(self, kwargs: dict) -> bool:
+        """Whether a loss of the routers is added."""
+        asked = kwargs.get("output_router_logits")
+        return getattr(self.config, "output_router_logits", False) if asked is None else asked
 
 
 def causal_lm_loss(

