@@ -172,6 +172,7 @@ CALLS: dict[str, Callable[[Inputs], Result]] = {
     "generator_loss": lambda x: ops.generator_loss(x(5, 7)),
     "gradient_norm": lambda x: ops.gradient_norm([x.constant(5, 127), x.constant(3)]),
     "group_norm_act": lambda x: ops.group_norm_act(x(2, 6, 5, 7), 3, x(6), x(6), act="silu"),
+    "grouped_linear": lambda x: ops.grouped_linear(x(9, 40), x(3, 33, 40), x.int32(2, 2, 9)),
     "instance_norm_act": lambda x: ops.instance_norm_act(x(2, 6, 5, 7), x(6), x(6), act="lrelu"),
     "layer_norm": lambda x: ops.layer_norm(x(5, 127), x(127), x(127)),
     "linear": lambda x: ops.linear(x(64, 160), x(161, 160), x(161)),

@@ -20,7 +20,7 @@ from aigc_fast.integrations.transformers_attention import (
 )
 from aigc_fast.integrations.transformers_audio import ARCHITECTURES
 from aigc_fast.integrations.transformers_loss import CausalLM
-from aigc_fast.nn._experts import grouped_linear, through_experts
+from aigc_fast.nn._experts import through_experts
 
 #: class of an activation -> itself times another tensor
 GATES: dict[type, Callable[[Tensor, Tensor], Tensor]] = {
@@ -91,7 +91,7 @@ class FusedGatedMLP(Replacement):
 class Experts(Replacement):
     """Those of a mixture, their weights in one tensor."""
 
-    uses = "linear, swiglu or geglu"
+    uses = "grouped_linear, swiglu or geglu"
     absorbs = ("act_fn",)
 
     @classmethod
@@ -105,10 +105,10 @@ class Experts(Replacement):
             return super().forward(hidden_states, top_k_index, top_k_weights)
 
         def run(rows: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
-            gate, up = grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+            gate, up = ops.grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
             inner = GATES[type(self.act_fn)](gate, up)
             inner = inner * top_k_weights.flatten()[pairs, None].to(inner.dtype)
-            return grouped_linear(inner, self.down_proj, ends)
+            return ops.grouped_linear(inner, self.down_proj, ends)
 
         return through_experts(hidden_states, top_k_index, self.num_experts, run)
 

@@ -23,6 +23,7 @@ from aigc_fast.ops.gated_mlp import geglu, swiglu
 from aigc_fast.ops.gated_residual import gated_residual, gated_residual_norm
 from aigc_fast.ops.gelu import gelu
 from aigc_fast.ops.group_norm_act import group_norm_act
+from aigc_fast.ops.grouped_linear import grouped_linear
 from aigc_fast.ops.kv_cache import append_kv
 from aigc_fast.ops.layer_norm import layer_norm, modulated_layer_norm, modulated_rms_norm
 from aigc_fast.ops.linear import linear
@@ -88,6 +89,7 @@ __all__ = [
     "generator_loss",
     "gradient_norm",
     "group_norm_act",
+    "grouped_linear",
     "instance_norm_act",
     "layer_norm",
     "linear",

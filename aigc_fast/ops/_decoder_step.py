@@ -136,8 +136,6 @@ def check(
         )
     _check_caches(hidden, caches, block_table)
     experts = _check_routers(hidden, routers, layers, experts_per_token)
-    if experts and post_norms is not None:
-        raise ValueError("post_norms must be None with routers")
     heads = _check_weights(hidden, weights, caches, experts)
     _, _, kv_heads, head_dim = caches[0].shape
     check_tensor("lengths", lengths, dtypes=(torch.int32,), shape=(len(hidden),))

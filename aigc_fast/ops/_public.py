@@ -22,6 +22,7 @@ _MADE_OF: dict[str, tuple[str, ...]] = {
     "discriminator_loss": ("gan_loss",),
     "gelu": ("gelu_tanh", TORCH),
     "generator_loss": ("gan_loss",),
+    "grouped_linear": ("grouped_linear", TORCH),
     "instance_norm_act": ("norm_act",),
     "layer_norm": ("modulated_norm",),
     "linear": ("linear_product", TORCH),

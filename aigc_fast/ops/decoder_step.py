@@ -84,7 +84,7 @@ def decoder_step(
              sum over the experts_per_token experts with the largest softmax(router @ norm(x)), ties
              by the lower number, of that factor times their MLP. The weights of gate and up are
              then those of one expert after those of another, and so are those of down; each has
-             multiples of 16 rows. Not together with post_norms.
+             multiples of 16 rows.
     experts_per_token: those that a token is sent to; 0 without routers.
     normalize_experts: their factors are made to add up to one.
 

@@ -74,7 +74,6 @@ void check_options(const LayerOptions& o, size_t layers) {
   if (o.query_key_norms) count(o.query_key_norms->size(), 2 * layers, "query_key_norms");
   if (o.post_norms) count(o.post_norms->size(), 2 * layers, "post_norms");
   if (o.routers) count(o.routers->size(), layers, "routers");
-  require(!o.routers || !o.post_norms, "post_norms must be None with routers");
   if (!o.rotations.empty()) count(o.rotations.size(), layers, "rotations");
   if (!o.windows.empty()) count(o.windows.size(), layers, "windows");
 }

@@ -121,18 +121,26 @@ class DecoderStep {
           [&] { fetch(next, next_tiles); });
     }
 
-    // The products of some tiles with all rows; of experts, with the rows that were sent to each.
+    // The products of some tiles with all rows; of experts, the sums over those that each row's
+    // token was sent to.
     template <class Finish>
     void multiply(const DecoderWeight& weight, int64_t begin, int64_t end, Finish&& finish) {
       if (weight.experts == 0)
         return multiply_tiles(weight.format, weight.blocks, activations_, {0, s_.batch}, begin, end,
                               finish);
-      for (int64_t row = 0; row < s_.inner_rows(); ++row) {
-        const int64_t first = step_.chosen_[row] * weight.tiles;
-        multiply_tiles(weight.format, weight.blocks, activations_, {row, row + 1}, first + begin,
-                       first + end, [&](int64_t, int64_t tile, const float* y) {
-                         finish(row / s_.per_token, tile - first, y);
-                       });
+      for (int64_t b = 0; b < s_.batch; ++b) {
+        sums_.assign((end - begin) * kTileRows, 0.0f);
+        for (int64_t row = b * s_.per_token; row < (b + 1) * s_.per_token; ++row) {
+          const int64_t first = step_.chosen_[row] * weight.tiles + begin;
+          multiply_tiles(weight.format, weight.blocks, activations_, {row, row + 1}, first,
+                         first + end - begin, [&](int64_t, int64_t tile, const float* y) {
+                           float* sum = sums_.data() + (tile - first) * kTileRows;
+                           for (int j = 0; j < kTileRows; j += L)
+                             store(sum + j, load(sum + j) + load(y + j));
+                         });
+        }
+        for (int64_t tile = begin; tile < end; ++tile)
+          finish(b, tile, sums_.data() + (tile - begin) * kTileRows);
       }
     }
 
@@ -284,7 +292,7 @@ class DecoderStep {
     int64_t thread_;
     DecoderAttention<P> attention_;
     Activations activations_;
-    std::vector<float> normed_, gate_;
+    std::vector<float> normed_, gate_, sums_;
   };
 
   DecoderSizes s_;

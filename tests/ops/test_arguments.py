@@ -61,6 +61,8 @@ def _own_calls() -> dict[str, dict[str, Any]]:
             "qkv_biases": [torch.ones(48)],
             "query_key_norms": [torch.ones(8)] * 2,
             "post_norms": [norm] * 2,
+            "routers": [torch.ones(1, 32)],
+            "experts_per_token": 1,
         },
         "dequantize_weight": {**_packed(), "in_features": 32},
         "diffusion_loss": {
@@ -73,6 +75,11 @@ def _own_calls() -> dict[str, dict[str, Any]]:
             "prediction_type": "v_prediction",
         },
         "gelu": {"x": x},
+        "grouped_linear": {
+            "x": torch.ones(5, 4),
+            "weight": torch.ones(2, 3, 4),
+            "ends": torch.tensor([2, 5], dtype=torch.int32),
+        },
         "linear": {"x": torch.ones(2, 3), "weight": torch.ones(4, 3), "bias": torch.ones(4)},
         "merge_attention": {
             "outs": [torch.ones(1, 1, 2, 4)] * 2,

@@ -131,10 +131,11 @@ def with_options(names: str, case: str, draw: int = 0) -> tuple[tuple, dict]:
 QWEN2, QWEN3 = "bias", "bias norms_of_heads"
 GEMMA2 = "norms_behind windows softcap gelu"
 GEMMA3 = "norms_of_heads norms_behind windows two_rotations gelu"
+EXPERTS_BETWEEN_NORMS = "all_experts norms_behind gelu residual_scale"
 OLMO2 = "norms_of_all_heads norms_behind no_norms_before"
 KINDS = [
     "", *OPTIONS, *EXPERTS, "two_rotations", "partial_rotation", QWEN3, GEMMA2, GEMMA3, OLMO2,
-    "norms_of_heads partial_rotation rotation_of_some residual_scale",
+    "norms_of_heads partial_rotation rotation_of_some residual_scale", EXPERTS_BETWEEN_NORMS,
 ]  # fmt: skip
 TOGETHER = ["", "experts", GEMMA2, GEMMA3, f"{OLMO2} {QWEN2} partial_rotation residual_scale"]
 
@@ -447,9 +448,6 @@ def refusals() -> dict:
                        dict(experts_per_token=2)),
         "experts": (ValueError, r"weights\[4\] \(gate_up\) must be \(384, 64\)",
                     dict(routers=[torch.ones(2, 64)] * 2, experts_per_token=2)),
-        "experts_norms": (ValueError, "post_norms must be None with routers",
-                          dict(routers=[torch.ones(1, 64)] * 2, experts_per_token=1,
-                               post_norms=[torch.ones(64)] * 4)),
     }  # fmt: skip
     return {name: (error, match, {**good, **change})
             for name, (error, match, change) in changes.items()}  # fmt: skip

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from aigc_fast import ops
 from aigc_fast.nn import Linear, QuantizedLinear
-from aigc_fast.nn._experts import grouped_linear, groups_of, through_experts
+from aigc_fast.nn._experts import through_experts
+from aigc_fast.ops._groups import groups
 
 from .config import DecoderConfig
 
@@ -88,7 +89,6 @@ class MixtureOfExperts(nn.Module):
 
     def _multiply(self, linear: nn.Module, rows: Tensor, ends: Tensor) -> Tensor:
         if isinstance(linear, QuantizedLinear):
-            parts = [linear.part(rows[some], e, self.num_experts) for e, some in groups_of(ends)]
-            return torch.cat(parts)
+            return torch.cat([linear.part(x, e, self.num_experts) for e, x in groups(rows, ends)])
         weight: Tensor = linear.weight  # type: ignore[assignment]
-        return grouped_linear(rows, weight.unflatten(0, (self.num_experts, -1)), ends)
+        return ops.grouped_linear(rows, weight.unflatten(0, (self.num_experts, -1)), ends)
