@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from aigc_fast import ops
+from aigc_fast.ops.linear import DTYPES
 from tests.op_samples.sample import OpSamples, Sample, rand
 
 OP = OpSamples(ops.linear, samples=list, refusals=list)
@@ -21,7 +22,7 @@ CASES = [
     *[(sample, torch.float32, way) for sample in LARGE for way in ("forward", "forward_backward")],
     *[(sample, torch.float16, "forward") for sample in LARGE],
     *[(sample, torch.bfloat16, way) for sample in LARGE for way in ("forward", "forward_backward")],
-    *[(layer(rows, 2048, 2048), torch.bfloat16, "forward") for rows in (1, 8)],
+    *[(layer(rows, 2048, 2048), dtype, "forward") for rows in (1, 8) for dtype in DTYPES],
 ]
 
 

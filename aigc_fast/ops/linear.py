@@ -16,6 +16,8 @@ from aigc_fast.ops._registry import define
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Columns that fill a vector.
 _COLUMNS = 16
+#: Rows that are multiplied at once without packing the weight.
+_FEW_ROWS = 4
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,13 +27,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     weight: (out_features, in_features).
     bias:   (out_features,) or None.
 
-    Where torch's products are slow this function multiplies by a kernel of its own, gradients too:
-    of two rows of x and more (of 16 bits, four), from a million and a half multiply-adds on.
-    These are float32 ones on processors with AVX-512 that are not Intel's, for which torch asks an
-    MKL that does not use it (half of our speed), and those of float16 and bfloat16 where the
-    processor has no instructions that torch would use (an eighth). Of bfloat16 where these are of
-    vectors, not of matrices (no AMX), it multiplies any rows, from 8,192 multiply-adds on, but
-    for the gradients of weights: one row 1.3 to 3 times as fast as torch, hundreds 1.0 to 1.25.
+    Where torch's products are slow this function multiplies by a kernel of its own, gradients too,
+    from some hundred thousand multiply-adds on. These are float32 ones on processors with AVX-512
+    that are not Intel's, for which torch asks an MKL that does not use it (half of our speed, for
+    a few rows a third), and those of float16 and bfloat16 where the processor has no instructions
+    that torch would use (an eighth). Of bfloat16 where these are of vectors, not of matrices (no
+    AMX), it multiplies from 8,192 multiply-adds on, but for the gradients of weights: a few rows
+    1.5 to 3 times as fast as torch, hundreds 1.0 to 1.25. A few rows read the weight once, as fast
+    as memory gives it.
     Everywhere else, under autocast, within torch.compile, torch.func and forward-mode derivatives
     it is torch's own function. Differentiable as often as one likes.
     """
@@ -63,13 +66,17 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product is worth our call's few us and packing the weight."""
-    terms, columns = x.shape[-1], weight.shape[0]
+    """Whether the product is worth our call's few us, and packing the weight where it is packed."""
+    columns = weight.shape[0]
+    work, wide, in_order = x.numel() * columns, x.dtype == torch.float32, x.stride(-1) == 1
+    if columns < _COLUMNS or work == 0:
+        return False
     if _by_dots(x.dtype):  # not columns of x, as for a weight's gradient: torch's are as fast there
-        return x.numel() * columns >= 2**13 and columns >= _COLUMNS and x.stride(-1) == 1
-    # torch has products of a vector in float16.
-    rows = 2 if x.dtype == torch.float32 else 4
-    return x.numel() * columns >= 3 * 2**19 and x.numel() >= rows * terms and columns >= _COLUMNS
+        return work >= 2**13 and in_order
+    rows = x.numel() // x.shape[-1]
+    if not in_order or weight.stride(-1) != 1:  # a few rows need no packing but for that
+        return work >= 3 * 2**19 and rows >= (2 if wide else 4)
+    return work >= (2**17 if not wide else 2**18 if rows <= _FEW_ROWS else 3 * 2**18)
 
 
 @functools.cache

@@ -88,7 +88,7 @@ class Product {
   static constexpr int64_t kStep = std::is_same_v<S, bf16> ? 2 : 1;  // terms in one instruction
   static constexpr int64_t kTerms = 256 * kStep;
   // Rows of x for which the weight is not packed, and those of them at a time.
-  static constexpr int64_t kFewRows = 4 * kStep, kFew = kStep == 2 ? 16 : 4;
+  static constexpr int64_t kFewRows = 4 * kStep, kFew = 2 * kFewRows;
   // Of a block of sums, which stays in the second cache, and those below which a block of the
   // weight is not worth packing once more.
   static constexpr int64_t kColumns = 4 * kGroup, kRows = 512, kLeastRows = 64;
@@ -182,25 +182,17 @@ class Product {
   void multiply_few_rows(int64_t row, int64_t column, int64_t count) const {
     if constexpr (P > 1)
       if (x_.rows - row < P) return multiply_few_rows<P - 1>(row, column, count);
-    constexpr int V = kStep * (P > 4 ? 1 : P > 2 ? 2 : 4);  // as many sums as registers
+    const int64_t terms = weight_.columns;
+    KeptBuffer<S> taken(std::is_same_v<S, T> ? 0 : P * terms);
+    const S* x = taken.data();
+    int64_t pitch = terms;
+    if constexpr (std::is_same_v<S, T>)
+      x = x_.at(row, 0), pitch = x_.row_stride;
+    else
+      x_.take(row, P, 0, terms, taken.data(), terms);
     float sums[P][kFewColumns];
-    int64_t j = 0;
-    const auto multiply = [&](auto n) {
-      for (; j + n <= count; j += n) {
-        const T *x = x_.at(row, 0), *w = weight_.at(column + j, 0);
-#if AIGC_BF16_DOT
-        if constexpr (kStep == 2) {
-          multiply_few_by_dots<P, n>(x, x_.row_stride, w, weight_.row_stride, weight_.columns,
-                                     &sums[0][j], kFewColumns);
-          continue;
-        }
-#endif
-        multiply_few<P, n>(x, x_.row_stride, w, weight_.row_stride, weight_.columns, &sums[0][j],
-                           kFewColumns);
-      }
-    };
-    multiply(std::integral_constant<int, V>{});
-    multiply(std::integral_constant<int, 1>{});
+    for (int64_t j = 0; j < count; ++j)
+      multiply_few<P>(x, pitch, weight_.at(column + j, 0), terms, &sums[0][j], kFewColumns);
     for (int64_t p = 0; p < P; ++p) {
       for (int64_t i = 0; bias_ && i < count; ++i) sums[p][i] += bias_[column + i];
       convert(sums[p], count, y_ + (row + p) * weight_.rows + column);

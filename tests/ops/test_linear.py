@@ -130,18 +130,31 @@ def test_small_products_are_torchs(products, monkeypatch) -> None:
     monkeypatch.setattr(module, "_is_large", is_large)
     monkeypatch.setattr(module, "_by_dots", lambda dtype: dtype == torch.bfloat16)
     for dtype, rows, terms, columns, asks in [
-        (torch.float32, 1, 1024, 1536, False),
-        (torch.float32, 2, 1024, 768, True),
-        (torch.float32, 2, 1024, 767, False),
+        (torch.float32, 1, 512, 512, True),
+        (torch.float32, 1, 512, 511, False),
+        (torch.float32, 4, 256, 256, True),
+        (torch.float32, 5, 512, 256, False),
+        (torch.float32, 6, 512, 256, True),
         (torch.float32, 4096, 64, 15, False),
-        (torch.float16, 3, 1024, 1024, False),
-        (torch.float16, 4, 1024, 1024, True),
+        (torch.float16, 1, 256, 512, True),
+        (torch.float16, 1, 256, 511, False),
         (torch.bfloat16, 1, 128, 64, True),
         (torch.bfloat16, 1, 128, 63, False),
         (torch.bfloat16, 4096, 64, 15, False),
     ]:
         del products[1:]
         ops.linear(rand(rows, terms).to(dtype), rand(columns, terms).to(dtype))
+        assert (len(products) > 1) == (asks and products[0] == "ours")
+    # Where the weight has to be packed.
+    for dtype, rows, columns, asks in [
+        (torch.float32, 1, 2048, False),
+        (torch.float32, 2, 768, True),
+        (torch.float32, 2, 767, False),
+        (torch.float16, 3, 1024, False),
+        (torch.float16, 4, 1024, True),
+    ]:
+        del products[1:]
+        ops.linear(rand(rows, 1024).to(dtype), rand(1024, columns).to(dtype).t())
         assert (len(products) > 1) == (asks and products[0] == "ours")
 
 
