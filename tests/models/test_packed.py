@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from aigc_fast.models.autoregressive import DecoderLM, Engine
+from aigc_fast.models.autoregressive.layers import Norm
 from aigc_fast.nn import QuantizedLinear
 
 gguf = pytest.importorskip("gguf")
@@ -149,6 +150,12 @@ EXCHANGES = {
     "the last norm": lambda m: setattr(m, "norm", copy.deepcopy(m.layers[0].mlp_norm)),
     "a layer more": lambda m: m.layers.append(copy.deepcopy(m.layers[0])),
     "a softcap": lambda m: setattr(m.layers[0].attention, "softcap", 1e-3),
+    "a scale": lambda m: setattr(m.layers[0].attention, "scale", 3.0),
+    "scales": lambda m: [setattr(layer.attention, "scale", 3.0) for layer in m.layers],
+    "an epsilon": lambda m: setattr(m.layers[0].mlp_norm, "eps", 3.0),
+    "the last epsilon": lambda m: setattr(m.norm, "eps", 3.0),
+    "epsilons": lambda m: [setattr(norm, "eps", 3.0) for norm in m.modules()
+                           if isinstance(norm, Norm)],
     "a rotation": lambda m: setattr(m.layers[0].attention, "rotation", None),
     "a window": lambda m: setattr(m.layers[0].attention, "window", 1),
     "windows": lambda m: [setattr(layer.attention, "window", 2) for layer in m.layers],

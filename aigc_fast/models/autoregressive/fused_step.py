@@ -43,6 +43,7 @@ class FusedStep:
             or len(set(map(_kind, layers))) != 1
             or not all(map(runs_as_written, modules))
             or not _is_rms(norm)
+            or len({m.eps for m in modules if type(m) is Norm}) != 1
             or norm.weight.device.type != "cpu"
             or norm.weight.dtype == torch.float64
             or config.learned_positions
@@ -51,8 +52,7 @@ class FusedStep:
         self.weights = [weight for layer in layers for weight in _weights(layer)]
         self.weights.append(norm.weight)
         self._options = {
-            "eps": config.rms_norm_eps,
-            "scale": config.attention_scale,
+            "eps": norm.eps,
             **_options(layers),
         }
 
@@ -95,10 +95,11 @@ class FusedStep:
 #: attributes that decide what a module computes
 _SETTINGS: dict[type, tuple[str, ...]] = {
     QuantizedLinear: ("quantize_activations",),
-    Attention: ("rotation", "softcap", "window"),
+    Attention: ("rotation", "scale", "softcap", "window"),
     MLP: ("activation",),
     MixtureOfExperts: ("activation", "num_experts"),
     Router: ("normalize", "per_token"),
+    Norm: ("eps",),
     DecoderLayer: ("residual_scale",),
 }
 
@@ -182,6 +183,7 @@ def _kind(layer: DecoderLayer) -> tuple:
         *(norm is None for norm, _ in _norms(layer)),
         linears[0].bias is None,
         linears[0].quantize_activations,
+        layer.attention.scale,
         layer.attention.softcap,
         layer.mlp.activation,
         layer.residual_scale,
@@ -226,6 +228,7 @@ def _options(layers: Sequence[DecoderLayer]) -> dict[str, Any]:
         "post_norms": after,
         "rotations": rotations if any(rotations) else [],
         "windows": windows if any(windows) else [],
+        "scale": attentions[0].scale,
         "softcap": attentions[0].softcap,
         "residual_scale": layers[0].residual_scale,
         "activation": layers[0].mlp.activation,
