@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from aigc_fast.io._whole import save_picture, written_whole
+
 #: files that move
 FILMS = (".gif", ".mp4")
 #: milliseconds of a frame
@@ -23,7 +25,7 @@ _FRAME = 80
 def save_grid(path: Path, images: Tensor, columns: int, *, scale: int = 3, gap: int = 2) -> None:
     """images: (count, height, width) or (count, 1 or 3, height, width) in [-1, 1], row by row;
     black is -1."""
-    _grid(images, columns, scale, gap).save(path)
+    save_picture(path, _grid(images, columns, scale, gap))
 
 
 def save_film(
@@ -33,10 +35,11 @@ def save_film(
     without end."""
     grids = [_grid(images, columns, scale, gap) for images in frames]
     if path.suffix.lower() == ".mp4":
-        _save_mp4(path, grids + grids[-1:] * (stay // _FRAME - 1))
+        with written_whole(path) as partial:
+            _save_mp4(partial, grids + grids[-1:] * (stay // _FRAME - 1))
         return
     durations = [_FRAME] * (len(grids) - 1) + [stay]
-    grids[0].save(path, save_all=True, append_images=grids[1:], duration=durations, loop=0)
+    save_picture(path, grids[0], save_all=True, append_images=grids[1:], duration=durations, loop=0)
 
 
 def check_mp4() -> None:
@@ -148,7 +151,8 @@ def _figure(path: Path, height: float = 4) -> Iterator[Any]:
         figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
-        figure.savefig(path)
+        with written_whole(path) as partial:
+            figure.savefig(partial)
 
 
 def _running_mean(values: Sequence[float], window: int) -> np.ndarray:

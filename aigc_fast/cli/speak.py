@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from aigc_fast.io import find_voice, load_voice_tokenizer
+from aigc_fast.io._whole import written_whole
 from aigc_fast.io.voice_tokenizer import VoiceTokenizer
 from aigc_fast.models.vocoder import VITS
 
@@ -111,7 +112,11 @@ def run(
 def write_wav(path: Path, waveforms: Iterable[Tensor], sample_rate: int) -> None:
     """Waveforms of one channel in [-1, 1], one behind the other, as each arrives."""
     # Opened here: a wave that cannot open its file prints a traceback when it is deleted.
-    with path.open("wb") as opened, wave.open(opened, "wb") as file:
+    with (
+        written_whole(path) as partial,
+        partial.open("wb") as opened,
+        wave.open(opened, "wb") as file,
+    ):
         file.setparams((1, 2, sample_rate, 0, "NONE", "not compressed"))
         for waveform in waveforms:
             file.writeframes(to_pcm(waveform))

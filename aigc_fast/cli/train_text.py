@@ -17,6 +17,7 @@ from aigc_fast.io import (
     load_texts,
     load_tokenizer,
 )
+from aigc_fast.io._whole import written_whole
 from aigc_fast.models.autoregressive import DecoderLM, Sampling, generate
 from aigc_fast.training import (
     LanguageRecipe,
@@ -103,8 +104,8 @@ class Session(TrainingSession):
     def keep_samples(self) -> None:
         self.notes["after"] = self._look()  # first: a model that came to nothing is not kept
         self.trainer.average.save_pretrained(self.options.output / "model", self.tokenizer)
-        samples = self.options.output / "samples.txt"
-        samples.write_text(self._report(), encoding="utf-8")
+        with written_whole(self.options.output / "samples.txt") as partial:
+            partial.write_text(self._report(), encoding="utf-8")
 
     def show_samples(self, board: TensorBoardLog) -> None:
         # Indented, Markdown leaves it as it is.

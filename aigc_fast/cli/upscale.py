@@ -22,6 +22,7 @@ from rich.progress import Progress
 
 from aigc_fast._devices import default_device
 from aigc_fast.io import find_realesrgan
+from aigc_fast.io._whole import save_picture
 from aigc_fast.models.gan import RRDBNet, SRVGGNetCompact, load_generator
 from aigc_fast.models.gan.upscale import choose_dtype, count_tiles, upscale_tiles
 
@@ -148,7 +149,7 @@ def write_picture(console: Console, path: Path, image: Image.Image, picture: Pic
             image.paste("white", mask=ImageChops.invert(alpha))
         else:
             image.putalpha(alpha)
-    image.save(path, **picture.along)
+    save_picture(path, image, **picture.along)
 
 
 def _enlarge(

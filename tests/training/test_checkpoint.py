@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 
 from aigc_fast.io.hf_folder import write_hf_folder
 from aigc_fast.training import CSVLog, load_checkpoint, save_checkpoint
+from tests.full_disk import full_disk
 
 
 def test_a_failed_write_leaves_the_old_one(tmp_path, monkeypatch):
@@ -35,16 +35,11 @@ def test_a_failed_write_leaves_the_old_one(tmp_path, monkeypatch):
 def test_a_full_disk_is_named(tmp_path, kind, count):
     tensors = {str(i): torch.zeros(count) for i in range(8)}
     name = {"checkpoint": "checkpoint.pt", "model": "model.safetensors"}[kind]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=f"/{name}") as caught:
-            if kind == "model":
-                write_hf_folder(tmp_path, {}, tensors)
-            else:
-                save_checkpoint(tmp_path / name, tensors)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(OSError, match=f"/{name}") as caught, full_disk(3_000):
+        if kind == "model":
+            write_hf_folder(tmp_path, {}, tensors)
+        else:
+            save_checkpoint(tmp_path / name, tensors)
     assert "File too large" in str(caught.value) and not list(tmp_path.iterdir())
 
 
