@@ -105,7 +105,8 @@ class Session:
         return self.tokenizer.encode(self.tokenizer.chat_prompt(self.messages))
 
     def converse(self) -> None:
-        """Until an empty line."""
+        """Until an empty line. ValueError at once where messages cannot be laid out."""
+        self.tokenizer.chat_prompt([{"role": "user", "content": "Hello"}])
         while line := self.console.input("[bold]> [/]").strip():
             self.answer(line)
 

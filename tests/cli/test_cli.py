@@ -192,7 +192,7 @@ def test_chat_forgets_its_oldest_messages():
     assert tokens[1] > tokens[0] and min(tokens[2:]) > tokens[0]
 
 
-def test_generate_without_a_chat_template(monkeypatch):
+def test_without_a_chat_template(monkeypatch):
     def none(self, messages):
         raise ValueError("there is no chat template")
 
@@ -201,6 +201,9 @@ def test_generate_without_a_chat_template(monkeypatch):
     result = run("generate", "--model", real_model(), *prompt)
     assert result.exit_code == 2 and "there is no chat template" in result.output
     assert not result.exception or isinstance(result.exception, SystemExit)
+    result = run("chat", "--model", real_model(), input="Hi!\n\n")
+    assert result.exit_code == 2 and "there is no chat template" in result.output
+    assert "> " not in result.output  # nothing is asked for
 
 
 @pytest.mark.parametrize("kind", ["gan", "diffusion", "vae"])
