@@ -54,21 +54,22 @@ def load_moving_digits(
         raise ValueError(f"digits must be 1 or 2, got {digits}")
     check_fits(size, count, frames, size, size)
     images, labels = load_digits(path)
-    random = torch.Generator().manual_seed(seed)
-    rounds = -(-count * digits // len(images))
-    order = torch.cat([torch.randperm(len(images), generator=random) for _ in range(rounds)])
-    chosen = order[: count * digits].view(count, digits)
-    start = torch.rand(count, digits, 1, 2, generator=random)  # a share of the way there is
-    angle, speed = torch.rand(2, count, digits, 1, 1, generator=random)
-    speed = size * (_SPEED[0] + (_SPEED[1] - _SPEED[0]) * speed)
-    way = speed * torch.cat([(2 * math.pi * angle).sin(), (2 * math.pi * angle).cos()], dim=-1)
-    way = way * torch.arange(frames)[:, None]  # (count, digits, frames, 2)
+    with torch.device("cpu"):  # whatever the default is
+        random = torch.Generator().manual_seed(seed)
+        rounds = -(-count * digits // len(images))
+        order = torch.cat([torch.randperm(len(images), generator=random) for _ in range(rounds)])
+        chosen = order[: count * digits].view(count, digits)
+        start = torch.rand(count, digits, 1, 2, generator=random)  # a share of the way there is
+        angle, speed = torch.rand(2, count, digits, 1, 1, generator=random)
+        speed = size * (_SPEED[0] + (_SPEED[1] - _SPEED[0]) * speed)
+        way = speed * torch.cat([(2 * math.pi * angle).sin(), (2 * math.pi * angle).cos()], dim=-1)
+        way = way * torch.arange(frames)[:, None]  # (count, digits, frames, 2)
 
-    side = round(_SHARE * size)
-    crops = [crop for part in images.split(_AT_A_TIME) for crop in _resized(part, side)]
-    room = torch.tensor([[size - n for n in crop.shape] for crop in crops])[chosen][:, :, None]
-    places = start * room + way
-    places = room - (room - places.remainder(2 * room)).abs()  # there and back again
+        side = round(_SHARE * size)
+        crops = [crop for part in images.split(_AT_A_TIME) for crop in _resized(part, side)]
+        room = torch.tensor([[size - n for n in crop.shape] for crop in crops])[chosen][:, :, None]
+        places = start * room + way
+        places = room - (room - places.remainder(2 * room)).abs()  # there and back again
     videos = np.zeros((count, frames, size, size), np.uint8)
     for video, picks, tracks in zip(
         videos, chosen.tolist(), places.round().int().tolist(), strict=True

@@ -41,15 +41,17 @@ class DigitClassifier(nn.Module):
 def train_classifier(
     images: Tensor, labels: Tensor, *, epochs: int = 12, seed: int = 0
 ) -> DigitClassifier:
-    """A classifier trained on images that are shifted by up to two pixels, to be robust."""
+    """A classifier on the images' device, trained on them shifted by up to two pixels, to be
+    robust."""
     torch.manual_seed(seed)
     random = torch.Generator().manual_seed(seed)
-    classifier = DigitClassifier()
+    with images.device:
+        classifier = DigitClassifier()
     optimizer = Adam(classifier.parameters(), 2e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
         for batch, names in batches(images, labels, batch_size=50, generator=random):
-            shift = torch.randint(-2, 3, (2,), generator=random).tolist()
+            shift = torch.randint(-2, 3, (2,), generator=random, device="cpu").tolist()
             logits = classifier(batch.roll(shift, (2, 3)))
             loss = F.cross_entropy(logits, names)
             optimizer.zero_grad()

@@ -66,3 +66,9 @@ def test_a_seed_gives_the_same_videos():
 def test_refusals(options, match):
     with pytest.raises(ValueError, match=match):
         load_moving_digits(**options)
+
+
+def test_the_default_device_is_that_of_others():
+    want = load_moving_digits(3)
+    with torch.device("meta"):
+        assert all(map(torch.equal, load_moving_digits(3), want))

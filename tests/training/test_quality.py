@@ -29,3 +29,11 @@ def test_a_classifier_learns_and_judges():
     assert found.frechet == pytest.approx(0, abs=1e-3)
     empty = quality.assess(classifier, torch.full_like(images, -1), images)
     assert empty.frechet > 1 and max(empty.classes) == 1 and empty.as_asked is None
+
+
+def test_the_classifier_is_where_the_images_are():
+    images, labels = torch.zeros(50, 1, 28, 28), torch.arange(10).repeat(5)
+    with torch.device("meta"):  # the default of others
+        classifier = quality.train_classifier(images, labels, epochs=1)
+        assert quality.assess(classifier, images, images, labels).as_asked is not None
+    assert next(classifier.parameters()).device == images.device
