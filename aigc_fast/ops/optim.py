@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aigc_fast.ops._checks import check_device, check_tensor
 from aigc_fast.ops._layout import wide_dtype
@@ -19,15 +19,14 @@ def gradient_norm(grads: Sequence[Tensor], loss: Tensor | None = None) -> Tensor
     Not finite if a gradient is not. On a GPU squares are added in float32: a gradient above 1e19
     gives infinity. Bytes that must move: the gradients once.
 
-    Raises TypeError or ValueError for a wrong dtype, shape or device; RuntimeError if a gradient
-    of it is asked for.
+    Raises TypeError or ValueError for a wrong dtype, shape or device, and for parameters in place
+    of their gradients; RuntimeError if a gradient of it is asked for.
     """
     grads = list(grads)
+    if any(isinstance(g, nn.Parameter) for g in grads):
+        raise TypeError("grads must be gradients, [p.grad for p in parameters], got parameters")
     if torch.is_grad_enabled() and any(g.requires_grad for g in grads):
-        raise RuntimeError(
-            "gradient_norm has no derivative: give it gradients, [p.grad for p in parameters], or "
-            "call it under torch.no_grad()"
-        )
+        raise RuntimeError("gradient_norm has no derivative: call it under torch.no_grad()")
     if not grads:
         raise ValueError("grads must hold at least one tensor")
     return _gradient_norm(grads, loss)

@@ -187,8 +187,12 @@ def test_words() -> None:
         ops.upfirdn2d(x, torch.ones(2), up=(2, 2.0))
     with pytest.raises(TypeError, match=r"^stride must have 2 members, got 3$"):
         ops.conv2d(x, x, stride=(1, 2, 3))
-    with pytest.raises(RuntimeError, match=r"give it gradients, \[p\.grad for p in parameters\]"):
-        ops.gradient_norm(torch.nn.Linear(2, 2).parameters())
+    for grad in (True, False):  # under no_grad it was the norm of the weights
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(TypeError, match=r"^grads must be gradients, \[p\.grad for p in"),
+        ):
+            ops.gradient_norm(torch.nn.Linear(2, 2).parameters())
     with pytest.raises(TypeError, match=r"^num_groups must be an int, got str$"):
         ops.group_norm_act(x, "2")
     with pytest.raises(
