@@ -40,6 +40,9 @@ class AnyAttention(Replacement):
         called = {"scaled_dot_product_attention", "dispatch_attention_fn"}
         if code is None or called.isdisjoint(code.co_names):
             raise Unfit(f"its processor is {processor.__name__}")
+        backend = getattr(module.processor, "_attention_backend", None)
+        if backend not in (None, "native"):
+            raise Unfit(f"its attention is that of {backend}")
         yield from super().assignments(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -328,6 +328,41 @@ def test_attention_by_other_processors() -> None:
         assert report.kept["Attention"] == (count + 1, why)
 
 
+@pytest.mark.skipif(not mkl_lags(), reason="torch's own attention is as fast")
+def test_attention_of_another_backend_is_kept() -> None:
+    model = make("qwen-image")
+    attention = [m for m in model.modules() if isinstance(m, Attention)]
+    for module in attention:  # the model's method would set that of all models besides
+        module.processor._attention_backend = "flex"
+    why = "its attention is that of flex"
+    assert aigc_fast.patch(model).kept["Attention"] == (len(attention), why)
+
+
+def test_a_decoder_that_draws_noise_draws_the_same() -> None:
+    torch.manual_seed(0)
+    halves = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+    model = diffusers.ConsistencyDecoderVAE(
+        encoder_down_block_types=["DownEncoderBlock2D"] * 2,
+        decoder_down_block_types=["ResnetDownsampleBlock2D"] * 2,
+        decoder_up_block_types=["ResnetUpsampleBlock2D"] * 2,
+        **{
+            f"{half}_{key}": value
+            for half in ("encoder", "decoder")
+            for key, value in halves.items()
+        },
+    ).eval()
+    latents = torch.randn(1, 4, 4, 4)
+
+    def decoded(seed: int) -> torch.Tensor:
+        return model.decode(latents, torch.Generator().manual_seed(seed)).sample
+
+    with torch.no_grad():
+        stock = decoded(1)
+        aigc_fast.patch(model)
+        torch.testing.assert_close(decoded(1), stock)
+        assert not torch.allclose(decoded(2), stock, atol=0.1)
+
+
 def test_another_processor_chosen_later() -> None:
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
