@@ -51,10 +51,11 @@ def _backward(
         if bias_ptr is not None:
             x += load_bias(bias_ptr, row, col, rows, cols, channels, PER_COLUMN)
         clamped = tl.abs(activate(x, alpha, ACT) * gain) > limit
-    dx = tl.where(clamped, 0.0, dy * slope(x, alpha, ACT) * gain)
+    # one choice for clamp and mask: with two, ptxas spills for sm_80
+    dx = tl.where(clamped | ~mask, 0.0, dy * slope(x, alpha, ACT) * gain)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask)
     if bias_ptr is not None:
-        store_sums(dbias_ptr, tl.where(mask, dx, 0.0), rows, cols, ROWS, COLS, PER_COLUMN)
+        store_sums(dbias_ptr, dx, rows, cols, ROWS, COLS, PER_COLUMN)
 
 
 @triton.jit
