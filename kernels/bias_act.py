@@ -12,6 +12,7 @@ from .activations import activate, curvature, slope
 from .bias_tiles import Tiling, load_bias, store_sums, tile
 from .math import fp32
 from .memory_order import dense, in_order_of
+from .optional import contiguous
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 #: (4 KB are 64 of an SM's 164 with all 16 blocks that its threads allow)
@@ -85,10 +86,6 @@ def _double_backward(
 # ---- launchers ------------------------------------------------------------------------------
 
 
-def _row(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
-
-
 def _limit(clamp: float | None) -> float:
     return float("inf") if clamp is None else float(clamp)
 
@@ -98,8 +95,8 @@ def bias_act(x, bias, act, dim=1, gain=1.0, clamp=None, alpha=0.2) -> Tensor:
     y = torch.empty_like(x)
     if x.numel():
         t = Tiling(x, bias, dim)
-        _forward[t.grid](x, _row(bias), y, *t.matrix, float(alpha), float(gain), _limit(clamp),
-                         ACT=act, **t.tile)  # fmt: skip
+        _forward[t.grid](x, *contiguous(bias), y, *t.matrix, float(alpha), float(gain),
+                         _limit(clamp), ACT=act, **t.tile)  # fmt: skip
     return y
 
 
@@ -113,8 +110,10 @@ def bias_act_backward(
         return dx, dx.new_zeros(0 if bias is None else bias.numel())
     t = Tiling(saved, bias, dim)
     partial = t.partial_sums(saved, bias)
-    _backward[t.grid](dy, saved, _row(bias), dx, partial, *t.matrix, float(alpha), float(gain),
-                      _limit(clamp), ACT=act, FROM_OUTPUT=from_output, **t.tile)  # fmt: skip
+    _backward[t.grid](
+        dy, saved, *contiguous(bias), dx, partial, *t.matrix, float(alpha), float(gain),
+        _limit(clamp), ACT=act, FROM_OUTPUT=from_output, **t.tile,
+    )  # fmt: skip
     return dx, t.bias_grad(partial, saved, bias)
 
 
@@ -128,7 +127,7 @@ def bias_act_double_backward(
         return grad_dy, grad_x, x.new_zeros(0 if bias is None else bias.numel())
     t = Tiling(x, bias, dim)
     partial = t.partial_sums(x, bias)
-    _double_backward[t.grid](gg, dy, x, _row(bias), grad_dy, grad_x, partial, *t.matrix,
+    _double_backward[t.grid](gg, dy, x, *contiguous(bias), grad_dy, grad_x, partial, *t.matrix,
                              float(alpha), float(gain), _limit(clamp), ACT=act,
                              **t.tile)  # fmt: skip
     return grad_dy, grad_x, t.bias_grad(partial, x, bias)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import INTERPRETED, fp32
+from .optional import contiguous
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
 BUDGET = {"_conv": (255, 32768), "_weight_gradient": (255, 32768)}
@@ -188,7 +189,7 @@ def _launch(x, weight, bias, residuals, gate, length, places, factors, transpose
         blocks = triton.cdiv(triton.cdiv(length, apart), _STEPS)
         in_fp32 = INTERPRETED or x.dtype == torch.float32
         grid = (batch * min(apart, length) * blocks, triton.cdiv(outputs, block_o))
-        _conv[grid](x, weight, None if bias is None else bias.contiguous(), *residuals[:3], gate, y,
+        _conv[grid](x, weight, *contiguous(bias), *residuals[:3], gate, y,
                     time, length, channels, outputs, taps, *places, *factors, TRANSPOSED=transposed,
                     IN_FP32=in_fp32, BLOCK_T=_STEPS, BLOCK_O=block_o, BLOCK_C=block_c)  # fmt: skip
     return y.transpose(1, 2)

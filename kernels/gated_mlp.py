@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bias_tiles import tile
 from .memory_order import contiguous_like
-from .rows import as_rows, tile
+from .rows import as_rows
+from .rows import tile as sizes
 from .smooth_activation import activate
 
 #: registers a thread and bytes of shared memory that a kernel may take; spills are never allowed
@@ -20,25 +22,15 @@ _SILU, _GELU, _GELU_TANH = 0, 1, 2
 
 
 @triton.jit
-def _tile(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Row and column numbers of this program's tile, and its mask."""
-    across = tl.cdiv(width, BLOCK)
-    pid = tl.program_id(0).to(tl.int64)
-    row = (pid // across * ROWS + tl.arange(0, ROWS))[:, None]
-    col = (pid % across * BLOCK + tl.arange(0, BLOCK))[None, :]
-    return row, col, (row < rows) & (col < width)
-
-
-@triton.jit
 def _forward(
     gate_ptr, up_ptr, y_ptr, rows, width, gate_stride, up_stride,
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, col, mask = _tile(rows, width, ROWS, BLOCK)
+    at, mask, row, col = tile(rows, width, ROWS, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask, 0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + col, mask, 0.0).to(tl.float32)
     y, _ = activate(gate, ACT)
-    tl.store(y_ptr + row * width + col, (y * up).to(y_ptr.dtype.element_ty), mask)
+    tl.store(y_ptr + at, (y * up).to(y_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -46,12 +38,11 @@ def _backward(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, width, dy_stride, gate_stride, up_stride,
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, col, mask = _tile(rows, width, ROWS, BLOCK)
+    at, mask, row, col = tile(rows, width, ROWS, BLOCK)
     dy = tl.load(dy_ptr + row * dy_stride + col, mask, 0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask, 0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + col, mask, 0.0).to(tl.float32)
     y, slope = activate(gate, ACT)
-    at = row * width + col
     tl.store(dgate_ptr + at, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask)
     tl.store(dup_ptr + at, (dy * y).to(dup_ptr.dtype.element_ty), mask)
 
@@ -64,7 +55,7 @@ def _launch(kernel, inputs: list[Tensor], outputs: list[Tensor], act: int) -> No
         return
     matrices = [as_rows(x) for x in inputs]
     rows, width = matrices[0].shape
-    options = tile(rows, width, _TILE)
+    options = sizes(rows, width, _TILE)
     grid = (triton.cdiv(rows, options["ROWS"]) * triton.cdiv(width, options["BLOCK"]),)
     strides = (m.stride(0) for m in matrices)
     kernel[grid](*matrices, *outputs, rows, width, *strides, ACT=act, **options)
