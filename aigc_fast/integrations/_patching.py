@@ -33,8 +33,8 @@ from aigc_fast.ops._unfolded import may_serve
 from aigc_fast.ops._winograd import are_faster, in_torch_order, kind_of
 from aigc_fast.ops.linear import DTYPES, lags
 
-#: package of a stock class -> the module that says what takes the place of its classes: TABLE, by
-#: the full name of the class, and perhaps FAMILIES, by a base of it
+#: package of a stock class -> the module that says what takes the place of its classes (`rows_of`),
+#: and of which models torch's own layers may be replaced, whatever else is in them (`MODELS`)
 INTEGRATIONS = {
     "diffusers": "aigc_fast.integrations.diffusers_models",
     "transformers": "aigc_fast.integrations.transformers",
@@ -193,12 +193,13 @@ _LAYERS: dict[type, type[Replacement]] = {
 def patch(model: Any, *, fuse_loss: bool = False, freeze: bool = False) -> PatchReport:
     """Makes the parts of a stock model that this library knows call its operators, in place.
 
-    model: a model of transformers (Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3, Granite, OLMo-2,
-           Gemma-2, Gemma-3, GPT-2; of speech VITS, DAC, SpeechT5's and FastSpeech2Conformer's
-           HiFi-GAN) or of diffusers (UNet2D, UNet2DCondition, AutoencoderKL, DiT, SD3, Flux, Wan;
-           of its other transformers the layers that are known), any module that has one inside,
-           such as PEFT's, or a pipeline of diffusers, all of whose models are patched. Any other
-           model stays as it is.
+    model: a model of transformers (all of Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM3, Granite,
+           OLMo-2, Gemma-2, Gemma-3; of any other linear layers, norms and gates that are the same
+           code, and attention by transformers' interface; of speech VITS, DAC, SpeechT5's and
+           FastSpeech2Conformer's HiFi-GAN) or of diffusers (UNet2D, UNet2DCondition,
+           AutoencoderKL, DiT, SD3, Flux, Wan; of its other transformers the layers that are
+           known), any module that has one inside, such as PEFT's, or a pipeline of diffusers, all
+           of whose models are patched. Any other model stays as it is.
     fuse_loss: whether a language model of transformers, in training and called with labels,
                computes its loss by `linear_cross_entropy`. Its output then has the loss, and None
                for the logits, which are never all in memory. In evaluation, and where the model
@@ -247,14 +248,14 @@ def _patch(
     changes = []
     absorbed: set[nn.Module] = set()
     modules = list(model.modules())
-    known = any(isinstance(module, Replacement) or _rows(type(module)) for module in modules)
+    known = any(isinstance(module, Replacement) or _is_known(type(module)) for module in modules)
     for module in modules:
         if isinstance(module, Replacement):
             replaced[stock_class(module).__name__, module.uses] += 1
             absorbed.update(_inside(module, module.absorbs))
             continue
-        rows = _rows(type(module))
-        if known and type(module) in _LAYERS and module not in absorbed:
+        rows = [] if module in absorbed else _rows(type(module))
+        if known and module not in absorbed and type(module) in _LAYERS:
             rows.append(_LAYERS[type(module)])
         name = type(module).__name__
         try:
@@ -324,15 +325,20 @@ def _models(model: Any) -> list[nn.Module]:
     return [part for part in components.values() if isinstance(part, nn.Module)]
 
 
+def _integration(cls: type) -> Any:
+    name = INTEGRATIONS.get(cls.__module__.partition(".")[0])
+    return name and importlib.import_module(name)
+
+
 def _rows(cls: type) -> list[type[Replacement]]:
     """What may take the place of a class, the best first."""
-    name = INTEGRATIONS.get(cls.__module__.partition(".")[0])
-    if name is None:
-        return []
-    integration = importlib.import_module(name)
-    row = integration.TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
-    families = getattr(integration, "FAMILIES", {}).items()
-    return [row] * (row is not None) + [of for base, of in families if issubclass(cls, base)]
+    integration = _integration(cls)
+    return list(integration.rows_of(cls)) if integration else []
+
+
+def _is_known(cls: type) -> bool:
+    integration = _integration(cls)
+    return bool(integration) and (issubclass(cls, integration.MODELS) or bool(_rows(cls)))
 
 
 def stock_class(module: Any) -> type:

@@ -227,3 +227,12 @@ TABLE = _table(
 
 #: base -> what takes the place of every class derived from it, where no row of TABLE does
 FAMILIES = {Attention: attention.AnyAttention, AttentionModuleMixin: attention.AnyAttention}
+#: A model is known by the classes inside it.
+MODELS = ()
+
+
+def rows_of(cls: type) -> list[type[Replacement]]:
+    """What may take the place of a class, the best first."""
+    row = TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
+    rows = [row, *(of for base, of in FAMILIES.items() if issubclass(cls, base))]
+    return [found for found in rows if found is not None]

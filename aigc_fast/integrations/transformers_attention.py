@@ -1,13 +1,16 @@
 """Attention in the models of transformers: its interface, and who calls it."""
 
 import functools
+import inspect
+import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -17,13 +20,26 @@ from aigc_fast.integrations.transformers_cache import grow_in_place
 
 #: under which transformers knows our attention
 ATTENTION = "aigc_fast"
+#: what a forward names that looks for the attention of its config
+_ASKING = {"ALL_ATTENTION_FUNCTIONS", "get_interface", "config", "_attn_implementation"}
+
+
+def asks_the_interface(cls: Any) -> bool:
+    """Whether its forward calls the attention that its config names, and nothing in its file does
+    else under the name of torch's than under ours."""
+    code = getattr(cls.forward, "__code__", None)
+    if code is None or not _ASKING.issubset(code.co_names):
+        return False
+    source = inspect.getsource(sys.modules[cls.__module__])
+    return not re.search(r"_attn_implementation (==|!=|in|not in) .*\bsdpa\b", source)
 
 
 class Attention(Replacement):
-    """Its forward stays: it finds our attention under the name in its config."""
+    """Any that asks transformers' interface, where it finds ours under the name in its config. Its
+    forward stays, and its cache grows in place."""
 
-    uses = "decode_attention"
-    #: what it takes the place of: GPT-2 does not say when it wants the weights, which "eager" gives
+    uses = "decode_attention, scaled_dot_product_attention"
+    #: what it takes the place of: few say when they want the weights, which "eager" gives
     replaces: tuple[str, ...] = ("sdpa",)
 
     @classmethod
@@ -33,19 +49,24 @@ class Attention(Replacement):
             raise Unfit(f"its attention is {config._attn_implementation}")
         if config.output_attentions:
             raise Unfit("its config asks for attention weights")
+        yield from super().assignments(module)
         # The property's setter would change the configs inside too.
         yield Assignment(config, "_attn_implementation_internal", ATTENTION)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        layer = getattr(self, "layer_idx", None)
+        if layer is not None and self.config._attn_implementation == ATTENTION:
+            for cache in (*args, *kwargs.values()):  # the argument has several names
+                if isinstance(cache, Cache):
+                    grow_in_place(cache, layer)
+        return out
+
 
 class RotaryAttention(Attention):
-    uses = "apply_rotary, decode_attention"
+    uses = f"apply_rotary, {Attention.uses}"
     replaces = ("eager", "sdpa")
     capped = False
-
-    @classmethod
-    def assignments(cls, module: Any) -> Iterable[Assignment]:
-        yield from super().assignments(module)
-        yield from super(Attention, cls).assignments(module)
 
     def forward(
         self,
@@ -161,6 +182,7 @@ def attention(
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
         and (attention_mask is None or (hasattr(attention_mask, _VISIBLE) and key.shape[2] > 1))
         and key.shape == value.shape
+        and len(query) == len(key)
         and query.dtype == key.dtype == value.dtype
     ):
         return _decode(query, key, value, attention_mask, scaling, softcap), None

@@ -5,7 +5,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 #: room for at least so many more tokens, and for an eighth more than there are
 _ROOM = 32
@@ -72,5 +72,9 @@ def _larger(old: Tensor, capacity: int) -> Tensor:
 
 def grow_in_place(cache: Cache, layer: int) -> None:
     """Makes a layer that would grow by torch.cat one that grows in place; leaves all others."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    if layer >= len(cache.layers):  # it reads the cache of another layer
+        return
     if type(cache.layers[layer]) is DynamicLayer and not cache.offloading:
         cache.layers[layer].__class__ = GrowingLayer

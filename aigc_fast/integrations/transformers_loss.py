@@ -34,20 +34,23 @@ class CausalLM(Replacement):
 
     uses = "linear_cross_entropy"
     opt_in = "fuse_loss"
+    #: what its config calls the divisor and the softcap of its logits
+    scaling = softcap = ""
     lm_head: Any
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if not self._can_fuse(args, labels, kwargs):
             return super().forward(*args, labels=labels, **kwargs)
         out = self.base_model(*args, **kwargs)
-        hidden, scaling = out.last_hidden_state, getattr(self.config, "logits_scaling", None)
+        hidden = out.last_hidden_state
+        if self.scaling:  # a power of two: no rounding here either
+            hidden = hidden / getattr(self.config, self.scaling)
         loss = causal_lm_loss(
-            # Granite's logits are divided, by a power of two: no rounding here either.
-            hidden if scaling is None else hidden / scaling,
+            hidden,
             self.lm_head.weight,
             labels,  # type: ignore[arg-type]  # _can_fuse
             bias=self.lm_head.bias,
-            softcap=getattr(self.config, "final_logit_softcapping", None),
+            softcap=getattr(self.config, self.softcap) if self.softcap else None,
             **{name: kwargs[name] for name in _OF_LOSS if name in kwargs},
         )
         kept = {k: v for k, v in out.items() if k != "last_hidden_state"}
@@ -73,6 +76,14 @@ class CausalLM(Replacement):
         """Whether a loss of the routers is added."""
         asked = kwargs.get("output_router_logits")
         return getattr(self.config, "output_router_logits", False) if asked is None else asked
+
+
+class GraniteCausalLM(CausalLM):
+    scaling = "logits_scaling"
+
+
+class GemmaCausalLM(CausalLM):
+    softcap = "final_logit_softcapping"
 
 
 def causal_lm_loss(
