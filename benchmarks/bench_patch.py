@@ -1,4 +1,5 @@
-"""aigc_fast.patch: a stock transformers model of SmolLM2-135M's shape, patched and not, in turns.
+"""aigc_fast.patch: stock transformers models of SmolLM2-135M's shape and of T5-large's encoder's,
+patched and not, in turns.
 
 Weights are random. Most of the time goes to the linear layers, which stay torch's where those of
 `ops.linear` are no faster.
@@ -105,3 +106,27 @@ def bench_patch_training_step(benchmark, request, model) -> None:
         return clock() - start
 
     compare(benchmark, request, model.train(), seconds, ids.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def bench_patch_text_encoder(benchmark, request, dtype) -> None:
+    """Four of the 24 layers of T5-large's encoder, the prompt of a pipeline."""
+    config = transformers.T5Config(
+        d_model=1024,
+        d_ff=2816,
+        num_layers=4,
+        num_heads=16,
+        feed_forward_proj="gated-gelu",
+    )
+    torch.manual_seed(0)
+    encoder = transformers.T5EncoderModel(config).to(DEVICE, dtype).eval()
+    quick = request.config.getoption("--quick")
+    ids = prompt(1, 128 if quick else 512).remainder(config.vocab_size).to(DEVICE)
+
+    @torch.no_grad()
+    def seconds() -> float:
+        start = clock()
+        encoder(ids)
+        return clock() - start
+
+    compare(benchmark, request, encoder, seconds, ids.numel())

@@ -215,6 +215,35 @@ def test_the_cache_of_any_attention_grows_in_place() -> None:
     assert cache.layers[1].keys.shape[2] == before.shape[2] + 1
 
 
+def test_of_two_caches_the_one_that_grows_does_so_in_place() -> None:
+    """A decoder's own, not that of the encoder's states, nor one of a layer that is not there."""
+    from transformers import DynamicCache
+
+    from aigc_fast.integrations.transformers_cache import GrowingLayer, grow_in_place
+
+    model, inputs = make("bart"), inputs_of("bart")
+    aigc_fast.patch(model)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    assert all(type(layer) is GrowingLayer for layer in cache.self_attention_cache.layers)
+    assert not any(type(layer) is GrowingLayer for layer in cache.cross_attention_cache.layers)
+    grow_in_place(empty := DynamicCache(), 3)
+    assert empty.layers == []
+
+
+def test_one_query_for_several_sequences() -> None:
+    """As torch's attention does it, which repeats the query."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from aigc_fast.integrations.transformers_attention import attention
+
+    module, query, key = nn.Module(), torch.randn(1, 2, 1, 8), torch.randn(3, 2, 5, 8)
+    got, _ = attention(module, query, key, key + 1, None)
+    want, _ = sdpa_attention_forward(module, query, key, key + 1, None)
+    assert got.shape == (3, 1, 2, 8)
+    torch.testing.assert_close(got, want)
+
+
 def test_another_attention_chosen_later() -> None:
     model, inputs = make("opt"), inputs_of("opt")
     want = greedy(model, inputs)
