@@ -392,7 +392,7 @@ def _other_default(self, x, y=0):
         dict(_scale=_scale_to_floats),
         dict(_scale=torch.neg),
     ],
-    ids=str,
+    ids=lambda changes: next(iter(changes)),
 )
 def test_what_differs_is_not_the_same_code(changes) -> None:
     # A constant of the class is read by the property, whose code names it.
