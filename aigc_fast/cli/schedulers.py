@@ -28,6 +28,9 @@ _CLASSES: dict[str, Any] = {
 }
 # From an image to its noise.
 del _CLASSES["ddim_inverse"]
+#: They end flow matching at the level of noise before the last, and leave that in the picture, as
+#: diffusers' do.
+_UNFINISHED = {("flow_prediction", "deis"), ("flow_prediction", "sa_solver")}
 
 
 def names_for(prediction: str) -> list[str]:
@@ -37,7 +40,7 @@ def names_for(prediction: str) -> list[str]:
     return [
         name
         for name, cls in _CLASSES.items()
-        if kind in getattr(cls, "predictions", ())
+        if (kind in getattr(cls, "predictions", ()) and (kind, name) not in _UNFINISHED)
         or (prediction == "flow" and name.startswith("flow_"))
     ]
 

@@ -106,6 +106,8 @@ def euler_ancestral_rows(s: Any) -> Row:
     sigmas = s.sigmas.cpu()
     sigma = sigmas[:-1]
     up, down = ancestral(sigma, sigmas[1:])
+    # Of a long step the difference of squares is rounded below zero.
+    down = torch.where(down.isnan(), sigmas[1:] ** 2 / sigma, down)
     x0 = denoised(s, sigma)
     return Row(x0, SAMPLE + (down - sigma) * slope(x0, sigma) + up * NOISE)
 
