@@ -180,7 +180,6 @@ CASES = {
     "glm4": _decoder("Glm4", "glm4", GATED),
     "ministral": _decoder("Ministral", "ministral", GATED, sliding_window=7),
     "gemma": _decoder("Gemma", "gemma", {"rms_norm", "geglu"}),
-    "mixtral": _decoder("Mixtral", "mixtral", {"rms_norm"}, experts_implementation="eager"),
     # Encoders and decoders.
     # T5's attention adds a bias to the scores, which is left to torch.
     "t5": Case("T5ForConditionalGeneration", "t5", T5, pairs, {"rms_norm", "geglu"}, 0),
