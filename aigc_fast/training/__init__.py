@@ -12,6 +12,7 @@ from .log import CSVLog, TensorBoardLog
 from .optim import Adam, AdamW
 from .penalties import gradient_penalty, path_length_penalty, r1_penalty, r2_penalty
 from .vae import VAERecipe, VAEStep, VAETrainer, log_likelihood
+from .vocoder import VocoderRecipe, VocoderStep, VocoderTrainer, segments_of
 
 __all__ = [
     "EMA",
@@ -33,6 +34,9 @@ __all__ = [
     "VAERecipe",
     "VAEStep",
     "VAETrainer",
+    "VocoderRecipe",
+    "VocoderStep",
+    "VocoderTrainer",
     "batches",
     "epochs_of_batches",
     "gradient_penalty",
@@ -43,5 +47,6 @@ __all__ = [
     "r1_penalty",
     "r2_penalty",
     "save_checkpoint",
+    "segments_of",
     "windows_of",
 ]

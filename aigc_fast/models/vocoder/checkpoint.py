@@ -30,7 +30,7 @@ def read_state(path: str | os.PathLike[str], member: str) -> dict[str, Tensor]:
         opened = open_safetensors(Path(path))
         found: Any = {name: file.get_tensor(name) for name, file in opened.items()}
     else:
-        found = _read_torch(path)
+        found = read_torch(path)
         if isinstance(found, dict) and isinstance(found.get(member), dict):
             found = found[member]
     if not isinstance(found, dict):
@@ -44,7 +44,9 @@ def read_state(path: str | os.PathLike[str], member: str) -> dict[str, Tensor]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read_torch(path: str | os.PathLike[str]) -> Any:
+def read_torch(path: str | os.PathLike[str]) -> Any:
+    """What torch.save wrote, if it is nothing but tensors, numbers and strings; OSError and
+    ValueError as for `read_state`."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
