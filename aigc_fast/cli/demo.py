@@ -47,8 +47,9 @@ def run(console: Console, output: Path, *, quick: bool) -> int:
             console.print(f"  {command}", soft_wrap=True)
         return 2
     # Not above: these import what may be missing.
+    from aigc_fast.io import write_wav
+
     from . import demo_diffusion, demo_gan, demo_speech, demo_text, hot_paths, pictures
-    from .speak import write_wav
 
     start = time.perf_counter()
     device = default_device()

@@ -10,9 +10,10 @@ from torch import Tensor
 import aigc_fast
 from aigc_fast.io import find_voice, load_voice_tokenizer
 from aigc_fast.io.voice_tokenizer import VoiceTokenizer
+from aigc_fast.io.wav import to_pcm
 from aigc_fast.models.vocoder import VITS
 
-from .speak import Speech, to_pcm
+from .speak import Speech
 
 TEXT = "Sunlight bends as it enters a drop of rain. Each color leaves at an angle of its own."
 

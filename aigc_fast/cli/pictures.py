@@ -94,11 +94,13 @@ def save_losses(
     window: int,
     steps: Sequence[float] | None = None,
     label: str = "binary cross-entropy",
+    scale: str = "linear",
 ) -> None:
     """Loss curves by name: every value faintly, the running mean of `window` of them on top.
 
     steps: where each value was taken; by default each is a step, and the axis is in epochs of
         `window` steps.
+    scale: "log" for losses of unlike sizes.
     """
     with _figure(path) as figure:
         axes = figure.add_subplot()
@@ -110,6 +112,7 @@ def save_losses(
             dot = "o" if len(losses) == 1 else None  # a line of one point is not to be seen
             axes.plot(at, _running_mean(losses, window), color=color, label=name, marker=dot)
         axes.set(xlabel="epoch" if steps is None else "step", ylabel=label, xlim=(0, None))
+        axes.set_yscale(scale)
         if steps is None:
             axes.set_ylim(0, None)
         axes.grid(alpha=0.25)
@@ -136,6 +139,25 @@ def save_sound(path: Path, waveform: Tensor, sample_rate: int) -> None:
         )  # fmt: skip
         below.set(xlabel="seconds", ylabel="kHz", ylim=(0, min(5, sample_rate / 2000)))
         figure.colorbar(image, ax=below, label="dB")
+
+
+def save_mels(path: Path, mels: Mapping[str, Tensor], frame: float) -> None:
+    """Log-mel spectrograms, (bands, frames), by name, one below the other in the same colours.
+
+    frame: seconds of one."""
+    lowest, highest = (
+        f(float(mel.aminmax()[i]) for mel in mels.values()) for i, f in enumerate((min, max))
+    )
+    with _figure(path, height=2 * len(mels)) as figure:
+        rows = figure.subplots(len(mels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (name, mel) in zip(rows, mels.items(), strict=True):
+            image = axes.imshow(
+                mel.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=lowest, vmax=highest,
+                extent=(0, mel.shape[1] * frame, 0, len(mel)),
+            )  # fmt: skip
+            axes.set(ylabel=f"{name}: mel band")
+        rows[-1].set(xlabel="seconds")
+        figure.colorbar(image, ax=rows, label="log magnitude")
 
 
 @contextmanager

@@ -116,3 +116,34 @@ def vae(options: VAEOptions) -> None:
     from .sample_vae import run
 
     run(Console(highlight=False), options)
+
+
+def _wav(path: Path) -> Path:
+    if path.suffix.lower() != ".wav":
+        raise typer.BadParameter(f"{path} must end in .wav")
+    return _in_a_folder(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocoderOptions:
+    sound: Annotated[
+        Path, typer.Argument(metavar="INPUT.wav", exists=True, dir_okay=False, help="One channel.")
+    ]
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            exists=True, dir_okay=False,
+            help="generator.safetensors of a training, or what HiFi-GAN's or BigVGAN's authors "
+            "published; config.json stands beside it.",
+        ),
+    ]  # fmt: skip
+    output: Annotated[Path, typer.Option(dir_okay=False, callback=_wav, help="A .wav file.")]
+
+
+@sample.command()
+@takes(VocoderOptions)
+def vocoder(options: VocoderOptions) -> None:
+    """Makes a sound anew from its mel spectrogram."""
+    from .sample_vocoder import run
+
+    run(Console(highlight=False), options)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-import wave
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from aigc_fast.io import find_voice, load_voice_tokenizer
-from aigc_fast.io._whole import written_whole
+from aigc_fast.io import find_voice, load_voice_tokenizer, write_wav
 from aigc_fast.io.voice_tokenizer import VoiceTokenizer
 from aigc_fast.models.vocoder import VITS
 
@@ -107,22 +105,3 @@ def run(
         )
     write_wav(output, speech, voice.config.sample_rate)
     console.print(f"{output}: {speech}", markup=False, soft_wrap=True)
-
-
-def write_wav(path: Path, waveforms: Iterable[Tensor], sample_rate: int) -> None:
-    """Waveforms of one channel in [-1, 1], one behind the other, as each arrives."""
-    # Opened here: a wave that cannot open its file prints a traceback when it is deleted.
-    with (
-        written_whole(path) as partial,
-        partial.open("wb") as opened,
-        wave.open(opened, "wb") as file,
-    ):
-        file.setparams((1, 2, sample_rate, 0, "NONE", "not compressed"))
-        for waveform in waveforms:
-            file.writeframes(to_pcm(waveform))
-
-
-def to_pcm(waveform: Tensor) -> bytes:
-    """Samples in [-1, 1] as little-endian integers of 16 bits."""
-    samples = (waveform.float().flatten() * 32767).round().to(torch.int16)
-    return samples.cpu().numpy().astype("<i2").tobytes()

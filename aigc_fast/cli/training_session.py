@@ -44,6 +44,7 @@ class TrainingSession(ABC):
     losses: tuple[str, ...]
     notes: dict[str, Any]
     loss_label = "loss"
+    loss_scale = "linear"
     unit = "images"
     log_every = 50  # steps
 
@@ -171,7 +172,8 @@ class TrainingSession(ABC):
             self.show_samples(self.board)
         steps, *columns = zip(*self.log.read(), strict=True)
         curves = dict(zip(self.losses, columns, strict=False))
-        save_losses(self.options.output / "losses.png", curves, 3, steps, label=self.loss_label)
+        how = {"label": self.loss_label, "scale": self.loss_scale}
+        save_losses(self.options.output / "losses.png", curves, 3, steps, **how)
         state = {"networks": self.networks, "trainer": self.trainer.state_dict()}
         save_checkpoint(self.checkpoint, {**state, "seconds": self.seconds, "notes": self.notes})
 

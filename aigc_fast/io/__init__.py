@@ -12,6 +12,7 @@ from .quantized import pack_gguf
 from .texts import load_python_reference, load_texts
 from .tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
 from .voice_tokenizer import VoiceTokenizer, find_voice, load_voice_tokenizer
+from .wav import load_waveforms, read_wav, write_wav
 
 __all__ = [
     "GGUFFile",
@@ -33,11 +34,14 @@ __all__ = [
     "load_texts",
     "load_tokenizer",
     "load_voice_tokenizer",
+    "load_waveforms",
     "pack_gguf",
     "phonemize",
     "read_gguf",
     "read_hf_folder",
     "read_ncnn",
     "read_onnx",
+    "read_wav",
     "save_tokenizer",
+    "write_wav",
 ]

@@ -15,8 +15,8 @@ pytest.importorskip("typer")
 pytest.importorskip("onnx")
 pytest.importorskip("espeakng_loader")
 
-from aigc_fast.cli.speak import to_pcm, write_wav
 from aigc_fast.io import load_voice_tokenizer
+from aigc_fast.io.wav import to_pcm, write_wav
 from aigc_fast.models.vocoder import VITS
 from tests.cli.test_cli import run
 from tests.models.piper_files import small_vits, write_voice

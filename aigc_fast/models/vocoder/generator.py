@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -104,6 +104,18 @@ class Generator(nn.Module):
         return [cast(ResBlock, block) for block in self.resblocks[i * each : (i + 1) * each]]
 
     @classmethod
+    def from_config(cls: type[Model], config: Mapping[str, Any]) -> Model:
+        """A model of what the authors' config.json holds, with new weights.
+
+        TypeError and ValueError as for its arguments; what else there is is not looked at.
+        """
+        options = dict(config)
+        if "num_mels" in options:
+            options["in_channels"] = options["num_mels"]
+        known = inspect.signature(cls).parameters
+        return cls(**{key: value for key, value in options.items() if key in known})
+
+    @classmethod
     def from_pretrained(
         cls: type[Model],
         path: str | os.PathLike[str],
@@ -120,13 +132,9 @@ class Generator(nn.Module):
         OSError where a file cannot be opened, ValueError where one is unsound or does not fit.
         """
         config_path = Path(path).parent / "config.json" if config is None else Path(config)
-        options: dict[str, Any] = read_json(config_path)
-        if "num_mels" in options:
-            options["in_channels"] = options["num_mels"]
-        known = inspect.signature(cls).parameters
         try:
             with torch.device("meta"):
-                model = cls(**{key: value for key, value in options.items() if key in known})
+                model = cls.from_config(read_json(config_path))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{config_path}: {error}") from None
         state = read_state(path, "generator")
