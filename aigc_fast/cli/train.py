@@ -211,7 +211,7 @@ class VocoderOptions(RunOptions):
     ] = None  # fmt: skip
     discriminators: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="HiFi-GAN's do_ file that belongs to it."),
+        typer.Option(exists=True, dir_okay=False, help="The do_ file that belongs to it."),
     ] = None
     discriminator_channels: Annotated[
         int, typer.Option(help="Their width; 32 is the published one, less is faster.")

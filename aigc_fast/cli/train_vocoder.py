@@ -23,10 +23,8 @@ from aigc_fast.training import VocoderRecipe, VocoderStep, VocoderTrainer, segme
 from .pictures import save_mels
 from .train import VocoderOptions
 from .training_session import TrainingSession
-from .vocoder_data import load_speech
+from .vocoder_data import load_speech, split
 
-_HELD_OUT = 10  # every tenth utterance is kept aside,
-_MOST, _SECONDS = 5, 8  # of which so many are listened to, so much of each
 _BIGVGAN = {"lr": 1e-4, "max_norm": 1000.0}  # where its authors' recipe is another
 
 
@@ -63,14 +61,13 @@ class Session(TrainingSession):
             generator = vocoder_class(config).from_config(config)
         elif (wanted := mel_config(config).sampling_rate) != rate:
             raise ValueError(f"data must have the model's {wanted} samples a second, has {rate}")
-        discriminator = VocoderDiscriminator(options.discriminator_channels)
+        kind = "bigvgan" if "activation" in config else "hifigan"
+        discriminator = VocoderDiscriminator(options.discriminator_channels, kind)
         if options.discriminators is not None:
             discriminator.load_published(options.discriminators)
         self.mel = MelSpectrogram(mel_config(config))
-        aside = [w[: _SECONDS * rate] for w in waveforms[::_HELD_OUT][:_MOST]]
+        waveforms, aside = split(waveforms, rate)
         self.held_out = [w[None].to(device) / 32768 for w in aside]
-        for number in range(0, len(waveforms), _HELD_OUT)[::-1]:
-            del waveforms[number]
         self.samples = segments_of(waveforms, recipe.segment).to(device)
         self.labels = None
         self.networks = {"config": config, "discriminator": options.discriminator_channels}

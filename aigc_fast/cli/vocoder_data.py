@@ -13,6 +13,8 @@ from aigc_fast.models.vocoder import VITS
 from .speak import Speech
 
 _SENTENCES = 80  # of the voice: six minutes, which take it one
+_HELD_OUT = 10  # every tenth utterance is kept aside,
+_MOST, _SECONDS = 5, 8  # of which so many are listened to, so much of each
 
 
 def load_speech(name: str, device: torch.device) -> tuple[list[Tensor], int]:
@@ -26,6 +28,12 @@ def load_speech(name: str, device: torch.device) -> tuple[list[Tensor], int]:
     if len(waveforms) < 2:
         raise ValueError(f"data must hold at least two files, one of which is held out: {name}")
     return waveforms, rate
+
+
+def split(waveforms: list[Tensor], rate: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Those to train on, and of the others, every tenth, the beginnings of the first five."""
+    training = [w for number, w in enumerate(waveforms) if number % _HELD_OUT]
+    return training, [w[: _SECONDS * rate] for w in waveforms[::_HELD_OUT][:_MOST]]
 
 
 def speak_sentences(count: int, device: torch.device) -> tuple[list[Tensor], int]:

@@ -126,6 +126,20 @@ def test_published_weights_are_gone_on_from(tmp_path, sounds):
     refused(train(tmp_path / "o", *given, "--arch", "tiny"), "arch must be left out with a model")
 
 
+def test_a_bigvgan_has_the_discriminators_of_its_paper(tmp_path, sounds, monkeypatch):
+    snakes = {**TINY, "activation": "snakebeta", "snake_logscale": True}
+    monkeypatch.setitem(CONFIGS, "tiny", snakes)
+    out = tmp_path / "out"
+    result = train(out, "--data", sounds, "--steps", 2, "--segment", 2048)
+    assert result.exit_code == 0, result.output
+    state = torch.load(out / "checkpoint.pt")["trainer"]
+    assert any(name.startswith("mrd.") for name in state["discriminator"])
+    assert (state["recipe"]["lr"], state["recipe"]["max_norm"]) == (1e-4, 1000.0)
+    made = tmp_path / "made.wav"
+    sample = ("sample", "vocoder", "--checkpoint", out / "generator.safetensors", "--output", made)
+    assert run(*sample, sounds / "inner/0.wav").exit_code == 0
+
+
 def test_wrong_options_are_refused(tmp_path, sounds):
     for options, words in (
         (("--arch", "wavenet"), "arch must be one of hifigan-v1"),

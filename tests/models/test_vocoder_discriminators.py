@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aigc_fast.models.vocoder import VocoderDiscriminator
-from tests.models.plain_discriminators import MultiPeriod, MultiScale
+from tests.models.plain_discriminators import MultiPeriod, MultiResolution, MultiScale
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +52,33 @@ def test_the_published_size():
     assert [round(count / 1e6, 1) for count in counts] == [70.7, 41.1, 29.6]
 
 
+def test_those_of_bigvgan_too(tmp_path):
+    torch.manual_seed(0)
+    plain = {"mpd": MultiPeriod(4), "mrd": MultiResolution(4)}
+    ours = VocoderDiscriminator(4, "bigvgan")
+    ours.load_published(published(tmp_path / "do", plain))
+    x = torch.randn(2, 1, 2400) * 0.1
+    found, wanted = ours(x), [part for network in plain.values() for part in network(x)]
+    assert [len(features) for features in found] == [6] * 8
+    for ours_, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours_, theirs)
+    silent = torch.zeros(1, 1, 2400, requires_grad=True)
+    total = sum(features[-1].sum() for features in ours(silent))
+    assert torch.autograd.grad(total, silent)[0].isfinite().all()
+    with pytest.raises(ValueError, match="not such discriminators: 'msd'"):
+        VocoderDiscriminator(4).load_published(tmp_path / "do")
+    with pytest.raises(ValueError, match="kind must be one of hifigan, bigvgan"):
+        VocoderDiscriminator(4, "wavegan")
+
+
 @pytest.mark.parametrize("lacking", ["mpd", "msd"])
 def test_other_files_are_refused(plain, tmp_path, lacking):
     with pytest.raises(ValueError, match="channels must be a multiple of 4, got 6"):
         VocoderDiscriminator(6)
     path = published(tmp_path / "do", plain, **{lacking: {}})
-    with pytest.raises(ValueError, match="do: not the discriminators of HiFi-GAN"):
+    with pytest.raises(ValueError, match="do: not such discriminators"):
         VocoderDiscriminator(4).load_published(path)
-    with pytest.raises(ValueError, match="not the discriminators"):
+    with pytest.raises(ValueError, match="not such discriminators"):
         VocoderDiscriminator(8).load_published(published(path, plain))
     path.write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="do"):

@@ -89,14 +89,19 @@ class MelSpectrogram(nn.Module):
                 f"got {tuple(x.shape)}"
             )
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float().reshape(len(x), 1, -1)
-            x = F.pad(x, (edge, edge), "reflect")[:, 0]
-            spectrum = torch.stft(
-                x, c.n_fft, c.hop_size, c.win_size, self.window, center=False, return_complex=True
-            )
-            # not abs(), whose gradient at 0 is no number
-            power = torch.view_as_real(spectrum).square().sum(-1)
+            power = parts_of_frames(x, c.n_fft, c.hop_size, self.window).square().sum(-1)
             return (self.filters @ (power + _IN_ROOT).sqrt()).clamp(min=_FLOOR).log()
+
+
+def parts_of_frames(x: Tensor, n_fft: int, hop_size: int, window: Tensor) -> Tensor:
+    """The real and the imaginary parts of the transforms of frames around each hop,
+    (batch, n_fft // 2 + 1, samples // hop_size, 2) in float32: see `MelSpectrogram`."""
+    edge = (n_fft - hop_size) // 2
+    x = F.pad(x.float().reshape(len(x), 1, -1), (edge, edge), "reflect")[:, 0]
+    spectrum = torch.stft(
+        x, n_fft, hop_size, len(window), window, center=False, return_complex=True
+    )
+    return torch.view_as_real(spectrum)
 
 
 def mel_filters(config: MelConfig) -> Tensor:
