@@ -129,7 +129,7 @@ def bench_vocoder_training(benchmark, quick, dtype) -> None:
     real = torch.randn(2, 1, recipe.segment, device=DEVICE) * 0.1
     _same_losses(trainer, plain, real)
     variants = {"eager": lambda: plain.step(real), "ours": lambda: trainer.step(real)}
-    times = interleaved(variants, seconds=1.0 if quick else 40.0, rounds=1 if quick else 5)
+    times = interleaved(variants, seconds=1.0 if quick else 20.0, rounds=1 if quick else 3)
     _note(benchmark, times, variants, real.numel() / 16000)
 
 

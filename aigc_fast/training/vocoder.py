@@ -27,7 +27,8 @@ class VocoderRecipe:
     segment:    samples of a waveform that a step hears.
     feature_weight, mel_weight: factors, as above.
     lr, betas, weight_decay: of both AdamW optimizers.
-    lr_decay:   what an epoch leaves of the learning rate, 0 to 1.
+    lr_decay:   what an epoch leaves of the learning rate, 0 to 1. An epoch of `segments_of` hears
+                all there is; the authors' hears one segment of each utterance.
     max_norm:   the norm that gradients are clipped to; None for no clipping (BigVGAN: 1000).
     ema_decay:  of averaged weights of the generator, less in the first steps; None for none.
     bf16:       run the networks under bfloat16 autocast; weights and losses stay as they are.
