@@ -125,7 +125,7 @@ def test_flow_without_labels(monkeypatch, tmp_path):
         result = run("sample", "diffusion", *options, "--scheduler", scheduler)
         assert result.exit_code == 0, result.output
     for more, words in (
-        (("--scheduler", "ddim"), "flow_lcm, sa_solver, unipc for flow prediction, got 'ddim'"),
+        (("--scheduler", "ddim"), "flow_lcm, unipc for flow prediction, got 'ddim'"),
         (("--label", 0), "label must be a class of the model, which has none"),
         (("--guidance", 2), "guidance must be 1 for a model without classes"),
     ):
