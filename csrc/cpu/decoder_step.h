@@ -34,9 +34,7 @@ class DecoderStep {
         residual_(std::move(hidden)),
         branch_(layers_[0].post_mlp_norm ? residual_.size() : 0),
         inner_(s.inner_rows() * s.inner),
-        scores_(s.batch * s.experts),
-        factors_(s.batch * s.per_token),
-        chosen_(factors_.size()) {
+        experts_(s_) {
     size_t units = 0;
     for (const DecoderLayer<T>& layer : layers_)
       if (layer.shares->split) units = std::max(units, layer.shares->units.size());
@@ -131,7 +129,7 @@ class DecoderStep {
       for (int64_t b = 0; b < s_.batch; ++b) {
         sums_.assign((end - begin) * kTileRows, 0.0f);
         for (int64_t row = b * s_.per_token; row < (b + 1) * s_.per_token; ++row) {
-          const int64_t first = step_.chosen_[row] * weight.tiles + begin;
+          const int64_t first = step_.experts_.expert(row) * weight.tiles + begin;
           multiply_tiles(weight.format, weight.blocks, activations_, {row, row + 1}, first,
                          first + end - begin, [&](int64_t, int64_t tile, const float* y) {
                            float* sum = sums_.data() + (tile - first) * kTileRows;
@@ -184,29 +182,17 @@ class DecoderStep {
 
     // Which experts each sequence's token is sent to.
     void route(int64_t stage, const DecoderLayer<T>& layer) {
-      const int64_t experts = s_.experts, parts = stages_.threads();
+      const int64_t parts = stages_.threads();
       stages_.run(
           stage, thread_, s_.batch * parts, [] {},
           [&](int64_t i) {
-            const int64_t b = i / parts, part = i % parts;
-            const float* x = normed_row(b, layer.mlp_norm);
-            dispatch(*layer.router, "routers", [&]<class S>(S) {
-              if constexpr (!std::is_same_v<S, double>)
-                for (int64_t e = part * experts / parts; e < (part + 1) * experts / parts; ++e)
-                  step_.scores_[b * experts + e] =
-                      router_score(data<S>(*layer.router) + e * s_.hidden, x, s_.hidden);
-            });
+            const float* x = normed_row(i / parts, layer.mlp_norm);
+            step_.experts_.score(i / parts, i % parts, parts, *layer.router, x);
           },
           [] {});
       stages_.run(
           stage + 1, thread_, s_.batch, [] {},
-          [&](int64_t b) {
-            choose_experts(step_.scores_.data() + b * experts, experts, s_.per_token,
-                           step_.numbers_.normalize_experts,
-                           step_.chosen_.data() + b * s_.per_token,
-                           step_.factors_.data() + b * s_.per_token);
-          },
-          [] {});
+          [&](int64_t b) { step_.experts_.choose(b, step_.numbers_.normalize_experts); }, [] {});
     }
 
     // act(gate) * up; the gates are the first half of the tiles. A few tiles of one, then of the
@@ -224,7 +210,7 @@ class DecoderStep {
             const int64_t part = i % parts, unit = i / parts;
             const int64_t begin = part * tiles / parts, end = (part + 1) * tiles / parts;
             const int64_t b = unit / std::max<int64_t>(s_.per_token, 1);
-            const int64_t gates = sent ? step_.chosen_[unit] * weight.tiles : 0;
+            const int64_t gates = sent ? step_.experts_.expert(unit) * weight.tiles : 0;
             const RowRange rows = sent ? RowRange{b, b + 1} : RowRange{0, s_.batch};
             auto half = [&](int64_t first, auto&& finish) {
               multiply_tiles(weight.format, weight.blocks, activations_, rows, first + begin,
@@ -238,7 +224,7 @@ class DecoderStep {
             half(gates, [&](int64_t row, int64_t tile, const float* y) {
               std::copy_n(y, kTileRows, gate(row, tile));
             });
-            const float factor = sent ? step_.factors_[unit] : 1;
+            const float factor = sent ? step_.experts_.factor(unit) : 1;
             half(gates + tiles, [&](int64_t row, int64_t tile, const float* y) {
               float* out = step_.inner_.data() + (unit + row) * s_.inner + tile * kTileRows;
               for (int j = 0; j < kTileRows; j += L) {
@@ -301,8 +287,8 @@ class DecoderStep {
   bool shared_;
   int64_t items_;
   DecoderTokens<P> tokens_;
-  std::vector<float> residual_, branch_, inner_, scores_, factors_;
-  std::vector<int32_t> chosen_;
+  std::vector<float> residual_, branch_, inner_;
+  ChosenExperts experts_;
 };
 
 }  // namespace aigc_fast
