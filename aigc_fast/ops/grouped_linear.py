@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from aigc_fast.ops._autograd import OpFunction, asked_for, transforming, wanted
 from aigc_fast.ops._checks import check_device, check_tensor, plain_on_cpu
 from aigc_fast.ops._groups import groups
-from aigc_fast.ops._registry import FLOATS, define
+from aigc_fast.ops._registry import FLOATS, define, forced
 from aigc_fast.ops.linear import DTYPES, lags, linear
 
 
@@ -49,6 +49,7 @@ def _is_ours(x: Tensor, weight: Tensor) -> bool:
         and plain_on_cpu((x, weight), (x.dtype,))
         and not torch.is_autocast_enabled("cpu")
         and not transforming()
+        and forced() not in ("triton", "cuda")  # which have none, so that it is torch's there too
     )
 
 

@@ -11,7 +11,7 @@ from aigc_fast import _libraries
 from aigc_fast._devices import has_bfloat16_instructions, has_fast_bfloat16, torch_multiplies
 from aigc_fast.ops._autograd import OpFunction, asked_for, transforming
 from aigc_fast.ops._checks import check_tensor, plain_on_cpu
-from aigc_fast.ops._registry import define
+from aigc_fast.ops._registry import define, forced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Columns that fill a vector.
@@ -61,6 +61,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and plain_on_cpu((x, weight, bias), (x.dtype,))
         and not torch.is_autocast_enabled("cpu")
         and not transforming()
+        and forced() not in ("triton", "cuda")  # which have none, so that it is torch's there too
         and torch._C._get_tracing_state() is None  # what torch.jit records runs elsewhere too
     )
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import aigc_fast
 from aigc_fast import nn, ops
+from aigc_fast.ops import _registry
 from tests.op_samples.sample import rand
 from tests.ops.test_every_op import assert_as_good_as_torch
 
@@ -123,6 +124,13 @@ def test_elsewhere_it_is_torchs_own(products) -> None:
     compiled = torch.compile(ops.linear, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
     assert len(products) == 1
+
+
+def test_another_backend_is_torchs(products) -> None:
+    """The interpreter runs Triton's kernels on CPU tensors, and products beside them."""
+    x, weight = rand(8, 16).float(), rand(4, 16).float()
+    with _registry._intercepting(lambda op, args: pytest.fail(op.name), "triton"):
+        assert torch.equal(ops.linear(x, weight), F.linear(x, weight))
 
 
 def test_small_products_are_torchs(products, monkeypatch) -> None:
