@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from aigc_fast.ops._autocast import under_autocast
 from aigc_fast.ops._autograd import OpFunction, asked_for, transforming, wanted
 from aigc_fast.ops._checks import check_device, check_tensor, plain_on_cpu
 from aigc_fast.ops._groups import groups
@@ -18,7 +19,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """y[i] = weight[g] @ x[i] for the rows i of group g, ends[g - 1] <= i < ends[g].
 
     x:      (rows, in_features), float64, float32, bfloat16 or float16.
-    weight: (groups, out_features, in_features), in the dtype of x.
+    weight: (groups, out_features, in_features), in the dtype of x but under autocast.
     ends:   int32 (groups,), where the rows of each group end: they do not fall, and the last is
             `rows`. A group may have none.
 
@@ -32,9 +33,14 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Raises TypeError or ValueError for a wrong dtype, shape or device, and on a CPU for ends that
     fall or end elsewhere than at `rows`.
     """
+    device = x.device.type
+    if under_autocast(device) and x.dtype in DTYPES and weight.dtype in DTYPES:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return grouped_linear(x.to(dtype), weight.to(dtype), ends)
     compiling = torch.compiler.is_compiling()
     if compiling and _has_grouped_mm(x, weight) and x.dtype == torch.bfloat16:
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+        return _grouped_mm(x, weight, ends)
     if not compiling and not _is_ours(x, weight):
         _check(x, weight, ends)
         return _by_torch(x, weight, ends)
@@ -47,7 +53,6 @@ def _is_ours(x: Tensor, weight: Tensor) -> bool:
     return (
         lags(x.dtype)
         and plain_on_cpu((x, weight), (x.dtype,))
-        and not torch.is_autocast_enabled("cpu")
         and not transforming()
         and forced() not in ("triton", "cuda")  # which have none, so that it is torch's there too
     )
@@ -56,7 +61,14 @@ def _is_ours(x: Tensor, weight: Tensor) -> bool:
 def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's own operator takes the call: sizes of whole 16 bytes."""
     sizes = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    return x.dtype in DTYPES and sizes and not torch.is_autocast_enabled(x.device.type)
+    return x.dtype in DTYPES and sizes
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    # Its rows begin at whole 16 bytes, which views need not.
+    if not (weight.is_contiguous() or weight.mT.is_contiguous()):
+        weight = weight.contiguous()
+    return F.grouped_mm(x.contiguous(), weight.mT, offs=ends)
 
 
 def _by_torch(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -64,7 +76,7 @@ def _by_torch(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if x.is_meta or isinstance(x, FakeTensor):  # where ends has no values
         return x.new_empty(len(x), weight.shape[1])
     if x.is_cuda and _has_grouped_mm(x, weight):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+        return _grouped_mm(x, weight, ends)
     # Taken one by one, the weights would each have a gradient as large as all of them.
     weights = weight.unbind() if wanted(weight) else weight
     parts = [linear(rows, weights[g]) for g, rows in groups(x, ends)]

@@ -315,7 +315,7 @@ def test_masks_of_the_caller(kind) -> None:
         torch.testing.assert_close(run(), want)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2", "mixtral"])
 def test_autocast(name) -> None:
     model, (ids, _) = make(name), prompts()
     exact = exact_logits(model, ids)

@@ -118,10 +118,34 @@ def test_compiles_as_one_graph(dtype) -> None:
     torch.testing.assert_close(got, mine)
 
 
-def test_within_autocast_and_torch_func(products) -> None:
+def test_compiles_for_rows_that_begin_anywhere() -> None:
+    x, weight, ends = example("none_at_the_ends", torch.bfloat16)
+    torchs, want = plain(x, weight, ends), plain(x.double(), weight.double(), ends)
+    x, weight = (F.pad(t, (1, 2))[..., 1:-2] for t in (x, weight))
+    compiled = torch.compile(ops.grouped_linear, fullgraph=True, backend="aot_eager", dynamic=False)
+    assert_as_good_as_torch([compiled(x, weight, ends)], [torchs], [want], x.dtype)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_autocast_casts_both(dtype, compiling, products) -> None:
     x, weight, ends = example("some", torch.float32)
+    low = x.bfloat16(), weight.bfloat16()
+    want = plain(*(t.double() for t in low), ends)
+    function = ops.grouped_linear
+    if compiling:
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ops.grouped_linear(x, weight, ends).dtype == torch.bfloat16
+        # as a product before it left it
+        got = function(low[0].to(dtype), weight, ends)
+        exact = ops.grouped_linear(x.double(), weight.double(), ends)
+    assert got.dtype == torch.bfloat16 and exact.dtype == torch.float64
+    assert_as_good_as_torch([got], [plain(*low, ends)], [want], torch.bfloat16)
+
+
+def test_within_torch_func(products) -> None:
+    x, weight, ends = example("some", torch.float32)
     grad = torch.func.grad(lambda w: ops.grouped_linear(x, w, ends).sum())(weight)
     want = torch.autograd.grad(plain(x, weight.requires_grad_(), ends).sum(), weight)[0]
     torch.testing.assert_close(grad, want)
