@@ -449,8 +449,24 @@ def test_autocast():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_is_traced_whole():
-    model, ids = random_model().float(), torch.tensor([[1, 2, 3, 4]])
+def test_hooks_and_adapters_on_experts_are_refused():
+    config = dataclasses.replace(TINY, num_experts=3, experts_per_token=2)
+    model, ids = random_model(config), torch.tensor([[1, 2, 3, 4]])
+    want, mlp = model(ids), model.layers[0].mlp
+    handle = mlp.down_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(TypeError, match="without hooks or adapters, got Linear"):
+        model(ids)
+    handle.remove()
+    torch.testing.assert_close(model(ids), want)
+    mlp.gate_up_proj = nn.Sequential(mlp.gate_up_proj)
+    with pytest.raises(TypeError, match="without hooks or adapters, got Sequential"):
+        model(ids)
+
+
+@pytest.mark.parametrize("experts", [None, 3])
+def test_is_traced_whole(experts):
+    config = dataclasses.replace(TINY, num_experts=experts, experts_per_token=experts and 2)
+    model, ids = random_model(config).float(), torch.tensor([[1, 2, 3, 4]])
     want = model(ids)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(ids), want)
     torch.testing.assert_close(torch.export.export(model, (ids,)).module()(ids), want)

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from aigc_fast import ops
 from aigc_fast.nn import Linear, QuantizedLinear
 from aigc_fast.nn._experts import through_experts
+from aigc_fast.nn._replacing import runs_as_written
 from aigc_fast.ops._groups import groups
 
 from .config import DecoderConfig
+
+_FORWARDS = nn.Linear.forward, Linear.forward, QuantizedLinear.forward
 
 
 class MLP(nn.Module):
@@ -64,6 +67,8 @@ class MixtureOfExperts(nn.Module):
 
     gate_up_proj: the rows of gate and then those of up, expert by expert.
     down_proj:    the rows of one expert after those of another.
+
+    Both are read part by part and never called: TypeError for hooks or adapters on them.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -88,6 +93,11 @@ class MixtureOfExperts(nn.Module):
         return through_experts(x, experts, self.num_experts, run).view_as(hidden)
 
     def _multiply(self, linear: nn.Module, rows: Tensor, ends: Tensor) -> Tensor:
+        if type(linear).forward not in _FORWARDS or not runs_as_written(linear):
+            raise TypeError(
+                "the projections of experts must be Linear or QuantizedLinear, without hooks or "
+                f"adapters, got {type(linear).__name__}"
+            )
         if isinstance(linear, QuantizedLinear):
             return torch.cat([linear.part(x, e, self.num_experts) for e, x in groups(rows, ends)])
         weight: Tensor = linear.weight  # type: ignore[assignment]
