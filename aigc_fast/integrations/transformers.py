@@ -144,13 +144,12 @@ class Experts(AnyGatedMLP):
         if self._is_expert_parallel:
             return super().forward(hidden_states, top_k_index, top_k_weights)
 
-        def run(rows: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
+        def run(rows: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
             gate, up = ops.grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
             inner = self.gated(gate, up)
-            inner = inner * top_k_weights.flatten()[pairs, None].to(inner.dtype)
-            return ops.grouped_linear(inner, self.down_proj, ends)
+            return ops.grouped_linear(inner * factors.to(inner.dtype), self.down_proj, ends)
 
-        return through_experts(hidden_states, top_k_index, self.num_experts, run)
+        return through_experts(hidden_states, top_k_index, top_k_weights, self.num_experts, run)
 
 
 class T5GatedMLP(AnyGatedMLP):

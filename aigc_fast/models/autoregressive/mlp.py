@@ -84,13 +84,12 @@ class MixtureOfExperts(nn.Module):
         x = hidden.flatten(0, -2)
         factors, experts = self.router(x)
 
-        def run(rows: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
+        def run(rows: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
             inner = _gated(self._multiply(self.gate_up_proj, rows, ends), self.activation)
             # Scaled here, where rows are shortest.
-            inner = inner * factors.flatten()[pairs, None].to(inner.dtype)
-            return self._multiply(self.down_proj, inner, ends)
+            return self._multiply(self.down_proj, inner * factors.to(inner.dtype), ends)
 
-        return through_experts(x, experts, self.num_experts, run).view_as(hidden)
+        return through_experts(x, experts, factors, self.num_experts, run).view_as(hidden)
 
     def _multiply(self, linear: nn.Module, rows: Tensor, ends: Tensor) -> Tensor:
         if type(linear).forward not in _FORWARDS or not runs_as_written(linear):
