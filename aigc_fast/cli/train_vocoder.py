@@ -67,6 +67,7 @@ class Session(TrainingSession):
             discriminator.load_published(options.discriminators)
         self.mel = MelSpectrogram(mel_config(config))
         waveforms, aside = split(waveforms, rate)
+        self._check_length(min(map(len, aside)))
         self.held_out = [w[None].to(device) / 32768 for w in aside]
         self.samples = segments_of(waveforms, recipe.segment).to(device)
         self.labels = None
@@ -76,6 +77,15 @@ class Session(TrainingSession):
             seed=options.seed,
         )  # fmt: skip
         self.open()
+
+    def _check_length(self, shortest: int) -> None:
+        """Of held-out utterances, whose whole frames are made anew and compared."""
+        hop = self.mel.config.hop_size
+        if shortest < (least := -(-self.mel.config.least // hop) * hop):
+            raise ValueError(
+                f"data must have at least {least} samples in every tenth file, which is held out, "
+                f"got {shortest}"
+            )
 
     def losses_of(self, state: VocoderStep) -> tuple[Tensor, ...]:
         return state.g_loss, state.d_loss, state.mel

@@ -89,7 +89,7 @@ class VocoderTrainer(Trainer):
     average:       the generator to listen to: with averaged weights where the recipe has them.
 
     `train` takes what `segments_of` gives. Raises ValueError where segment is no whole number of
-    frames.
+    frames, or too short for one.
     """
 
     def __init__(
@@ -102,10 +102,11 @@ class VocoderTrainer(Trainer):
         seed: int = 0,
     ) -> None:
         recipe = recipe_or_default(recipe, VocoderRecipe)
-        hop = mel.config.hop_size
-        if recipe.segment % hop:
+        hop, least = mel.config.hop_size, mel.config.least
+        if recipe.segment % hop or recipe.segment < least:
             raise ValueError(
-                f"segment must be a multiple of the hop of mel, {hop}, got {recipe.segment}"
+                f"segment must be a multiple of the hop of mel, {hop}, and at least {least}, got "
+                f"{recipe.segment}"
             )
         self.generator, self.discriminator = generator, discriminator
         ema = None if recipe.ema_decay is None else EMA(generator, recipe.ema_decay)

@@ -91,7 +91,7 @@ def test_train_resume_and_sample(tmp_path, sounds):
     write_wav(again, [torch.zeros(3000)], 8000)
     refused(run(*sample, again, again), "must have 16000 samples a second, has 8000")
     write_wav(again, [torch.zeros(300)], 16000)
-    refused(run(*sample, again, again), "again.wav: x must be")
+    refused(run(*sample, again, again), "again.wav: x must have at least 385 samples")
 
 
 def test_published_weights_are_gone_on_from(tmp_path, sounds):
@@ -135,6 +135,8 @@ def test_a_bigvgan_has_the_discriminators_of_its_paper(tmp_path, sounds, monkeyp
     state = torch.load(out / "checkpoint.pt")["trainer"]
     assert any(name.startswith("mrd.") for name in state["discriminator"])
     assert (state["recipe"]["lr"], state["recipe"]["max_norm"]) == (1e-4, 1000.0)
+    short = train(tmp_path / "short", "--data", sounds, "--steps", 2, "--segment", 768)
+    refused(short, "x must have at least 905 samples")
     made = tmp_path / "made.wav"
     sample = ("sample", "vocoder", "--checkpoint", out / "generator.safetensors", "--output", made)
     assert run(*sample, sounds / "inner/0.wav").exit_code == 0
@@ -146,9 +148,12 @@ def test_wrong_options_are_refused(tmp_path, sounds):
         (("--data", "nowhere"), "data must be voice or a folder of WAV files"),
         (("--discriminator-channels", 6), "channels must be a multiple of 4"),
         (("--segment", 1000), "segment must be a multiple of the hop of mel"),
+        (("--segment", 256), "and at least 385, got 256"),
         (("--batch", 100), "batch must be at most 6, the segments there are"),
     ):
         refused(train(tmp_path / "out", "--data", sounds, *options), words)
+    write_wav(sounds / "inner/0.wav", [torch.zeros(511)], 16000)
+    refused(train(tmp_path / "out", "--data", sounds), "at least 512 samples in every tenth file")
 
 
 def test_a_voice_to_train_on(monkeypatch):

@@ -72,6 +72,24 @@ def test_unsound_numbers_are_refused(changes, message):
 
 
 def test_other_shapes_are_refused():
-    for shape in ((1024,), (1, 2, 1024), (1, 384)):
+    for shape in ((1024,), (1, 2, 1024)):
         with pytest.raises(ValueError, match="x must be"):
             MelSpectrogram(MelConfig())(torch.zeros(shape))
+
+
+def test_they_are_of_float32_whatever_the_default_is():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        mel = MelSpectrogram(MelConfig())(torch.zeros(1, 1024))
+    finally:
+        torch.set_default_dtype(before)
+    assert mel.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("hop_size", "least"), [(256, 385), (512, 512), (1024, 1024)])
+def test_sound_is_long_enough_for_a_frame(hop_size, least):
+    mel = MelSpectrogram(MelConfig(hop_size=hop_size))
+    assert mel(torch.zeros(1, least)).shape == (1, 80, least // hop_size)
+    with pytest.raises(ValueError, match=f"at least {least} samples"):
+        mel(torch.zeros(1, least - 1))

@@ -148,5 +148,7 @@ def test_wrong_arguments_are_refused():
             VocoderRecipe(**changes)
     with pytest.raises(ValueError, match="segment must be a multiple of the hop of mel, 16"):
         trainer(VocoderRecipe(segment=250))
+    with pytest.raises(ValueError, match="and at least 25, got 16"):
+        trainer(VocoderRecipe(segment=16))
     with pytest.raises(ValueError, match="windows of two segments, 512"):
         next(trainer().train(torch.zeros(4, 100, dtype=torch.int16), epochs=1, batch_size=2))

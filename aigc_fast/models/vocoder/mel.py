@@ -55,6 +55,11 @@ class MelConfig:
             )
 
     @property
+    def least(self) -> int:
+        """Samples that sound must have."""
+        return _least(self.n_fft, self.hop_size)
+
+    @property
     def highest(self) -> float:
         return self.sampling_rate / 2 if self.fmax is None else self.fmax
 
@@ -68,6 +73,8 @@ class MelSpectrogram(nn.Module):
     x is continued by its reflection, (n_fft - hop_size) / 2 samples on either side, so that a frame
     has its hop in its middle. Differentiable; outside autocast, whose bfloat16 is too coarse.
 
+    Raises ValueError for another shape, or fewer samples than `config.least`.
+
     Source: Kong et al. 2020, arXiv:2010.05646, and meldataset.py of its authors.
     """
 
@@ -77,25 +84,31 @@ class MelSpectrogram(nn.Module):
     def __init__(self, config: MelConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("window", torch.hann_window(config.win_size), persistent=False)
+        window = torch.hann_window(config.win_size, dtype=torch.float32)
+        self.register_buffer("window", window, persistent=False)
         self.register_buffer("filters", mel_filters(config).float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.config
-        edge = (c.n_fft - c.hop_size) // 2
-        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] != 1) or x.shape[-1] <= edge:
+        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] != 1):
             raise ValueError(
-                f"x must be (batch, samples) or (batch, 1, samples), of more than {edge} samples, "
-                f"got {tuple(x.shape)}"
+                f"x must be (batch, samples) or (batch, 1, samples), got {tuple(x.shape)}"
             )
         with torch.autocast(x.device.type, enabled=False):
             power = parts_of_frames(x, c.n_fft, c.hop_size, self.window).square().sum(-1)
             return (self.filters @ (power + _IN_ROOT).sqrt()).clamp(min=_FLOOR).log()
 
 
+def _least(n_fft: int, hop_size: int) -> int:
+    """A reflection is shorter than what it continues, and there is a frame."""
+    return max((n_fft - hop_size) // 2 + 1, hop_size)
+
+
 def parts_of_frames(x: Tensor, n_fft: int, hop_size: int, window: Tensor) -> Tensor:
     """The real and the imaginary parts of the transforms of frames around each hop,
     (batch, n_fft // 2 + 1, samples // hop_size, 2) in float32: see `MelSpectrogram`."""
+    if x.shape[-1] < (least := _least(n_fft, hop_size)):
+        raise ValueError(f"x must have at least {least} samples, got {tuple(x.shape)}")
     edge = (n_fft - hop_size) // 2
     x = F.pad(x.float().reshape(len(x), 1, -1), (edge, edge), "reflect")[:, 0]
     spectrum = torch.stft(
