@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aigc_fast.models.diffusion import DiT, SmallUNet
 from aigc_fast.ops._checks import check_choice
-from aigc_fast.training.denoising import PREDICTIONS, SCHEDULES
+from aigc_fast.training.denoising import PREDICTIONS, SCHEDULES, Denoising
 
 from .weights import load_weights, save_weights
 
@@ -41,6 +41,35 @@ def make_model(config: Config) -> nn.Module:
             num_embeds_ada_norm=classes,
         )
     )
+
+
+class ClippedEpsilon(nn.Module):
+    """A model of epsilon whose noise is that of an x0 within the range of pixels, [-1, 1].
+
+    At the last timestep of the cosine schedule an error of epsilon is one 20,000 times as large of
+    x0, which throws every solver out of what the model has seen. x0 is clipped before guidance, so
+    that this may still reach beyond the range.
+
+    Source: Dhariwal and Nichol 2021, arXiv:2105.05233: `clip_denoised` of its code.
+    """
+
+    def __init__(self, model: nn.Module, schedule: str) -> None:
+        super().__init__()
+        self.model, self.scheduler = model, Denoising("epsilon", schedule).scheduler()
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+        epsilon = self.model(noisy, timesteps, labels)
+        each = (-1, *[1] * (noisy.dim() - 1))
+        alpha, sigma = (level.view(each) for level in self.scheduler.levels(timesteps))
+        x0 = (noisy - sigma * epsilon) / alpha
+        clipped = (noisy - alpha * x0.clamp(-1, 1)) / sigma
+        return torch.where(x0.abs() > 1, clipped, epsilon).to(epsilon.dtype)
+
+
+def to_sample_from(model: nn.Module, config: Config) -> nn.Module:
+    """The model as solvers are to ask it."""
+    epsilon = config["prediction"] == "epsilon"
+    return ClippedEpsilon(model, config["schedule"]) if epsilon else model
 
 
 def sample_shape(config: Config) -> tuple[int, ...]:

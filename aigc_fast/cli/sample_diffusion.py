@@ -9,7 +9,7 @@ from torch import Tensor
 from aigc_fast._devices import default_device
 from aigc_fast.models.diffusion import sample
 
-from .diffusion_model import load_model, sample_shape
+from .diffusion_model import load_model, sample_shape, to_sample_from
 from .labels import labels_of
 from .pictures import FILMS, check_mp4, save_film, save_grid, save_videos
 from .sample import DiffusionOptions
@@ -47,7 +47,7 @@ def samples_of(options: DiffusionOptions, device: torch.device) -> tuple[Tensor,
         raise ValueError("guidance must be 1 for a model without classes")
     stages: list[Tensor] = []
     images = sample(
-        model,
+        to_sample_from(model, config),
         scheduler,
         (count, *sample_shape(config)),
         labels=labels,

@@ -60,7 +60,10 @@ def make_scheduler(name: str, prediction: str, schedule: str) -> Scheduler:
     else:
         options |= {
             "beta_schedule": SCHEDULES[schedule],
-            "timestep_spacing": "trailing",
+            # PNDM extrapolates epsilon: from where nothing is left of the signal, into noise.
+            "timestep_spacing": "leading"
+            if (name, prediction) == ("pndm", "epsilon")
+            else "trailing",
             # DDIM would clip x0 and not the noise that belongs to it. Guidance reaches beyond the
             # range of pixels: in fifty steps at 2, it spoils two digits of three.
             "clip_sample": False,

@@ -7,7 +7,7 @@ from aigc_fast._devices import default_device
 from aigc_fast.models.diffusion import sample
 from aigc_fast.training import DiffusionRecipe, DiffusionStep, DiffusionTrainer
 
-from .diffusion_model import make_model, sample_shape, save_model
+from .diffusion_model import make_model, sample_shape, save_model, to_sample_from
 from .labels import labels_of
 from .pictures import save_grid, save_videos
 from .schedulers import make_scheduler
@@ -70,7 +70,7 @@ class Session(TrainingSession):
         classes, videos = networks["num_classes"], "frames" in networks
         count = _VIDEOS if videos else _GRID
         samples = sample(
-            model,
+            to_sample_from(model, networks),
             make_scheduler("dpmpp_2m", networks["prediction"], networks["schedule"]),
             (count, *sample_shape(networks)),
             labels=labels_of(count, None, classes, self.samples.device),

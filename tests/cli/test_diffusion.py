@@ -22,9 +22,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from aigc_fast import schedulers
-from aigc_fast.cli import training_session
+from aigc_fast.cli import train_diffusion, training_session
 from aigc_fast.cli.app import app
-from aigc_fast.cli.diffusion_model import load_model, save_model
+from aigc_fast.cli.diffusion_model import load_model, save_model, to_sample_from
 from aigc_fast.cli.pictures import save_videos
 from aigc_fast.cli.sample import DiffusionOptions
 from aigc_fast.cli.sample_diffusion import samples_of
@@ -266,6 +266,38 @@ def test_few_steps_leave_no_noise(prediction, steps):
                 Knowing(prediction), scheduler, Knowing.truth.shape, num_steps=steps, seed=0
             )
             assert (found - Knowing.truth).abs().max() < 0.2, name
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("name", names_for("epsilon"))
+def test_an_error_of_epsilon_is_not_amplified(name, schedule):
+    """Where hardly any signal is left it would be thousands of times as large in the sample, and a
+    network, which has seen no such samples, does not find back."""
+
+    class Erring(Knowing):
+        def forward(self, noisy, timesteps, labels=None):
+            epsilon = super().forward(noisy, timesteps) + 0.02 * noisy.roll(1, -1)
+            return epsilon.clamp(-4, 4)
+
+    model = Erring("epsilon")
+    model.scheduler = Denoising("epsilon", schedule).scheduler()
+    config = {"prediction": "epsilon", "schedule": schedule}
+    scheduler = make_scheduler(name, **config)
+    found = sample(
+        to_sample_from(model, config), scheduler, model.truth.shape, num_steps=20, seed=0
+    )
+    assert (found - model.truth).abs().max() < 0.2
+
+
+def test_samples_of_epsilon_are_within_the_range_of_pixels(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        train_diffusion, "save_grid", lambda path, images, columns: drawn.append(images)
+    )
+    assert train(tmp_path, "--prediction", "epsilon", "--steps", 1).exit_code == 0
+    options = DiffusionOptions(checkpoint=tmp_path / "model.safetensors", count=2)
+    drawn.append(samples_of(options, torch.device("cpu"))[0])
+    assert len(drawn) == 2 and all(images.abs().max() < 1.25 for images in drawn)
 
 
 @pytest.mark.parametrize("name", names_for("v"))
