@@ -46,7 +46,8 @@ def load_waveforms(folder: str | os.PathLike[str]) -> tuple[list[Tensor], int]:
 def read_wav(path: str | os.PathLike[str]) -> tuple[Tensor, int]:
     """The samples of a file, int16 (samples,), and how many there are a second.
 
-    Integers of 8, 24 and 32 bits become such of 16.
+    Integers of 8, 24 and 32 bits become such of 16. The extensible form of the header is read from
+    Python 3.12 on.
 
     Raises OSError where it cannot be opened; ValueError where it is no WAV file of integers, is
     cut short, has no sample or more than one channel.
@@ -55,7 +56,9 @@ def read_wav(path: str | os.PathLike[str]) -> tuple[Tensor, int]:
         try:
             with wave.open(opened) as file:
                 channels, width, rate, count = file.getparams()[:4]
-                data = file.readframes(count)
+                # Python reserves what it is to read: four gigabytes, if the header says so.
+                held = os.fstat(opened.fileno()).st_size // (channels * width)
+                data = file.readframes(min(count, held))
         except (wave.Error, EOFError, RuntimeError) as error:
             reason = str(error) or "it ends too early"
             raise ValueError(f"{path}: not a WAV file of integers: {reason}") from None

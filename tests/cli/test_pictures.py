@@ -12,8 +12,8 @@ Image = pytest.importorskip("PIL.Image")
 from rich.console import Console
 
 from aigc_fast.cli import pictures
-from aigc_fast.cli.speak import write_wav
 from aigc_fast.cli.upscale import Picture, write_picture
+from aigc_fast.io import write_wav
 from tests.full_disk import full_disk
 
 

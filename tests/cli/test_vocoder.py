@@ -2,7 +2,9 @@
 
 import csv
 import json
+import resource
 import wave
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,3 +200,20 @@ def test_files_of_other_widths_and_hostile_ones(tmp_path):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=words):
             read_wav(path)
+
+
+def test_a_header_reserves_no_memory(tmp_path):
+    """Of four gigabytes that it claims."""
+    path = tmp_path / "x.wav"
+    write_wav(path, [torch.zeros(8)], 8000)
+    header = bytearray(path.read_bytes())
+    header[4:8] = header[40:44] = b"\xfe\xff\xff\xff"
+    path.write_bytes(header)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 30), limits[1]))
+    try:
+        with pytest.raises(ValueError, match="unsound: 16 bytes for 2147483647 samples"):
+            read_wav(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
