@@ -204,8 +204,9 @@ def segments_of(waveforms: Sequence[Tensor], segment: int) -> Tensor:
     """Windows of two segments that begin a segment apart, int16 (count, 2 * segment): a random
     segment of a random one begins anywhere in the waveforms, each place as likely.
 
-    waveforms: int16 (samples,). Each gets zeros at its end, up to a whole number of segments and
-               to at least two of them.
+    waveforms: int16 (samples,), as loud as they are: HiFi-GAN's authors scale each to a peak of
+               0.95. Each gets zeros at its end, up to a whole number of segments and to at least
+               two of them.
     """
     windows = []
     for waveform in waveforms:
