@@ -48,8 +48,9 @@ class ChosenExperts {
       factors[j] = std::exp(scores[best] - scores[chosen[0]]);
     }
     float total = 0;
-    for (int64_t e = 0; e < s_.experts; ++e)
-      if (!normalize || taken[e]) total += std::exp(scores[e] - scores[chosen[0]]);
+    for (int64_t e = 0; e < s_.experts; ++e)  // NaN of one is NaN of all, as by torch's softmax
+      if (!normalize || taken[e] || std::isnan(scores[e]))
+        total += std::exp(scores[e] - scores[chosen[0]]);
     for (int64_t j = 0; j < s_.per_token; ++j) factors[j] /= total;
   }
 

@@ -68,6 +68,11 @@ def test_gemma_27b_has_a_scale_of_its_own(model_type, layers, tmp_path):
     assert DecoderLM.from_pretrained(path).config.attention_scale == 12**-0.5
 
 
+def test_no_experts_may_be_said_as_zero(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", hf_model(hf_config("llama")), expert_count=0)
+    assert DecoderLM.from_pretrained(path).config.num_experts is None
+
+
 @pytest.mark.parametrize("storage", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_stored_types_load(storage, tmp_path):
     """The weights are those of the package gguf, which quantised them; the layout is ours."""

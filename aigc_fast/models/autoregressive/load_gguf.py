@@ -148,6 +148,8 @@ def _read_config(file: GGUFFile, name: str, architecture: Architecture) -> Decod
     else:
         fields["vocab_size"] = len(file.get("tokenizer.ggml.tokens", list))
     fields |= _read_presence(file)
+    for field in ("num_experts", "experts_per_token"):
+        fields[field] = fields.get(field) or None  # 0 says that there are none
     fields["rope_layers"] = architecture.rope_layers(fields["num_layers"])
     fields |= architecture.derive(fields)
     fields["windows"] = _read_windows(file, name, architecture, fields)
