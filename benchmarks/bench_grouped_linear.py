@@ -21,13 +21,14 @@ def experts(tokens: int, per_token: int, count: int, features: int, out: int) ->
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    if x.dtype == torch.float64:  # which it does not take: the truth beside which errors are
+    # It takes no float64, the truth beside which errors are, and compiled bfloat16 alone.
+    if x.dtype == torch.float64 or (torch.compiler.is_compiling() and x.dtype == torch.float32):
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         return torch.cat([a @ w.t() for a, w in zip(x.split(sizes), weight, strict=True)])
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 
-SAMPLES = [experts(1, 8, 32, 1024, 1024), experts(512, 8, 32, 1024, 1024)]
+SAMPLES = [experts(1, 8, 8, 1024, 1024), experts(512, 8, 32, 1024, 1024)]
 CASES = [
     (sample, dtype, way)
     for sample in SAMPLES
