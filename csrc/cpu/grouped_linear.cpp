@@ -8,9 +8,10 @@ namespace {
 struct Groups {
   std::vector<int64_t> bounds;
 
-  Groups(const Tensor& ends, int64_t rows) : bounds(1) {
-    require(ends.dim() == 1 && ends.is_contiguous() && ends.scalar_type() == ScalarType::Int,
+  Groups(const Tensor& given, int64_t rows) : bounds(1) {
+    require(given.dim() == 1 && given.scalar_type() == ScalarType::Int,
             "ends must be int32 with one dimension");
+    const Tensor ends = as_contiguous(given);
     for (int64_t g = 0; g < ends.size(0); ++g) {
       bounds.push_back(data<int32_t>(ends)[g]);
       require(bounds[g] <= bounds[g + 1] && bounds[g + 1] <= rows,

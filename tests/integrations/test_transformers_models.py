@@ -2,6 +2,7 @@
 models unpatched: text encoders, encoders and decoders, and copies of what is known."""
 
 import copy
+import inspect
 import pickle
 import types
 
@@ -439,6 +440,20 @@ def test_what_does_not_fit_is_kept_and_reported() -> None:
     assert report.kept["CLIPAttention"] == (2, "its attention is eager")
     model = make("t5 encoder", dense_act_fn="relu", feed_forward_proj="gated-relu")
     assert aigc_fast.patch(model).kept["T5DenseGatedActDense"] == (2, "its activation is ReLU")
+
+
+def test_without_a_file_attention_is_kept(monkeypatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    from aigc_fast.integrations.transformers_attention import asks_the_interface
+
+    assert asks_the_interface(LlamaAttention)
+
+    def no_source(module):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(inspect, "getsource", no_source)
+    assert not asks_the_interface(LlamaAttention)
 
 
 def test_a_file_that_asks_for_torchs_attention_by_name_keeps_it() -> None:
